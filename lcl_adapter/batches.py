@@ -1,0 +1,226 @@
+"""Turns -> tensors: token ids with room for every image, exact labels, and who may see whom.
+
+Rules kept here: loss on learned answers alone, training ids are inference ids, nothing is ever cut. Several queries
+behind one support set share a row: each sees the support set and itself, and its positions restart after the support
+set, so that it cannot tell that others are there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from lcl_adapter.conversations import Conversation, Turn
+from lcl_adapter.errors import DataError, EpisodeError
+from lcl_adapter.families import IMAGE, Family, Rendered
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.sources import Picture
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row, as long as it is. ``branch`` is 0 for the shared opening and k for the k-th query; all [T]."""
+
+    ids: list[int]
+    labels: list[int]
+    branch: list[int]
+    positions: list[int]
+    pictures: tuple[Picture, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Encoder:
+    """Tokenises rendered turns for one base.
+
+    The text is split at ``<image>`` and each part tokenised, as upstream LLaVA does; an image becomes
+    ``tokens_an_image`` copies of its token.
+    """
+
+    def __init__(self, family: Family, tokenizer: Any, image_token_id: int, tokens_an_image: int, context: int) -> None:
+        self.family = family
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+        self.tokens_an_image = tokens_an_image
+        self.context = context
+        self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.eos: int = tokenizer.convert_tokens_to_ids(family.end)
+        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._part = lru_cache(maxsize=8192)(self._tokenise)
+
+    def turns(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and labels of turns; with ``first=False``, of turns that go on after an answer's end."""
+        rendered = self.family.render(turns, opened, first)
+        if first:
+            ids, labels = self._encode(rendered)
+            return self.bos + ids, [IGNORED] * len(self.bos) + labels
+        # What a tokenizer makes of a text's beginning can depend on what stands before it: give it the end mark, take it away.
+        shift = len(self.family.end)
+        moved = Rendered(self.family.end + rendered.text, tuple((a + shift, b + shift) for a, b in rendered.learned))
+        ids, labels = self._encode(moved)
+        return ids[1:], labels[1:]
+
+    def conversation(self, conversation: Conversation) -> Encoded:
+        """A whole row: the shared opening, then every branch.
+
+        Raises EpisodeError where it would not fit the context, or where nothing in it is learned.
+        """
+        first = not conversation.shared
+        ids, labels = ([], []) if first else self.turns(conversation.shared)
+        shared = len(ids)
+        branch, positions = [0] * shared, list(range(shared))
+        for number, turns in enumerate(conversation.branches, 1):
+            more_ids, more_labels = self.turns(turns, first=first)
+            ids, labels = ids + more_ids, labels + more_labels
+            branch += [number] * len(more_ids)
+            positions += range(shared, shared + len(more_ids))
+        longest = 1 + max(positions, default=0)
+        if longest > self.context:
+            images = len(conversation.pictures)
+            raise EpisodeError(
+                f"{conversation.origin}: {longest} tokens ({images} images of {self.tokens_an_image}) do not fit the context of "
+                f"{self.context}. Lower `shots` or `ways`, or use `wording: short`."
+            )
+        if all(label == IGNORED for label in labels):
+            raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
+        return Encoded(ids, labels, branch, positions, conversation.pictures)
+
+    def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        start = 0
+        for number, part in enumerate(rendered.text.split(IMAGE)):
+            if number:
+                ids += [self.image_token_id] * self.tokens_an_image
+                labels += [IGNORED] * self.tokens_an_image
+                start += len(IMAGE)
+            part_ids, ends = self._part(part)
+            ids += part_ids
+            labels += [
+                token if any(a < start + end <= b for a, b in rendered.learned) else IGNORED for token, end in zip(part_ids, ends, strict=True)
+            ]
+            start += len(part)
+        return ids, labels
+
+    def _tokenise(self, part: str) -> tuple[list[int], list[int]]:
+        encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+
+def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
+    """Training ids must begin with the ids that inference will send, and the pieces must make up the whole.
+
+    Raises EpisodeError where the tokenizer joins a mark and an answer into one token.
+    """
+    encoded = encoder.conversation(conversation)
+    branch = conversation.branches[0]
+    whole, labels = encoder.turns([*conversation.shared, *branch])
+    prompt, _ = encoder.turns([*conversation.shared, *branch[:-1]], opened=True)
+    row = [t for t, b in zip(encoded.ids, encoded.branch, strict=True) if b in {0, 1}]
+    first_learned = next(i for i, label in enumerate(labels[len(prompt) :], len(prompt)) if label != IGNORED)
+    if whole != row or whole[: len(prompt)] != prompt or first_learned != len(prompt):
+        raise EpisodeError(f"{conversation.origin}: this tokenizer joins turns or answers, so training would not match inference.")
+
+
+def pad_to(length: int, multiple: int = 16) -> int:
+    """Rows are padded to a multiple, so that few shapes occur."""
+    return -(-length // multiple) * multiple
+
+
+def attention(branch: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: bool [B, 1, T, T], true where row token i may look at token j.
+
+    j is not after i, is no padding, and is shared or of i's own branch. Padding looks at itself, so that no softmax is
+    over nothing.
+    """
+    length = branch.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    allowed = causal & related & padding[:, None, :]
+    return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
+    """Right-padded tensors [B, T]; a block mask only where a row has several branches. ``pictures`` stay references."""
+    length = pad_to(max(len(row) for row in rows))
+
+    def stacked(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([getattr(row, name) + [fill] * (length - len(row)) for row in rows])
+
+    padding = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
+    branch = stacked("branch", 0)
+    single = max(max(row.branch) for row in rows) <= 1
+    return {
+        "input_ids": stacked("ids", pad),
+        "labels": stacked("labels", IGNORED),
+        "attention_mask": padding.long() if single else attention(branch, padding),
+        "position_ids": stacked("positions", 0),
+        "pictures": [picture for row in rows for picture in row.pictures],
+    }
+
+
+@dataclass
+class Collator:
+    """Indices -> a batch. A conversation with a bad picture is replaced by another of its source, and counted.
+
+    ``check`` opens a picture or raises DataError; with ``on_fault="refuse"`` its error stops the run.
+    """
+
+    mixture: Mixture
+    encoder: Encoder
+    check: Any = None
+    on_fault: str = "skip"
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
+        return collate([self.row(example["index"]) for example in examples], self.encoder.pad)
+
+    def row(self, index: int) -> Encoded:
+        for attempt in range(20):
+            conversation = self.mixture.conversation(index, attempt)
+            try:
+                for picture in conversation.pictures if self.check else ():
+                    self.check(picture)
+                return self.encoder.conversation(conversation)
+            except DataError as error:
+                if self.on_fault == "refuse":
+                    raise
+                self.faults[str(error)] += 1
+        raise DataError(f"20 conversations in a row had a bad picture or text; the last: {list(self.faults)[-1]}")
+
+
+class BucketedOrder(Sampler[int]):
+    """Indices in batches of like length: drawn ``window`` batches at a time, sorted by length, batches shuffled.
+
+    A pure function of (seed, window number), so a resumed run sees the same batches.
+    """
+
+    def __init__(self, collator: Collator, total: int, batch: int, window: int, seed: int) -> None:
+        self.collator, self.total, self.batch, self.window, self.seed = collator, total, batch, window, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        span = self.batch * self.window
+        for number, start in enumerate(range(0, self.total, span)):
+            indices = list(range(start, min(start + span, self.total)))
+            if self.window > 1:
+                lengths = {i: len(self.collator.encoder.conversation(self.collator.mixture.conversation(i))) for i in indices}
+                indices.sort(key=lambda i: (lengths[i], i))
+            batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
+            full = [b for b in batches if len(b) == self.batch]
+            for place in np.random.default_rng([self.seed, number, 13]).permutation(len(full)):
+                yield from full[place]
+            for rest in batches[len(full) :]:
+                yield from rest

@@ -1,0 +1,195 @@
+"""The command line: each command calls one function of the package. Heavy imports happen inside, so --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lcl_adapter.errors import LclError, MergeError, UserError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+PATH = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns this package's errors into a message and an exit code: 2 for what the caller can mend, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except (MergeError, LclError) as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.secho("stopped; nothing was left half-written. A training run goes on with resume=true.", fg="yellow", err=True)
+            ctx.exit(130)
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """With --json, one object on standard output."""
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, all else on standard error.")
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="lcl-adapter")
+def main() -> None:
+    """Teach the LLaVA you already run new visual concepts from a few photos.
+
+    \b
+    lcl-adapter train recipes/pocket.yaml                 train an adapter on the shipped base
+    lcl-adapter eval runs/pocket                          base against adapter on held-out classes
+    lcl-adapter ask photos/ query.png --adapter runs/pocket
+    """
+    _quiet()
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@json_option
+def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train RECIPE's adapter, then measure it against its base. OVERRIDES are key=value.
+
+    \b
+    lcl-adapter train recipes/pocket.yaml train.max_steps=100 output=runs/short
+    lcl-adapter train recipes/pocket.yaml resume=true      # go on after a stop
+    """
+    from lcl_adapter import run
+
+    emit(run.train(recipe, overrides), as_json)
+
+
+@main.command("eval")
+@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.option("--suite", "suites", multiple=True, help="Only this suite of the run's recipe; may be given several times.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N queries of each line.")
+@click.option("--seed", type=click.IntRange(0), help="Draw other episodes than the recipe's.")
+@click.option("--base", "base_name", help="Where the base is now, if it has moved.")
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@json_option
+def evaluate(
+    run_folder: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, base_name: str | None, fresh: bool, as_json: bool
+) -> None:
+    """Base against adapter on RUN's suites: the same episodes, in one run.
+
+    \b
+    lcl-adapter eval runs/pocket --suite 2way --limit 200
+    """
+    from lcl_adapter import run
+
+    emit(run.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base_name=base_name, fresh=fresh), as_json)
+
+
+@main.command()
+@click.argument("support", type=PATH)
+@click.argument("queries", nargs=-1, required=True, type=PATH)
+@click.option("--adapter", type=PATH, help="A run's folder; leave out to ask the base alone.")
+@click.option("--base", "base_name", help="The base to ask (default: the adapter's own, or pocket).")
+@click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
+@click.option("--question", help="Ask this about the query instead of the recipe's question.")
+@json_option
+def ask(
+    support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None, as_json: bool
+) -> None:
+    """Judge QUERIES by labelled photos: SUPPORT holds a folder of photos a class.
+
+    \b
+    lcl-adapter ask photos/ query.png --adapter runs/pocket
+    """
+    from lcl_adapter import run
+
+    emit(run.ask(support, queries, adapter, base_name, shots, question), as_json)
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The folder to write; it must not exist.")
+@click.option("--base", "base_name", help="Where the base is now, if it has moved.")
+@click.option("--dtype", type=click.Choice(["base", "fp32", "bf16", "fp16"]), default="base", show_default=True, help="Type of the merged weights.")
+@json_option
+def merge(run_folder: Path, out: Path, base_name: str | None, dtype: str, as_json: bool) -> None:
+    """Merge RUN's adapter into its 16-bit base: a plain Hugging Face checkpoint, checked before it is kept.
+
+    \b
+    lcl-adapter merge runs/pocket --out merged/
+    """
+    from lcl_adapter import run
+
+    emit(run.merge(run_folder, out, base_name, dtype), as_json)
+
+
+@main.group()
+def data() -> None:
+    """Look at the data before training on it."""
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--episodes", default=8, show_default=True, type=click.IntRange(1, 200), help="How many of each source.")
+@click.option("--out", type=PATH, default=Path("preview.html"), show_default=True, help="The page to write.")
+@click.option("--png", is_flag=True, help="Write a picture beside the page too.")
+@json_option
+def preview(recipe: str, overrides: tuple[str, ...], episodes: int, out: Path, png: bool, as_json: bool) -> None:
+    """Episodes as pictures, the learned tokens in colour.
+
+    \b
+    lcl-adapter data preview recipes/pocket.yaml --png
+    """
+    from lcl_adapter import run
+
+    emit(run.preview(recipe, overrides, episodes, out, png), as_json)
+
+
+@main.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def recipes(ctx: click.Context, as_json: bool) -> None:
+    """The shipped recipes, a line each."""
+    from lcl_adapter.recipe.shipped import shipped_recipes
+
+    if ctx.invoked_subcommand is None:
+        shipped = shipped_recipes()
+        if as_json:
+            emit(shipped, True)
+        else:
+            width = max(map(len, shipped))
+            for name, line in shipped.items():
+                click.echo(f"{name:<{width}}  {line}")
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.option("--to", type=PATH, default=Path(), help="File or folder to write [default: here].")
+def copy(name: str, to: Path) -> None:
+    """Copy a shipped recipe here, to edit.
+
+    \b
+    lcl-adapter recipes copy pocket --to mine.yaml
+    """
+    from lcl_adapter.recipe.shipped import copy_recipe
+
+    click.echo(f"wrote {copy_recipe(name, to)}")
+
+
+def _quiet() -> None:
+    """Libraries' own chatter off, unless this runs in Python's development mode."""
+    if not sys.flags.dev_mode:
+        import os
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        warnings.simplefilter("ignore")

@@ -1,0 +1,95 @@
+"""Episode -> turns: one picture a user turn, each answer marked learned or not.
+
+A :class:`Conversation` is a shared opening (the support set) and one or more branches (the queries). Branches are blind
+to each other: training puts them in one sequence behind one support set, prediction asks them one by one; the turns
+are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lcl_adapter.episodes import Episode, LearnedAnswers
+from lcl_adapter.sources import Dialogue, Picture
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. An image is always put before the text, as LLaVA was trained; ``learn`` marks a trained answer."""
+
+    role: str  # "user" or "assistant"
+    text: str
+    picture: Picture | None = None
+    learn: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns ready to be rendered. ``shared`` is empty for plain questions; ``origin`` names the sample in errors."""
+
+    shared: tuple[Turn, ...]
+    branches: tuple[tuple[Turn, ...], ...]
+    origin: str
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Every picture, in the order of its tokens: the shared ones, then each branch's."""
+        turns = [*self.shared, *(turn for branch in self.branches for turn in branch)]
+        return tuple(turn.picture for turn in turns if turn.picture is not None)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How an episode is put into words. ``{name}`` stands for the label; the query's answer is worded as the support's."""
+
+    instruction: str
+    question: str
+    query: str
+    answer: str = "{name}"
+
+    def support_question(self, first: bool) -> str:
+        return f"{self.instruction} {self.question}" if first else self.question
+
+    def answered(self, label: str) -> str:
+        return self.answer.format(name=label)
+
+
+WORDINGS = {
+    # Few tokens: for short contexts, and the words the pocket base knows.
+    "short": Wording("Learn the names.", "What is this?", "Now, what is this?"),
+    # As LCL words its episodes (mllm/dataset templates; FACTS 8.1), its marks around examples included.
+    "lcl": Wording(
+        instruction="Learn from the following examples what each name means, then answer the question about the last image.",
+        question="[BEGIN EXAMPLE] What is in the image?",
+        query="[FINAL QUESTION] Based on the previous examples, what is in the image?",
+        answer='there is "{name}" in the image.',
+    ),
+}
+
+
+def from_episode(episode: Episode, wording: Wording) -> Conversation:
+    """Support examples become turns in their order; every query becomes a branch of two turns."""
+    shared: list[Turn] = []
+    learn_support = episode.learned is LearnedAnswers.REPEATED
+    seen: set[str] = set()
+    for position, example in enumerate(episode.support):
+        shared.append(Turn("user", wording.support_question(first=position == 0), example.picture))
+        # A label can be known only once it was shown: its first mention is never learned.
+        learn = learn_support and example.label in seen
+        shared.append(Turn("assistant", wording.answered(example.label), learn=learn))
+        seen.add(example.label)
+    branches = tuple(
+        (Turn("user", wording.query, query.picture), Turn("assistant", wording.answered(query.label), learn=True)) for query in episode.queries
+    )
+    return Conversation(tuple(shared), branches, episode.origin)
+
+
+def from_dialogues(dialogues: tuple[Dialogue, ...], origin: str) -> Conversation:
+    """Plain questions: each dialogue is a branch of its own, every answer in it is learned."""
+    branches = []
+    for dialogue in dialogues:
+        turns: list[Turn] = []
+        for exchange in dialogue.exchanges:
+            turns += [Turn("user", exchange.question, exchange.picture), Turn("assistant", exchange.answer, learn=True)]
+        branches.append(tuple(turns))
+    return Conversation((), tuple(branches), origin)

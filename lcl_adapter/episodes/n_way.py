@@ -1,0 +1,25 @@
+"""``n-way``: N classes, K shots each, under random names, their own, or either."""
+
+from __future__ import annotations
+
+from lcl_adapter.episodes.base import Episode, Rng, assemble, clash, draw_classes, first_that_works, random_names
+from lcl_adapter.errors import EpisodeError
+from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.sources import ClassPool
+
+
+def n_way(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
+    """Ways, shots, nearness and the kind of names are drawn first, then classes, names and pictures."""
+    ways, shots = int(rng.choice(options.ways)), int(rng.choice(options.shots))
+    hard = bool(rng.random() < options.hard)
+    real = options.names == "real" or (options.names == "mixed" and bool(rng.random() < options.real_names))
+
+    def attempt() -> Episode:
+        classes = draw_classes(rng, pool, ways, hard)
+        names = [pool.classes[i].name for i in classes] if real else random_names(rng, ways)
+        if any(clash(a, b) for n, a in enumerate(names) for b in names[:n]):
+            listed = ", ".join(map(repr, names))
+            raise EpisodeError(f"{pool.name}: one of the names {listed} begins another: rename it, or use `names: random`.")
+        return assemble(pool, options, rng, origin, classes, names, shots)
+
+    return first_that_works(attempt)

@@ -1,0 +1,43 @@
+"""``2way-weight`` and ``2way-random-shot``, as LCL trains them (arXiv 2308.07891, section 3.2 and the published code).
+
+The class under test goes by a random string of letters, its neighbour by its own name. Neighbours are drawn with
+weights n ... 1 from the nearest to the farthest, so that near ones come often and far ones still come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lcl_adapter.episodes.base import Episode, Rng, assemble, first_that_works, random_names
+from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.sources import ClassPool
+
+
+def rank_weight(rng: Rng, ranked: Sequence[int]) -> int:
+    """One of ``ranked``, the nearest with weight n and the farthest with weight 1."""
+    weights = np.arange(len(ranked), 0, -1, dtype=float)
+    return int(ranked[int(rng.choice(len(ranked), p=weights / weights.sum()))])
+
+
+def _linked(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, shots: int) -> Episode:
+    def attempt() -> Episode:
+        under_test = int(rng.integers(len(pool)))
+        neighbour = rank_weight(rng, pool.neighbours(under_test))
+        real = pool.classes[neighbour].name
+        return assemble(pool, options, rng, origin, [under_test, neighbour], [*random_names(rng, 1, taken=[real]), real], shots)
+
+    return first_that_works(attempt)
+
+
+def two_way_weight(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
+    """Shots as the recipe lists them, each as likely."""
+    return _linked(pool, options, rng, origin, int(rng.choice(options.shots)))
+
+
+def two_way_random_shot(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
+    """Shots from 1 to the recipe's largest, shot i + 1 with weight e^((i + 1) / 2): many shots come more often."""
+    most = max(options.shots)
+    weights = np.exp((np.arange(most) + 1) / 2)
+    return _linked(pool, options, rng, origin, 1 + int(rng.choice(most, p=weights / weights.sum())))

@@ -1,0 +1,7 @@
+"""Recipes: one YAML file says everything about a run. ``schema`` has the keys, ``loading`` reads them."""
+
+from lcl_adapter.recipe.loading import load, packaged, save
+from lcl_adapter.recipe.schema import Recipe
+from lcl_adapter.recipe.shipped import copy_recipe, find_recipe, shipped_recipes
+
+__all__ = ["Recipe", "copy_recipe", "find_recipe", "load", "packaged", "save", "shipped_recipes"]

@@ -1,0 +1,43 @@
+"""The recipes that ship: found by name, listed with the first line of each, copied for editing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lcl_adapter.errors import RecipeError, RunError, did_you_mean
+
+
+def recipes_folder() -> Path:
+    """``recipes/`` beside the package in a clone, inside it where it was installed as a wheel."""
+    inside = Path(__file__).parent.parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> what it is for (the recipe's first comment line)."""
+    return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip() for p in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A file as it is; else a shipped recipe of that name, with or without ``recipes/`` and ``.yaml``.
+
+    Raises RecipeError where there is neither.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = recipes_folder() / f"{file.stem}.yaml"
+    if shipped.is_file() and str(file.parent) in {".", "recipes"}:
+        return shipped
+    names = list(shipped_recipes())
+    raise RecipeError([f"{path}: no such file, and no shipped recipe of that name{did_you_mean(file.stem, names)}; shipped: {', '.join(names)}"])
+
+
+def copy_recipe(name: str, target: Path) -> Path:
+    """Copy a shipped recipe to edit. Raises RunError rather than overwrite a file."""
+    source = find_recipe(name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise RunError(f"{target}: exists already; give another name with --to.")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return target

@@ -1,0 +1,73 @@
+"""Loss by step, and accuracy by shots with base, adapter, prototype and chance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from lcl_adapter.files import whole_file
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+BASE, ADAPTER, PROTOTYPE, CHANCE = "#8a8f98", "#0b6e4f", "#c77d0a", "#b0b4ba"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 130}
+
+
+def plot_loss(metrics: Path, out: Path) -> None:
+    """The training loss of ``metrics.jsonl``, as logged and as a running mean."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6, 3.4))
+        axis.plot(steps, losses, color=BASE, alpha=0.5, linewidth=1, label="logged")
+        axis.plot(steps, smooth, color=ADAPTER, linewidth=2, label="mean of 5")
+        axis.set(xlabel="step", ylabel="loss on learned tokens", ylim=(0, None), title="Training loss")
+        axis.legend(frameon=False)
+        _save(figure, out)
+
+
+def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
+    """One panel for each (ways, neighbours) of the lcl suites; False where there is nothing to draw."""
+    panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == "lcl":
+            panels.setdefault((row["ways"], row["neighbours"]), []).append(row)
+    if not panels:
+        return False
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), sharey=True, squeeze=False)
+        for axis, ((ways, neighbours), cells) in zip(axes[0], sorted(panels.items()), strict=True):
+            _panel(axis, sorted(cells, key=lambda r: int(r["shots"])), f"{ways}-way, {neighbours}")
+        axes[0][0].set_ylabel("accuracy on held-out classes")
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.06))
+        _save(figure, out)
+    return True
+
+
+def _panel(axis: Any, cells: Sequence[dict[str, Any]], title: str) -> None:
+    shots = [str(c["shots"]) for c in cells]
+    for name, colour in (("base", BASE), ("adapter", ADAPTER)):
+        values = [c[name]["accuracy"] for c in cells]
+        low = [v - c[name]["ci95"][0] for v, c in zip(values, cells, strict=True)]
+        high = [c[name]["ci95"][1] - v for v, c in zip(values, cells, strict=True)]
+        axis.errorbar(shots, values, yerr=[low, high], color=colour, marker="o", linewidth=2, capsize=3, label=name)
+    near = [(s, c["prototype"]["accuracy"]) for s, c in zip(shots, cells, strict=True) if c["prototype"]["accuracy"] is not None]
+    if near:
+        axis.plot(*zip(*near, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="nearest prototype")
+    axis.axhline(cells[0]["chance"], color=CHANCE, linestyle=":", label="chance")
+    axis.set(title=title, xlabel="shots a class", ylim=(0, 1.02))
+
+
+def _save(figure: Any, out: Path) -> None:
+    with whole_file(out) as partial:
+        figure.savefig(partial, format="png", bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,144 @@
+"""Episodes as the model gets them: every picture in its place, every learned token in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+from PIL import Image, ImageDraw, ImageFont
+
+from lcl_adapter.batches import IGNORED, Collator, Encoded
+from lcl_adapter.files import whole_file, write_text
+from lcl_adapter.report.thumbs import SIDE, data_url, thumbnail
+from lcl_adapter.sources import Picture
+
+GREEN, GREY, INK = (11, 110, 79), (105, 110, 118), (24, 26, 30)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A picture, or a run of tokens that are all learned or all not. ``branch`` 0 is the support set."""
+
+    branch: int
+    picture: Picture | None = None
+    text: str = ""
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One conversation to show."""
+
+    source: str
+    origin: str
+    tokens: int
+    learned: int
+    pieces: tuple[Piece, ...]
+
+
+def pieces_of(encoded: Encoded, collator: Collator) -> tuple[Piece, ...]:
+    """What the labels say, not what the turns meant: read back from the encoded row."""
+    encoder = collator.encoder
+    pictures = iter(encoded.pictures)
+    pieces: list[Piece] = []
+    run: list[int] = []
+    state: tuple[int, bool] = (0, False)
+
+    def close() -> None:
+        if run:
+            pieces.append(Piece(state[0], text=encoder.tokenizer.decode(run), learned=state[1]))
+            run.clear()
+
+    position = 0
+    while position < len(encoded):
+        token, branch = encoded.ids[position], encoded.branch[position]
+        if token == encoder.image_token_id:
+            close()
+            pieces.append(Piece(branch, picture=next(pictures)))
+            position += encoder.tokens_an_image
+            continue
+        now = (branch, encoded.labels[position] != IGNORED)
+        if now != state:
+            close()
+            state = now
+        run.append(token)
+        position += 1
+    close()
+    return tuple(pieces)
+
+
+def strips(collator: Collator, each: int) -> list[Strip]:
+    """The first ``each`` conversations of every source, in the order of the schedule."""
+    found: dict[str, list[Strip]] = {name: [] for name in collator.mixture.options}
+    index = 0
+    while any(len(s) < each for s in found.values()):
+        source = collator.mixture.slot(index).source
+        if len(found[source]) < each:
+            encoded = collator.row(index)
+            learned = sum(label != IGNORED for label in encoded.labels)
+            origin = collator.mixture.conversation(index).origin
+            found[source].append(Strip(source, origin, len(encoded), learned, pieces_of(encoded, collator)))
+        index += 1
+    return [strip for group in found.values() for strip in group]
+
+
+def write_preview(collator: Collator, each: int, title: str, out: Path, png: bool) -> list[Path]:
+    """The page, and with ``png`` a picture of the same; returns what was written."""
+    shown = strips(collator, each)
+    page = Environment(loader=PackageLoader("lcl_adapter.report", "."), autoescape=True).get_template("preview.html")
+    write_text(out, page.render(title=title, strips=shown, sources=list(collator.mixture.options), url=data_url))
+    if not png:
+        return [out]
+    picture = out.with_suffix(".png")
+    with whole_file(picture) as partial:
+        draw(shown).save(partial, format="PNG")
+    return [out, picture]
+
+
+def draw(shown: Sequence[Strip], width: int = 1280) -> Image.Image:
+    """The strips one below the other, [3, H, width]."""
+    font, small = _font(14), _font(12)
+    pages = [_draw_strip(strip, width, font, small) for strip in shown]
+    sheet = Image.new("RGB", (width, sum(p.height for p in pages)), "white")
+    top = 0
+    for page in pages:
+        sheet.paste(page, (0, top))
+        top += page.height
+    return sheet
+
+
+def _draw_strip(strip: Strip, width: int, font: ImageFont.FreeTypeFont, small: ImageFont.FreeTypeFont) -> Image.Image:
+    page = Image.new("RGB", (width, 4000), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((16, 10), f"{strip.source}   {strip.origin}   {strip.tokens} tokens, {strip.learned} learned", fill=GREY, font=small)
+    x, y, branch = 16, 32, 0
+    line = 24
+    for piece in strip.pieces:
+        if piece.branch != branch:
+            branch, x, y = piece.branch, 16, y + line + 8
+            pen.text((x, y), f"query {branch}", fill=GREY, font=small)
+            x, line = x + 62, 24
+        if piece.picture is not None:
+            if x + SIDE > width - 16:
+                x, y = 16, y + line + 4
+            page.paste(thumbnail(piece.picture), (x, y))
+            x, line = x + SIDE + 6, SIDE
+            continue
+        for word in piece.text.replace("\n", "⏎").split(" "):
+            size = pen.textlength(word + " ", font=font)
+            if x + size > width - 16:
+                x, y, line = 16, y + line + 4, 24
+            if piece.learned:
+                pen.rectangle((x - 2, y - 1, x + size - 2, y + 19), fill=(206, 238, 222))
+            pen.text((x, y), word, fill=GREEN if piece.learned else INK, font=font)
+            x += int(size)
+    return page.crop((0, 0, width, y + line + 20))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu, which ships with matplotlib: the same letters on every machine."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -1,0 +1,30 @@
+"""Pictures for pages: small, embedded, so that a page is one file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import lru_cache
+
+from PIL import Image
+
+from lcl_adapter.sources import Picture, read_image
+
+SIDE = 96
+
+
+@lru_cache(maxsize=2048)
+def thumbnail(picture: Picture, side: int = SIDE) -> Image.Image:
+    """The picture scaled to fit ``side``, on white."""
+    image = read_image(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    page = Image.new("RGB", (side, side), "white")
+    page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return page
+
+
+@lru_cache(maxsize=2048)
+def data_url(picture: Picture) -> str:
+    buffer = io.BytesIO()
+    thumbnail(picture).save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

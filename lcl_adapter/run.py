@@ -1,0 +1,155 @@
+"""One function a command: the parts put together. Results are returned; what people read goes to standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcl_adapter import merge as merging
+from lcl_adapter import report
+from lcl_adapter import trainer as training
+from lcl_adapter.adapter import load_adapter
+from lcl_adapter.batches import Collator
+from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.episodes.base import clash
+from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.evaluate import check_held_out
+from lcl_adapter.evaluate import evaluate as measure
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import load_base
+from lcl_adapter.predict import Predictor, Question
+from lcl_adapter.recipe import load
+from lcl_adapter.sources import Picture, read_class_folders, read_image
+from lcl_adapter.terminal import console
+
+
+def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train, then evaluate where the recipe has suites. ``resume=true`` among the overrides goes on with a stopped run."""
+    resume, kept = _resume(overrides)
+    recipe = load(recipe_path, kept)
+    check_held_out(recipe, Mixture(recipe))
+    facts = training.train(recipe, resume)
+    report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
+    report.write_card(recipe.output)
+    console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")
+    result: dict[str, Any] = {"run": str(recipe.output), "training_seconds": facts["training_seconds"], "shares": facts["shares"]}
+    if recipe.evaluate.suites:
+        result |= evaluate(recipe.output)
+    return result
+
+
+def evaluate(
+    run: Path,
+    suites: tuple[str, ...] = (),
+    limit: int | None = None,
+    seed: int | None = None,
+    base_name: str | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Measure, then write the table, the plot, the page and the card."""
+    found = measure(run, suites, limit, seed, base_name, fresh)
+    if not found["suites"]:
+        raise RecipeError([f"{run / 'recipe.yaml'}: no suites under `evaluate`, so there is nothing to measure"])
+    report.show_table(found["suites"])
+    for kept in found["retention"]:
+        if not kept["kept"]:
+            console.print(f"{kept['suite']} fell {kept['fell']:.1f} points below the base, {kept['allowed']:.1f} are allowed", style="bold red")
+    report.plot_accuracy(found["suites"], run / "accuracy.png")
+    page = report.write_report_page(run)
+    report.write_card(run)
+    console.print(f"report: {page}", highlight=False)
+    return found
+
+
+def ask(
+    support: Path,
+    queries: Sequence[Path],
+    adapter: Path | None = None,
+    base_name: str | None = None,
+    shots: int | None = None,
+    question: str | None = None,
+) -> dict[str, Any]:
+    """Judge pictures by class folders; the support set is read once for all queries.
+
+    Raises DataError: a broken picture, one class only, an empty class.
+    """
+    if adapter is None:
+        base, wording = load_base(base_name or "pocket"), WORDINGS["short"]
+    else:
+        base, _ = load_adapter(adapter, base_name)
+        wording = WORDINGS[load(adapter / "recipe.yaml").wording]
+    pool = read_class_folders(support)
+    if len(pool) < 2:
+        raise DataError(f"{support}: one class only ({pool.classes[0].name!r}); a judgement needs at least two folders of photos.")
+    labels = tuple(c.name for c in pool.classes)
+    for n, one in enumerate(labels):
+        for other in labels[:n]:
+            if clash(one, other):
+                console.print(
+                    f"note: the label {other!r} and {one!r} begin alike; scores are sound, a generated answer may stop early", style="yellow"
+                )
+    shown = [(p, c.name) for c in pool.classes for p in c.pictures[:shots]]
+    order = np.random.default_rng(0).permutation(len(shown))
+    turns: list[Turn] = []
+    for position, index in enumerate(order):
+        picture, label = shown[index]
+        turns += [Turn("user", wording.support_question(position == 0), picture), Turn("assistant", wording.answered(label))]
+    asked = [Picture(path) for path in queries]
+    for picture in (*(p for p, _ in shown), *asked):
+        read_image(picture)
+    predictor = Predictor(base)
+    ready = predictor.prefill([turns])
+    answers = tuple(wording.answered(label) for label in labels)
+    replies = predictor.ask(ready, [Question(0, Turn("user", question or wording.query, p), answers) for p in asked])
+    results = []
+    for path, reply in zip(queries, replies, strict=True):
+        scores = dict(zip(labels, reply.probabilities, strict=True))
+        results.append({"query": str(path), "answer": reply.text, "label": labels[reply.best], "scores": scores})
+        console.print(f"{path}: [bold]{reply.text}[/bold]", highlight=False)
+        for label, score in sorted(scores.items(), key=lambda item: -item[1]):
+            console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
+    return {"support": {c.name: len(c.pictures[:shots]) for c in pool.classes}, "answers": results}
+
+
+def merge(run: Path, out: Path, base_name: str | None = None, dtype: str = "base") -> dict[str, Any]:
+    """Merge, and say how equal the result is."""
+    result = merging.merge(run, out, base_name, dtype)
+    console.print(
+        f"{out}: {result['dtype']}, largest logit difference {result['largest_logit_difference']:.2g} on {result['probes']} probes, "
+        f"greedy answers equal on {result['greedy_equal']}",
+        highlight=False,
+    )
+    if "qlora_to_16_bit" in result:
+        cost = result["qlora_to_16_bit"]
+        console.print(
+            f"against the 4-bit model that was trained: {cost['largest_logit_difference']:.2g}, greedy equal on {cost['greedy_equal']}",
+            highlight=False,
+        )
+    return result
+
+
+def preview(recipe_path: str, overrides: Sequence[str], each: int, out: Path, png: bool) -> dict[str, Any]:
+    """Write the preview page of a recipe."""
+    recipe = load(recipe_path, overrides)
+    collator = Collator(Mixture(recipe), load_base(recipe.base).encoder(), check=read_image)
+    written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False)
+    return {"written": [str(path) for path in written]}
+
+
+def _resume(overrides: Sequence[str]) -> tuple[bool, list[str]]:
+    """``resume=true`` is about this call and not part of the recipe."""
+    resume = False
+    kept = []
+    for text in overrides:
+        if text.startswith("resume="):
+            if text not in {"resume=true", "resume=false"}:
+                raise RecipeError([f"override {text!r}: true or false is expected"])
+            resume = text == "resume=true"
+        else:
+            kept.append(text)
+    return resume, kept

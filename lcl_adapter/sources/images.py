@@ -1,0 +1,104 @@
+"""Opening one image, whatever it is: from a file or an archive, bounded in size, upright, in RGB.
+
+A broken image raises :class:`DataError` with its name and what is wrong; nothing else escapes.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import Picture
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than any camera in a plant, less than a decompression bomb
+MIN_SIDE = 2
+
+
+def read(picture: Picture) -> Image.Image:
+    """The picture, decoded: RGB, upright by its EXIF turn, transparency flattened on white, the first frame of several.
+
+    Raises DataError: missing, empty, truncated, no image, too large, smaller than 2 pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the bound below is ours
+            with Image.open(io.BytesIO(_bytes(picture))) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
+                image = _rgb(opened)
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{picture}: not an image that can be read. Remove it or save it again as JPEG or PNG.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
+        raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
+    if min(image.size) < MIN_SIDE:
+        raise DataError(f"{picture}: {image.width} x {image.height} pixels shows nothing. Remove it.")
+    return further_view(image, picture.view) if picture.view else image
+
+
+def _bytes(picture: Picture) -> bytes:
+    try:
+        data = _archive(picture.path).read(picture.member) if picture.member else picture.path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{picture}: no such file.") from error
+    except KeyError as error:
+        raise DataError(f"{picture}: no such member in the archive.") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{picture}: cannot be read ({error}).") from error
+    if not data:
+        raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")
+    return data
+
+
+@lru_cache(maxsize=16)
+def _archive(path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.seek(0)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: stretched to what is there
+        values = np.asarray(upright, dtype=np.float32)
+        low, high = float(values.min()), float(values.max())
+        top = 65535.0 if upright.mode.startswith("I") and high > 255 else max(high, 255.0)
+        scaled = (values - min(low, 0.0)) * (255.0 / top)
+        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        page = Image.new("RGBA", upright.size, "white")
+        page.alpha_composite(upright)
+        return page.convert("RGB")
+    return upright.convert("RGB")
+
+
+def further_view(image: Image.Image, view: int) -> Image.Image:
+    """The ``view``-th further view: another background tint, scale, turn and light, drawn from ``view`` alone."""
+    rng = np.random.default_rng(view)
+    width, height = image.size
+    paper = tuple(int(c) for c in rng.integers(225, 256, 3))
+    scale, turn = rng.uniform(0.75, 1.0), rng.uniform(-20, 20)
+    small = image.resize((max(2, round(width * scale)), max(2, round(height * scale))), Image.Resampling.BICUBIC)
+    turned = small.convert("RGBA").rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    spare = (width - turned.width, height - turned.height)
+    page.alpha_composite(turned.crop(_centre_crop(turned.size, image.size)), (max(0, spare[0] // 2), max(0, spare[1] // 2)))
+    tinted = np.asarray(page.convert("RGB"), dtype=np.float32) * (np.array(paper, dtype=np.float32) / 255)
+    lit = Image.fromarray(tinted.astype(np.uint8))
+    return ImageEnhance.Contrast(ImageEnhance.Brightness(lit).enhance(rng.uniform(0.85, 1.1))).enhance(rng.uniform(0.85, 1.15))
+
+
+def _centre_crop(size: tuple[int, int], bound: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top = max(0, (size[0] - bound[0]) // 2), max(0, (size[1] - bound[1]) // 2)
+    return left, top, min(size[0], left + bound[0]), min(size[1], top + bound[1])

@@ -1,0 +1,98 @@
+"""Frozen vision features, computed once a picture instead of once a step.
+
+What is kept is the projector's *input*: the tower is frozen, the projector may be trained. Pictures that are not kept
+are read by a few threads, and pass the tower in batches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lcl_adapter.model import Base
+from lcl_adapter.sources import Picture, read_image
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def memory_bytes(text: str) -> int:
+    """``1.5 GB`` -> 1500000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB or 2GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+class VisionFeatures:
+    """Pictures -> what the projector reads, [N, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
+
+    def __init__(self, base: Base, limit: int = 10**9, batch: int = 32) -> None:
+        self.base = base
+        self.limit = limit
+        self.batch = batch
+        self.kept: OrderedDict[Picture, torch.Tensor] = OrderedDict()
+        self.bytes = 0
+        self.asked = self.computed = 0
+
+    def pixels(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """[N, 3, H, W] as the base's own image processor makes them. Raises DataError for a picture that is broken."""
+        with ThreadPoolExecutor(4) as pool:
+            images = list(pool.map(read_image, pictures))
+        processed = self.base.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return processed.to(self.base.device, self.base.dtype)
+
+    def raw(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """The projector's input for each picture, in order; [N, tokens, width], no gradient."""
+        self.asked += len(pictures)
+        fresh = list(dict.fromkeys(p for p in pictures if p not in self.kept))
+        local: dict[Picture, torch.Tensor] = {}
+        for start in range(0, len(fresh), self.batch):
+            part = fresh[start : start + self.batch]
+            local.update(zip(part, self._tower(part), strict=True))
+        self.computed += len(fresh)
+        rows = []
+        for picture in pictures:
+            if picture in local:
+                rows.append(local[picture])
+            else:
+                self.kept.move_to_end(picture)
+                rows.append(self.kept[picture])
+        for picture, features in local.items():
+            self._keep(picture, features)
+        return torch.stack(rows)
+
+    def projected(self, pictures: Sequence[Picture]) -> dict[str, BaseModelOutputWithPooling]:
+        """``mm_encoder_outputs`` for the model's forward. Each different picture passes the projector once."""
+        if not pictures:
+            return {}
+        different = list(dict.fromkeys(pictures))
+        features = self.base.llava.model.multi_modal_projector(self.raw(different))
+        places = {picture: i for i, picture in enumerate(different)}
+        chosen = features[torch.tensor([places[p] for p in pictures], device=features.device)]
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(chosen))}  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _tower(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """Run the model's own feature code and catch what reaches the projector, so that no layer choice is repeated here."""
+        caught: list[torch.Tensor] = []
+        projector = self.base.llava.model.multi_modal_projector
+        hook = projector.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            self.base.llava.get_image_features(self.pixels(pictures), return_dict=True)
+        finally:
+            hook.remove()
+        return caught[0].detach()
+
+    def _keep(self, picture: Picture, features: torch.Tensor) -> None:
+        size = features.numel() * features.element_size()
+        while self.kept and self.bytes + size > self.limit:
+            _, dropped = self.kept.popitem(last=False)
+            self.bytes -= dropped.numel() * dropped.element_size()
+        if size <= self.limit:
+            self.kept[picture] = features.clone()
+            self.bytes += size

@@ -1,0 +1,65 @@
+"""Fixtures: tiny random bases of each family, and folders of made-up photos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcl_adapter.model import Base, load_base
+from tests.tiny import save_tiny
+
+torch.set_num_threads(2)
+FAMILIES = ("pocket", "llava-1.5")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> the folder of its tiny base."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str = "pocket") -> Path:
+        if family not in made:
+            made[family] = save_tiny(tmp_path_factory.mktemp(f"tiny-{family}"), family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny_base(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Base:
+    """A tiny base of each family in turn."""
+    return load_base(str(tiny_folder(request.param)))
+
+
+@pytest.fixture()
+def pocket_tiny(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("pocket")
+
+
+def paint(path: Path, colour: tuple[int, int, int], seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
+    """A noisy picture of one colour."""
+    rng = np.random.default_rng(seed)
+    pixels = np.clip(np.array(colour) + rng.integers(-20, 20, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture()
+def photos(tmp_path: Path) -> Path:
+    """``photos/<class>/*.png``: three classes of four pictures."""
+    root = tmp_path / "photos"
+    for number, (name, colour) in enumerate({"good": (40, 160, 60), "scratched": (180, 50, 40), "dented": (40, 60, 190)}.items()):
+        for index in range(4):
+            paint(root / name / f"{index}.png", colour, seed=10 * number + index)
+    return root
+

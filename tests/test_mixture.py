@@ -1,0 +1,81 @@
+"""The schedule: exact shares, any index alone, the same for everyone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcl_adapter.errors import RecipeError
+from lcl_adapter.mixture import BLOCK, Mixture
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.sources import ClassPool, Dialogue, Exchange, Picture, PictureClass, QuestionPool
+
+CLASSES = ClassPool("c", tuple(PictureClass(f"n{i}", (Picture(Path(f"{i}a")), Picture(Path(f"{i}b")))) for i in range(5)))
+QUESTIONS = QuestionPool("q", tuple(Dialogue((Exchange(f"q{i}?", f"a{i}"),), f"q{i}") for i in range(7)))
+
+
+def mixture(shares: dict[str, float], seed: int = 0, packed: int = 1) -> Mixture:
+    sources: dict[str, object] = {}
+    pools: dict[str, object] = {}
+    for number, (name, share) in enumerate(shares.items()):
+        if number % 2:
+            sources[name] = {"type": "llava-json", "file": "f.json", "images": "i", "share": share, "packed": packed}
+            pools[name] = QUESTIONS
+        else:
+            sources[name] = {"type": "class-folder", "path": "p", "shots": [1], "share": share}
+            pools[name] = CLASSES
+    made = Recipe.model_validate({"base": "b", "sources": sources, "train": {"seed": seed}})
+    return Mixture(made, pools)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(0.05, 5), min_size=1, max_size=4), st.integers(0, 999), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_shares_are_exact_in_every_block_and_any_index_stands_alone(shares: list[float], seed: int, start: int) -> None:
+    named = {f"s{i}": share for i, share in enumerate(shares)}
+    one, other = mixture(named, seed), mixture(named, seed)
+    block = start // BLOCK * BLOCK
+    slots = [one.slot(i) for i in range(block, block + BLOCK)]
+    tally = Counter(s.source for s in slots)
+    for name, share in one.requested.items():
+        assert abs(tally[name] - share * BLOCK) < 1
+    for name in named:
+        ordinals = [s.ordinal for s in slots if s.source == name]
+        assert ordinals == list(range(ordinals[0], ordinals[0] + len(ordinals))), "no draw skipped, none twice"
+    assert other.slot(start) == one.slot(start), "computed alone, out of order"
+    assert other.conversation(start) == one.conversation(start)
+
+
+def test_questions_are_gone_through_before_any_repeats() -> None:
+    made = mixture({"lcl": 0.5, "vqa": 0.5}, packed=2)
+    seen: list[str] = []
+    index = 0
+    while len(seen) < 14:
+        conversation = made.conversation(index)
+        if not conversation.shared and conversation.origin.startswith("q"):
+            assert len(conversation.branches) == 2
+            seen += [branch[1].text for branch in conversation.branches]
+        index += 1
+    assert sorted(seen[:7]) == sorted(seen[7:14]) == [f"a{i}" for i in range(7)]
+    assert seen[:7] != seen[7:14], "another order in the next pass"
+
+
+def test_a_share_too_small_to_be_drawn_is_said() -> None:
+    with pytest.raises(RecipeError, match="would never be drawn"):
+        mixture({"a": 1.0, "b": 0.001})
+
+
+def test_a_source_of_share_zero_is_left_out() -> None:
+    assert list(mixture({"a": 1.0, "b": 0.0}).options) == ["a"]
+
+
+def test_hashes_follow_the_data(tmp_path: Path) -> None:
+    one, two = mixture({"a": 1.0}), mixture({"a": 1.0})
+    assert one.hashes() == two.hashes()
+    two.pools["a"] = ClassPool("c", CLASSES.classes[:4])
+    assert one.hashes() != two.hashes()
+    assert json.dumps(one.hashes())

@@ -1,0 +1,231 @@
+"""Sources: pools by reference, and every way a file can be bad."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.pocket import DATA
+from lcl_adapter.sources import Picture, read_class_folders, read_image, read_llava_json, read_pocket
+from tests.conftest import paint
+
+
+def broken(path: Path, make: Callable[[Path], object], said: str) -> None:
+    make(path)
+    with pytest.raises(DataError, match=said) as caught:
+        read_image(Picture(path))
+    assert path.name in str(caught.value)
+
+
+def huge_png(path: Path) -> None:
+    """A valid header that claims 30,000 x 30,000 pixels."""
+    header = b"\x00\x00\x75\x30\x00\x00\x75\x30\x08\x02\x00\x00\x00"
+    chunk = b"IHDR" + header
+    data = zlib.compress(b"\x00" * 90_001)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + len(header).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        + len(data).to_bytes(4, "big") + b"IDAT" + data + zlib.crc32(b"IDAT" + data).to_bytes(4, "big")
+    )  # fmt: skip
+
+
+def truncated(path: Path) -> None:
+    paint(path, (9, 99, 200), size=(200, 200))
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("empty.png", lambda p: p.write_bytes(b""), "is empty"),
+        ("text.jpg", lambda p: p.write_text("<html>not an image</html>"), "not an image"),
+        ("cut.png", truncated, "broken"),
+        ("dot.png", lambda p: Image.new("RGB", (1, 1)).save(p), "shows nothing"),
+        ("huge.png", huge_png, "bound of"),
+        ("missing.png", lambda p: None, "no such file"),
+    ],
+)
+def test_bad_images_are_named(tmp_path: Path, name: str, make: Callable[[Path], object], said: str) -> None:
+    broken(tmp_path / name, make, said)
+
+
+def test_odd_images_are_read_as_rgb(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 400).reshape(20, 20)
+    made = {
+        "cmyk.jpg": Image.new("CMYK", (20, 20), (0, 255, 255, 0)),
+        "deep.png": Image.fromarray(ramp.astype(np.uint16)),
+        "float.tif": Image.fromarray((ramp / 65535 * 255).astype(np.float32)),
+        "grey.png": Image.new("L", (20, 20), 90),
+        "palette.gif": Image.new("P", (20, 20)),
+        "alpha.png": Image.new("RGBA", (20, 20), (255, 0, 0, 0)),
+    }
+    for name, image in made.items():
+        image.save(tmp_path / name)
+        read = read_image(Picture(tmp_path / name))
+        assert (read.mode, read.size) == ("RGB", (20, 20)), name
+    assert read_image(Picture(tmp_path / "alpha.png")).getpixel((5, 5)) == (255, 255, 255), "transparent is white paper"
+    deep = np.asarray(read_image(Picture(tmp_path / "deep.png")))
+    assert deep.min() < 5
+    assert deep.max() > 250, "16 bits are scaled, not cut"
+    red = read_image(Picture(tmp_path / "cmyk.jpg")).getpixel((5, 5))
+    assert red[0] > 200
+    assert red[1] < 60
+
+
+def test_exif_turn_and_first_frame(tmp_path: Path) -> None:
+    sideways = Image.new("RGB", (40, 20), "blue")
+    exif = sideways.getexif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(Picture(tmp_path / "turned.jpg")).size == (20, 40)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_image(Picture(tmp_path / "moving.gif")).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_further_views_differ_and_repeat(photos: Path) -> None:
+    picture = Picture(photos / "good" / "0.png")
+    plain, one, again, two = (np.asarray(read_image(picture.seen_again(v))) for v in (0, 1, 1, 2))
+    assert (one == again).all()
+    assert plain.shape == one.shape
+    assert (plain != one).any()
+    assert (one != two).any()
+
+
+def test_class_folders(photos: Path) -> None:
+    (photos / "good" / "notes.txt").write_text("x")
+    (photos / ".hidden").mkdir()
+    pool = read_class_folders(photos)
+    assert [c.name for c in pool.classes] == ["dented", "good", "scratched"]
+    assert [len(c.pictures) for c in pool.classes] == [4, 4, 4]
+    assert pool.skipped == {"not an image file": 1}
+
+
+def test_odd_names_are_kept(tmp_path: Path) -> None:
+    names = ["with space", "日本語", "🙂 face", 'quo"ted', "it's"]
+    for number, name in enumerate(names):
+        paint(tmp_path / name / "same.png", (number * 40, 90, 90))
+    assert sorted(c.name for c in read_class_folders(tmp_path).classes) == sorted(names)
+
+
+def test_faulty_folders(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        read_class_folders(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DataError, match="no class folders"):
+        read_class_folders(tmp_path / "bare")
+    (photos / "void").mkdir()
+    with pytest.raises(DataError, match="'void' has no images") as caught:
+        read_class_folders(photos, min_pictures=5)
+    assert str(caught.value).count("has 4 images, 5 are needed") == 3, "all faults at once"
+
+
+def test_hold_out_is_by_name_alone(tmp_path: Path) -> None:
+    for number in range(20):
+        paint(tmp_path / f"class{number}" / "0.png", (number, 0, 0))
+    train = {c.name for c in read_class_folders(tmp_path, split="train", hold_out=0.3).classes}
+    held = {c.name for c in read_class_folders(tmp_path, split="held_out", hold_out=0.3).classes}
+    assert train | held == {f"class{n}" for n in range(20)}
+    assert not train & held
+    paint(tmp_path / "another" / "0.png", (1, 1, 1))
+    assert held <= {c.name for c in read_class_folders(tmp_path, split="held_out", hold_out=0.3).classes}
+
+
+def test_shipped_data_is_split_by_class_and_licensed() -> None:
+    pools = {split: read_pocket(split) for split in ("train", "validation", "held_out")}
+    pictures = [{(p.path, p.member) for c in pool.classes for p in c.pictures} for pool in pools.values()]
+    assert not pictures[0] & pictures[1]
+    assert not pictures[0] & pictures[2]
+    assert not pictures[1] & pictures[2]
+    assert len(pools["held_out"]) > 250
+    assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 15_000_000
+    hands = {p.hand for pool in pools.values() for c in pool.classes for p in c.pictures}
+    attribution = (DATA / "ATTRIBUTION.md").read_text()
+    assert all(f"| {hand} " in attribution for hand in hands)
+    for licence in ("Apache-2.0", "CC-BY-4.0", "MIT"):
+        assert (DATA / "LICENSES" / f"{licence}.txt").stat().st_size > 900
+        assert licence in attribution
+    one = pools["held_out"].classes[0].pictures[0]
+    assert read_image(one).size == (64, 64)
+
+
+def test_neighbours_come_from_near_to_far() -> None:
+    pool = read_pocket("train")
+    one = next(i for i, c in enumerate(pool.classes) if c.groups[0] == "food/food-fruit")
+    ranked = list(pool.neighbours(one))
+    assert sorted([*ranked, one]) == list(range(len(pool)))
+    near = [pool.classes[i].groups[0] == "food/food-fruit" for i in ranked]
+    assert near[0]
+    assert near == sorted(near, reverse=True)
+    assert all(pool.classes[i].groups[0] == "food/food-fruit" for i in pool.hard_neighbours(one))
+
+
+RECORD = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}]}
+
+
+def written(folder: Path, records: object) -> Path:
+    path = folder / "vqa.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_llava_json(tmp_path: Path) -> None:
+    two = {
+        "id": 2,
+        "image": ["a.png", "b.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\nFirst?"},
+            {"from": "gpt", "value": "one"},
+            {"from": "human", "value": "<image>\nSecond?"},
+            {"from": "gpt", "value": "two"},
+        ],
+    }
+    none = {"id": 3, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
+    pool = read_llava_json(written(tmp_path, [RECORD, two, none]), tmp_path)
+    first = pool.dialogues[0].exchanges[0]
+    assert (first.question, first.answer, first.picture) == ("What?", "A cat.", Picture(tmp_path / "a.png"))
+    assert [e.picture.path.name for e in pool.dialogues[1].exchanges if e.picture] == ["a.png", "b.png"]
+    assert pool.dialogues[2].exchanges[0].picture is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image": ["a.png", "b.png"]}, "2 images, 1 <image>"),
+        ({"image": []}, "more <image> than its 0 images"),
+        ({"conversations": RECORD["conversations"][:1]}, "pairs of human and gpt"),
+        ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}, "must alternate"),
+        ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "  "}]}, "empty answer"),
+    ],
+)
+def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    path = written(tmp_path, [RECORD, {**RECORD, "id": "bad", **change}])
+    with pytest.raises(DataError, match=said) as caught:
+        read_llava_json(path, tmp_path)
+    assert "record 2 (id 'bad')" in str(caught.value)
+    skipped = read_llava_json(path, tmp_path, on_fault="skip")
+    assert (len(skipped), skipped.skipped) == (1, {"bad record": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"[{]", "line 1: not JSON"), ("[\"é\"]".encode("latin-1"), "not UTF-8"), (b"{}", "a list of records"), (b"[]", "no usable record")],
+)
+def test_bad_json_files(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_llava_json(path, tmp_path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "bom.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([RECORD]).encode())
+    assert len(read_llava_json(path, tmp_path)) == 1

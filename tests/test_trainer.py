@@ -1,0 +1,181 @@
+"""Training: the loss is the stock one, a resumed run is the uninterrupted one, and a killed one leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcl_adapter import adapter, recipe, trainer
+from lcl_adapter.batches import IGNORED, Collator, collate
+from lcl_adapter.errors import EpisodeError, RunError
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import Base, attach, load_base, parameters_by_part
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.schema import AdapterOptions
+from lcl_adapter.sources import read_image
+from lcl_adapter.vision import VisionFeatures, memory_bytes
+
+
+def small(base: Path, output: Path, **train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "base": str(base),
+            "output": str(output),
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1, "projector": True},
+            "sources": {
+                "lcl": {"type": "pocket", "shots": [1, 2], "queries": 2, "names": "mixed", "learn": "repeated", "share": 0.7},
+                "vqa": {"type": "llava-json", "file": "pocket:vqa_train.json", "images": "pocket:drawings.zip", "packed": 3, "share": 0.3},
+            },
+            "train": {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "bucket": 2, **train},
+        }
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.train(small(pocket_tiny, tmp_path / "whole"))
+    torch.manual_seed(99)
+
+    def stop(self: object, args: object, state: Any, control: object, **_: object) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.BarCallback, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(small(pocket_tiny, tmp_path / "cut"))
+    # Remains of a save that was killed: newer than the last complete one, and not to be picked up.
+    half = tmp_path / "cut" / "checkpoints" / "checkpoint-5"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    trainer.train(small(pocket_tiny, tmp_path / "cut"), resume=True)
+    assert not half.exists()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == two
+
+
+def test_the_resolved_recipe_trains_the_same_adapter_again(pocket_tiny: Path, tmp_path: Path) -> None:
+    trainer.train(small(pocket_tiny, tmp_path / "one", max_steps=3))
+    again = recipe.load(tmp_path / "one" / "recipe.yaml", [f"output={tmp_path / 'two'}"])
+    trainer.train(again)
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_workers_see_the_same_episodes(pocket_tiny: Path, tmp_path: Path) -> None:
+    trainer.train(small(pocket_tiny, tmp_path / "none", max_steps=3))
+    trainer.train(small(pocket_tiny, tmp_path / "two", max_steps=3, dataloader_num_workers=2))
+    assert losses(tmp_path / "none") == losses(tmp_path / "two")
+
+
+def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path) -> None:
+    """Supervised positions alone, frozen features looked up: the figure of a plain forward with labels and pixels."""
+    base = attach(tiny_base, AdapterOptions(rank=4))
+    made = small(tiny_base.path, tmp_path, max_steps=1)
+    collator = Collator(Mixture(made), base.encoder())
+    lcl = trainer.LclTrainer(base, made, collator, VisionFeatures(base), 8)
+    rows = [collator.mixture.conversation(i) for i in range(3)]
+    single = [type(c)(c.shared, c.branches[:1], c.origin) for c in rows]
+    batch = collate([collator.encoder.conversation(c) for c in single], collator.encoder.pad)
+    ours = lcl.compute_loss(base.model, batch)
+    pixels = VisionFeatures(base).pixels(batch["pictures"])
+    plain = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels, labels=batch["labels"]).loss
+    assert float(ours) == pytest.approx(float(plain), abs=1e-5)
+    assert (batch["labels"] != IGNORED).any(1).all()
+
+
+def test_lora_touches_the_language_model_only(tiny_base: Base) -> None:
+    parts = parameters_by_part(attach(tiny_base, AdapterOptions(rank=4)).model)
+    assert parts["vision tower"]["trained"] == parts["projector"]["trained"] == 0
+    assert parts["language model"]["trained"] == sum(2 * 4 * (i + o) // 2 for i, o in [(32, 32)] * 4 + [(32, 64)] * 3) * 2
+
+
+def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    made = small(pocket_tiny, tmp_path / "q", max_steps=2).model_copy(update={"precision": "nf4"})
+    facts = trainer.train(made)
+    assert facts["parameters"]["language model"]["trained"] > 0
+    base, manifest = adapter.load_adapter(tmp_path / "q")
+    four_bit = [n for n, m in base.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(four_bit) == 14
+    assert all("language_model" in n for n in four_bit)
+    assert manifest["precision"] == "nf4"
+    trained = [p for n, p in load_base(str(pocket_tiny), "nf4").model.named_parameters() if p.requires_grad]
+    assert not trained
+
+
+def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:
+    vision = VisionFeatures(tiny_base)
+    pictures = list(Mixture(small(tiny_base.path, Path("x"))).conversation(0).pictures)
+    first = vision.raw([*pictures, pictures[0]])
+    again = vision.raw(pictures)
+    assert torch.equal(first[:-1], again)
+    assert torch.equal(first[0], first[-1])
+    assert (vision.asked, vision.computed) == (2 * len(pictures) + 1, len(set(pictures)))
+    direct = tiny_base.llava.get_image_features(vision.pixels(pictures), return_dict=True).pooler_output
+    looked_up = vision.projected(pictures)["image"].pooler_output
+    assert max(float((a - b).abs().max()) for a, b in zip(direct, looked_up, strict=True)) < 1e-5
+
+
+def test_the_feature_cache_stays_within_its_limit(tiny_base: Base) -> None:
+    pictures = list(Mixture(small(tiny_base.path, Path("x"))).conversation(0).pictures)
+    one = VisionFeatures(tiny_base).raw(pictures[:1])
+    vision = VisionFeatures(tiny_base, limit=2 * one.numel() * 4)
+    for picture in pictures:
+        vision.raw([picture])
+        assert vision.bytes <= vision.limit
+    assert len(vision.kept) == 2
+    assert memory_bytes("1.5GB") == 1_500_000_000
+
+
+def test_a_run_folder_that_exists_is_not_touched(pocket_tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    with pytest.raises(RunError, match="exists already"):
+        trainer.train(small(pocket_tiny, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    with pytest.raises(RunError, match="nothing to resume"):
+        trainer.train(small(pocket_tiny, tmp_path / "new"), resume=True)
+
+
+def test_an_episode_beyond_the_context_is_refused_before_training(pocket_tiny: Path, tmp_path: Path) -> None:
+    long = small(pocket_tiny, tmp_path / "run")
+    source = long.sources["lcl"].model_copy(update={"ways": [16], "shots": [4], "other_hands": False})
+    with pytest.raises(EpisodeError, match=r"do not fit the context of 1024"):
+        trainer.train(long.model_copy(update={"sources": {"lcl": source}}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_while_saving_leaves_no_adapter(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    def full(self: object, folder: Path, **_: object) -> None:
+        (Path(folder) / "adapter_config.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    base = attach(load_base(str(pocket_tiny)), AdapterOptions(rank=2))
+    adapter.save_adapter(base, tmp_path / "old", str(pocket_tiny), {})
+    before = {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()}
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        adapter.save_adapter(base, tmp_path / "old", str(pocket_tiny), {})
+    assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == before, "the adapter that was there is whole"
+    (tmp_path / "new").mkdir()
+    with pytest.raises(RunError, match="the disk is full"):
+        adapter.save_adapter(base, tmp_path / "new", str(pocket_tiny), {})
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_every_shipped_picture_of_a_class_is_readable() -> None:
+    for picture in Mixture(small(Path("x"), Path("y"))).conversation(0).pictures:
+        assert read_image(picture).mode == "RGB"
