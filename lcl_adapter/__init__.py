@@ -31,7 +31,7 @@ _HOMES = {
 }
 _ALIASES = {"load_recipe": "load"}
 
-__all__ = [  # noqa: F822 - they load when first used
+__all__ = [
     "LclError",
     "Picture",
     "Predictor",

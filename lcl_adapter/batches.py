@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from lcl_adapter.conversations import Conversation, Turn
+from lcl_adapter.conversations import WORDINGS, Conversation, Turn, speak
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.families import IMAGE, Family, Rendered
 from lcl_adapter.mixture import Mixture
@@ -185,9 +185,12 @@ class Collator:
     def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
         return collate([self.row(example["index"]) for example in examples], self.encoder.pad)
 
+    def conversation(self, index: int, attempt: int = 0) -> Conversation:
+        return speak(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
+
     def row(self, index: int) -> Encoded:
         for attempt in range(20):
-            conversation = self.mixture.conversation(index, attempt)
+            conversation = self.conversation(index, attempt)
             try:
                 for picture in conversation.pictures if self.check else ():
                     self.check(picture)
@@ -216,7 +219,7 @@ class BucketedOrder(Sampler[int]):
         for number, start in enumerate(range(0, self.total, span)):
             indices = list(range(start, min(start + span, self.total)))
             if self.window > 1:
-                lengths = {i: len(self.collator.encoder.conversation(self.collator.mixture.conversation(i))) for i in indices}
+                lengths = {i: len(self.collator.encoder.conversation(self.collator.conversation(i))) for i in indices}
                 indices.sort(key=lambda i: (lengths[i], i))
             batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
             full = [b for b in batches if len(b) == self.batch]

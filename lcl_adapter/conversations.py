@@ -84,7 +84,12 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
     return Conversation(tuple(shared), branches, episode.origin)
 
 
-def from_dialogues(dialogues: tuple[Dialogue, ...], origin: str) -> Conversation:
+def speak(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:
+    """Whatever the mixture draws, as a conversation."""
+    return from_episode(drawn, wording) if isinstance(drawn, Episode) else from_dialogues(drawn)
+
+
+def from_dialogues(dialogues: tuple[Dialogue, ...]) -> Conversation:
     """Plain questions: each dialogue is a branch of its own, every answer in it is learned."""
     branches = []
     for dialogue in dialogues:
@@ -92,4 +97,4 @@ def from_dialogues(dialogues: tuple[Dialogue, ...], origin: str) -> Conversation
         for exchange in dialogue.exchanges:
             turns += [Turn("user", exchange.question, exchange.picture), Turn("assistant", exchange.answer, learn=True)]
         branches.append(tuple(turns))
-    return Conversation((), tuple(branches), origin)
+    return Conversation((), tuple(branches), dialogues[0].origin)

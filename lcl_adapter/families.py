@@ -81,7 +81,8 @@ def detect(config: Any, tokenizer: Any) -> Family:
     """
     if config.model_type != "llava":
         raise ModelError(
-            f"the base is a {config.model_type!r} model, not a LLaVA in Hugging Face layout (model_type 'llava'); supported families: {', '.join(FAMILIES)}."
+            f"the base is a {config.model_type!r} model, not a LLaVA in Hugging Face layout (model_type 'llava'); "
+            f"supported families: {', '.join(FAMILIES)}."
         )
     if "<|user|>" in tokenizer.get_vocab():
         return POCKET

@@ -1,4 +1,4 @@
-"""Shares -> a deterministic schedule: which source gives the i-th conversation, and which of its own that is.
+"""Shares -> a deterministic schedule: which source gives the i-th row, and which of its own that is.
 
 Indices are cut into blocks of 100. Every block holds each source as often as its share says (largest remainder), in an
 order drawn from (seed, block). So any index can be computed alone: by any number of workers, or by a resumed run.
@@ -15,11 +15,11 @@ from functools import lru_cache
 import numpy as np
 
 from lcl_adapter import episodes
-from lcl_adapter.conversations import WORDINGS, Conversation, from_dialogues, from_episode
+from lcl_adapter.episodes import Episode
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.schema import EpisodeOptions, LlavaJsonSource, PocketSource, SourceOptions
-from lcl_adapter.sources import ClassPool, Pool, QuestionPool, open_source
+from lcl_adapter.sources import ClassPool, Dialogue, Pool, QuestionPool, open_source
 
 BLOCK = 100
 RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY
@@ -34,12 +34,11 @@ class Slot:
 
 
 class Mixture:
-    """The conversations of a recipe's training sources, by index."""
+    """The episodes and dialogues of a recipe's training sources, by index."""
 
     def __init__(self, recipe: Recipe, pools: Mapping[str, Pool] | None = None) -> None:
         self.recipe = recipe
         self.seed = recipe.train.seed
-        self.wording = WORDINGS[recipe.wording]
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if s.share > 0}
         self.pools = dict(pools) if pools is not None else {n: open_options(n, s) for n, s in self.options.items()}
         total = sum(s.share for s in self.options.values())
@@ -55,18 +54,17 @@ class Mixture:
         source = names[place]
         return Slot(source, block * self.counts[source] + names[:place].count(source))
 
-    def conversation(self, index: int, attempt: int = 0) -> Conversation:
-        """The conversation at ``index``; ``attempt`` > 0 is another one of the same source, for when a picture was bad."""
+    def draw(self, index: int, attempt: int = 0) -> Episode | tuple[Dialogue, ...]:
+        """An episode, or the dialogues that share a row; ``attempt`` > 0 is another one of the same source, for when a picture was bad."""
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
         ordinal = slot.ordinal + attempt * RETRY
         if isinstance(pool, ClassPool):
             assert isinstance(options, EpisodeOptions)
-            return from_episode(episodes.draw(pool, options, self.seed, 0, ordinal), self.wording)
+            return episodes.draw(pool, options, self.seed, 0, ordinal)
         assert isinstance(options, LlavaJsonSource)
         first = ordinal * options.packed
-        chosen = tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, first + options.packed))
-        return from_dialogues(chosen, chosen[0].origin)
+        return tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, first + options.packed))
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""

@@ -1,8 +1,8 @@
 """The one path to the model for evaluation, the command line and serving.
 
-A support set is encoded and prefilled once and kept; queries run in batches on copies of its cache; every label is
-scored on a copy of the query's. Rows of different lengths are padded on the left, and positions count real tokens
-alone, so that a padded row computes what it would alone.
+A support set is encoded and prefilled once and kept. Its queries follow in one row, several at a time, each blind to
+the others; the labels to score follow each query the same way, and generated tokens too. So the support set is neither
+read again nor copied: what was added is taken off the cache when a wave of queries is done.
 
     predictor = Predictor(base)
     ready = predictor.prefill([support_turns])
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from lcl_adapter.conversations import Turn
 from lcl_adapter.errors import EpisodeError
@@ -24,6 +24,8 @@ from lcl_adapter.model import Base
 from lcl_adapter.vision import VisionFeatures
 
 Ids = list[int]
+Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
+NOBODY = -1  # the segment of padding, and the parent of a query
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,50 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Support sets in the model's memory: a cache of [S, ...], the ids [S, P] it stands for, 1 in ``mask`` where real."""
+    """Support sets in the model's memory: a cache of [S, ...] and, in ``mask`` [S, P], 1 where a token is real."""
 
     cache: DynamicCache
-    ids: torch.Tensor
     mask: torch.Tensor
-    empty: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """No support set at all: questions stand alone."""
+        return self.mask.shape[1] == 0
+
+
+@dataclass
+class Row:
+    """What follows one support set in a wave. A segment is a query, or an answer whose parent is its query; all [T]."""
+
+    ids: Ids = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # where each query's last token is
+    lengths: list[int] = field(default_factory=list)  # and how many tokens it has
+    tails: list[list[tuple[list[int], Ids]]] = field(default_factory=list)  # of each query: (where logits are read, what they must say)
+
+    def add(self, ids: Ids, parent: int, start: int) -> int:
+        """Append a segment that begins at position ``start`` behind the support set; returns where it begins in the row."""
+        begins, number = len(self.ids), 1 + max(self.segment, default=NOBODY)
+        self.ids += ids
+        self.segment += [number] * len(ids)
+        self.parent += [parent] * len(ids)
+        self.position += range(start, start + len(ids))
+        return begins
 
 
 @dataclass
 class Predictor:
-    """Asks one base, with its adapter or (inside ``base.without_adapter()``) without."""
+    """Asks one base, with its adapter or (inside ``base.without_adapter()``) without.
+
+    batch_size: support sets at a time. pack: queries behind one support set at a time.
+    """
 
     base: Base
     vision: VisionFeatures = field(default=None)  # type: ignore[assignment]
     batch_size: int = 32
+    pack: int = 8
     max_new_tokens: int = 24
 
     def __post_init__(self) -> None:
@@ -79,6 +110,7 @@ class Predictor:
         self.encoder = self.base.encoder()
         self.device = self.base.device
 
+    @torch.inference_mode()
     def prefill(self, supports: Sequence[Sequence[Turn]]) -> Prefilled:
         """Read each support set once. Sets without turns are allowed only if all are.
 
@@ -88,136 +120,164 @@ class Predictor:
         longest = max(len(row) for row in rows)
         if longest >= self.encoder.context:
             raise EpisodeError(f"a support set of {longest} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
-        if not longest:
-            nothing = torch.zeros(len(rows), 0, dtype=torch.long, device=self.device)
-            return Prefilled(self._cache(), nothing, nothing, empty=True)
-        ids, mask = self._left(rows)
-        cache = self._cache()
-        self._forward(ids, mask, cache, [turns for turns in supports])
-        return Prefilled(cache, ids, mask)
+        cache = DynamicCache(config=self.base.llava.config)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
+        if longest:
+            ids = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            self._forward(ids, mask, positions, cache, [t for turns in supports for t in turns], keep=1)
+        return Prefilled(cache, mask)
 
     @torch.inference_mode()
     def ask(self, ready: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
-        """Replies in the order of the questions."""
-        replies: list[Reply] = []
-        for start in range(0, len(questions), self.batch_size):
-            replies += self._ask(ready, questions[start : start + self.batch_size], generate)
-        return replies
+        """Replies in the order of the questions. ``ready`` is afterwards as it was."""
+        queues: list[list[int]] = [[] for _ in range(ready.mask.shape[0])]
+        for index, question in enumerate(questions):
+            queues[question.support].append(index)
+        replies: dict[int, Reply] = {}
+        for start in range(0, max(map(len, queues)), self.pack):
+            wave = [queue[start : start + self.pack] for queue in queues]
+            replies.update(self._wave(ready, [[questions[i] for i in row] for row in wave], wave, generate))
+        return [replies[i] for i in range(len(questions))]
 
-    def run(
-        self, requests: Sequence[tuple[tuple[Turn, ...], Turn, tuple[str, ...]]], generate: bool = True, done: Callable[[int], None] | None = None
-    ) -> list[Reply]:
+    def run(self, requests: Sequence[Request], generate: bool = True, done: Callable[[int], None] | None = None) -> list[Reply]:
         """(support set, query, answers) each, in any mix: equal support sets are read once, like lengths go together.
 
         ``done`` is told how many were answered after each batch.
         """
         groups: dict[tuple[Turn, ...], list[int]] = {}
         for index, (support, _, _) in enumerate(requests):
-            groups.setdefault(support, []).append(index)
-        replies: list[Reply | None] = [None] * len(requests)
-        ordered = sorted(groups.items(), key=lambda item: (len(item[0]), sum(len(t.text) for t in item[0])))
-        for chunk in self._chunks(ordered):
+            if support:
+                groups.setdefault(support, []).append(index)
+        ordered = sorted(groups.items(), key=lambda item: (len(item[0]), len(item[1]), sum(len(t.text) for t in item[0])))
+        alone = sorted((i for i, r in enumerate(requests) if not r[0]), key=lambda i: len(requests[i][1].text))
+        replies: dict[int, Reply] = {}
+        for chunk in (*self._chunks(ordered), *self._chunks([((), [i]) for i in alone])):
             ready = self.prefill([support for support, _ in chunk])
             indices = [i for _, members in chunk for i in members]
             places = [place for place, (_, members) in enumerate(chunk) for _ in members]
             questions = [Question(place, requests[i][1], requests[i][2]) for i, place in zip(indices, places, strict=True)]
-            for i, reply in zip(indices, self.ask(ready, questions, generate), strict=True):
-                replies[i] = reply
+            replies.update(zip(indices, self.ask(ready, questions, generate), strict=True))
             if done:
                 done(len(indices))
-        return [reply for reply in replies if reply is not None]
+        return [replies[i] for i in range(len(requests))]
 
     def _chunks(self, groups: Iterable[tuple[tuple[Turn, ...], list[int]]]) -> Iterator[list[tuple[tuple[Turn, ...], list[int]]]]:
-        """Support sets of which at most ``batch_size`` are asked at once; empty ones never with others."""
-        chunk: list[tuple[tuple[Turn, ...], list[int]]] = []
-        for group in groups:
-            full = sum(len(members) for _, members in chunk) + len(group[1]) > self.batch_size
-            if chunk and (full or bool(chunk[0][0]) != bool(group[0])):
-                yield chunk
-                chunk = []
-            chunk.append(group)
-        if chunk:
-            yield chunk
+        listed = list(groups)
+        for start in range(0, len(listed), self.batch_size):
+            yield listed[start : start + self.batch_size]
 
-    def _ask(self, ready: Prefilled, questions: Sequence[Question], generate: bool) -> list[Reply]:
-        chosen = torch.tensor([q.support for q in questions], device=self.device)
-        prompts = [self.encoder.turns([q.turn], opened=True, first=ready.empty)[0] for q in questions]
-        query_ids, query_mask = self._left(prompts)
-        ids = torch.cat([ready.ids[chosen], query_ids], 1)
-        mask = torch.cat([ready.mask[chosen], query_mask], 1)
-        if int(mask.sum(1).max()) + self.max_new_tokens > self.encoder.context:
-            raise EpisodeError(
-                f"support set and query are {int(mask.sum(1).max())} tokens, the context is {self.encoder.context}: show fewer photos."
-            )
-        cache = self._cache() if ready.empty else select(ready.cache, chosen, self._cache())
-        logits = self._forward(query_ids, mask, cache, [[q.turn] for q in questions])
-        scores = self._score(cache, mask, logits, questions, prompts, ready.empty)
-        texts = self._generate(cache, ids, mask) if generate else [""] * len(questions)
-        return [Reply(text, tuple(score)) for text, score in zip(texts, scores, strict=True)]
+    def _wave(self, ready: Prefilled, asked: list[list[Question]], numbers: list[list[int]], generate: bool) -> dict[int, Reply]:
+        """Up to ``pack`` questions behind each support set: one forward for queries and labels, one for each new token."""
+        rows = [self._row(questions, ready.empty) for questions in asked]
+        length = max(len(row.ids) for row in rows)
+        prefix = ready.mask.sum(1, keepdim=True)
+        furthest = int((prefix[:, 0] + torch.tensor([max(r.position, default=0) for r in rows], device=self.device)).max()) + 1
+        if furthest + self.max_new_tokens > self.encoder.context:
+            raise EpisodeError(f"support set and query are {furthest} tokens, the context is {self.encoder.context}: show fewer photos.")
+        segment = self._padded([r.segment for r in rows], length, NOBODY)
+        parent = self._padded([r.parent for r in rows], length, NOBODY)
+        related = (segment[:, :, None] == segment[:, None, :]) | (parent[:, :, None] == segment[:, None, :])
+        visible = related & (segment >= 0)[:, None] & torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        visible |= torch.eye(length, dtype=torch.bool, device=self.device)  # padding sees itself: no softmax over nothing
+        seen = ready.mask.bool()[:, None, :].expand(-1, length, -1)
+        wanted = torch.zeros(len(rows), length, dtype=torch.bool, device=self.device)
+        for number, row in enumerate(rows):
+            for place in (*row.ends, *(p for tails in row.tails for places, _ in tails for p in places)):
+                wanted[number, place] = True
+        logits = self._forward(
+            self._padded([r.ids for r in rows], length, self.encoder.pad),
+            torch.cat([seen, visible], 2)[:, None],
+            prefix + self._padded([r.position for r in rows], length, 0),
+            ready.cache,
+            [q.turn for questions in asked for q in questions],
+            keep=wanted,
+        ).reshape(int(wanted.sum()), -1)
+        where = {tuple(place): i for i, place in enumerate(wanted.nonzero().tolist())}
+        said = iter(self._sums(logits, [([where[n, p] for p in at], says) for n, row in enumerate(rows) for t in row.tails for at, says in t]))
+        scores = [[tuple(next(said) for _ in tails) for tails in row.tails] for row in rows]
+        texts = [["" for _ in row.ends] for row in rows]
+        added = length
+        if generate:
+            likeliest = logits.argmax(-1).tolist()
+            first = [[likeliest[where[n, end]] for end in row.ends] for n, row in enumerate(rows)]
+            texts, more = self._greedy(ready, rows, segment, prefix, first)
+            added += more
+        ready.cache.crop(-added)
+        found = zip(numbers, texts, scores, strict=True)
+        return {i: Reply(t, s) for own, said, scored in found for i, t, s in zip(own, said, scored, strict=True)}
 
-    def _score(
-        self, cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor, questions: Sequence[Question], prompts: Sequence[Ids], first: bool
-    ) -> list[list[float]]:
-        """log p(answer and end | prompt) for every answer of every question: [Q][answers]."""
-        pairs = [(row, answer) for row, question in enumerate(questions) for answer in question.answers]
-        scores: list[list[float]] = [[] for _ in questions]
-        for start in range(0, len(pairs), 2 * self.batch_size):
-            part = pairs[start : start + 2 * self.batch_size]
+    def _sums(self, logits: torch.Tensor, answers: Sequence[tuple[list[int], Ids]]) -> list[float]:
+        """log p of each answer: the sum over its tokens, given (rows of ``logits``, token ids) each."""
+        if not answers:
+            return []
+        places = torch.tensor([p for at, _ in answers for p in at], device=self.device)
+        tokens = torch.tensor([t for _, says in answers for t in says], device=self.device)
+        owner = torch.tensor([n for n, (at, _) in enumerate(answers) for _ in at], device=self.device)
+        likely = logits.float().log_softmax(-1)[places, tokens]
+        totals: list[float] = torch.zeros(len(answers), device=self.device).index_add_(0, owner, likely).tolist()
+        return totals
+
+    def _row(self, questions: Sequence[Question], alone: bool) -> Row:
+        """A support set's questions and their answers as segments."""
+        row = Row()
+        for question in questions:
+            prompt = self.encoder.turns([question.turn], opened=True, first=alone)[0]
+            begins = row.add(prompt, NOBODY - 1, 0)
+            query, end = row.segment[-1], begins + len(prompt) - 1
             tails = []
-            for row, answer in part:
-                whole = self.encoder.turns([questions[row].turn, Turn("assistant", answer)], first=first)[0]
-                tails.append(whole[len(prompts[row]) :])  # check_alignment holds: the prompt is a prefix
-            rows = torch.tensor([row for row, _ in part], device=self.device)
-            length = max(len(tail) for tail in tails)
-            ids = torch.tensor([tail + [self.encoder.pad] * (length - len(tail)) for tail in tails], device=self.device)
-            real = torch.arange(length, device=self.device)[None] < torch.tensor([[len(tail)] for tail in tails], device=self.device)
-            steps = [logits[rows][:, None]]
-            if length > 1:
-                seen = torch.cat([mask[rows], real[:, :-1].long()], 1)
-                steps.append(self._language(ids[:, :-1], seen, select(cache, rows, self._cache()), keep=0))
-            likely = torch.cat(steps, 1).float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-            totals = (likely * real).sum(1).tolist()
-            for (row, _), total in zip(part, totals, strict=True):
-                scores[row].append(total)
-        return scores
+            for answer in question.answers:
+                whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=alone)[0]
+                says = whole[len(prompt) :]  # check_alignment holds: the prompt is a prefix
+                at = row.add(says[:-1], query, len(prompt))
+                tails.append(([end, *range(at, at + len(says) - 1)], says))
+            row.ends.append(end)
+            row.lengths.append(len(prompt))
+            row.tails.append(tails)
+        return row
 
-    def _generate(self, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Greedy text. The cache holds the whole prompt; its last token is taken back so that generate has one to begin with."""
-        cache.crop(-1)
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=self.encoder.eos, pad_token_id=self.encoder.pad, use_cache=True
-        )
-        made = self.base.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
-        new: list[str] = self.encoder.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in new]
+    def _greedy(
+        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, first: list[list[int]]
+    ) -> tuple[list[list[str]], int]:
+        """The most likely token of every query at a time, until its end or ``max_new_tokens``; texts, and tokens added a row."""
+        width = max(len(f) for f in first)
+        queries = self._padded([[r.segment[end] for end in r.ends] for r in rows], width, NOBODY - 1)  # [S, K]
+        current = self._padded(first, width, self.encoder.eos)
+        position = prefix + self._padded([r.lengths for r in rows], width, 0)
+        own_query = queries[:, :, None] == segment[:, None, :]
+        seen = torch.cat([ready.mask.bool()[:, None, :].expand(-1, width, -1), own_query], 2)
+        itself = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)
+        made = [current]
+        finished = current == self.encoder.eos
+        while not bool(finished.all()) and len(made) < self.max_new_tokens:
+            seen = torch.cat([seen, itself], 2)
+            logits = self._forward(current, seen[:, None], position + len(made) - 1, ready.cache, (), keep=0)
+            current = logits.argmax(-1).masked_fill(finished, self.encoder.eos)
+            finished = finished | (current == self.encoder.eos)
+            made.append(current)
+        tokens = torch.stack(made, 2)  # [S, K, steps]
+        texts = []
+        for number, row in enumerate(rows):
+            said = []
+            for query in range(len(row.ends)):
+                ids = tokens[number, query].tolist()
+                ids = ids[: ids.index(self.encoder.eos)] if self.encoder.eos in ids else ids
+                said.append(self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
+            texts.append(said)
+        return texts, width * (len(made) - 1)
 
-    @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, turns: Sequence[Sequence[Turn]]) -> torch.Tensor:
-        """Read ``ids`` behind what the cache holds; logits after the last token, [B, V]."""
-        pictures = [turn.picture for row in turns for turn in row if turn.picture is not None]
-        return self._language(ids, mask, cache, keep=1, **({"mm_encoder_outputs": self.vision.projected(pictures)} if pictures else {}))[:, -1]
+    def _padded(self, rows: Sequence[Sequence[int]], length: int, fill: int) -> torch.Tensor:
+        """[S, length], padded on the right."""
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long, device=self.device)
 
-    def _language(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, keep: int, **images: object) -> torch.Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, turns: Sequence[Turn], keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Read ``ids`` behind what the cache holds; logits where ``keep`` says."""
+        pictures = [turn.picture for turn in turns if turn.picture is not None]
+        images = {"mm_encoder_outputs": self.vision.projected(pictures)} if pictures else {}
         outputs = self.base.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep, **images
         )
         logits: torch.Tensor = outputs.logits
         return logits
-
-    def _left(self, rows: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask [B, longest], padded on the left."""
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return ids, mask
-
-    def _cache(self) -> DynamicCache:
-        return DynamicCache(config=self.base.llava.config)
-
-
-def select(cache: DynamicCache, rows: torch.Tensor, into: DynamicCache) -> DynamicCache:
-    """A copy of the chosen rows of a cache; the original is left as it is."""
-    for index, layer in enumerate(cache.layers):
-        into.update(layer.keys[rows], layer.values[rows], index)
-    return into

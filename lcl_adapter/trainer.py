@@ -36,7 +36,7 @@ from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
 COMPLETE = "complete"
-OURS = {"projector_learning_rate", "bucket", "feature_cache", "threads"}
+OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
 CHECKED = 256  # conversations whose length is checked before training starts
 
 
@@ -81,7 +81,7 @@ class LclTrainer(SFTTrainer):
         labels, pictures = inputs.pop("labels"), inputs.pop("pictures")
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
-        outputs = model(**inputs, mm_encoder_outputs=self.vision.projected(pictures), logits_to_keep=keep, use_cache=False)
+        outputs = model(**inputs, mm_encoder_outputs=self.vision.projected(pictures, self._noise()), logits_to_keep=keep, use_cache=False)
         logits = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
         total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -90,9 +90,12 @@ class LclTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _noise(self) -> float:
+        return self.recipe.train.feature_noise if self.model.training else 0.0
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW as Trainer makes it, with the projector's rate of its own."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             rate = self.recipe.train.projector_learning_rate or self.args.learning_rate / 10
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups = [
@@ -219,7 +222,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
 
 def check_rows(collator: Collator, count: int) -> list[int]:
     """Lengths of the first ``count`` rows, longest possible refusal before training; checks the first row's alignment too."""
-    conversations = [collator.mixture.conversation(i) for i in range(count)]
+    conversations = [collator.conversation(i) for i in range(count)]
     check_alignment(collator.encoder, conversations[0])
     return [len(collator.encoder.conversation(c)) for c in conversations]
 

@@ -66,15 +66,24 @@ class VisionFeatures:
             self._keep(picture, features)
         return torch.stack(rows)
 
-    def projected(self, pictures: Sequence[Picture]) -> dict[str, BaseModelOutputWithPooling]:
-        """``mm_encoder_outputs`` for the model's forward. Each different picture passes the projector once."""
+    def projected(self, pictures: Sequence[Picture], noise: float = 0.0) -> dict[str, BaseModelOutputWithPooling]:
+        """``mm_encoder_outputs`` for the model's forward. Without noise, each different picture passes the projector once.
+
+        noise: Gaussian, in standard deviations of each feature over this batch. A tower that knows the training classes
+        makes their episodes easier than a new class's will be; noise makes up for that.
+        """
         if not pictures:
             return {}
-        different = list(dict.fromkeys(pictures))
-        features = self.base.llava.model.multi_modal_projector(self.raw(different))
-        places = {picture: i for i, picture in enumerate(different)}
-        chosen = features[torch.tensor([places[p] for p in pictures], device=features.device)]
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(chosen))}  # type: ignore[arg-type]
+        projector = self.base.llava.model.multi_modal_projector
+        if noise:
+            raw = self.raw(pictures)
+            features = projector(raw + noise * raw.std((0, 1)) * torch.randn_like(raw))
+        else:
+            different = list(dict.fromkeys(pictures))
+            places = {picture: i for i, picture in enumerate(different)}
+            features = projector(self.raw(different))
+            features = features[torch.tensor([places[p] for p in pictures], device=features.device)]
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _tower(self, pictures: Sequence[Picture]) -> torch.Tensor:

@@ -40,7 +40,7 @@ def tiny_base(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]
     return load_base(str(tiny_folder(request.param)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def pocket_tiny(tiny_folder: Callable[[str], Path]) -> Path:
     return tiny_folder("pocket")
 
@@ -54,7 +54,7 @@ def paint(path: Path, colour: tuple[int, int, int], seed: int = 0, size: tuple[i
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """``photos/<class>/*.png``: three classes of four pictures."""
     root = tmp_path / "photos"
@@ -62,4 +62,3 @@ def photos(tmp_path: Path) -> Path:
         for index in range(4):
             paint(root / name / f"{index}.png", colour, seed=10 * number + index)
     return root
-

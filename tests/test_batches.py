@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, attention, collate
-from lcl_adapter.conversations import Conversation, Turn
+from lcl_adapter.conversations import WORDINGS, Conversation, Turn, speak
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import Base, attach
@@ -37,6 +37,10 @@ def test_who_sees_whom(branch: list[int], padding: int) -> None:
     assert bool(mask.any(1).all()), "no softmax over nothing"
 
 
+def spoken(index: int, **changes: object) -> Conversation:
+    return speak(Mixture(recipe(**changes)).draw(index), WORDINGS["short"])
+
+
 def split_rows(conversation: Conversation) -> list[Conversation]:
     """Each query as an episode of its own; support labels are learned in the first one only, so that sums agree."""
     quiet = tuple(Turn(t.role, t.text, t.picture) for t in conversation.shared)
@@ -48,9 +52,7 @@ def loss_of(base: Base, rows: list[Conversation], vision: VisionFeatures) -> tor
     batch = collate([encoder.conversation(c) for c in rows], encoder.pad)
     labels = batch.pop("labels")
     outputs = base.model(**{k: v for k, v in batch.items() if k != "pictures"}, mm_encoder_outputs=vision.projected(batch["pictures"]))
-    return torch.nn.functional.cross_entropy(
-        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def test_shared_support_equals_separate_episodes(tiny_base: Base) -> None:
@@ -60,8 +62,7 @@ def test_shared_support_equals_separate_episodes(tiny_base: Base) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     vision = VisionFeatures(base)
-    mixture = Mixture(recipe())
-    together = [mixture.conversation(i) for i in range(4)]
+    together = [spoken(i) for i in range(4)]
     trained = [p for p in base.model.parameters() if p.requires_grad]
     one = loss_of(base, together, vision)
     one_grads = torch.autograd.grad(one, trained)
@@ -75,8 +76,8 @@ def test_shared_support_equals_separate_episodes(tiny_base: Base) -> None:
 
 def test_a_query_is_blind_to_the_others(tiny_base: Base) -> None:
     """Changing one query's picture changes its own logits and no other's."""
-    conversation = Mixture(recipe(queries=2)).conversation(0)
-    other = Mixture(recipe(queries=2)).conversation(5).pictures[0]
+    conversation = spoken(0, queries=2)
+    other = spoken(5, queries=2).pictures[0]
     first, second = conversation.branches
     changed = Conversation(conversation.shared, ((Turn("user", first[0].text, other), first[1]), second), "changed")
     encoder, vision = tiny_base.encoder(), VisionFeatures(tiny_base)
@@ -102,7 +103,7 @@ def test_nothing_is_cut(tiny_base: Base) -> None:
     encoder = tiny_base.encoder()
     encoder.context = 60
     with pytest.raises(EpisodeError, match=r"lcl episode 0: \d+ tokens .* do not fit the context of 60. Lower `shots`"):
-        encoder.conversation(Mixture(recipe(shots=[4], ways=[3])).conversation(0))
+        encoder.conversation(spoken(0, shots=[4], ways=[3]))
 
 
 def test_a_row_with_nothing_learned_is_an_error(tiny_base: Base) -> None:
@@ -112,7 +113,7 @@ def test_a_row_with_nothing_learned_is_an_error(tiny_base: Base) -> None:
 
 
 def test_positions_restart_behind_the_support_set(tiny_base: Base) -> None:
-    encoded = tiny_base.encoder().conversation(Mixture(recipe()).conversation(1))
+    encoded = tiny_base.encoder().conversation(spoken(1))
     shared = encoded.branch.count(0)
     for number in (1, 2, 3):
         own = [p for p, b in zip(encoded.positions, encoded.branch, strict=True) if b == number]

@@ -132,9 +132,7 @@ def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
 
 
 def test_evaluating_what_was_trained_on_is_refused(tmp_path: Path, pocket_tiny: Path) -> None:
-    result = call(
-        "train", "recipes/pocket.yaml", f"base={pocket_tiny}", f"output={tmp_path / 'r'}", "evaluate.suites.2way.source.split=train"
-    )
+    result = call("train", "recipes/pocket.yaml", f"base={pocket_tiny}", f"output={tmp_path / 'r'}", "evaluate.suites.2way.source.split=train")
     assert result.exit_code == 2
     assert "are trained on too" in result.output
 

@@ -43,7 +43,7 @@ def asked(draw: st.DrawFn) -> tuple[ClassPool, EpisodeOptions]:
     shots = draw(st.integers(1, 4))
     queries = draw(st.integers(1, 5))
     hands = draw(st.sampled_from([0, 0, shots + 1, shots + 3]))
-    pool = made_pool(draw(st.integers(ways + 3, 14)), draw(st.integers(shots + 1, shots + 5)) if not hands else hands, hands)
+    pool = made_pool(draw(st.integers(ways + 3, 14)), hands or draw(st.integers(shots + 1, shots + 5)), hands)
     options = EpisodeOptions(
         policy=policy,
         ways=[ways],

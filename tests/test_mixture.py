@@ -47,7 +47,7 @@ def test_shares_are_exact_in_every_block_and_any_index_stands_alone(shares: list
         ordinals = [s.ordinal for s in slots if s.source == name]
         assert ordinals == list(range(ordinals[0], ordinals[0] + len(ordinals))), "no draw skipped, none twice"
     assert other.slot(start) == one.slot(start), "computed alone, out of order"
-    assert other.conversation(start) == one.conversation(start)
+    assert other.draw(start) == one.draw(start)
 
 
 def test_questions_are_gone_through_before_any_repeats() -> None:
@@ -55,10 +55,10 @@ def test_questions_are_gone_through_before_any_repeats() -> None:
     seen: list[str] = []
     index = 0
     while len(seen) < 14:
-        conversation = made.conversation(index)
-        if not conversation.shared and conversation.origin.startswith("q"):
-            assert len(conversation.branches) == 2
-            seen += [branch[1].text for branch in conversation.branches]
+        drawn = made.draw(index)
+        if isinstance(drawn, tuple):
+            assert len(drawn) == 2
+            seen += [dialogue.exchanges[0].answer for dialogue in drawn]
         index += 1
     assert sorted(seen[:7]) == sorted(seen[7:14]) == [f"a{i}" for i in range(7)]
     assert seen[:7] != seen[7:14], "another order in the next pass"

@@ -12,12 +12,13 @@ import torch
 
 from lcl_adapter import adapter, recipe, trainer
 from lcl_adapter.batches import IGNORED, Collator, collate
+from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.errors import EpisodeError, RunError
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import Base, attach, load_base, parameters_by_part
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.sources import read_image
+from lcl_adapter.sources import Picture, read_image
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
 
@@ -31,9 +32,22 @@ def small(base: Path, output: Path, **train: Any) -> Recipe:
                 "lcl": {"type": "pocket", "shots": [1, 2], "queries": 2, "names": "mixed", "learn": "repeated", "share": 0.7},
                 "vqa": {"type": "llava-json", "file": "pocket:vqa_train.json", "images": "pocket:drawings.zip", "packed": 3, "share": 0.3},
             },
-            "train": {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "bucket": 2, **train},
+            "train": {
+                "max_steps": 6,
+                "per_device_train_batch_size": 3,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "save_steps": 2,
+                "bucket": 2,
+                **train,
+            },
         }
     )
+
+
+def pictures_of(base: Path) -> list[Picture]:
+    """Those of the first row."""
+    return list(speak(Mixture(small(base, Path("run"))).draw(0), WORDINGS["short"]).pictures)
 
 
 def losses(folder: Path) -> list[float]:
@@ -83,7 +97,7 @@ def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path
     made = small(tiny_base.path, tmp_path, max_steps=1)
     collator = Collator(Mixture(made), base.encoder())
     lcl = trainer.LclTrainer(base, made, collator, VisionFeatures(base), 8)
-    rows = [collator.mixture.conversation(i) for i in range(3)]
+    rows = [collator.conversation(i) for i in range(3)]
     single = [type(c)(c.shared, c.branches[:1], c.origin) for c in rows]
     batch = collate([collator.encoder.conversation(c) for c in single], collator.encoder.pad)
     ours = lcl.compute_loss(base.model, batch)
@@ -116,7 +130,7 @@ def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp
 
 def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:
     vision = VisionFeatures(tiny_base)
-    pictures = list(Mixture(small(tiny_base.path, Path("x"))).conversation(0).pictures)
+    pictures = pictures_of(tiny_base.path)
     first = vision.raw([*pictures, pictures[0]])
     again = vision.raw(pictures)
     assert torch.equal(first[:-1], again)
@@ -128,7 +142,7 @@ def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:
 
 
 def test_the_feature_cache_stays_within_its_limit(tiny_base: Base) -> None:
-    pictures = list(Mixture(small(tiny_base.path, Path("x"))).conversation(0).pictures)
+    pictures = pictures_of(tiny_base.path)
     one = VisionFeatures(tiny_base).raw(pictures[:1])
     vision = VisionFeatures(tiny_base, limit=2 * one.numel() * 4)
     for picture in pictures:
@@ -177,5 +191,5 @@ def test_a_full_disk_while_saving_leaves_no_adapter(pocket_tiny: Path, tmp_path:
 
 
 def test_every_shipped_picture_of_a_class_is_readable() -> None:
-    for picture in Mixture(small(Path("x"), Path("y"))).conversation(0).pictures:
+    for picture in pictures_of(Path("x")):
         assert read_image(picture).mode == "RGB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -108,7 +108,8 @@ def divide(rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shot
         if (count and not querying) or len(support) < shots:
             other = "by other hands than the query's" if by_hand else "besides the query"
             raise EpisodeError(
-                f"class {one.name!r} has {len(one.pictures)} pictures, {shots} {other} are needed: lower `shots`, add photos, or allow `further_views`."
+                f"class {one.name!r} has {len(one.pictures)} pictures, {shots} {other} are needed: "
+                "lower `shots`, add photos, or allow `further_views`."
             )
         queries = take(rng, querying, count, options.further_views) if count else []
         queries += [queries[i % len(queries)] for i in range(count - len(queries))]  # asked again rather than not at all
@@ -161,8 +162,14 @@ def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, cl
     """
     asked = np.bincount(rng.integers(0, len(classes), options.queries), minlength=len(classes)).tolist()
     sides = divide(rng, [pool.classes[i] for i in classes], asked, shots, options)
+    turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
+
+    def seen(picture: Picture) -> Picture:
+        view = int(rng.integers(options.augment + 1)) if options.augment else picture.view
+        return replace(picture, view=view, turned=turned)
+
     queries, support = (
-        [Example(p, name, index) for index, name, parts in zip(classes, names, sides, strict=True) for p in parts[side]] for side in (0, 1)
+        [Example(seen(p), name, index) for index, name, parts in zip(classes, names, sides, strict=True) for p in parts[side]] for side in (0, 1)
     )
     return Episode(
         support=tuple(support[i] for i in rng.permutation(len(support))),

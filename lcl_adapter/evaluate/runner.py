@@ -164,7 +164,7 @@ def _kept(path: Path, key: str) -> dict[str, Any] | None:
 def _line(row: dict[str, Any]) -> str:
     nearest = row["prototype"]["accuracy"]
     return (
-        f"{row['name']:<28} n {row['n']:>5}  chance {row['chance']:.3f}  base {row['base']['accuracy']:.3f}  adapter {row['adapter']['accuracy']:.3f} "
-        f"[{row['adapter']['ci95'][0]:.3f}, {row['adapter']['ci95'][1]:.3f}]  text {row['adapter']['greedy']:.3f}"
+        f"{row['name']:<28} n {row['n']:>5}  chance {row['chance']:.3f}  base {row['base']['accuracy']:.3f}  "
+        f"adapter {row['adapter']['accuracy']:.3f} [{row['adapter']['ci95'][0]:.3f}, {row['adapter']['ci95'][1]:.3f}]  text {row['adapter']['greedy']:.3f}"
         + (f"  prototype {nearest:.3f}" if nearest is not None else "")
     )

@@ -159,7 +159,7 @@ def _vqa_cell(name: str, options: VqaSuite, limit: int | None) -> Cell:
     count = min(len(pool), source.limit or len(pool), limit or len(pool))
     cases = []
     for dialogue in pool.dialogues[:count]:
-        turns = from_dialogues((dialogue,), dialogue.origin).branches[0]
+        turns = from_dialogues((dialogue,)).branches[0]
         before = tuple(replace(t, learn=False) for t in turns[:-2])
         cases.append(Case(before, turns[-2], (), (), turns[-1].text, turns[-1].text))
     most_common = Counter(case.gold for case in cases).most_common(1)[0][1] / len(cases)

@@ -63,7 +63,8 @@ def llava_config(vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerFast, h
 def standardise(projector: nn.Module, features: torch.Tensor) -> None:
     """Fold the training pictures' mean and spread into the projector's first layer. ``features`` [N, tokens, hidden]."""
     mean, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-6
-    first: nn.Linear = projector.linear_1
+    first = projector.linear_1
+    assert isinstance(first, nn.Linear)
     with torch.no_grad():
         first.weight /= spread
         first.bias -= first.weight @ mean

@@ -60,7 +60,9 @@ class EpisodeOptions(Options):
     hard: Share = Field(0.5, description="share of episodes whose classes are near neighbours")
     learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels seen before")
     other_hands: bool = Field(True, description="show the support set by other hands than the query's, where hands are known")
-    further_views: int = Field(0, ge=0, le=16, description="how many further views of a picture may stand for it")
+    further_views: int = Field(0, ge=0, le=16, description="how many further views of a picture may stand in when pictures run out")
+    turned: Share = Field(0.0, description="share of episodes whose pictures are all turned by 0 to 3 quarters: a turned thing is a new class")
+    augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of so many further views, drawn anew each time")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -126,7 +128,7 @@ TaggedClasses = Annotated[ClassSourceOptions, Field(discriminator="type")]
 
 
 class TrainOptions(Options):
-    """SFTConfig's own names, and four of ours: ``projector_learning_rate``, ``bucket``, ``feature_cache``, ``threads``."""
+    """SFTConfig's own names, and of ours ``projector_learning_rate``, ``feature_noise``, ``bucket``, ``feature_cache``, ``threads``."""
 
     max_steps: int = Field(300, ge=1)
     learning_rate: float = Field(2e-4, gt=0)
@@ -141,6 +143,7 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1)
+    feature_noise: float = Field(0.0, ge=0, le=2, description="noise on frozen vision features, in their own standard deviations")
     save_total_limit: int = Field(2, ge=1)
     dataloader_num_workers: int = Field(0, ge=0, le=16)
     seed: int = Field(0, ge=0)

@@ -78,7 +78,7 @@ def strips(collator: Collator, each: int) -> list[Strip]:
         if len(found[source]) < each:
             encoded = collator.row(index)
             learned = sum(label != IGNORED for label in encoded.labels)
-            origin = collator.mixture.conversation(index).origin
+            origin = collator.conversation(index).origin
             found[source].append(Strip(source, origin, len(encoded), learned, pieces_of(encoded, collator)))
         index += 1
     return [strip for group in found.values() for strip in group]

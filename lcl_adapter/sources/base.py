@@ -19,16 +19,18 @@ class Picture:
     member: the name inside the archive, None for a plain file.
     hand: who drew or took it, where that is known: an episode shows the support set by other hands than the query's.
     view: 0 is the image as it is; k > 0 is its k-th further view (background, scale, turn, light), made when read.
+    turned: quarter turns counter-clockwise, before anything else.
     """
 
     path: Path
     member: str | None = None
     hand: str | None = None
     view: int = 0
+    turned: int = 0
 
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
-        return f"{name} (view {self.view})" if self.view else name
+        return name + (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
 
     def seen_again(self, view: int) -> Picture:
         """The same picture in its ``view``-th further view."""

@@ -17,7 +17,8 @@ def read_class_folders(root: Path, name: str = "", min_pictures: int = 1, split:
     """Every sub-folder is a class, in the order of names; hidden files are passed over, other files counted as skipped.
 
     ``min_pictures``: how many pictures a class needs to be of use (shots + 1 query); fewer is an error that lists the
-    classes. ``split`` keeps the classes of one side of :func:`is_held_out`. ``neighbours.json`` beside the folders may group classes: ``{"group": ["class", ...]}``.
+    classes. ``split`` keeps the classes of one side of :func:`is_held_out`.
+    ``neighbours.json`` beside the folders may group classes: ``{"group": ["class", ...]}``.
 
     Raises DataError: no such folder, no class folders, an empty class, too few pictures.
     """

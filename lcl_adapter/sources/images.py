@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
+import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,7 +46,11 @@ def read(picture: Picture) -> Image.Image:
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
     if min(image.size) < MIN_SIDE:
         raise DataError(f"{picture}: {image.width} x {image.height} pixels shows nothing. Remove it.")
-    return further_view(image, picture.view) if picture.view else image
+    if picture.turned:
+        image = image.rotate(90 * picture.turned, expand=True)
+    if not picture.view:
+        return image
+    return further_view(image, [picture.view, zlib.crc32(f"{picture.member or picture.path.name}".encode())])
 
 
 def _bytes(picture: Picture) -> bytes:
@@ -83,20 +89,22 @@ def _rgb(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def further_view(image: Image.Image, view: int) -> Image.Image:
-    """The ``view``-th further view: another background tint, scale, turn and light, drawn from ``view`` alone."""
-    rng = np.random.default_rng(view)
+def further_view(image: Image.Image, seed: Sequence[int]) -> Image.Image:
+    """A further view: another background tint, scale, place, turn and light, drawn from ``seed`` alone."""
+    rng = np.random.default_rng(seed)
     width, height = image.size
-    paper = tuple(int(c) for c in rng.integers(225, 256, 3))
     scale, turn = rng.uniform(0.75, 1.0), rng.uniform(-20, 20)
     small = image.resize((max(2, round(width * scale)), max(2, round(height * scale))), Image.Resampling.BICUBIC)
     turned = small.convert("RGBA").rotate(turn, Image.Resampling.BICUBIC, expand=True)
-    page = Image.new("RGBA", image.size, (255, 255, 255, 255))
     spare = (width - turned.width, height - turned.height)
-    page.alpha_composite(turned.crop(_centre_crop(turned.size, image.size)), (max(0, spare[0] // 2), max(0, spare[1] // 2)))
-    tinted = np.asarray(page.convert("RGB"), dtype=np.float32) * (np.array(paper, dtype=np.float32) / 255)
-    lit = Image.fromarray(tinted.astype(np.uint8))
-    return ImageEnhance.Contrast(ImageEnhance.Brightness(lit).enhance(rng.uniform(0.85, 1.1))).enhance(rng.uniform(0.85, 1.15))
+    place = tuple(int(rng.integers(s + 1)) if s > 0 else 0 for s in spare)
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(turned.crop(_centre_crop(turned.size, image.size)), (place[0], place[1]))
+    paper = rng.uniform(0.88, 1.0, 3)
+    lit = Image.fromarray((np.asarray(page.convert("RGB")) * paper).astype(np.uint8))
+    for light, low, high in ((ImageEnhance.Brightness, 0.85, 1.1), (ImageEnhance.Contrast, 0.8, 1.15), (ImageEnhance.Color, 0.6, 1.3)):
+        lit = light(lit).enhance(rng.uniform(low, high))
+    return lit
 
 
 def _centre_crop(size: tuple[int, int], bound: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -1,0 +1,148 @@
+"""This project's trainer against stock SFTTrainer with the stock collator, on the same episodes; each side in a process of its own.
+
+    python -m benchmarks.train
+
+An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the whole support set before it, images
+through the tower every time. Ours: the 4 queries share one support set, frozen features are kept, only supervised
+positions reach the head. Both: LoRA r 16, fp32, no gradient checkpointing, the same learned tokens a step. Time is that of the steps
+after the first; memory is the peak of the whole process, and the part of it above the loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.common import THREADS, child, finish, random_model
+from lcl_adapter.batches import Collator
+from lcl_adapter.conversations import WORDINGS, Conversation, speak
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import attach, load_base
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.sources import read_image
+from lcl_adapter.trainer import LclTrainer
+from lcl_adapter.vision import VisionFeatures
+
+QUERIES = 4
+SIZES = {"random-150m": (1, 5), "pocket": (16, 21)}  # episodes a step, steps
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the last."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self.began = time.perf_counter()
+        self.seconds = time.perf_counter() - self.began
+
+
+def recipe(base: str, episodes: int, steps: int, output: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "base": base,
+            "output": output,
+            "sources": {"lcl": {"type": "pocket", "shots": [2], "queries": QUERIES, "learn": "query"}},
+            "train": {"max_steps": steps, "per_device_train_batch_size": episodes, "bucket": 1, "save_steps": 10_000, "threads": THREADS},
+        }
+    )
+
+
+def peak() -> int:
+    """Most resident memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measured(trainer: Any, loaded: int, queries: int) -> dict[str, float]:
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return {"queries_a_second": queries / clock.seconds, "peak": peak(), "above_model": peak() - loaded}
+
+
+def ours(name: str) -> dict[str, float]:
+    episodes, steps = SIZES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        made = recipe(base_of(name), episodes, steps, folder)
+        base = attach(load_base(made.base), made.adapter)
+        loaded = peak()
+        collator = Collator(Mixture(made), base.encoder())
+        trainer = LclTrainer(base, made, collator, VisionFeatures(base), episodes * steps)
+        return measured(trainer, loaded, episodes * QUERIES * (steps - 1))
+
+
+def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
+    """Prompt, completion and images, as TRL's documentation has them for vision models."""
+    turns = [*conversation.shared, *conversation.branches[branch]]
+    messages = [{"role": t.role, "content": ([{"type": "image"}] if t.picture else []) + [{"type": "text", "text": t.text}]} for t in turns]
+    images = [read_image(t.picture) for t in turns if t.picture is not None]
+    return {"prompt": messages[:-1], "completion": messages[-1:], "images": images}
+
+
+def stock(name: str) -> dict[str, float]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    episodes, steps = SIZES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        made = recipe(base_of(name), episodes, steps, folder)
+        base = attach(load_base(made.base), made.adapter)
+        loaded = peak()
+        mixture = Mixture(made)
+
+        def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            found = [stock_row(speak(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
+            return {key: [row[key] for row in found] for key in found[0]}
+
+        config = SFTConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=episodes * QUERIES,
+            learning_rate=made.train.learning_rate,
+            max_length=None,
+            gradient_checkpointing=False,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+        )
+        data = Dataset.from_dict({"index": range(episodes * QUERIES * steps)}).with_transform(rows)
+        trainer = SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=base.processor)
+        return measured(trainer, loaded, episodes * QUERIES * (steps - 1))
+
+
+def base_of(name: str) -> str:
+    return "pocket" if name == "pocket" else str(random_model())
+
+
+def main() -> None:
+    random_model()
+    rows: list[tuple[str, ...]] = []
+    ratios: dict[str, float] = {}
+    for name in SIZES:
+        sides = {side: child("benchmarks.train", side, name) for side in ("stock", "ours")}
+        speed = sides["ours"]["queries_a_second"] / sides["stock"]["queries_a_second"]
+        memory = {key: sides["ours"][key] / sides["stock"][key] for key in ("peak", "above_model")}
+        key = name.replace("-", "_")
+        ratios |= {f"{key}_queries_a_second": speed, f"{key}_peak_memory": memory["peak"], f"{key}_memory_above_model": memory["above_model"]}
+        rows.append((name, f"{speed:.2f}", f"{memory['peak']:.2f}", f"{memory['above_model']:.2f}"))
+    finish("train", ("ours / stock", "queries a second", "peak memory", "above the loaded model"), rows, ratios)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(THREADS)
+    if len(sys.argv) > 1:
+        side, name = sys.argv[1:]
+        print(json.dumps({"ours": ours, "stock": stock}[side](name)))
+    else:
+        Path("build").mkdir(exist_ok=True)
+        main()

@@ -1,0 +1,141 @@
+"""Evaluation: rules on hand-made cases, intervals, controls, prototypes, and a run that goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lcl_adapter import trainer
+from lcl_adapter.evaluate import evaluate, metrics, runner
+from lcl_adapter.evaluate.prototype import nearest_prototype
+from lcl_adapter.evaluate.suites import build_cells
+from lcl_adapter.model import load_base
+from lcl_adapter.predict import Predictor
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.vision import VisionFeatures
+from tests.test_trainer import small
+
+SUITES = {
+    "2way": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [0, 2], "episodes": 12},
+    "shuffled": {"kind": "control", "control": "shuffled-names", "source": {"type": "pocket", "split": "held_out"}, "episodes": 40},
+    "alone": {"kind": "control", "control": "no-support", "source": {"type": "pocket", "split": "held_out"}, "episodes": 12},
+    "vqa": {"kind": "vqa", "source": {"type": "llava-json", "file": "pocket:vqa_eval.json", "images": "pocket:drawings.zip", "limit": 12}},
+}
+
+
+def with_suites(base: Path, output: Path) -> Recipe:
+    made = small(base, output, max_steps=1)
+    return Recipe.model_validate({**made.model_dump(mode="json", exclude_none=True), "evaluate": {"suites": SUITES, "keep": {"vqa": 1.0}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "other", "right"),
+    [
+        ('there is "qxv" in the image.', "qxv", "cat", True),
+        ("qxv", "qxv", "cat", True),
+        ("there is cat in the image", "qxv", "cat", False),
+        ("qxv or cat", "qxv", "cat", False),
+        ("cattle", "cat", "dog", True),  # the rule's known flaw: a substring counts
+        ("cattle", "cattle", "cat", True),
+        ("", "qxv", "cat", False),
+    ],
+)
+def test_lcls_own_rule(text: str, gold: str, other: str, right: bool) -> None:
+    assert metrics.lcl_rule(text, gold, [other]) is right
+
+
+def test_exact_match_is_of_words() -> None:
+    assert metrics.exact(" A  Cat. ", "a cat")
+    assert not metrics.exact("a cattle", "a cat")
+
+
+def test_the_interval_resamples_classes() -> None:
+    """Ten classes all right or all wrong say less than a hundred independent answers."""
+    right = [c % 2 == 0 for c in range(10) for _ in range(10)]
+    by_class = metrics.class_bootstrap(right, [f"c{c}" for c in range(10) for _ in range(10)])
+    apart = metrics.class_bootstrap(right, [str(i) for i in range(100)])
+    assert by_class[0] < apart[0] < 0.5 < apart[1] < by_class[1]
+    assert metrics.class_bootstrap([True] * 5, list("abcde")) == (1.0, 1.0)
+
+
+def test_cells_are_the_same_episodes_every_time(pocket_tiny: Path, tmp_path: Path) -> None:
+    made = with_suites(pocket_tiny, tmp_path)
+    one, two = list(build_cells(made)), list(build_cells(made))
+    assert one == two
+    lcl = ["2way-0shot-easy", "2way-0shot-hard", "2way-2shot-easy", "2way-2shot-hard"]
+    assert [c.name for c in one] == [*lcl, "shuffled-easy", "shuffled-hard", "alone-easy", "alone-hard", "vqa"]
+    other = list(build_cells(made, seed=9))
+    assert other[2].cases != one[2].cases
+    assert [len(c.cases) for c in build_cells(made, limit=3)] == [3] * 9
+
+
+def test_controls_hold_nothing_to_learn(pocket_tiny: Path, tmp_path: Path) -> None:
+    cells = {c.name: c for c in build_cells(with_suites(pocket_tiny, tmp_path))}
+    assert all(not case.support for case in cells["alone-easy"].cases)
+    mixed = 0
+    for case in cells["shuffled-easy"].cases:
+        assert case.episode is not None
+        true = {e.class_index for e in case.episode.support if e.label == case.gold}
+        mixed += len(true) > 1
+        assert sorted(e.label for e in case.episode.support).count(case.gold) == 2
+    assert 15 < mixed < 38, "two of three shuffles of two and two mix the classes"
+
+
+def test_the_prototype_baseline_is_right_on_pictures_it_has_seen(pocket_tiny: Path, tmp_path: Path) -> None:
+    """A query that is one of its own support pictures is found; the untrained tower is above chance on drawings."""
+    from dataclasses import replace
+
+    base = load_base(str(pocket_tiny))
+    cell = next(c for c in build_cells(with_suites(pocket_tiny, tmp_path)) if c.name == "2way-2shot-easy")
+    cheated = []
+    for case in cell.cases:
+        assert case.episode is not None
+        own = next(e for e in case.episode.support if e.label == case.gold)
+        one_each = tuple({e.label: e for e in (*case.episode.support, own)}.values())
+        cheated.append(replace(case, query=replace(case.query, picture=own.picture), episode=replace(case.episode, support=one_each)))
+    assert all(nearest_prototype(cheated, VisionFeatures(base)))
+
+
+def test_predictions_hold_everything_to_score_again(pocket_tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer.train(with_suites(pocket_tiny, run))
+    report = evaluate(run)
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    by_cell: dict[str, list[dict]] = {}  # type: ignore[type-arg]
+    for line in lines:
+        by_cell.setdefault(line["cell"], []).append(line)
+    for row in report["suites"]:
+        own = by_cell[row["name"]]
+        assert [line["index"] for line in own] == list(range(row["n"])), "input order"
+        for side in ("base", "adapter"):
+            if row["kind"] == "vqa":
+                right = [metrics.exact(line[side]["text"], line["gold"]) for line in own]
+            else:
+                right = [max(line[side]["log_likelihoods"], key=line[side]["log_likelihoods"].get) == line["gold"] for line in own]
+            assert row[side]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+    assert report["retention"][0]["suite"] == "vqa"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    trainer.train(with_suites(pocket_tiny, run))
+    whole = runner.measure
+    measured: list[str] = []
+
+    def until_the_third(cell, predictor: Predictor):  # type: ignore[no-untyped-def]
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(cell.name)
+        return whole(cell, predictor)
+
+    monkeypatch.setattr(runner, "measure", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run)
+    assert not (run / "report.json").exists()
+    monkeypatch.setattr(runner, "measure", lambda cell, predictor: measured.append(cell.name) or whole(cell, predictor))
+    resumed = evaluate(run)
+    assert len(measured) == len(set(measured)) == 9, "no cell twice"
+    monkeypatch.setattr(runner, "measure", whole)
+    assert evaluate(run, fresh=True) == resumed
