@@ -7,6 +7,7 @@ order drawn from (seed, block). So any index can be computed alone: by any numbe
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lcl_adapter.episodes import Episode
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.schema import EpisodeOptions, LlavaJsonSource, PocketSource, SourceOptions
-from lcl_adapter.sources import ClassPool, Dialogue, Pool, QuestionPool, open_source
+from lcl_adapter.sources import ClassPool, Dialogue, Picture, Pool, QuestionPool, open_source
 
 BLOCK = 100
 RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY
@@ -81,9 +82,19 @@ class Mixture:
         return passes
 
     def hashes(self) -> dict[str, str]:
-        """A hash for each source: of its classes or records, with the names of their pictures."""
-        entries = {name: pool.classes if isinstance(pool, ClassPool) else pool.dialogues for name, pool in self.pools.items()}
-        return {name: hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest() for name, listed in entries.items()}
+        """A hash for each source: of its classes or records with the names of their pictures, wherever the folder stands."""
+
+        def told(picture: Picture | None) -> str:
+            return "" if picture is None else picture.member or f"{picture.path.parent.name}/{picture.path.name}"
+
+        hashes = {}
+        for name, pool in self.pools.items():
+            if isinstance(pool, ClassPool):
+                entries = [[one.name, *map(told, one.pictures)] for one in pool.classes]
+            else:
+                entries = [[part for e in d.exchanges for part in (e.question, e.answer, told(e.picture))] for d in pool.dialogues]
+            hashes[name] = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        return hashes
 
     @lru_cache(maxsize=64)  # noqa: B019 - one mixture lives as long as its run
     def _block(self, block: int) -> tuple[str, ...]:

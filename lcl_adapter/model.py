@@ -45,9 +45,7 @@ class Base:
 
     @property
     def tokens_an_image(self) -> int:
-        config = self.llava.config
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return int(side * side + (config.vision_feature_select_strategy == "full"))
+        return tokens_an_image(self.llava.config)
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +57,7 @@ class Base:
         return next(self.llava.model.vision_tower.parameters()).dtype
 
     def encoder(self) -> Encoder:
-        config = self.llava.config
-        context = config.text_config.max_position_embeddings
-        return Encoder(self.family, self.processor.tokenizer, config.image_token_id, self.tokens_an_image, context)
+        return _encoder(self.family, self.processor.tokenizer, self.llava.config)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -71,6 +67,26 @@ class Base:
                 yield
         else:
             yield
+
+
+def tokens_an_image(config: Any) -> int:
+    """How many places an image takes in a prompt: its patches, and the class token where that is kept."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return int(side * side + (config.vision_feature_select_strategy == "full"))
+
+
+def load_encoder(name: str) -> Encoder:
+    """The prompt side of a base, without its weights: for lengths, masks and previews.
+
+    Raises ModelError as :func:`load_base` does.
+    """
+    path = find_base(name)
+    config, tokenizer = _config(path), AutoTokenizer.from_pretrained(path)
+    return _encoder(detect(config, tokenizer), tokenizer, config)
+
+
+def _encoder(family: Family, tokenizer: Any, config: Any) -> Encoder:
+    return Encoder(family, tokenizer, config.image_token_id, tokens_an_image(config), config.text_config.max_position_embeddings)
 
 
 def find_base(name: str) -> Path:

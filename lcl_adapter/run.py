@@ -19,7 +19,7 @@ from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.evaluate import check_held_out
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import load_base
+from lcl_adapter.model import load_base, load_encoder
 from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
 from lcl_adapter.sources import Picture, read_class_folders, read_image
@@ -134,7 +134,7 @@ def merge(run: Path, out: Path, base_name: str | None = None, dtype: str = "base
 def preview(recipe_path: str, overrides: Sequence[str], each: int, out: Path, png: bool) -> dict[str, Any]:
     """Write the preview page of a recipe."""
     recipe = load(recipe_path, overrides)
-    collator = Collator(Mixture(recipe), load_base(recipe.base).encoder(), check=read_image)
+    collator = Collator(Mixture(recipe), load_encoder(recipe.base), check=read_image)
     written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png)
     for path in written:
         console.print(f"wrote {path}", highlight=False)

@@ -28,7 +28,7 @@ from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignmen
 from lcl_adapter.errors import RunError
 from lcl_adapter.files import write_text
 from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import PROJECTOR, Base, attach, load_base, parameters_by_part
+from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.sources import Picture, read_image
@@ -178,12 +178,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     set_seed(recipe.train.seed)
     mixture = Mixture(recipe)
-    base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
-    vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache))
-    collator = Collator(mixture, base.encoder(), check=_readable(vision))
     options = recipe.train
     total = options.max_steps * options.per_device_train_batch_size * options.gradient_accumulation_steps
-    lengths = check_rows(collator, min(total, CHECKED))
+    lengths = check_rows(Collator(mixture, load_encoder(recipe.base)), min(total, CHECKED))  # before any weight is loaded
+    base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
+    vision = VisionFeatures(base, memory_bytes(options.feature_cache))
+    collator = Collator(mixture, base.encoder(), check=_readable(vision), on_fault=recipe.data.on_fault)
     checkpoint = last_complete_checkpoint(recipe.output / "checkpoints") if resume else None
     if resume and checkpoint is None:
         raise RunError(f"{recipe.output}: no complete checkpoint in it; remove the folder and start again.")
@@ -215,6 +215,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         "longest_row": max(lengths),
         "held_in": {n: sorted(c.name for c in p.classes) for n, p in mixture.pools.items() if hasattr(p, "classes")},
     }
+    console.print(f"{'images':>15}: {vision.asked:,} shown, {vision.computed:,} passed the frozen tower", highlight=False)
     base.model.eval()
     adapter.save_adapter(base, recipe.output, recipe.base, facts)
     return facts

@@ -162,9 +162,8 @@ def _kept(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    nearest = row["prototype"]["accuracy"]
-    return (
-        f"{row['name']:<28} n {row['n']:>5}  chance {row['chance']:.3f}  base {row['base']['accuracy']:.3f}  "
-        f"adapter {row['adapter']['accuracy']:.3f} [{row['adapter']['ci95'][0]:.3f}, {row['adapter']['ci95'][1]:.3f}]  text {row['adapter']['greedy']:.3f}"
-        + (f"  prototype {nearest:.3f}" if nearest is not None else "")
-    )
+    nearest, own = row["prototype"]["accuracy"], row["adapter"]
+    parts = [f"{row['name']:<26} n {row['n']:>5}", f"chance {row['chance']:.2f}"]
+    parts += [f"prototype {nearest:.3f}"] if nearest is not None else []
+    parts += [f"base {row['base']['accuracy']:.3f}", f"adapter {own['accuracy']:.3f} [{own['ci95'][0]:.3f}, {own['ci95'][1]:.3f}]"]
+    return "  ".join([*parts, f"text {own['greedy']:.3f}"])

@@ -97,7 +97,7 @@ def build_base(work: Path, out: Path, steps: int, tower_folder: Path) -> dict[st
 @click.option("--data", type=click.Path(path_type=Path), default=DATA, help="Where the shipped data is written.")
 @click.option("--out", type=click.Path(path_type=Path), default=BASE, help="Where the base is written.")
 @click.option("--tower-steps", default=6000)
-@click.option("--language-steps", default=3000)
+@click.option("--language-steps", default=2500)
 @click.option("--threads", default=2)
 def main(stage: str, work: Path, data: Path, out: Path, tower_steps: int, language_steps: int, threads: int) -> None:
     """Build the pocket base."""

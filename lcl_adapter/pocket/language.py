@@ -61,13 +61,18 @@ def llava_config(vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerFast, h
 
 
 def standardise(projector: nn.Module, features: torch.Tensor) -> None:
-    """Fold the training pictures' mean and spread into the projector's first layer. ``features`` [N, tokens, hidden]."""
+    """Make the projector's first layer a random frame of the features, standardised by their mean and spread over pictures.
+
+    It is not trained in the base: what training classes have no use for would be lost on the way, and classes that are
+    not known yet may need it. ``features`` [N, tokens, hidden].
+    """
     mean, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-6
     first = projector.linear_1
     assert isinstance(first, nn.Linear)
     with torch.no_grad():
+        nn.init.orthogonal_(first.weight)
         first.weight /= spread
-        first.bias -= first.weight @ mean
+        first.bias.copy_(-(first.weight @ mean))
 
 
 def induction_start(
@@ -160,6 +165,7 @@ class Tasks:
         self.picture = [special[tk.IMAGE]] * pictures.features.shape[1] + ids("\n")
         self.words = [ids(w) for w in words]
         self.spaced = [ids(" " + w) for w in words]
+        self.short = [i for i, word in enumerate(self.spaced) if len(word) == 1]
         self.strings = [ids(s) for s in tk.random_strings(20_000, np.random.default_rng(1))]
         self.ask, self.ask_first = ids(phrases.question), ids(f"{phrases.instruction} {phrases.question}")
         self.ask_last, self.ask_kind = ids(phrases.query), ids(KIND_QUESTION)
@@ -192,16 +198,20 @@ class Tasks:
         return row, labels, []
 
     def chat(self, rng: np.random.Generator) -> Row:
-        n, shots, length = int(rng.integers(2, 5)), int(rng.integers(1, 3)), int(rng.choice([1, 2, 4, 4, 8]))
-        redraw = float(rng.choice([0, 0.25])) if length > 1 else 0.0
-        keys = rng.integers(0, len(self.spaced), (n, length))
+        """Long keys are fuzzy, as pictures are: words redrawn at every mention, and in half of them many words in common."""
+        n, shots, length = int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.choice([1, 2, 4, 9, 9]))
+        redraw = float(rng.choice([0, 0.25, 0.4])) if length > 2 else 0.25 * (length - 1)
+        pool = np.array(self.short if length > 2 else range(len(self.spaced)))
+        keys = rng.choice(pool, (n, length))
+        if length > 2 and rng.random() < 0.5:
+            keys = np.where(rng.random((n, length)) < 0.5, rng.choice(pool, length), keys)
         values = self.values(rng, n)
         support = rng.permutation(np.repeat(np.arange(n), shots))
         queries = rng.integers(0, n, 4)
         instructed, marked = rng.random() < 0.5, rng.random() < 0.5
         row, labels, seen = [self.bos], [IGNORED], set()
         for turn, which in enumerate([*support, *queries]):
-            words = np.where(rng.random(length) < redraw, rng.integers(0, len(self.spaced), length), keys[which])
+            words = np.where(rng.random(length) < redraw, rng.choice(pool, length), keys[which])
             ask = self.ask_first if instructed and turn == 0 else self.ask_last if marked and turn >= len(support) else self.ask
             prompt = [self.user, *(t for w in words for t in self.spaced[w]), self.picture[-1], *ask, self.assistant]
             answer = [*values[which], self.eos]
@@ -234,7 +244,7 @@ class Tasks:
         """One kind of row a batch; while ``warm``, short text pairs alone."""
         kinds: list[tuple[float, int, Callable[[np.random.Generator], Row]]] = [
             (2.0, 32, self.pairs),
-            (2.5, 24, self.chat),
+            (3.5, 24, self.chat),
             (0.5, 32, self.repeat),
             (2.0, 64, lambda r: self.picture_turns(r, 1)),
             (1.5, 24, lambda r: self.picture_turns(r, int(r.integers(2, 5)))),
@@ -270,7 +280,7 @@ def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps
     Returns the last running accuracy of each kind of row.
     """
     names = ("pairs", "chat", "repeat", "picture", "pictures")
-    trained = [p for n, p in model.named_parameters() if "vision_tower" not in n]
+    trained = [p for n, p in model.named_parameters() if "vision_tower" not in n and "projector.linear_1" not in n]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def factor(step: int) -> float:

@@ -32,9 +32,10 @@ class Options(BaseModel):
 
 
 class DataOptions(Options):
-    """Where relative paths start: a folder, itself relative to where the command runs."""
+    """Where relative paths start (a folder, itself relative to where the command runs), and what a bad picture does."""
 
     root: Path = Path()
+    on_fault: Literal["skip", "refuse"] = Field("skip", description="a bad picture: replace its row and count it, or stop")
 
 
 class AdapterOptions(Options):
