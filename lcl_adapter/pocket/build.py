@@ -74,6 +74,7 @@ def training_pictures(work: Path, vision: CLIPVisionModel, views: int = 2) -> la
 def build_base(work: Path, out: Path, steps: int, tower_folder: Path) -> dict[str, float]:
     """Tokenizer, language model and projector around the trained tower; writes a Hugging Face checkpoint in fp16."""
     vision = CLIPVisionModel.from_pretrained(tower_folder)
+    vision.config._name_or_path = ""  # where it was built is nobody's business
     pictures = training_pictures(work, vision)
     tokenizer = build_tokenizer(work)
     torch.manual_seed(0)

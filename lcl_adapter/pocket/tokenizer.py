@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def random_strings(count: int, rng: np.random.Generator) -> list[str]:
-    """1 to 10 lower-case letters, the names that LCL gives to a class under test (FACTS: LCL's own policy code)."""
+    """1 to 10 lower-case letters, the names that LCL gives to a class under test (as its published code draws them)."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     return ["".join(rng.choice(letters, rng.integers(1, 11))) for _ in range(count)]
 
