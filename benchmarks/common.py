@@ -31,22 +31,22 @@ THREADS = 2
 
 
 def random_model(folder: Path = RANDOM) -> Path:
-    """A random LLaVA: 144 tokens an image (168 pixels, patch 14), 12 language layers of 768, 32,000 words. Made once."""
+    """A random LLaVA: 144 tokens an image (168 pixels, patch 14), 5 language layers of 1,280, 32,000 words. Made once."""
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, image_size=168, patch_size=14
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=168, patch_size=14
         ),
         text_config=LlamaConfig(
             vocab_size=32_000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=12,
+            hidden_size=1280,
+            intermediate_size=3520,
+            num_hidden_layers=5,
+            num_attention_heads=10,
+            num_key_value_heads=10,
             max_position_embeddings=8192,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

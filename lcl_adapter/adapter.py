@@ -13,12 +13,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
@@ -51,10 +50,7 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any]) 
     """
     assert isinstance(base.model, PeftModel)
     with scratch_folder(folder / "adapter") as partial:
-        try:
-            base.model.save_pretrained(partial, safe_serialization=True)
-        except SafetensorError as error:
-            raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
+        base.model.save_pretrained(partial, safe_serialization=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
@@ -65,10 +61,17 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any]) 
         "prompt_version": base.family.version,
         "precision": base.precision,
         **facts,
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": {library: _version(library) for library in LIBRARIES},
         "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES},
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # an optional one
+        return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -97,7 +100,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_adapter(folder: Path, base_name: str | None = None, precision: Precision | None = None) -> tuple[Base, dict[str, Any]]:
+def load_adapter(
+    folder: Path, base_name: str | None = None, precision: Precision | None = None, device: str | None = None
+) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter on it, ready to predict; and its manifest.
 
     ``base_name`` stands in for the manifest's base when that has moved; its fingerprint must be the same.
@@ -105,7 +110,7 @@ def load_adapter(folder: Path, base_name: str | None = None, precision: Precisio
     Raises AdapterError where the base is another one.
     """
     manifest = read_manifest(folder)
-    base = load_base(base_name or manifest["base"], precision or manifest["precision"])
+    base = load_base(base_name or manifest["base"], precision or manifest["precision"], device)
     if fingerprint(base.path) != manifest["base_fingerprint"]:
         raise AdapterError(f"{folder}: trained on another base than {base.path} (the fingerprints differ). Give the right one with --base.")
     if (base.family.name, base.family.version) != (manifest["family"], manifest["prompt_version"]):
@@ -121,8 +126,10 @@ def claim_run_folder(folder: Path, resume: bool) -> None:
 
     Raises RunError: it exists and is not empty; or it is to be resumed and there is nothing.
     """
-    if resume and not (folder / "checkpoints").is_dir():
-        raise RunError(f"{folder}: nothing to resume, there are no checkpoints in it. Leave `resume=true` out.")
+    if resume and not (folder / "recipe.yaml").exists():
+        raise RunError(f"{folder}: nothing to resume, no run was started in it. Leave `resume=true` out.")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: a file, not a folder. Choose another with output=….")
     if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith(PARTIAL)):
         raise RunError(f"{folder}: exists already. Choose another with output=…, go on with resume=true, or remove it.")
     try:

@@ -7,9 +7,8 @@ set, so that it cannot tell that others are there.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -171,35 +170,43 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
 
 @dataclass
 class Collator:
-    """Indices -> a batch. A conversation with a bad picture is replaced by another of its source, and counted.
+    """Indices -> a batch. A conversation with a bad picture or text is replaced by another of its source, and told of.
 
     ``check`` opens a picture or raises DataError; with ``on_fault="refuse"`` its error stops the run.
     """
 
     mixture: Mixture
     encoder: Encoder
-    check: Any = None
+    check: Callable[[Picture], object] | None = None
     on_fault: str = "skip"
-    faults: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
-        return collate([self.row(example["index"]) for example in examples], self.encoder.pad)
+        faults: list[str] = []
+        rows = [self.row(example["index"], faults) for example in examples]
+        return collate(rows, self.encoder.pad) | {"faults": faults}
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
         return speak(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
 
-    def row(self, index: int) -> Encoded:
+    def row(self, index: int, faults: list[str] | None = None) -> Encoded:
+        """The row at ``index``; what had to be replaced on the way is added to ``faults``.
+
+        Raises EpisodeError where it does not fit the context; DataError after 20 bad ones in a row.
+        """
         for attempt in range(20):
-            conversation = self.conversation(index, attempt)
             try:
-                for picture in conversation.pictures if self.check else ():
-                    self.check(picture)
+                conversation = self.conversation(index, attempt)
+                if self.check is not None:
+                    for picture in conversation.pictures:
+                        self.check(picture)
                 return self.encoder.conversation(conversation)
             except DataError as error:
                 if self.on_fault == "refuse":
                     raise
-                self.faults[str(error)] += 1
-        raise DataError(f"20 conversations in a row had a bad picture or text; the last: {list(self.faults)[-1]}")
+                last = str(error)
+                if faults is not None:
+                    faults.append(last)
+        raise DataError(f"20 conversations in a row had a bad picture or text; the last: {last}")
 
 
 class BucketedOrder(Sampler[int]):
@@ -216,10 +223,11 @@ class BucketedOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         span = self.batch * self.window
+        unread = replace(self.collator, check=None)  # lengths need no pictures
         for number, start in enumerate(range(0, self.total, span)):
             indices = list(range(start, min(start + span, self.total)))
             if self.window > 1:
-                lengths = {i: len(self.collator.encoder.conversation(self.collator.conversation(i))) for i in indices}
+                lengths = {i: len(unread.row(i)) for i in indices}
                 indices.sort(key=lambda i: (lengths[i], i))
             batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
             full = [b for b in batches if len(b) == self.batch]

@@ -172,7 +172,8 @@ def recipes(ctx: click.Context, as_json: bool) -> None:
 @recipes.command("copy")
 @click.argument("name")
 @click.option("--to", type=PATH, default=Path(), help="File or folder to write [default: here].")
-def copy(name: str, to: Path) -> None:
+@json_option
+def copy(name: str, to: Path, as_json: bool) -> None:
     """Copy a shipped recipe here, to edit.
 
     \b
@@ -180,16 +181,20 @@ def copy(name: str, to: Path) -> None:
     """
     from lcl_adapter.recipe.shipped import copy_recipe
 
-    click.echo(f"wrote {copy_recipe(name, to)}")
+    written = copy_recipe(name, to)
+    click.echo(f"wrote {written}", err=True)
+    emit({"written": str(written)}, as_json)
 
 
 def _quiet() -> None:
     """Libraries' own chatter off, unless this runs in Python's development mode."""
     if not sys.flags.dev_mode:
+        import logging
         import os
         import warnings
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it could download
         warnings.simplefilter("ignore")

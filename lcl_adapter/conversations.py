@@ -57,7 +57,7 @@ class Wording:
 WORDINGS = {
     # Few tokens: for short contexts, and the words the pocket base knows.
     "short": Wording("Learn the names.", "What is this?", "Now, what is this?"),
-    # As LCL words its episodes (mllm/dataset templates; FACTS 8.1), its marks around examples included.
+    # As LCL words its episodes (arXiv 2308.07891 and its published templates), its marks around examples included.
     "lcl": Wording(
         instruction="Learn from the following examples what each name means, then answer the question about the last image.",
         question="[BEGIN EXAMPLE] What is in the image?",

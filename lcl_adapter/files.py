@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lcl_adapter.errors import RunError
 
 PARTIAL = ".partial"
@@ -41,7 +43,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _explained(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +66,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _explained(path: Path, error: OSError) -> RunError:
-    if error.errno == errno.ENOSPC:
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error of any library means: safetensors and torch have errors of their own for it."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def _explained(path: Path, error: Exception) -> RunError:
+    if disk_is_full(error):
         return RunError(f"{path}: the disk is full; nothing was left half-written. Free some room and run the command again.")
-    return RunError(f"{path}: cannot be written ({error.strerror or error}).")
+    return RunError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}).")

@@ -82,10 +82,13 @@ class Mixture:
         return passes
 
     def hashes(self) -> dict[str, str]:
-        """A hash for each source: of its classes or records with the names of their pictures, wherever the folder stands."""
+        """A hash for each source: of its classes or records with their pictures' names and sizes, wherever the folder stands."""
 
         def told(picture: Picture | None) -> str:
-            return "" if picture is None else picture.member or f"{picture.path.parent.name}/{picture.path.name}"
+            if picture is None or picture.member:
+                return picture.member or "" if picture else ""
+            size = picture.path.stat().st_size if picture.path.exists() else 0
+            return f"{picture.path.parent.name}/{picture.path.name} {size}"
 
         hashes = {}
         for name, pool in self.pools.items():

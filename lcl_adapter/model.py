@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -81,7 +82,7 @@ def load_encoder(name: str) -> Encoder:
     Raises ModelError as :func:`load_base` does.
     """
     path = find_base(name)
-    config, tokenizer = _config(path), AutoTokenizer.from_pretrained(path)
+    config, tokenizer = _config(path), _tokenizer(path)
     return _encoder(detect(config, tokenizer), tokenizer, config)
 
 
@@ -109,19 +110,18 @@ def find_base(name: str) -> Path:
         ) from error
 
 
-def load_base(name: str, precision: Precision = "fp32") -> Base:
-    """Load a LLaVA in Hugging Face layout, frozen, in the precision asked; on the GPU where there is one.
+def load_base(name: str, precision: Precision = "fp32", device: str | None = None) -> Base:
+    """Load a LLaVA in Hugging Face layout, frozen, in the precision asked; on ``device``, else on the GPU where there is one.
 
     nf4 quantises the linear layers of the language model alone, with double quantisation.
 
     Raises ModelError: no such base, no LLaVA, weights that do not fit their config.
     """
     path = find_base(name)
-    config = _config(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    config, tokenizer = _config(path), _tokenizer(path)
     family = detect(config, tokenizer)
     processor = _processor(path, tokenizer, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if precision == "fp32" or (precision == "nf4" and device == "cpu") else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     if precision == "nf4":
@@ -135,7 +135,9 @@ def load_base(name: str, precision: Precision = "fp32") -> Base:
         options["device_map"] = {"": device}
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(path, config=config, output_loading_info=True, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except ImportError as error:
+        raise ModelError('precision nf4 needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: fp32` or bf16.') from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"base {path}: the weights cannot be loaded ({error}).") from error
     for fault in ("missing_keys", "mismatched_keys"):
         if report.get(fault):
@@ -203,8 +205,18 @@ def _config(path: Path) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def _tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"base {path}: its tokenizer cannot be loaded ({error}).") from error
+
+
 def _processor(path: Path, tokenizer: Any, config: Any) -> LlavaProcessor:
-    images = AutoImageProcessor.from_pretrained(path, backend="pil")
+    try:
+        images = AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"base {path}: its image processor cannot be loaded ({error}).") from error
     settings = {}
     for name in ("processor_config.json", "chat_template.jinja"):
         if (path / name).exists():

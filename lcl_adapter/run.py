@@ -16,7 +16,7 @@ from lcl_adapter.batches import Collator
 from lcl_adapter.conversations import WORDINGS, Turn
 from lcl_adapter.episodes.base import clash
 from lcl_adapter.errors import DataError, RecipeError
-from lcl_adapter.evaluate import check_held_out
+from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import load_base, load_encoder
@@ -31,6 +31,7 @@ def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
     check_held_out(recipe, Mixture(recipe))
+    check_suites(recipe, load_encoder(recipe.base))
     facts = training.train(recipe, resume)
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
@@ -41,25 +42,21 @@ def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def evaluate(
-    run: Path,
-    suites: tuple[str, ...] = (),
-    limit: int | None = None,
-    seed: int | None = None,
-    base_name: str | None = None,
-    fresh: bool = False,
-) -> dict[str, Any]:
-    """Measure, then write the table, the plot, the page and the card."""
-    found = measure(run, suites, limit, seed, base_name, fresh)
+def evaluate(run: Path, **options: Any) -> dict[str, Any]:
+    """Measure, then write the table, the plot, the page and the card. Options: those of ``lcl_adapter.evaluate.evaluate``."""
+    found = measure(run, **options)
     if not found["suites"]:
         raise RecipeError([f"{run / 'recipe.yaml'}: no suites under `evaluate`, so there is nothing to measure"])
     report.show_table(found["suites"])
     for kept in found["retention"]:
         if not kept["kept"]:
             console.print(f"{kept['suite']} fell {kept['fell']:.1f} points below the base, {kept['allowed']:.1f} are allowed", style="bold red")
-    report.plot_accuracy(found["suites"], run / "accuracy.png")
-    page = report.write_report_page(run)
-    report.write_card(run)
+    out = Path(found["folder"])
+    if not report.plot_accuracy(found["suites"], out / "accuracy.png"):
+        (out / "accuracy.png").unlink(missing_ok=True)
+    page = report.write_report_page(out)
+    if out == run:
+        report.write_card(run)
     console.print(f"report: {page}", highlight=False)
     return found
 
@@ -89,7 +86,9 @@ def ask(
         for other in labels[:n]:
             if clash(one, other):
                 console.print(
-                    f"note: the label {other!r} and {one!r} begin alike; scores are sound, a generated answer may stop early", style="yellow"
+                    f"note: the label {other!r} and {one!r} begin alike; scores are sound, a generated answer may stop early",
+                    style="yellow",
+                    markup=False,
                 )
     shown = [(p, c.name) for c in pool.classes for p in c.pictures[:shots]]
     order = np.random.default_rng(0).permutation(len(shown))
@@ -108,7 +107,7 @@ def ask(
     for path, reply in zip(queries, replies, strict=True):
         scores = dict(zip(labels, reply.probabilities, strict=True))
         results.append({"query": str(path), "answer": reply.text, "label": labels[reply.best], "scores": scores})
-        console.print(f"{path}: [bold]{reply.text}[/bold]", highlight=False)
+        console.print(f"{path}: {reply.text}", highlight=False, markup=False, style="bold")
         for label, score in sorted(scores.items(), key=lambda item: -item[1]):
             console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
     return {"support": {c.name: len(c.pictures[:shots]) for c in pool.classes}, "answers": results}

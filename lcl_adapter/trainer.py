@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,22 @@ from trl import SFTConfig, SFTTrainer
 
 from lcl_adapter import adapter
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignment
-from lcl_adapter.errors import RunError
-from lcl_adapter.files import write_text
+from lcl_adapter.conversations import WORDINGS, speak
+from lcl_adapter.episodes import draw
+from lcl_adapter.errors import DataError, RunError
+from lcl_adapter.files import disk_is_full, write_json, write_text
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
-from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
-from lcl_adapter.sources import Picture, read_image
+from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.sources import ClassPool, Picture, QuestionPool, read_image
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
-COMPLETE = "complete"
+COMPLETE = "complete"  # marks a checkpoint, written last
+PROGRESS = "progress.json"
+DATA = "data.json"
 OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
 CHECKED = 256  # conversations whose length is checked before training starts
 
@@ -64,6 +71,7 @@ class LclTrainer(SFTTrainer):
 
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
+        self.tally = Tally()
         super().__init__(
             model=base.model,
             args=sft_config(recipe),
@@ -76,9 +84,10 @@ class LclTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Mean cross entropy over learned tokens; only their hidden states reach the head (FACTS 3)."""
+        """Mean cross entropy over learned tokens; only their hidden states reach the head."""
         inputs = dict(inputs)
         labels, pictures = inputs.pop("labels"), inputs.pop("pictures")
+        self.tally.faults.update(inputs.pop("faults", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
         outputs = model(**inputs, mm_encoder_outputs=self.vision.projected(pictures, self._noise()), logits_to_keep=keep, use_cache=False)
@@ -113,7 +122,30 @@ class LclTrainer(SFTTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write_json(folder / PROGRESS, self.tally.so_far(self.vision))
         (folder / COMPLETE).touch()
+
+
+@dataclass
+class Tally:
+    """What the run card tells of the whole run, carried over stops: seconds, images, faults."""
+
+    earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
+    faults: Counter[str] = field(default_factory=Counter)
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Tally:
+        kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        return cls({k: kept[k] for k in ("seconds", "shown", "computed")}, Counter(kept["faults"]))
+
+    def so_far(self, vision: VisionFeatures) -> dict[str, Any]:
+        return {
+            "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 1),
+            "shown": self.earlier["shown"] + vision.asked,
+            "computed": self.earlier["computed"] + vision.computed,
+            "faults": dict(self.faults),
+        }
 
 
 class MetricsCallback(TrainerCallback):
@@ -124,7 +156,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]  # a killed run's last is cut
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -170,62 +202,103 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Train the recipe's adapter into ``recipe.output``; returns the facts that the run card shows.
+    """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts. A complete run is not trained again.
 
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
-    adapter.claim_run_folder(recipe.output, resume)
-    torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
-    set_seed(recipe.train.seed)
+    output, options = recipe.output, recipe.train
+    adapter.claim_run_folder(output, resume)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    set_seed(options.seed)
     mixture = Mixture(recipe)
-    options = recipe.train
+    if resume:
+        check_same(recipe, mixture)
+        if (output / adapter.MANIFEST).exists():
+            return adapter.read_manifest(output)
     total = options.max_steps * options.per_device_train_batch_size * options.gradient_accumulation_steps
-    lengths = check_rows(Collator(mixture, load_encoder(recipe.base)), min(total, CHECKED))  # before any weight is loaded
+    unread = Collator(mixture, load_encoder(recipe.base), on_fault=recipe.data.on_fault)
+    lengths = check_rows(unread, min(total, CHECKED))  # before any weight is loaded
     base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
     vision = VisionFeatures(base, memory_bytes(options.feature_cache))
-    collator = Collator(mixture, base.encoder(), check=_readable(vision), on_fault=recipe.data.on_fault)
-    checkpoint = last_complete_checkpoint(recipe.output / "checkpoints") if resume else None
-    if resume and checkpoint is None:
-        raise RunError(f"{recipe.output}: no complete checkpoint in it; remove the folder and start again.")
-    save_recipe(recipe, recipe.output / "recipe.yaml")
+    collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
+    save_recipe(recipe, output / "recipe.yaml")
+    write_json(output / DATA, mixture.hashes())
     parts = parameters_by_part(base.model)
     show_start(mixture, parts, lengths, total)
 
     trainer = LclTrainer(base, recipe, collator, vision, total)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MetricsCallback(recipe.output / "metrics.jsonl"))
-    trainer.add_callback(BarCallback())
-    began = time.monotonic()
+    trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
+    bar = BarCallback()
+    trainer.add_callback(bar)
+    checkpoint = last_complete_checkpoint(output / "checkpoints") if resume else None
+    trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        if error.errno == 28:
-            raise RunError(f"{recipe.output}: the disk is full. Free some room and go on with resume=true.") from error
+    except Exception as error:
+        if disk_is_full(error):
+            raise RunError(f"{output}: the disk is full. Free some room and go on with resume=true.") from error
         raise
+    finally:
+        bar.bar.stop()
+    done = trainer.tally.so_far(vision)
+    console.print(f"{'images':>15}: {done['shown']:,} shown, {done['computed']:,} passed the frozen tower", highlight=False)
     facts = {
         "parameters": parts,
         "shares": {"requested": mixture.requested, "realised": mixture.realised(range(total))},
         "passes": mixture.repeats(total),
         "data": mixture.hashes(),
         "skipped": {n: p.skipped for n, p in mixture.pools.items() if p.skipped},
-        "bad_pictures": dict(collator.faults),
-        "images": {"shown": vision.asked, "through_the_tower": vision.computed},
-        "training_seconds": round(time.monotonic() - began, 1),
+        "bad_pictures": done["faults"],
+        "images": {"shown": done["shown"], "through_the_tower": done["computed"]},
+        "training_seconds": done["seconds"],
         "longest_row": max(lengths),
-        "held_in": {n: sorted(c.name for c in p.classes) for n, p in mixture.pools.items() if hasattr(p, "classes")},
+        "held_in": {n: sorted(c.name for c in p.classes) for n, p in mixture.pools.items() if isinstance(p, ClassPool)},
     }
-    console.print(f"{'images':>15}: {vision.asked:,} shown, {vision.computed:,} passed the frozen tower", highlight=False)
     base.model.eval()
-    adapter.save_adapter(base, recipe.output, recipe.base, facts)
+    adapter.save_adapter(base, output, recipe.base, facts)
     return facts
 
 
+def check_same(recipe: Recipe, mixture: Mixture) -> None:
+    """A run goes on only with the recipe and the data it began with.
+
+    Raises RunError that lists what differs.
+    """
+    began = load(recipe.output / "recipe.yaml")
+    changed = [key for key in ("base", "precision", "wording", "adapter", "sources", "train") if getattr(began, key) != getattr(recipe, key)]
+    if changed:
+        raise RunError(
+            f"{recipe.output}: began with other values of {', '.join(changed)} (its recipe.yaml has them); give the same, or another output=…."
+        )
+    hashes = json.loads((recipe.output / DATA).read_text(encoding="utf-8"))
+    moved = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
+    if moved:
+        raise RunError(f"{recipe.output}: the data of {', '.join(moved)} changed since the run began; start a new run with another output=….")
+
+
 def check_rows(collator: Collator, count: int) -> list[int]:
-    """Lengths of the first ``count`` rows, longest possible refusal before training; checks the first row's alignment too."""
-    conversations = [collator.conversation(i) for i in range(count)]
-    check_alignment(collator.encoder, conversations[0])
-    return [len(collator.encoder.conversation(c)) for c in conversations]
+    """Lengths of the first ``count`` rows, of the longest episodes of each source, and of every question alone.
+
+    So what does not fit is refused before training starts; the first row's alignment is checked too.
+    """
+    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
+    check_alignment(encoder, collator.conversation(0))
+    lengths = [len(collator.row(i)) for i in range(count)]
+    for name, pool in mixture.pools.items():
+        options = mixture.options[name]
+        if isinstance(pool, QuestionPool):
+            for dialogue in pool.dialogues:
+                try:
+                    encoder.conversation(speak((dialogue,), wording))
+                except DataError:
+                    if collator.on_fault == "refuse":
+                        raise
+        elif isinstance(options, EpisodeOptions):
+            longest = options.model_copy(update={"ways": [max(options.ways)], "shots": [max(options.shots)]})
+            lengths += [len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))) for index in range(8)]
+    return lengths
 
 
 def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: list[int], total: int) -> None:

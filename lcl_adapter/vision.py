@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -26,6 +27,25 @@ def memory_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB or 2GB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def _weight_type(projector: Any) -> torch.dtype:
+    """The type the projector computes in: its trained copy's, where it has one and that is switched on."""
+    trained = getattr(projector, "modules_to_save", None)
+    if trained and not projector.disable_adapters:
+        projector = trained[projector.active_adapters[0]]
+    elif trained is not None:
+        projector = projector.original_module
+    kind: torch.dtype = next(projector.parameters()).dtype
+    return kind
+
+
+class _CaughtError(Exception):
+    """What would reach the projector, on its way out."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        self.features = features
 
 
 class VisionFeatures:
@@ -75,27 +95,33 @@ class VisionFeatures:
         if not pictures:
             return {}
         projector = self.base.llava.model.multi_modal_projector
+        kind = _weight_type(projector)
         if noise:
-            raw = self.raw(pictures)
+            raw = self.raw(pictures).to(kind)
             features = projector(raw + noise * raw.std((0, 1)) * torch.randn_like(raw))
         else:
             different = list(dict.fromkeys(pictures))
             places = {picture: i for i, picture in enumerate(different)}
-            features = projector(self.raw(different))
+            features = projector(self.raw(different).to(kind))
             features = features[torch.tensor([places[p] for p in pictures], device=features.device)]
+        features = features.to(self.base.dtype)  # a trained projector is fp32, whatever the base is
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _tower(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """Run the model's own feature code and catch what reaches the projector, so that no layer choice is repeated here."""
-        caught: list[torch.Tensor] = []
-        projector = self.base.llava.model.multi_modal_projector
-        hook = projector.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        """Run the model's own feature code up to the projector, so that no choice of layers is repeated here."""
+
+        def catch(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            raise _CaughtError(inputs[0])
+
+        hook = self.base.llava.model.multi_modal_projector.register_forward_pre_hook(catch)
         try:
             self.base.llava.get_image_features(self.pixels(pictures), return_dict=True)
+        except _CaughtError as caught:
+            return caught.features
         finally:
             hook.remove()
-        return caught[0].detach()
+        raise AssertionError("the model read no features")
 
     def _keep(self, picture: Picture, features: torch.Tensor) -> None:
         size = features.numel() * features.element_size()

@@ -102,7 +102,7 @@ def test_ask_with_labels_of_any_spelling(tmp_path: Path, pocket_tiny: Path) -> N
 def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
     """train, eval, merge, with --json each: what the quickstart does, on random weights."""
     run = tmp_path / "run"
-    small = [f"base={pocket_tiny}", f"output={run}", "train.max_steps=2", "train.per_device_train_batch_size=2"]
+    small = [f"base={pocket_tiny}", f"output={run}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
     few = [f"evaluate.suites.{s}.episodes=6" for s in ("2way", "2way-more", "5way", "shuffled-names", "no-support")]
     limits = [f"evaluate.suites.{s}.source.limit=10" for s in ("captions", "vqa")]
     trained = call("train", "recipes/pocket.yaml", *small, *few, *limits, "--json")
@@ -121,12 +121,15 @@ def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == sum(row["n"] for row in report["suites"])
 
+    whole = (run / "report.json").read_bytes()
     again = call("eval", run, "--suite", "2way", "--limit", 4, "--json")
     assert again.exit_code == 0, again.output
+    assert (run / "report.json").read_bytes() == whole, "a part never takes the place of the whole"
+    assert (run / "partial" / "report.html").exists()
     assert {row["n"] for row in json.loads(again.stdout)["suites"]} == {4}
     assert call("eval", run, "--suite", "3way").exit_code == 2
 
-    merged = call("merge", run, "--out", tmp_path / "merged", "--json")
+    merged = call("merge", run, "--out", tmp_path / "merged", "--dtype", "fp32", "--json")
     assert merged.exit_code == 0, merged.output
     assert json.loads(merged.stdout)["greedy_equal"] <= json.loads(merged.stdout)["probes"]
 

@@ -160,6 +160,22 @@ def test_eight_shots_from_five_drawings_take_further_views() -> None:
         assert episode.queries[0].picture.view == 0
 
 
+@pytest.mark.parametrize("policy", ["n-way", "2way-weight"])
+def test_without_groups_every_class_comes_as_often(policy: str) -> None:
+    """Where nothing is known of nearness, neither `hard` nor rank weights may favour the first names."""
+    pool = ClassPool("p", tuple(PictureClass(f"n{i:02}", tuple(Picture(Path(f"{i}-{k}")) for k in range(3))) for i in range(20)))
+    options = EpisodeOptions(policy=policy, shots=[1], hard=1.0)
+    drawn = [episodes.draw(pool, options, 0, 0, i) for i in range(1500)]
+    tally = Counter(c for e in drawn for c in {x.class_index for x in e.support})
+    assert max(tally.values()) < 1.5 * min(tally.values())
+
+
+def test_one_class_alone_is_refused() -> None:
+    for policy in ("n-way", "2way-weight", "2way-random-shot"):
+        with pytest.raises(EpisodeError, match="1 classes, 2 ways"):
+            episodes.draw(made_pool(1, 4, 0), EpisodeOptions(policy=policy, shots=[1]), 0, 0, 0)
+
+
 def test_what_cannot_be_drawn_is_said() -> None:
     with pytest.raises(EpisodeError, match="2 classes, 3 ways"):
         episodes.draw(made_pool(2, 3, 0), EpisodeOptions(ways=[3]), 0, 0, 0)

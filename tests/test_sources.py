@@ -193,6 +193,9 @@ def test_llava_json(tmp_path: Path) -> None:
     assert (first.question, first.answer, first.picture) == ("What?", "A cat.", Picture(tmp_path / "a.png"))
     assert [e.picture.path.name for e in pool.dialogues[1].exchanges if e.picture] == ["a.png", "b.png"]
     assert pool.dialogues[2].exchanges[0].picture is None
+    assert len(read_llava_json(written(tmp_path, [RECORD, two, none]), tmp_path, limit=2)) == 2
+    assert len(read_llava_json(written(tmp_path, [{**none, "image": None}]), tmp_path)) == 1
+    assert read_llava_json(written(tmp_path, [RECORD, "x"]), tmp_path, on_fault="skip").skipped == {"bad record": 1}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +206,7 @@ def test_llava_json(tmp_path: Path) -> None:
         ({"conversations": RECORD["conversations"][:1]}, "pairs of human and gpt"),
         ({"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}, "must alternate"),
         ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "  "}]}, "empty answer"),
+        ({"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]}, "not of the form"),
     ],
 )
 def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], said: str) -> None:

@@ -77,6 +77,56 @@ def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Pat
     assert one == two
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.BarCallback, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(small(pocket_tiny, tmp_path / "cut", max_steps=2))
+    with pytest.raises(RunError, match="exists already"):
+        trainer.train(small(pocket_tiny, tmp_path / "cut", max_steps=2))
+    facts = trainer.train(small(pocket_tiny, tmp_path / "cut", max_steps=2), resume=True)
+    assert facts["images"]["shown"] > 0
+    again = trainer.train(small(pocket_tiny, tmp_path / "cut", max_steps=2), resume=True)
+    assert again["images"] == facts["images"], "a complete run is not trained again"
+
+
+def test_resuming_under_another_recipe_is_refused(pocket_tiny: Path, tmp_path: Path) -> None:
+    trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=2))
+    with pytest.raises(RunError, match="began with other values of train"):
+        trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=3), resume=True)
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"feature_noise": 0.5}])
+def test_other_ways_to_train(pocket_tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """bf16 with a trained fp32 projector, checkpointing, noise: each trains, saves and answers."""
+    from lcl_adapter.merge import probe_turns
+    from lcl_adapter.predict import Predictor
+
+    train = {k: v for k, v in change.items() if k != "precision"}
+    made = small(pocket_tiny, tmp_path / "run", max_steps=2, **train)
+    made = made.model_copy(update={k: v for k, v in change.items() if k == "precision"})
+    trainer.train(made)
+    assert all(0 < loss < 20 for loss in losses(tmp_path / "run"))
+    base, _ = adapter.load_adapter(tmp_path / "run")
+    support, query = probe_turns("short")[0]
+    assert Predictor(base).run([(support, query, ("a", "b"))])[0].log_likelihoods[0] < 0
+
+
+def test_a_record_that_does_not_fit_is_refused_before_training(pocket_tiny: Path, tmp_path: Path) -> None:
+    records = [
+        {"id": n, "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "word " * (5000 if n == 999 else 1)}]}
+        for n in range(1000)
+    ]
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    made = small(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+    made["sources"] = {"text": {"type": "llava-json", "file": str(tmp_path / "long.json"), "images": str(tmp_path)}}
+    with pytest.raises(EpisodeError, match=r"record 1000 \(id 999\): \d+ tokens"):
+        trainer.train(Recipe.model_validate(made))
+
+
 def test_the_resolved_recipe_trains_the_same_adapter_again(pocket_tiny: Path, tmp_path: Path) -> None:
     trainer.train(small(pocket_tiny, tmp_path / "one", max_steps=3))
     again = recipe.load(tmp_path / "one" / "recipe.yaml", [f"output={tmp_path / 'two'}"])
@@ -110,7 +160,7 @@ def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path
 def test_lora_touches_the_language_model_only(tiny_base: Base) -> None:
     parts = parameters_by_part(attach(tiny_base, AdapterOptions(rank=4)).model)
     assert parts["vision tower"]["trained"] == parts["projector"]["trained"] == 0
-    assert parts["language model"]["trained"] == sum(2 * 4 * (i + o) // 2 for i, o in [(32, 32)] * 4 + [(32, 64)] * 3) * 2
+    assert parts["language model"]["trained"] == sum(2 * 4 * (i + o) // 2 for i, o in [(64, 64)] * 4 + [(64, 128)] * 3) * 2
 
 
 def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp_path: Path) -> None:
@@ -158,6 +208,9 @@ def test_a_run_folder_that_exists_is_not_touched(pocket_tiny: Path, tmp_path: Pa
     with pytest.raises(RunError, match="exists already"):
         trainer.train(small(pocket_tiny, tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="a file, not a folder"):
+        trainer.train(small(pocket_tiny, tmp_path / "file"))
     with pytest.raises(RunError, match="nothing to resume"):
         trainer.train(small(pocket_tiny, tmp_path / "new"), resume=True)
 

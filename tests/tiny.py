@@ -46,14 +46,14 @@ def vicuna_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "pocket", seed: int = 0) -> Path:
-    """Write a random LLaVA of about 300 kB: 4 tokens an image, width 32, 2 layers."""
+    """Write a random LLaVA of about 500 kB: 4 tokens an image, width 64 (4-bit blocks are 64 wide), 2 layers."""
     tokenizer = pocket_tokenizer() if family == "pocket" else vicuna_tokenizer()
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

@@ -24,5 +24,5 @@ def draw(pool: ClassPool, options: EpisodeOptions, seed: int, epoch: int, index:
 
 
 def pictures_needed(options: EpisodeOptions, shots: int) -> int:
-    """How many pictures a class needs for an episode of ``shots``: those, and one query. Further views stand in for all but one."""
-    return 1 + (min(1, shots) if options.further_views else shots)
+    """How many pictures a class needs for an episode of ``shots``: those, less what further views stand in for, and one query."""
+    return 1 + -(-shots // (options.further_views + 1))

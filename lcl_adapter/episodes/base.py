@@ -85,7 +85,7 @@ def divide(rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shot
 
     Raises EpisodeError where a class has too few pictures.
     """
-    needed = 0 if not shots else 1 if options.further_views else shots
+    needed = -(-shots // (options.further_views + 1))
     by_hand = options.other_hands and all(p.hand is not None for one in classes for p in one.pictures)
     hands: list[str] = []
     if by_hand:
@@ -133,7 +133,7 @@ def first_that_works(attempt: Callable[[], Episode]) -> Episode:
 def draw_classes(rng: Rng, pool: ClassPool, ways: int, hard: bool) -> list[int]:
     """``ways`` different classes: near neighbours of a first one when ``hard``, else classes of different groups.
 
-    Where a class has too few hard neighbours another first class is tried; where none has, the ways are filled by rank.
+    Where a class has too few hard neighbours another first class is tried; where none has, any classes are drawn.
     """
     if len(pool) < ways:
         raise EpisodeError(f"{pool.name}: {len(pool)} classes, {ways} ways are asked: add classes or lower `ways`.")
@@ -151,8 +151,7 @@ def draw_classes(rng: Rng, pool: ClassPool, ways: int, hard: bool) -> list[int]:
                     barred.update((int(candidate), *pool.siblings(int(candidate))))
             if len(chosen) == ways:
                 return chosen
-    first = int(rng.integers(len(pool)))
-    return [first, *pool.neighbours(first)[: ways - 1]] if hard else [int(i) for i in rng.choice(len(pool), ways, replace=False)]
+    return [int(i) for i in rng.choice(len(pool), ways, replace=False)]
 
 
 def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, classes: Sequence[int], names: Sequence[str], shots: int) -> Episode:

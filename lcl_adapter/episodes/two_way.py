@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lcl_adapter.episodes.base import Episode, Rng, assemble, first_that_works, random_names
+from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.schema import EpisodeOptions
 from lcl_adapter.sources import ClassPool
 
@@ -22,9 +23,13 @@ def rank_weight(rng: Rng, ranked: Sequence[int]) -> int:
 
 
 def _linked(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, shots: int) -> Episode:
+    if len(pool) < 2:
+        raise EpisodeError(f"{pool.name}: {len(pool)} classes, 2 ways are asked: add classes.")
+
     def attempt() -> Episode:
         under_test = int(rng.integers(len(pool)))
-        neighbour = rank_weight(rng, pool.neighbours(under_test))
+        ranked = pool.neighbours(under_test)
+        neighbour = rank_weight(rng, ranked) if pool.grouped else int(rng.choice(ranked))  # no ranks are known without groups
         real = pool.classes[neighbour].name
         return assemble(pool, options, rng, origin, [under_test, neighbour], [*random_names(rng, 1, taken=[real]), real], shots)
 

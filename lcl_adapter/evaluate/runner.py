@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 
 from lcl_adapter.adapter import load_adapter
+from lcl_adapter.conversations import Turn
 from lcl_adapter.evaluate import metrics
 from lcl_adapter.evaluate.prototype import nearest_prototype
 from lcl_adapter.evaluate.suites import Case, Cell, build_cells
@@ -32,9 +33,11 @@ def evaluate(
     base_name: str | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Measure a run's adapter and its base; writes ``report.json`` and ``predictions.jsonl`` into the run's folder.
+    """Measure a run's adapter and its base; writes ``report.json`` and ``predictions.jsonl``.
 
-    Cells that were measured before with the same adapter, suite, seed and limit are taken from ``evaluation/``.
+    The whole evaluation of the recipe goes into the run's folder; a part of it, or one with another seed, into
+    ``partial/`` below it, so that it never takes the whole one's place. Cells that were measured before with the same
+    adapter and the same questions are taken from ``evaluation/``.
 
     Raises AdapterError, RecipeError, DataError.
     """
@@ -46,14 +49,14 @@ def evaluate(
     rows, lines = [], []
     for cell in build_cells(recipe, limit, suites, seed):
         key = _key(cell, manifest, recipe)
-        kept = run / CACHE / f"{cell.name}.json"
+        kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
         measured = None if fresh else _kept(kept, key)
         if measured is None:
             measured = {"key": key, **measure(cell, predictor)}
             write_json(kept, measured)
         rows.append(measured["row"])
         lines += measured["predictions"]
-        console.print(_line(measured["row"]), highlight=False)
+        console.print(_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
     report = {
         "run": run.name,
         "base": manifest["base"],
@@ -62,9 +65,15 @@ def evaluate(
         "suites": rows,
         "retention": retention(rows, recipe),
     }
-    write_text(run / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_json(run / "report.json", report)
+    out = report_folder(run, suites, limit, seed)
+    report["folder"] = str(out)
+    write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json(out / "report.json", report)
     return report
+
+
+def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: int | None) -> Path:
+    return run / "partial" if suites or limit or seed is not None else run
 
 
 def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
@@ -148,7 +157,12 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
 
 def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe) -> str:
     """What a kept cell's figures depend on."""
-    spoken = [[c.labels, c.gold, str(c.query.picture), [str(t.picture) + t.text for t in c.support]] for c in cell.cases]
+
+    def told(turn: Turn) -> str:
+        size = turn.picture.path.stat().st_size if turn.picture and turn.picture.path.exists() else 0
+        return f"{turn.text} {turn.picture} {size}"
+
+    spoken = [[c.labels, c.gold, told(c.query), [told(t) for t in c.support]] for c in cell.cases]
     facts = json.dumps([manifest["files"], manifest["base_fingerprint"], recipe.wording, cell.control, spoken])
     return hashlib.sha256(facts.encode()).hexdigest()
 

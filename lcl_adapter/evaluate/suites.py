@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lcl_adapter import episodes
+from lcl_adapter.batches import Encoder
 from lcl_adapter.conversations import WORDINGS, Turn, Wording, from_dialogues, from_episode
 from lcl_adapter.episodes import Episode
-from lcl_adapter.errors import RecipeError
+from lcl_adapter.errors import EpisodeError, RecipeError
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.schema import ClassFolders, ControlSuite, EpisodeOptions, LclSuite, PocketClasses, VqaSuite
@@ -73,21 +74,39 @@ def classes_of(options: PocketClasses | ClassFolders, name: str, min_pictures: i
 
 
 def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
-    """No class that is evaluated may be trained on: neither by its name in one place nor by any of its pictures.
+    """No class that is evaluated may be trained on: neither under its name in a source of the same type, nor by any picture.
 
     Raises RecipeError that lists the classes in common.
     """
-    trained = {_key(p): c.name for pool in mixture.pools.values() if isinstance(pool, ClassPool) for c in pool.classes for p in c.pictures}
+    pictures, names = set(), set()
+    for source, trained in mixture.pools.items():
+        if isinstance(trained, ClassPool):
+            names |= {(mixture.options[source].type, c.name) for c in trained.classes}
+            pictures |= {_key(p) for c in trained.classes for p in c.pictures}
+        else:
+            pictures |= {_key(e.picture) for d in trained.dialogues for e in d.exchanges if e.picture}
     faults = []
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, LclSuite):
             pool = classes_of(options.source, name)
-            common = sorted({c.name for c in pool.classes if any(_key(p) in trained for p in c.pictures)})
+            common = sorted({c.name for c in pool.classes if (options.source.type, c.name) in names or any(_key(p) in pictures for p in c.pictures)})
             if common:
                 shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
                 faults.append(f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both sides)")
     if faults:
         raise RecipeError(faults)
+
+
+def check_suites(recipe: Recipe, encoder: Encoder, new_tokens: int = 24) -> None:
+    """Draw a few cases of every cell: what cannot be drawn or does not fit the context is said before training, not after.
+
+    Raises RecipeError, DataError, EpisodeError.
+    """
+    for cell in build_cells(recipe, limit=4):
+        for case in cell.cases:
+            length = len(encoder.turns([*case.support, case.query], opened=True)[0]) + new_tokens
+            if length > encoder.context:
+                raise EpisodeError(f"evaluate.suites.{cell.suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`.")
 
 
 def _key(picture: Picture) -> tuple[str, str | None]:
@@ -96,10 +115,11 @@ def _key(picture: Picture) -> tuple[str, str | None]:
 
 def _lcl_cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
     control = options.control if isinstance(options, ControlSuite) else None
-    real = 1 + (1 if options.further_views else max(options.shots))
-    # Drawn shots where there are enough drawings, so that all cells are about the same classes.
-    wanted = max([1, *(s for s in options.shots if s <= 4)]) if isinstance(options.source, PocketClasses) else real - 1
+    # Shipped classes with five drawings or more in every suite, so that all cells are about the same classes.
+    wanted = 4 if isinstance(options.source, PocketClasses) else 1 if options.further_views else max(options.shots)
     pool = classes_of(options.source, name, 1 + wanted)
+    if "hard" in options.neighbours and not pool.grouped:
+        raise RecipeError([f"evaluate.suites.{name}: nothing tells which classes are near; set `neighbours: easy`, or add neighbours.json"])
     for shots in options.shots:
         for neighbours in options.neighbours:
             drawn = EpisodeOptions(
@@ -113,7 +133,7 @@ def _lcl_cells(name: str, options: LclSuite, wording: Wording, seed: int, limit:
             )
             count = min(options.episodes, limit or options.episodes)
             made = (episodes.draw(pool, drawn, seed, 1 + (neighbours == "hard"), index) for index in range(count))
-            label = f"{name}-{shots}shot-{neighbours}" if control is None else f"{name}-{neighbours}"
+            label = f"{name}-{neighbours}" if control and len(options.shots) == 1 else f"{name}-{shots}shot-{neighbours}"
             yield Cell(
                 suite=name,
                 name=label,
@@ -155,8 +175,8 @@ def _case(episode: Episode, wording: Wording, pool: ClassPool) -> Case:
 
 def _vqa_cell(name: str, options: VqaSuite, limit: int | None) -> Cell:
     source = options.source
-    pool: QuestionPool = read_llava_json(packaged(source.file), packaged(source.images), name, source.on_fault)
-    count = min(len(pool), source.limit or len(pool), limit or len(pool))
+    pool: QuestionPool = read_llava_json(packaged(source.file), packaged(source.images), name, source.on_fault, source.limit)
+    count = min(len(pool), limit or len(pool))
     cases = []
     for dialogue in pool.dialogues[:count]:
         turns = from_dialogues((dialogue,)).branches[0]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lcl_adapter.errors import RecipeError, did_you_mean
+from lcl_adapter.files import write_text
 from lcl_adapter.pocket import DATA
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
@@ -41,7 +42,7 @@ def save(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe; loading it again gives an equal one."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     head = f"# The resolved recipe of this run. It trains the same adapter again:\n#   lcl-adapter train {path.name} output=runs/again\n"
-    path.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def packaged(path: Path) -> Path:
@@ -235,6 +236,12 @@ def _absolute(recipe: Recipe) -> Recipe:
             return value if str(value).startswith(PACKAGED) else root / value
         return value
 
+    base = Path(recipe.base).expanduser()
     return recipe.model_copy(
-        update={"sources": visit(recipe.sources), "evaluate": visit(recipe.evaluate), "data": recipe.data.model_copy(update={"root": root})}
+        update={
+            "base": str(base.resolve()) if base.is_dir() and recipe.base != "pocket" else recipe.base,
+            "sources": visit(recipe.sources),
+            "evaluate": visit(recipe.evaluate),
+            "data": recipe.data.model_copy(update={"root": root}),
+        }
     )

@@ -69,6 +69,8 @@ class EpisodeOptions(Options):
     def _consistent(self) -> Self:
         if self.policy.startswith("2way") and self.ways != [2]:
             raise ValueError(f"policy {self.policy} has 2 ways; leave `ways` out, or use policy n-way")
+        if self.policy.startswith("2way") and min(self.shots) < 1:
+            raise ValueError(f"policy {self.policy} needs `shots` of 1 or more")
         if min(self.ways) < 2:
             raise ValueError("`ways` below 2: there is nothing to tell apart")
         if self.policy != "n-way" and self.names != "random":
@@ -105,7 +107,7 @@ class LlavaJson(Options):
 class Shared(Options):
     """What every training source has: its part of the mixture."""
 
-    share: float = Field(1.0, ge=0)
+    share: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class PocketSource(PocketClasses, EpisodeOptions, Shared):
@@ -145,7 +147,7 @@ class TrainOptions(Options):
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1)
     feature_noise: float = Field(0.0, ge=0, le=2, description="noise on frozen vision features, in their own standard deviations")
-    save_total_limit: int = Field(2, ge=1)
+    save_total_limit: int = Field(2, ge=2, description="one would be deleted before the next is complete")
     dataloader_num_workers: int = Field(0, ge=0, le=16)
     seed: int = Field(0, ge=0)
     bucket: int = Field(8, ge=1, description="batches drawn together and sorted by length, so that little is padding")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
+from lcl_adapter.files import write_text
 
 
 def recipes_folder() -> Path:
@@ -39,5 +40,5 @@ def copy_recipe(name: str, target: Path) -> Path:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise RunError(f"{target}: exists already; give another name with --to.")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    write_text(target, source.read_text(encoding="utf-8"))
     return target

@@ -62,9 +62,9 @@ def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
 
 def _url(name: str) -> str:
     """A picture's name in predictions.jsonl back into a picture; a grey square where the file has gone."""
-    match = re.fullmatch(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?", name)
+    match = re.fullmatch(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?", name)
     assert match is not None
     try:
-        return data_url(Picture(Path(match[1]), match[2], view=int(match[3] or 0)))
+        return data_url(Picture(Path(match[1]), match[2], view=int(match[3] or 0), turned=int(match[4] or 0)))
     except DataError:
         return "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='9' height='9' fill='%23ccc'/%3E%3C/svg%3E"

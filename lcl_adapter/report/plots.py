@@ -48,7 +48,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
             _panel(axis, sorted(cells, key=lambda r: int(r["shots"])), f"{ways}-way, {neighbours}")
         axes[0][0].set_ylabel("accuracy on held-out classes")
         handles, names = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.06))
+        figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.12))
         _save(figure, out)
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lcl_adapter.terminal import console
@@ -18,7 +19,7 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         base, adapter = row["base"], row["adapter"]
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             str(row["n"]),
             f"{row['chance']:.2f}",
             _figure(row["prototype"]["accuracy"]),

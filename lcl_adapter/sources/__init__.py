@@ -41,6 +41,6 @@ def open_source(name: str, options: SourceOptions, min_pictures: int = 1) -> Poo
         case ClassFolderSource():
             return read_class_folders(options.path, name, min_pictures, options.split, options.hold_out)
         case LlavaJsonSource():
-            return read_llava_json(options.file, options.images, name, options.on_fault)
+            return read_llava_json(options.file, options.images, name, options.on_fault, options.limit)
         case _:
             assert_never(options)

@@ -84,6 +84,11 @@ class ClassPool:
         ranked.pop(index)
         return list(ranked)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether anything is known of which classes are near each other."""
+        return any(one.groups for one in self.classes)
+
     def siblings(self, index: int) -> Sequence[int]:
         """Classes that share the narrowest group; empty where groups are not known."""
         groups = self.classes[index].groups

@@ -15,13 +15,13 @@ from lcl_adapter.sources.base import Dialogue, Exchange, Picture, QuestionPool
 MARK = "<image>"
 
 
-def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> QuestionPool:
+def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
     """Read the records; images are looked up under ``images``, a folder or a zip archive, and not opened.
 
     ``on_fault``: "refuse" raises one DataError that lists the first faults; "skip" leaves bad records out and counts
-    them.
+    them. ``limit`` takes the first records only.
     """
-    records = _load(file)
+    records = _load(file)[:limit]
     archive = images.suffix.lower() == ".zip"
     dialogues, faults = [], []
     for number, record in enumerate(records, 1):
@@ -30,8 +30,12 @@ def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "r
             origin += f" (id {record['id']!r})"
         try:
             dialogues.append(Dialogue(_exchanges(record, images, archive), origin))
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(f"{origin}: {error.args[0] if isinstance(error, ValueError) else f'no or wrong key {error}'}")
+        except ValueError as error:
+            faults.append(f"{origin}: {error}")
+        except KeyError as error:
+            faults.append(f"{origin}: no key {error}")
+        except (TypeError, AttributeError):
+            faults.append(f'{origin}: not of the form {{"id", "image", "conversations": [{{"from", "value"}}]}}')
     if faults and on_fault == "refuse":
         more = f"\n  ... and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise DataError("\n  ".join([f"{len(faults)} bad records (mend them, or set `on_fault: skip`):", *faults[:10]]) + more)
@@ -57,7 +61,7 @@ def _load(file: Path) -> list[Any]:
 
 
 def _exchanges(record: dict[str, Any], images: Path, archive: bool) -> tuple[Exchange, ...]:
-    named = record.get("image", [])
+    named = record.get("image") or []
     paths = [named] if isinstance(named, str) else list(named)
     pictures = [Picture(images, p) if archive else Picture(images / p) for p in paths]
     turns = record["conversations"]
