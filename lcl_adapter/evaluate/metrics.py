@@ -21,8 +21,10 @@ def exact(text: str, answer: str) -> bool:
 
 
 def lcl_rule(text: str, gold: str, others: Sequence[str]) -> bool:
-    """LCL's scoring of generated text (isekai-portal/Link-Context-Learning, its evaluation code): "there is", "in the image", quotes and dots are stripped; right if the
-    true label is in what remains, and no other label is in what remains once the true one is removed.
+    """LCL's scoring of generated text (the evaluation code of isekai-portal/Link-Context-Learning).
+
+    "there is", "in the image", quotes and dots are stripped; right if the true label is in what remains, and no other
+    label is in what remains once the true one is removed.
 
     Substrings break it ("cat" in "cattle"), so exact match and label scores are shown beside it.
     """
