@@ -6,6 +6,7 @@ A broken image raises :class:`DataError` with its name and what is wrong; nothin
 from __future__ import annotations
 
 import io
+import os
 import warnings
 import zipfile
 import zlib
@@ -55,7 +56,7 @@ def read(picture: Picture) -> Image.Image:
 
 def _bytes(picture: Picture) -> bytes:
     try:
-        data = _archive(picture.path).read(picture.member) if picture.member else picture.path.read_bytes()
+        data = _archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
@@ -68,7 +69,8 @@ def _bytes(picture: Picture) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _archive(path: Path) -> zipfile.ZipFile:
+def _archive(path: Path, _process: int) -> zipfile.ZipFile:
+    """One open archive a process: workers that were forked would share the file's position and read each other's bytes."""
     return zipfile.ZipFile(path)
 
 
