@@ -221,8 +221,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
     vision = VisionFeatures(base, memory_bytes(options.feature_cache))
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
-    save_recipe(recipe, output / "recipe.yaml")
     write_json(output / DATA, mixture.hashes())
+    save_recipe(recipe, output / "recipe.yaml")  # last: where it stands, the run can be resumed
     parts = parameters_by_part(base.model)
     show_start(mixture, parts, lengths, total)
 
