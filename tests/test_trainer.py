@@ -153,7 +153,7 @@ def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path
     ours = lcl.compute_loss(base.model, batch)
     pixels = VisionFeatures(base).pixels(batch["pictures"])
     plain = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels, labels=batch["labels"]).loss
-    assert float(ours) == pytest.approx(float(plain), abs=1e-5)
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
     assert (batch["labels"] != IGNORED).any(1).all()
 
 
