@@ -68,7 +68,7 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         ("base: pocket\nbase: other\nsources: {a: {type: pocket}}", "written twice"),
         ("- a\n- b\n", "a mapping of keys"),
         ("base: [unclosed", "not YAML"),
-        ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {keep: {vqa: 1}}", "no vqa suite"),
+        ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {keep: {vqa: 1}}", "no suite; there are none"),
     ],
 )
 def test_each_kind_of_fault(tmp_path: Path, text: str, said: str) -> None:

@@ -220,7 +220,7 @@ def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], said: 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"[{]", "line 1: not JSON"), ('["é"]'.encode("latin-1"), "not UTF-8"), (b"{}", "a list of records"), (b"[]", "no usable record")],
+    [(b"[{]", "line 1: not JSON"), ('["é"]'.encode("latin-1"), "not UTF-8"), (b"{}", "line 1: no key 'conversations'"), (b"[]", "nothing of use")],
 )
 def test_bad_json_files(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "bad.json"

@@ -12,9 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.files import write_text
-from lcl_adapter.pocket import DATA
+from lcl_adapter.pocket import shipped
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
+from lcl_adapter.recipe.sources import SourceOptions
+from lcl_adapter.recipe.suites import SuiteOptions
 
 Key = tuple[str, ...]
 Places = dict[Key, str]  # where each key was written: "file, line 3" or "override 'a=b'"
@@ -48,7 +50,7 @@ def save(recipe: Recipe, path: Path) -> None:
 def packaged(path: Path) -> Path:
     """``pocket:NAME`` -> the shipped file; any other path as it is."""
     text = str(path)
-    return DATA / text.removeprefix(PACKAGED) if text.startswith(PACKAGED) else path
+    return shipped(text.removeprefix(PACKAGED)) if text.startswith(PACKAGED) else path
 
 
 def _read(path: Path, places: Places, chain: list[Path]) -> dict[str, Any]:
@@ -171,7 +173,8 @@ def _discriminator(fault: Any) -> str:
 
 
 def _tags(fault: Any) -> str:
-    return "pocket, class-folder, llava-json" if _discriminator(fault) == "type" else "lcl, control, vqa"
+    union = SourceOptions if _discriminator(fault) == "type" else SuiteOptions
+    return ", ".join(_members(union))
 
 
 def _written(location: tuple[int | str, ...]) -> Key:

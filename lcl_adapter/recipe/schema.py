@@ -1,6 +1,7 @@
 """A recipe's schema: every key there is, its type, its range, and the rules between keys.
 
 Names under ``train`` are SFTConfig's own where SFTConfig has them. An unknown key is an error everywhere.
+``options`` has what all parts share, ``sources`` and ``suites`` the two long lists.
 """
 
 from __future__ import annotations
@@ -8,27 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from lcl_adapter.errors import did_you_mean
+from lcl_adapter.recipe.options import Options, Share, Weight
+from lcl_adapter.recipe.sources import TaggedSource
+from lcl_adapter.recipe.suites import TaggedSuite, filled
 
 Precision = Literal["fp32", "bf16", "nf4"]
-PolicyName = Literal["2way-weight", "2way-random-shot", "n-way"]
-Neighbours = Literal["easy", "hard"]
-Names = Literal["random", "real", "mixed"]
-Control = Literal["shuffled-names", "no-support"]
-
-
-def _as_list(value: object) -> object:
-    return value if isinstance(value, list) else [value]
-
-
-IntList = Annotated[list[Annotated[int, Field(ge=0, le=64)]], BeforeValidator(_as_list), Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Options(BaseModel):
-    """Base of every part of a recipe: unknown keys refused, values fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataOptions(Options):
@@ -47,87 +35,6 @@ class AdapterOptions(Options):
     projector: bool = Field(False, description="train the projector too, in full")
     rslora: bool = False
     dora: bool = False
-
-
-class EpisodeOptions(Options):
-    """How episodes are drawn from a pool of classes. ``shots`` is per class, so a 2-way 2-shot support set has 4 images."""
-
-    policy: PolicyName = "n-way"
-    ways: IntList = Field([2], description="classes an episode; of several one is drawn")
-    shots: IntList = Field([2], description="labelled pictures a class; of several one is drawn")
-    queries: int = Field(1, ge=1, le=32, description="queries behind one support set, each blind to the others")
-    names: Names = Field("random", description="labels: random letters, the class's own name, or either, an episode at a time")
-    real_names: Share = Field(0.2, description="with `names: mixed`, the share of episodes under real names")
-    hard: Share = Field(0.5, description="share of episodes whose classes are near neighbours")
-    learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels seen before")
-    other_hands: bool = Field(True, description="show the support set by other hands than the query's, where hands are known")
-    further_views: int = Field(0, ge=0, le=16, description="how many further views of a picture may stand in when pictures run out")
-    turned: Share = Field(0.0, description="share of episodes whose pictures are all turned by 0 to 3 quarters: a turned thing is a new class")
-    augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of so many further views, drawn anew each time")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.policy.startswith("2way") and self.ways != [2]:
-            raise ValueError(f"policy {self.policy} has 2 ways; leave `ways` out, or use policy n-way")
-        if self.policy.startswith("2way") and min(self.shots) < 1:
-            raise ValueError(f"policy {self.policy} needs `shots` of 1 or more")
-        if min(self.ways) < 2:
-            raise ValueError("`ways` below 2: there is nothing to tell apart")
-        if self.policy != "n-way" and self.names != "random":
-            raise ValueError(f"policy {self.policy} names one class at random and the other by its own name; leave `names` out")
-        return self
-
-
-class PocketClasses(Options):
-    """The emoji that ship with the package."""
-
-    type: Literal["pocket"]
-    split: Literal["train", "validation", "held_out"] = "train"
-
-
-class ClassFolders(Options):
-    """A user's ``photos/<class>/*.jpg``. ``hold_out`` sets classes apart by their names, the same ones in every run."""
-
-    type: Literal["class-folder"]
-    path: Path
-    split: Literal["all", "train", "held_out"] = "all"
-    hold_out: Share = 0.2
-
-
-class LlavaJson(Options):
-    """LLaVA's training JSON; ``images`` is a folder or a zip archive. ``limit`` takes the first records only."""
-
-    type: Literal["llava-json"]
-    file: Path
-    images: Path
-    on_fault: Literal["refuse", "skip"] = "refuse"
-    limit: int | None = Field(None, ge=1)
-
-
-class Shared(Options):
-    """What every training source has: its part of the mixture."""
-
-    share: float = Field(1.0, ge=0, allow_inf_nan=False)
-
-
-class PocketSource(PocketClasses, EpisodeOptions, Shared):
-    """``type: pocket`` under ``sources``."""
-
-
-class ClassFolderSource(ClassFolders, EpisodeOptions, Shared):
-    """``type: class-folder`` under ``sources``."""
-
-
-class LlavaJsonSource(LlavaJson, Shared):
-    """``type: llava-json`` under ``sources``. ``packed`` records share a row, each blind to the others."""
-
-    packed: int = Field(1, ge=1, le=32)
-
-
-SourceOptions = PocketSource | ClassFolderSource | LlavaJsonSource
-ClassSourceOptions = PocketClasses | ClassFolders
-TaggedSource = Annotated[SourceOptions, Field(discriminator="type")]
-TaggedClasses = Annotated[ClassSourceOptions, Field(discriminator="type")]
 
 
 class TrainOptions(Options):
@@ -155,52 +62,30 @@ class TrainOptions(Options):
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores where left out")
 
 
-class LclSuite(Options):
-    """Episodes on held-out classes: one cell for every shot and neighbour; chance is 1 / ways."""
-
-    kind: Literal["lcl"]
-    source: TaggedClasses
-    ways: int = Field(2, ge=2, le=16)
-    shots: IntList = [0, 1, 2, 4]
-    neighbours: Annotated[list[Neighbours], BeforeValidator(_as_list), Field(min_length=1)] = ["easy", "hard"]
-    names: Names = "random"
-    episodes: int = Field(1024, ge=1)
-    further_views: int = Field(0, ge=0, le=16)
-
-
-class ControlSuite(LclSuite):
-    """Episodes whose support set tells nothing: names shuffled among its pictures, or no support at all."""
-
-    kind: Literal["control"]  # type: ignore[assignment]
-    control: Control
-    shots: IntList = [2]
-
-
-class VqaSuite(Options):
-    """Plain questions, scored by exact match after lower-casing and trimming: does the adapter keep what the base could?"""
-
-    kind: Literal["vqa"]
-    source: LlavaJson
-
-
-SuiteOptions = LclSuite | ControlSuite | VqaSuite
-TaggedSuite = Annotated[SuiteOptions, Field(discriminator="kind")]
-
-
 class EvaluateOptions(Options):
-    """What is measured at the end of a run, base and adapter side by side."""
+    """What is measured at the end of a run, base and adapter side by side; with ``every``, some of it during the run too."""
 
-    suites: dict[str, TaggedSuite] = {}
-    keep: dict[str, float] = Field({}, description="points a vqa suite may fall below the base before the run says so")
+    suites: Annotated[dict[str, TaggedSuite], BeforeValidator(filled)] = {}
+    keep: dict[str, float] = Field({}, description="points a suite may fall below the base before the run fails")
+    every: int | None = Field(None, ge=1, description="steps between measurements of the suites under `during`")
+    during: list[str] = Field([], description="suites measured every so many steps; those under `keep` where left out")
+    during_limit: int = Field(200, ge=1, description="queries of each line during the run")
     batch_size: int = Field(32, ge=1)
     seed: int = Field(1, ge=0)
 
     @model_validator(mode="after")
-    def _keep_names_suites(self) -> Self:
-        for name in self.keep:
-            if not isinstance(self.suites.get(name), VqaSuite):
-                raise ValueError(f"`keep` names {name!r}, which is no vqa suite; there are {[n for n, s in self.suites.items() if s.kind == 'vqa']}")
+    def _names_suites(self) -> Self:
+        for key in ("keep", "during"):
+            for name in getattr(self, key):
+                if name not in self.suites:
+                    there = list(self.suites)
+                    raise ValueError(f"`{key}` names {name!r}, which is no suite{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}")
         return self
+
+    @property
+    def watched(self) -> list[str]:
+        """Suites that are measured during the run."""
+        return list(dict.fromkeys([*self.during, *self.keep])) if self.every else []
 
 
 class Recipe(Options):
@@ -213,11 +98,26 @@ class Recipe(Options):
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()
     sources: dict[str, TaggedSource] = Field(min_length=1)
+    shares: dict[Share, dict[str, Weight]] = Field(
+        {}, description="a curriculum: from this part of the run on (0 to 1), these shares stand in for those beside the sources"
+    )
     train: TrainOptions = TrainOptions()
     evaluate: EvaluateOptions = EvaluateOptions()
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
-        if sum(s.share for s in self.sources.values()) <= 0:
-            raise ValueError("all shares are 0: nothing would be trained")
+        for begins, shares in self.shares.items():
+            for name in shares:
+                if name not in self.sources:
+                    known = list(self.sources)
+                    raise ValueError(f"`shares` from {begins:g} on: no source {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        for begins, at in self.phases():
+            if sum(at.values()) <= 0:
+                raise ValueError("all shares are 0: nothing would be trained" + (f" from {begins:g} of the run on" if self.shares else ""))
         return self
+
+    def phases(self) -> list[tuple[float, dict[str, float]]]:
+        """Where in the run (0 to 1) each set of shares begins; the shares beside the sources stand until one is given."""
+        own = {n: s.share for n, s in self.sources.items()}
+        steps = [(begins, {**own, **shares}) for begins, shares in sorted(self.shares.items())]
+        return steps if steps and steps[0][0] == 0 else [(0.0, own), *steps]

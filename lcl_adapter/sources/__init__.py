@@ -1,46 +1,131 @@
-"""Files on disk -> pools: classes of pictures, or plain questions. One file a kind of source.
+"""Files on disk -> pools: classes of pictures, parts to inspect, or plain questions. One file a kind of source.
 
-A new kind needs a reader here, its options in ``recipe/schema.py``, and a line in :func:`open_source`.
+A new kind needs a reader here, its options in ``recipe/sources.py``, and a line in :func:`open_reader`.
 """
 
 from __future__ import annotations
 
-from typing import assert_never
+from pathlib import Path
+from typing import assert_never, overload
 
-from lcl_adapter.recipe.schema import ClassFolderSource, LlavaJsonSource, PocketSource, SourceOptions
-from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Picture, PictureClass, Pool, QuestionPool
+from lcl_adapter.recipe import packaged
+from lcl_adapter.recipe.sources import (
+    AnyReader,
+    ClassFolders,
+    ClassReader,
+    HfClasses,
+    HfQuestions,
+    ImageNetLcl,
+    Isekai,
+    LlavaJson,
+    LlavaQuestions,
+    Manifest,
+    Mvtec,
+    PartReader,
+    PocketClasses,
+    Pope,
+    QuestionReader,
+    Shikra,
+    ShikraBoxes,
+    Visa,
+    VqaV2,
+)
+from lcl_adapter.sources.base import (
+    ClassPool,
+    Dialogue,
+    Exchange,
+    Fault,
+    InspectionPool,
+    Part,
+    Picture,
+    PictureClass,
+    Pool,
+    QuestionPool,
+    Region,
+    Specimen,
+)
 from lcl_adapter.sources.class_folder import read_class_folders
+from lcl_adapter.sources.hugging_face import read_hf_classes, read_hf_questions
+from lcl_adapter.sources.imagenet_lcl import read_test_pairs, read_train_pairs
 from lcl_adapter.sources.images import read as read_image
+from lcl_adapter.sources.inspection import read_mvtec, read_visa
+from lcl_adapter.sources.isekai import read_isekai, read_isekai_questions
 from lcl_adapter.sources.llava_json import read_llava_json
+from lcl_adapter.sources.manifest import read_manifest
 from lcl_adapter.sources.pocket import read_pocket
+from lcl_adapter.sources.shikra import read_shikra, read_shikra_classes
+from lcl_adapter.sources.vqa import read_llava_questions, read_pope, read_vqav2
 
 __all__ = [
     "ClassPool",
     "Dialogue",
     "Exchange",
+    "Fault",
+    "InspectionPool",
+    "Part",
     "Picture",
     "PictureClass",
     "Pool",
     "QuestionPool",
-    "open_source",
+    "Region",
+    "Specimen",
+    "open_reader",
     "read_class_folders",
     "read_image",
+    "read_isekai_questions",
     "read_llava_json",
     "read_pocket",
+    "read_test_pairs",
 ]
 
 
-def open_source(name: str, options: SourceOptions, min_pictures: int = 1) -> Pool:
-    """Read a recipe's source. Paths in ``options`` are absolute by now (``recipe.load`` resolves them).
+@overload
+def open_reader(name: str, reader: ClassReader, min_pictures: int = 1) -> ClassPool: ...
+@overload
+def open_reader(name: str, reader: PartReader, min_pictures: int = 1) -> InspectionPool: ...
+@overload
+def open_reader(name: str, reader: QuestionReader, min_pictures: int = 1) -> QuestionPool: ...
+def open_reader(name: str, reader: AnyReader, min_pictures: int = 1) -> Pool:
+    """Read a recipe's source or suite. Paths in it are absolute by now (``recipe.load`` resolves them), or ``pocket:NAME``.
 
     ``min_pictures`` is how many pictures a class needs: the most shots, and one for the query.
     """
-    match options:
-        case PocketSource():
-            return read_pocket(options.split, name, min_pictures)
-        case ClassFolderSource():
-            return read_class_folders(options.path, name, min_pictures, options.split, options.hold_out)
-        case LlavaJsonSource():
-            return read_llava_json(options.file, options.images, name, options.on_fault, options.limit)
+    reader = reader.model_copy(update={k: packaged(v) for k in type(reader).model_fields if isinstance(v := getattr(reader, k), Path)})
+    fault = getattr(reader, "on_fault", "refuse")
+    match reader:
+        case PocketClasses():
+            return read_pocket(reader.split, name, min_pictures)
+        case ClassFolders():
+            return read_class_folders(reader.path, name, min_pictures, reader.split, reader.hold_out, fault)
+        case Manifest():
+            columns = {str(k): v for k, v in reader.columns.items()}
+            where = {k: str(v) for k, v in reader.where.items()}
+            return read_manifest(reader.file, reader.images, columns, name, min_pictures, reader.split, reader.hold_out, fault, where, reader.lookup)
+        case ImageNetLcl():
+            return read_train_pairs(reader.pairs, reader.images, name, fault, min_pictures)
+        case Isekai():
+            return read_isekai(reader.file, reader.images, name, fault, min_pictures)
+        case ShikraBoxes():
+            return read_shikra_classes(reader.file, reader.images, name, fault, min_pictures)
+        case HfClasses():
+            columns = {str(k): v for k, v in reader.columns.items()}
+            return read_hf_classes(reader.path, columns, name, min_pictures, reader.split, reader.hold_out, fault)
+        case Mvtec():
+            return read_mvtec(reader.path, name, reader.split, reader.held_out, reader.hold_out, fault)
+        case Visa():
+            return read_visa(reader.path, name, reader.split, reader.held_out, reader.hold_out, fault)
+        case LlavaJson():
+            return read_llava_json(reader.file, reader.images, name, fault, reader.limit)
+        case LlavaQuestions():
+            return read_llava_questions(reader.file, reader.answers, reader.images, name, fault, reader.limit, tuple(reader.closed))
+        case VqaV2():
+            return read_vqav2(reader.questions, reader.annotations, reader.images, name, fault, reader.limit, reader.image_name)
+        case Pope():
+            return read_pope(reader.file, reader.images, name, fault, reader.limit)
+        case Shikra():
+            return read_shikra(reader.file, reader.images, reader.kind, name, fault, reader.limit, reader.templates)
+        case HfQuestions():
+            columns = {str(k): v for k, v in reader.columns.items()}
+            return read_hf_questions(reader.path, columns, name, fault, reader.limit)
         case _:
-            assert_never(options)
+            assert_never(reader)

@@ -5,10 +5,28 @@ Nothing here opens an image: a source reads names and records, images are read w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from lcl_adapter.errors import DataError
+
+NEAREST = 8  # of a ranked list, these are hard neighbours
+SHOWN = 10  # faults listed in one error; `data check` lists all
+
+
+class Fault(NamedTuple):
+    """One thing wrong in a source. ``kind`` is what it is counted under; ``message`` names file, line and remedy."""
+
+    kind: str
+    message: str
+
+
+NAMED = re.compile(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
 
 
 @dataclass(frozen=True)
@@ -20,6 +38,7 @@ class Picture:
     hand: who drew or took it, where that is known: an episode shows the support set by other hands than the query's.
     view: 0 is the image as it is; k > 0 is its k-th further view (background, scale, turn, light), made when read.
     turned: quarter turns counter-clockwise, before anything else.
+    tile: one piece of the picture, (rows, columns, place), places counted from 0 along the rows.
     """
 
     path: Path
@@ -27,14 +46,36 @@ class Picture:
     hand: str | None = None
     view: int = 0
     turned: int = 0
+    tile: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
-        return name + (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
+        name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
+        return name + (" (tile {}x{}:{})".format(*self.tile) if self.tile else "")
+
+    @classmethod
+    def named(cls, name: str) -> Picture:
+        """The picture that ``str`` wrote down."""
+        match = NAMED.fullmatch(name)
+        assert match is not None
+        tile = tuple(int(n) for n in re.findall(r"\d+", match[5])) if match[5] else None
+        return cls(Path(match[1]), match[2], view=int(match[3] or 0), turned=int(match[4] or 0), tile=tile)  # type: ignore[arg-type]
 
     def seen_again(self, view: int) -> Picture:
         """The same picture in its ``view``-th further view."""
         return replace(self, view=view)
+
+
+PixelBox = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where something is in a picture: a box in pixels, or a mask that is not black there."""
+
+    picture: Picture
+    box: PixelBox | None = None
+    mask: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +85,16 @@ class PictureClass:
     groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"); classes that share the first are
     *hard* neighbours.
     hard: whether it may be used as a hard neighbour at all.
+    boxes: where the thing is in each picture, in pixels (x0, y0, x1, y1); empty where that is not known.
+    ranked: names of the nearest classes, near to far, where a list says so.
     """
 
     name: str
     pictures: tuple[Picture, ...]
     groups: tuple[str, ...] = ()
     hard: bool = True
+    boxes: tuple[PixelBox, ...] = ()
+    ranked: tuple[str, ...] = ()
 
     @cached_property
     def hands(self) -> frozenset[str]:
@@ -63,6 +108,7 @@ class ClassPool:
     name: str
     classes: tuple[PictureClass, ...]
     skipped: dict[str, int] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -75,9 +121,13 @@ class ClassPool:
                 table.setdefault(group, []).append(index)
         return table
 
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {one.name: index for index, one in enumerate(self.classes)}
+
     def neighbours(self, index: int) -> Sequence[int]:
-        """All other classes from near to far: those that share the narrowest group first, then the wider ones."""
-        ranked: dict[int, None] = {}
+        """All other classes from near to far: as ranked; else those that share the narrowest group first, then the wider ones."""
+        ranked: dict[int, None] = {self._by_name[n]: None for n in self.classes[index].ranked if n in self._by_name}
         for group in self.classes[index].groups:
             ranked.update(dict.fromkeys(self._by_group[group]))
         ranked.update(dict.fromkeys(range(len(self.classes))))
@@ -87,12 +137,19 @@ class ClassPool:
     @property
     def grouped(self) -> bool:
         """Whether anything is known of which classes are near each other."""
-        return any(one.groups for one in self.classes)
+        return any(one.groups or one.ranked for one in self.classes)
+
+    @cached_property
+    def regions(self) -> dict[str, tuple[Region, ...]]:
+        """Where the things of the classes with boxes are, by class."""
+        return {c.name: tuple(Region(p, box=b) for p, b in zip(c.pictures, c.boxes, strict=True)) for c in self.classes if c.boxes}
 
     def siblings(self, index: int) -> Sequence[int]:
-        """Classes that share the narrowest group; empty where groups are not known."""
-        groups = self.classes[index].groups
-        return [i for i in self._by_group[groups[0]] if i != index] if groups else []
+        """Classes that share the narrowest group, or the eight nearest that a list ranks; empty where neither is known."""
+        one = self.classes[index]
+        if one.ranked:
+            return [self._by_name[n] for n in one.ranked[:NEAREST] if n in self._by_name and n != one.name]
+        return [i for i in self._by_group[one.groups[0]] if i != index] if one.groups else []
 
     def hard_neighbours(self, index: int) -> Sequence[int]:
         """Siblings that may serve as hard ones; empty where there is none."""
@@ -100,12 +157,65 @@ class ClassPool:
 
 
 @dataclass(frozen=True)
+class Specimen:
+    """One photo of a part under test: ``defect`` is its kind, None for a good one; ``mask`` shows where it is."""
+
+    picture: Picture
+    defect: str | None = None
+    mask: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One category to inspect. ``references`` are good photos set apart to be shown, never to be asked about."""
+
+    name: str
+    references: tuple[Picture, ...]
+    good: tuple[Specimen, ...]
+    defects: Mapping[str, tuple[Specimen, ...]]
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return (*self.references, *(s.picture for s in (*self.good, *(s for group in self.defects.values() for s in group))))
+
+
+@dataclass(frozen=True)
+class InspectionPool:
+    """Categories of parts, good and defective."""
+
+    name: str
+    parts: tuple[Part, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @cached_property
+    def regions(self) -> dict[str, tuple[Region, ...]]:
+        """Where the defects are, by kind and part."""
+        return {
+            f"{kind} on the {part.name}": tuple(Region(s.picture, mask=s.mask) for s in found if s.mask is not None)
+            for part in self.parts
+            for kind, found in part.defects.items()
+        }
+
+
+@dataclass(frozen=True)
 class Exchange:
-    """One question and its answer, with the picture it is about, if any."""
+    """One question and its answer, with the picture it is about, if any.
+
+    further: more pictures of the same question; then ``<image>`` in the question says where each of them stands.
+    answers: every answer that people gave, where a suite scores against several.
+    region: where the answer is a box, what it is the box of; ``answer`` is then empty until the picture's size is read.
+    """
 
     question: str
     answer: str
     picture: Picture | None = None
+    further: tuple[Picture, ...] = ()
+    answers: tuple[str, ...] = ()
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -115,17 +225,57 @@ class Dialogue:
     exchanges: tuple[Exchange, ...]
     origin: str
 
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(p for e in self.exchanges for p in ((e.picture,) if e.picture else ()) + e.further)
+
 
 @dataclass(frozen=True)
 class QuestionPool:
-    """Plain questions, one dialogue a record."""
+    """Plain questions, one dialogue a record. ``dialogues`` may read its file anew for each; ``fingerprint`` is of its contents."""
 
     name: str
-    dialogues: tuple[Dialogue, ...]
+    dialogues: Sequence[Dialogue]
     skipped: dict[str, int] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.dialogues)
 
 
-Pool = ClassPool | QuestionPool
+Pool = ClassPool | QuestionPool | InspectionPool
+
+
+def names_of(pool: Pool) -> list[str]:
+    """The classes or categories of a pool; none for questions."""
+    return [c.name for c in pool.classes] if isinstance(pool, ClassPool) else [p.name for p in pool.parts] if isinstance(pool, InspectionPool) else []
+
+
+def pictures_of(pool: Pool) -> Iterator[Picture]:
+    """Every picture of a pool, masks left out."""
+    if isinstance(pool, ClassPool):
+        yield from (p for one in pool.classes for p in one.pictures)
+    elif isinstance(pool, InspectionPool):
+        yield from (p for part in pool.parts for p in part.pictures)
+    else:
+        yield from (p for dialogue in pool.dialogues for p in dialogue.pictures)
+
+
+AnyPool = TypeVar("AnyPool", ClassPool, QuestionPool, InspectionPool)
+
+
+def settled(pool: AnyPool, on_fault: str) -> AnyPool:
+    """The pool with its faults counted as skipped, or, with "refuse", one DataError that lists the first ten.
+
+    Raises DataError too where nothing of use is left.
+    """
+    if pool.faults and on_fault == "refuse":
+        more = f"\n  ... and {len(pool.faults) - SHOWN} more; `lcl-adapter data check` lists them all" if len(pool.faults) > SHOWN else ""
+        count = "1 fault" if len(pool.faults) == 1 else f"{len(pool.faults)} faults"
+        listed = "\n  ".join([f"{pool.name}: {count} (mend, or set `on_fault: skip`):", *(f.message for f in pool.faults[:SHOWN])])
+        raise DataError(listed + more)
+    if not len(pool):
+        first = f": {pool.faults[0].message}" if pool.faults else "."
+        raise DataError(f"{pool.name}: nothing of use in it{first}")
+    return replace(pool, skipped={**pool.skipped, **Counter(f.kind for f in pool.faults)})

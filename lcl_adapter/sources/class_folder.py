@@ -7,48 +7,58 @@ import json
 from pathlib import Path
 
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Picture, PictureClass
+from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, settled
 from lcl_adapter.sources.images import SUFFIXES
+from lcl_adapter.sources.tree import Tree
 
 NEIGHBOURS = "neighbours.json"
+BOXES = "boxes.jsonl"
 
 
-def read_class_folders(root: Path, name: str = "", min_pictures: int = 1, split: str = "all", hold_out: float = 0.0) -> ClassPool:
+def read_class_folders(
+    root: Path, name: str = "", min_pictures: int = 1, split: str = "all", hold_out: float = 0.0, on_fault: str = "refuse"
+) -> ClassPool:
     """Every sub-folder is a class, in the order of names; hidden files are passed over, other files counted as skipped.
 
-    ``min_pictures``: how many pictures a class needs to be of use (shots + 1 query); fewer is an error that lists the
-    classes. ``split`` keeps the classes of one side of :func:`is_held_out`.
-    ``neighbours.json`` beside the folders may group classes: ``{"group": ["class", ...]}``.
+    ``min_pictures``: how many pictures a class needs to be of use (shots + 1 query); fewer is a fault of the class.
+    ``split`` keeps the classes of one side of :func:`is_held_out`. ``root`` may be a zip archive.
+    ``neighbours.json`` beside the folders may group classes, ``{"group": ["class", ...]}``, or rank them,
+    ``{"ranked": {"class": ["nearest", ...]}}``. ``boxes.jsonl`` may say where the thing is: ``{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}``.
 
-    Raises DataError: no such folder, no class folders, an empty class, too few pictures.
+    Raises DataError: no such folder, no class folders, and, unless ``on_fault`` is "skip", an empty class or too few pictures.
     """
-    if not root.is_dir():
+    if not root.exists():
         raise DataError(f"{root}: no such folder. A class folder holds one folder of photos a class: photos/<class>/*.jpg.")
+    tree = Tree(root)
     skipped: dict[str, int] = {}
-    found: dict[str, list[Picture]] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        pictures = [Picture(p) for p in files if p.suffix.lower() in SUFFIXES]
-        if len(pictures) < len(files):
-            skipped["not an image file"] = skipped.get("not an image file", 0) + len(files) - len(pictures)
-        found[folder.name] = pictures
+    found: dict[str, list[str]] = {}
+    for folder in tree.folders():
+        files = tree.within(f"{folder}/")
+        found[folder] = [n for n in files if Path(n).suffix.lower() in SUFFIXES]
+        if len(found[folder]) < len(files):
+            skipped["not an image file"] = skipped.get("not an image file", 0) + len(files) - len(found[folder])
     if split != "all":
         found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
         if not found:
             raise DataError(f"{root}: no class falls into split {split!r} with `hold_out: {hold_out}`; add classes or change `hold_out`.")
-    faults = []
     if not found:
-        faults.append("no class folders in it: put the photos of each class into a folder of its own, photos/<class>/*.jpg")
-    for class_name, pictures in found.items():
-        if not pictures:
-            faults.append(f"class {class_name!r} has no images ({', '.join(sorted(SUFFIXES))}): add some or remove the folder")
-        elif len(pictures) < min_pictures:
-            faults.append(f"class {class_name!r} has {len(pictures)} images, {min_pictures} are needed: add photos or lower `shots`")
-    if faults:
-        raise DataError("\n".join([f"{root}:", *(f"  {fault}" for fault in faults)]))
-    groups = _groups(root)
-    classes = tuple(PictureClass(n, tuple(p), groups.get(n, ())) for n, p in found.items())
-    return ClassPool(name or root.name, classes, skipped)
+        raise DataError(f"{root}: no class folders in it: put the photos of each class into a folder of its own, photos/<class>/*.jpg.")
+    groups, ranked = neighbours(tree)
+    boxes, faults = _boxes(tree)
+    classes = []
+    for one, names in found.items():
+        if not names:
+            faults.append(Fault("empty class", f"{root}: class {one!r} has no images ({', '.join(sorted(SUFFIXES))}): add some or remove the folder"))
+        elif len(names) < min_pictures:
+            message = f"{root}: class {one!r} has {len(names)} images, {min_pictures} are needed: add photos or lower `shots`"
+            faults.append(Fault("class of too few images", message))
+        else:
+            known = tuple(boxes[n] for n in names if n in boxes)
+            if boxes:
+                names = [n for n in names if n in boxes]
+            pictures = tuple(tree.picture(n) for n in names)
+            classes.append(PictureClass(one, pictures, groups.get(one, ()), boxes=known, ranked=ranked.get(one, ())))
+    return settled(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
 
 
 def is_held_out(class_name: str, share: float) -> bool:
@@ -57,12 +67,36 @@ def is_held_out(class_name: str, share: float) -> bool:
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
-def _groups(root: Path) -> dict[str, tuple[str, ...]]:
-    path = root / NEIGHBOURS
-    if not path.exists():
-        return {}
+def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Groups of each class, and its nearest classes, from ``neighbours.json``. Raises DataError where it has another form."""
+    if NEIGHBOURS not in tree:
+        return {}, {}
+    where = f"{tree.root}: {NEIGHBOURS}"
     try:
-        grouped = json.loads(path.read_text(encoding="utf-8"))
-        return {member: (str(group),) for group, members in grouped.items() for member in members}
+        told = json.loads(tree.text(NEIGHBOURS))
+        ranked = told.pop("ranked", {}) if isinstance(told.get("ranked"), dict) else {}
+        groups: dict[str, tuple[str, ...]] = {member: (str(group),) for group, members in told.items() for member in members}
+        return groups, {one: tuple(map(str, near)) for one, near in ranked.items()}
     except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f'{path}: not of the form {{"group": ["class", ...]}} ({error}).') from error
+        raise DataError(f'{where}: neither {{"group": ["class", ...]}} nor {{"ranked": {{"class": ["nearest", ...]}}}} ({error}).') from error
+
+
+def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
+    if BOXES not in tree:
+        return {}, []
+    found: dict[str, PixelBox] = {}
+    faults = []
+    for number, line in enumerate(tree.text(BOXES).splitlines(), 1):
+        where = f"{tree.root}: {BOXES}, line {number}"
+        try:
+            record = json.loads(line)
+            x0, y0, x1, y1 = (float(v) for v in record["bbox"])
+            if record["image"] not in tree:
+                faults.append(Fault("missing image", f"{where}: no image {record['image']!r}"))
+            elif not (0 <= x0 < x1 and 0 <= y0 < y1):
+                faults.append(Fault("box out of range", f"{where}: the box {record['bbox']} has no extent; x0 < x1 and y0 < y1 in pixels"))
+            else:
+                found[record["image"]] = (x0, y0, x1, y1)
+        except (ValueError, KeyError, TypeError) as error:
+            faults.append(Fault("broken line", f'{where}: not of the form {{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}} ({error})'))
+    return found, faults

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
@@ -33,7 +34,7 @@ def read(picture: Picture) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: the bound below is ours
-            with Image.open(io.BytesIO(_bytes(picture))) as opened:
+            with Image.open(io.BytesIO(read_bytes(picture))) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
                 image = _rgb(opened)
@@ -49,14 +50,23 @@ def read(picture: Picture) -> Image.Image:
         raise DataError(f"{picture}: {image.width} x {image.height} pixels shows nothing. Remove it.")
     if picture.turned:
         image = image.rotate(90 * picture.turned, expand=True)
+    if picture.tile:
+        rows, columns, place = picture.tile
+        row, column = divmod(place, columns)
+        edges = (column * image.width / columns, row * image.height / rows, (column + 1) * image.width / columns, (row + 1) * image.height / rows)
+        image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
     if not picture.view:
         return image
     return further_view(image, [picture.view, zlib.crc32(f"{picture.member or picture.path.name}".encode())])
 
 
-def _bytes(picture: Picture) -> bytes:
+def read_bytes(picture: Picture) -> bytes:
+    """The file as it is on disk, in its archive, or in its row of a saved Hugging Face dataset. Raises DataError."""
     try:
-        data = _archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
+        if picture.member and picture.path.is_dir():
+            data = _row(picture.path, picture.member)
+        else:
+            data = _archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
@@ -72,6 +82,35 @@ def _bytes(picture: Picture) -> bytes:
 def _archive(path: Path, _process: int) -> zipfile.ZipFile:
     """One open archive a process: workers that were forked would share the file's position and read each other's bytes."""
     return zipfile.ZipFile(path)
+
+
+def _row(folder: Path, member: str) -> bytes:
+    """``column/3``: the image of row 3 of a saved dataset."""
+    column, _, row = member.rpartition("/")
+    value = saved_dataset(folder)[int(row)][column]
+    if isinstance(value, dict):
+        return value["bytes"] or Path(value["path"]).read_bytes()
+    return value if isinstance(value, bytes) else Path(value).read_bytes()
+
+
+@lru_cache(maxsize=4)
+def saved_dataset(folder: Path) -> Any:
+    """A dataset that ``datasets`` saved to disk, its images left undecoded; memory-mapped, so that it takes no memory.
+
+    Raises DataError where the folder is none, or holds several splits.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise DataError(f"{folder}: not a dataset saved by `Dataset.save_to_disk` ({error}).") from error
+    if isinstance(found, datasets.DatasetDict):
+        raise DataError(f"{folder}: holds the splits {', '.join(found)}; name one of their folders, for instance {folder / next(iter(found))}.")
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(name, datasets.Image(decode=False))
+    return found
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,97 @@
+"""Boxes: from pixels or masks to text and back, always on the square that the picture is padded to.
+
+Shikra's form (arXiv 2306.15195, as its published code writes it): three decimals, no spaces, ``[0.123,0.456,0.789,0.987]``.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import Picture, PixelBox, Region
+from lcl_adapter.sources.images import read, read_bytes
+
+PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*[\];]")
+
+
+@dataclass(frozen=True)
+class Box:
+    """Corners from 0 to 1 on the padded square, x to the right and y down."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    @property
+    def area(self) -> float:
+        return max(0.0, self.x1 - self.x0) * max(0.0, self.y1 - self.y0)
+
+    def text(self) -> str:
+        return f"[{self.x0:.3f},{self.y0:.3f},{self.x1:.3f},{self.y1:.3f}]"
+
+    def iou(self, other: Box) -> float:
+        """Intersection over union, 0 to 1."""
+        common = Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
+        union = self.area + other.area - common
+        return common / union if union > 0 else 0.0
+
+
+def parse(text: str) -> Box | None:
+    """The first box of a text, or None."""
+    match = PATTERN.search(text)
+    return Box(*(float(v) for v in match.groups())) if match else None
+
+
+def on_square(box: PixelBox, size: tuple[int, int]) -> Box:
+    """A pixel box of a picture of ``size`` (width, height), on the square it is padded to, the picture in the middle."""
+    width, height = size
+    side = max(size)
+    left, top = (side - width) / 2, (side - height) / 2
+    return Box((box[0] + left) / side, (box[1] + top) / side, (box[2] + left) / side, (box[3] + top) / side)
+
+
+def located(region: Region) -> Box:
+    """A region as a box on the padded square; the smallest box around all of a mask.
+
+    Raises DataError: a box out of range or without extent, an empty mask, a mask of another size.
+    """
+    width, height = picture_size(region.picture)
+    box = region.box
+    if box is None:
+        assert region.mask is not None
+        box = mask_box(region.mask, (width, height))
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise DataError(f"{region.picture}: the box {list(box)} is out of range; x runs from 0 to {width}, y from 0 to {height}, x0 < x1, y0 < y1.")
+    return on_square(box, (width, height))
+
+
+@lru_cache(maxsize=65536)
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Width and height, upright, from the file's head. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(picture))) as opened:
+            turned = opened.getexif().get(0x0112, 1) in {5, 6, 7, 8}
+            return (opened.height, opened.width) if turned else opened.size
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise DataError(f"{picture}: not an image that can be read ({error}).") from error
+
+
+@lru_cache(maxsize=65536)
+def mask_box(mask: Picture, size: tuple[int, int]) -> PixelBox:
+    """The smallest box around everything in a mask that is not black. Raises DataError for an empty one or another size."""
+    image = ImageOps.grayscale(read(mask))
+    if image.size != size:
+        raise DataError(f"{mask}: the mask is {image.width} x {image.height} pixels, its picture {size[0]} x {size[1]}.")
+    inside = np.asarray(image) > 0
+    if not inside.any():
+        raise DataError(f"{mask}: the mask is all black: it shows no defect.")
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

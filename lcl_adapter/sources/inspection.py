@@ -1,0 +1,147 @@
+"""Visual inspection: MVTec AD's tree, and VisA's.
+
+    MVTec AD   <category>/train/good/000.png   test/{good,<defect>}/000.png   ground_truth/<defect>/000_mask.png
+    VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv
+
+References are the training photos, so that no test photo is ever shown as one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.sources.base import Fault, InspectionPool, Part, Picture, Specimen, settled
+from lcl_adapter.sources.class_folder import is_held_out
+from lcl_adapter.sources.images import SUFFIXES
+from lcl_adapter.sources.tree import Tree
+
+GOOD = "good"
+VISA_SPLIT = "split_csv/1cls.csv"
+
+
+def chosen(there: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:
+    """Categories of one side: those named in ``held_out``, or, where none is named, by :func:`is_held_out`.
+
+    Raises DataError for a name that is not there, or where nothing is left.
+    """
+    unknown = [n for n in held_out if n not in there]
+    if unknown:
+        told = ", ".join(f"{n!r}{did_you_mean(n, there)}" for n in unknown)
+        raise DataError(f"{root}: `held_out` names {told}; there are {', '.join(there) or 'no categories'}.")
+
+    def apart(name: str) -> bool:
+        return name in held_out if held_out else is_held_out(name, hold_out)
+
+    kept = [n for n in there if split == "all" or apart(n) == (split == "held_out")]
+    if not kept:
+        raise DataError(f"{root}: no category falls into split {split!r}; name some under `held_out`, or change `hold_out`.")
+    return kept
+
+
+def read_mvtec(
+    root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
+) -> InspectionPool:
+    """Every folder with ``train`` and ``test`` is a category; ``root`` may be a zip archive. An underscore in a name is a space.
+
+    Raises DataError: no category, an unknown one held out; unless ``on_fault`` is "skip", a missing mask, an empty folder.
+    """
+    tree = Tree(root)
+    faults: list[Fault] = []
+    there = [f for f in tree.folders() if "test" in tree.folders(f"{f}/")]
+    if not there:
+        raise DataError(f"{root}: no category in it; MVTec's layout is <category>/train/good, <category>/test/<defect>, ground_truth/<defect>.")
+    parts = []
+    for category in chosen(there, split, held_out, hold_out, root):
+        references = tuple(tree.picture(n) for n in _images(tree, f"{category}/train/{GOOD}/"))
+        if not references:
+            faults.append(Fault("no references", f"{root}: {category}/train/{GOOD} has no images: no good part can be shown"))
+        good: tuple[Specimen, ...] = ()
+        defects: dict[str, tuple[Specimen, ...]] = {}
+        for kind in tree.folders(f"{category}/test/"):
+            names = _images(tree, f"{category}/test/{kind}/")
+            if not names:
+                faults.append(Fault("empty defect folder", f"{root}: {category}/test/{kind} has no images: add some or remove the folder"))
+            elif kind == GOOD:
+                good = tuple(Specimen(tree.picture(n)) for n in names)
+            else:
+                defects[spaced(kind)] = tuple(_defective(tree, category, kind, names, faults))
+        if references and (good or defects):
+            parts.append(Part(spaced(category), references, good, {k: s for k, s in defects.items() if s}))
+    return settled(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+
+
+def _defective(tree: Tree, category: str, kind: str, names: Sequence[str], faults: list[Fault]) -> list[Specimen]:
+    found = []
+    for n in names:
+        mask = f"{category}/ground_truth/{kind}/{Path(n).stem}_mask.png"
+        if mask not in tree:
+            faults.append(Fault("missing mask", f"{tree.root}: {n} has no mask {mask}"))
+            continue
+        found.append(Specimen(tree.picture(n), spaced(kind), tree.picture(mask)))
+    return found
+
+
+def read_visa(
+    root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
+) -> InspectionPool:
+    """VisA as it is published, by its own one-class split; a defect's kind is the first label of ``image_anno.csv``.
+
+    Raises DataError as :func:`read_mvtec` does, and where the split file or one of its columns is missing.
+    """
+    tree = Tree(root)
+    faults: list[Fault] = []
+    if VISA_SPLIT not in tree:
+        hint = "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
+        raise DataError(f"{root}: no {VISA_SPLIT}, which says what is trained on and what is tested{hint}.")
+    reader = csv.DictReader(io.StringIO(tree.text(VISA_SPLIT)))
+    expected = ("object", "split", "label", "image", "mask")
+    missing = [c for c in expected if c not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ())}.")
+    rows = list(reader)
+    parts = []
+    for category in chosen(sorted({r["object"] for r in rows}), split, held_out, hold_out, root):
+        kinds = _visa_kinds(tree, category)
+        references: list[Picture] = []
+        good: list[Specimen] = []
+        defects: dict[str, list[Specimen]] = {}
+        for number, row in enumerate(rows, 2):
+            if row["object"] != category:
+                continue
+            where = f"{root}: {VISA_SPLIT}, line {number}"
+            if row["image"] not in tree:
+                faults.append(Fault("missing image", f"{where}: no image {row['image']!r}"))
+            elif row["split"] == "train":
+                references.append(tree.picture(row["image"]))
+            elif row["label"] == "normal":
+                good.append(Specimen(tree.picture(row["image"])))
+            elif row["mask"] not in tree:
+                faults.append(Fault("missing mask", f"{where}: {row['image']} has no mask {row['mask']!r}"))
+            else:
+                kind = kinds.get(row["image"], "anomaly")
+                defects.setdefault(kind, []).append(Specimen(tree.picture(row["image"]), kind, tree.picture(row["mask"])))
+        if references and (good or defects):
+            parts.append(Part(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
+        else:
+            faults.append(Fault("no references", f"{root}: {category} has no training photo, or nothing to test"))
+    return settled(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+
+
+def _visa_kinds(tree: Tree, category: str) -> dict[str, str]:
+    file = f"{category}/image_anno.csv"
+    if file not in tree:
+        return {}
+    return {row["image"]: row["label"].split(",")[0].strip() for row in csv.DictReader(io.StringIO(tree.text(file))) if row.get("image")}
+
+
+def _images(tree: Tree, folder: str) -> list[str]:
+    return [n for n in tree.within(folder) if Path(n).suffix.lower() in SUFFIXES]
+
+
+def spaced(name: str) -> str:
+    """``metal_nut`` -> "metal nut": as one would say it."""
+    return name.replace("_", " ")

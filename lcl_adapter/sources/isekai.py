@@ -1,0 +1,61 @@
+"""ISEKAI-10 and ISEKAI-pair (isekai-portal/Link-Context-Learning, CC BY-NC 2.0): JSON Lines whatever their name says.
+
+A line is one question: ``image_name`` is asked about, ``positive_list`` and ``negative_list`` are shown under the names
+``positive_promt`` and ``negative_promt`` (as spelt there), and ``label_name`` is the right one of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcl_adapter.sources.base import ClassPool, Fault, Picture, PictureClass, settled
+from lcl_adapter.sources.imagenet_lcl import listed_pictures, other_form, read_lines
+from lcl_adapter.sources.tree import Tree
+
+KEYS = "image_name, positive_list, negative_list, positive_promt, negative_promt, label_name"
+
+
+@dataclass(frozen=True)
+class IsekaiQuestion:
+    """Two concepts, pictures of each in the order they are shown, and a picture of one of them (``gold`` 0 or 1)."""
+
+    names: tuple[str, str]
+    shown: tuple[tuple[Picture, ...], tuple[Picture, ...]]
+    asked: Picture
+    gold: int
+
+
+def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> tuple[IsekaiQuestion, ...]:
+    """Every question in its order. Raises DataError as its ``on_fault`` says."""
+    tree = Tree(images)
+    faults: list[Fault] = []
+    questions: list[IsekaiQuestion] = []
+    for _, record, origin in read_lines(file, faults):
+        try:
+            shown = tuple(listed_pictures(record[key], tree, origin, faults) for key in ("positive_list", "negative_list"))
+            names = (str(record["positive_promt"]).lower(), str(record["negative_promt"]).lower())
+            asked = listed_pictures([record["image_name"]], tree, origin, faults)
+            label = str(record["label_name"]).lower()
+            if label not in names:
+                faults.append(Fault("bad record", f"{origin}: the answer {label!r} is not in the closed list {', '.join(names)}"))
+            elif asked and all(shown):
+                questions.append(IsekaiQuestion(names, (shown[0], shown[1]), asked[0], names.index(label)))
+        except (KeyError, TypeError) as error:
+            faults.append(other_form(record, origin, error, KEYS))
+    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.shown[0]) for q in questions), {}, tuple(faults)), on_fault)
+    return tuple(questions)
+
+
+def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
+    """The same as classes; a concept and its counterpart share a group, so they are each other's hard neighbours."""
+    pictures: dict[str, dict[Picture, None]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for question in read_isekai_questions(file, images, name, on_fault):
+        for place, one in enumerate(question.names):
+            more = (*question.shown[place], *((question.asked,) if place == question.gold else ()))
+            pictures.setdefault(one, {}).update(dict.fromkeys(more))
+            groups.setdefault(one, ("|".join(sorted(question.names)),))
+    enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}
+    skipped = {f"concept with fewer than {min_pictures} pictures": len(pictures) - len(enough)} if len(enough) < len(pictures) else {}
+    return settled(ClassPool(name or file.stem, tuple(PictureClass(n, p, groups[n]) for n, p in enough.items()), skipped), on_fault)

@@ -1,0 +1,187 @@
+"""Lists of pictures with their class: CSV, TSV, space-separated text, JSON Lines (also gzipped), and COCO JSON.
+
+A column map says which column is which, so that any product catalogue fits:
+
+    Stanford Online Products   {image: path, class: class_id, group: super_class_id}, Ebay_train.txt
+    Products-10K               {image: name, class: class, group: group}, train.csv
+    ABO                        {image: main_image_id, class: item_id, group: product_type}, listings/*.json.gz, with `lookup`
+    RPC                        instances_train2019.json is COCO JSON: image, class and box are known without a map
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, settled
+from lcl_adapter.sources.class_folder import is_held_out
+from lcl_adapter.sources.tree import Tree
+
+Row = tuple[str, dict[str, Any]]  # where it was read, and its columns
+LINES = (".jsonl", ".json")
+
+
+def read_manifest(
+    files: Path,
+    images: Path,
+    columns: Mapping[str, str],
+    name: str = "",
+    min_pictures: int = 1,
+    split: str = "all",
+    hold_out: float = 0.0,
+    on_fault: str = "refuse",
+    where: Mapping[str, str] | None = None,
+    lookup: Path | None = None,
+) -> ClassPool:
+    """The classes of a list. ``files`` may hold ``*``; ``images`` is a folder or a zip archive.
+
+    columns: ``image`` and ``class``, and if there are such ``group`` (near classes), ``hand`` (who took it), ``box`` ("x0 y0 x1 y1").
+    where: only rows whose column has this value. lookup: a CSV with ``image_id`` and ``path``, where ``image`` is an id.
+
+    Raises DataError: a missing column, with those there are; no such file; and, unless ``on_fault`` is "skip", a bad row.
+    """
+    tree = Tree(images)
+    paths = _lookup(lookup) if lookup else None
+    found: dict[str, dict[str, tuple[str | None, PixelBox | None]]] = {}
+    groups: dict[str, str] = {}
+    faults: list[Fault] = []
+    for origin, row in _rows(files, columns):
+        if "fault" in row:
+            faults.append(Fault("broken line", f"{origin}: {row['fault']}"))
+            continue
+        if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
+            continue
+        image, label = _value(row, columns["image"]), _value(row, columns["class"])
+        if not image or not label:
+            faults.append(Fault("bad record", f"{origin}: no value for {columns['image'] if not image else columns['class']!r}"))
+            continue
+        if paths is not None:
+            if image not in paths:
+                faults.append(Fault("missing image", f"{origin}: the image id {image!r} is not in {lookup}"))
+                continue
+            image = paths[image]
+        if image not in tree:
+            try:
+                tree.picture(image)
+                faults.append(Fault("missing image", f"{origin}: no image {image!r} under {images}"))
+            except DataError as error:
+                faults.append(Fault("path that climbs out", f"{origin}: {error}"))
+            continue
+        if image in found.get(label, {}):
+            faults.append(Fault("duplicate record", f"{origin}: the image {image!r} is listed twice"))
+            continue
+        try:
+            box = _box(row.get(columns["box"])) if "box" in columns else None
+        except ValueError as error:
+            faults.append(Fault("box out of range", f"{origin}: {error}"))
+            continue
+        found.setdefault(label, {})[image] = (_value(row, columns.get("hand", "")) or None, box)
+        if group := _value(row, columns.get("group", "")):
+            groups[label] = group
+    if split != "all":
+        found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
+    classes, skipped = [], 0
+    for label, listed in sorted(found.items()):
+        if len(listed) < min_pictures:
+            skipped += 1
+            continue
+        pictures = tuple(tree.picture(n, hand) for n, (hand, _) in listed.items())
+        boxes = tuple(b for _, b in listed.values() if b is not None)
+        classes.append(PictureClass(label, pictures, (groups[label],) if label in groups else (), boxes=boxes if len(boxes) == len(pictures) else ()))
+    left = {f"class of fewer than {min_pictures} images": skipped} if skipped else {}
+    return settled(ClassPool(name or files.stem, tuple(classes), left, tuple(faults)), on_fault)
+
+
+def _rows(files: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    found = sorted(files.parent.glob(files.name)) if "*" in files.name else [files]
+    if not found:
+        raise DataError(f"{files}: no such file.")
+    for file in found:
+        text = _text(file)
+        stem = Path(file.stem) if file.suffix == ".gz" else file
+        if stem.suffix == ".json" and text.lstrip().startswith("{") and '"annotations"' in text:
+            yield from _coco(file, text)
+        elif stem.suffix in LINES:
+            yield from _json_lines(file, text)
+        else:
+            yield from _table(file, text, columns)
+
+
+def _text(file: Path) -> str:
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: no such file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read ({error}).") from error
+
+
+def _table(file: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    head = text.split("\n", 1)[0]
+    delimiter = "\t" if "\t" in head else "," if "," in head else ";" if ";" in head else " "
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    there = reader.fieldnames or []
+    missing = [c for c in columns.values() if c not in there]
+    if missing:
+        raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there))}. Set `columns` in the recipe.")
+    for row in reader:
+        origin = f"{file}, line {reader.line_num}"
+        if None in row or None in row.values():
+            yield origin, {"fault": f"{len(there)} columns are expected ({', '.join(there)}), this line has another number"}
+        else:
+            yield origin, dict(row)
+
+
+def _json_lines(file: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield f"{file}, line {number}", row if isinstance(row, dict) else {"fault": "not a JSON object"}
+            except ValueError as error:
+                yield f"{file}, line {number}", {"fault": f"not JSON ({error})"}
+
+
+def _coco(file: Path, text: str) -> Iterator[Row]:
+    try:
+        told = json.loads(text)
+        names = {c["id"]: (c["name"], c.get("supercategory", "")) for c in told["categories"]}
+        paths = {i["id"]: i["file_name"] for i in told["images"]}
+        for number, one in enumerate(told["annotations"], 1):
+            label, group = names[one["category_id"]]
+            x, y, width, height = one["bbox"]
+            box = f"{x} {y} {x + width} {y + height}"
+            yield f"{file}: annotation {number}", {"image": paths[one["image_id"]], "class": label, "group": group, "box": box}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({error!r}).") from error
+
+
+def _lookup(file: Path) -> dict[str, str]:
+    return {str(row["image_id"]): str(row["path"]) for _, row in _rows(file, {"id": "image_id", "path": "path"})}
+
+
+def _value(row: Mapping[str, Any], column: str) -> str:
+    """A column as text; of a list of values in several languages, as ABO has them, the first."""
+    value = row.get(column) if column else None
+    while isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("value")
+    return "" if value is None else str(value).strip()
+
+
+def _box(value: Any) -> PixelBox:
+    numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
+    x0, y0, x1, y1 = (float(v) for v in numbers)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {value} has no extent; x0 < x1 and y0 < y1 in pixels")
+    return x0, y0, x1, y1

@@ -1,0 +1,230 @@
+"""Records of a JSON Lines file or of a JSON list, read one at a time by their place in the file.
+
+What is kept in memory is eight bytes a record, so a file of a million lines opens in seconds. Reading is by ``pread``:
+workers that were forked share no file position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import Dialogue, Fault
+
+CHUNK = 1 << 24
+BOM = b"\xef\xbb\xbf"
+TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # whole strings, brackets, commas; a lone quote is a string cut by the chunk
+
+
+class Records:
+    """The records of ``file``. ``spans`` [N, 2] are where each begins and ends, in bytes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._file = os.open(file, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise DataError(f"{file}: no such file.") from error
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+        head = os.pread(self._file, 4096, 0)
+        self._start = len(BOM) if head.startswith(BOM) else 0
+        self.is_list = head[self._start :].lstrip()[:1] == b"["
+        self._starts, self._ends = self._index_list() if self.is_list else self._index_lines()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each record, [N]."""
+        return self._ends - self._starts
+
+    def raw(self, index: int) -> bytes:
+        start = int(self._starts[index])
+        return os.pread(self._file, int(self._ends[index]) - start, start)
+
+    def origin(self, index: int) -> str:
+        """File and line (or record) for messages; counted in the file, so only for what is told."""
+        if self.is_list:
+            return f"{self.file}: record {index + 1}"
+        return f"{self.file}, line {self.line(int(self._starts[index]))}"
+
+    def line(self, offset: int) -> int:
+        count, place = 1, 0
+        while place < offset:
+            chunk = os.pread(self._file, min(CHUNK, offset - place), place)
+            count, place = count + chunk.count(b"\n"), place + len(chunk)
+        return count
+
+    def __getitem__(self, index: int) -> Any:
+        """The record as JSON gives it. Raises DataError that names its line."""
+        raw = self.raw(index)
+        try:
+            return json.loads(raw)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.origin(index)}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.") from error
+        except json.JSONDecodeError as error:
+            line = self.line(int(self._starts[index])) + error.lineno - 1
+            raise DataError(f"{self.file}, line {line}: not JSON ({error.msg}).") from error
+
+    @property
+    def sha256(self) -> str:
+        digest, place = hashlib.sha256(), 0
+        while chunk := os.pread(self._file, CHUNK, place):
+            digest.update(chunk)
+            place += len(chunk)
+        return digest.hexdigest()
+
+    def _index_lines(self) -> tuple[np.ndarray, np.ndarray]:
+        breaks, place = [np.array([self._start - 1])], 0
+        while chunk := os.pread(self._file, CHUNK, place):
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + place)
+            place += len(chunk)
+        if breaks[-1].size == 0 or breaks[-1][-1] != place - 1:
+            breaks.append(np.array([place]))  # a last line without an end
+        edges = np.concatenate(breaks)
+        starts, ends = edges[:-1] + 1, edges[1:]
+        short = np.flatnonzero(ends - starts <= 2)  # few bytes may be a blank line
+        blank = [i for i in short if not os.pread(self._file, int(ends[i] - starts[i]), int(starts[i])).strip()]
+        return np.delete(starts, blank), np.delete(ends, blank)
+
+    def _index_list(self) -> tuple[np.ndarray, np.ndarray]:
+        starts: list[int] = []
+        ends: list[int] = []
+        depth, element, place, rest = 0, 0, self._start, b""
+        closed = False
+        while (chunk := os.pread(self._file, CHUNK, place + len(rest))) or rest:
+            text, more = rest + chunk, bool(chunk)
+            rest = b""
+            for match in TOKENS.finditer(text):
+                token = match[0]
+                if token == b'"':
+                    if not more:
+                        raise self._not_json()
+                    rest = text[match.start() :]
+                    break
+                at = place + match.start()
+                if token in b"[{":
+                    depth += 1
+                    if depth == 1:
+                        element = at + 1
+                elif token in b"]}" or (token == b"," and depth == 1):
+                    if depth == 1:
+                        if closed or token == b"}":
+                            raise self._not_json()
+                        starts.append(element)
+                        ends.append(at)
+                        element = at + 1
+                        closed = token == b"]"
+                    if token != b",":
+                        depth -= 1
+                        if depth < 0:
+                            raise self._not_json()
+            place += len(text) - len(rest)
+            if not more:
+                break
+        if depth or not closed:
+            raise self._not_json()
+        if len(starts) == 1 and not os.pread(self._file, ends[0] - starts[0], starts[0]).strip():
+            starts, ends = [], []  # []
+        return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+
+    def _not_json(self) -> DataError:
+        try:
+            json.loads(self.file.read_bytes().decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            return DataError(f"{self.file}, line {error.lineno}: not JSON ({error.msg}).")
+        except UnicodeDecodeError as error:
+            return DataError(f"{self.file}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.")
+        return DataError(f"{self.file}: not a JSON list.")
+
+
+Parse = Callable[[Any, int], Dialogue]
+
+
+class Dialogues(Sequence[Dialogue]):
+    """Dialogues parsed from their record each time they are asked for. ``kept`` are the records without a fault."""
+
+    def __init__(self, records: Records, parse: Parse, kept: np.ndarray) -> None:
+        self.records, self.parse, self.kept = records, parse, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = int(self.kept[index])
+        return self.parse(self.records[number], number)
+
+    def longest(self, count: int) -> list[int]:
+        """Places of the ``count`` longest records, by bytes."""
+        sizes = self.records.sizes[self.kept]
+        return [int(i) for i in np.argsort(-sizes, kind="stable")[:count]]
+
+    def __iter__(self) -> Iterator[Dialogue]:
+        return (self[i] for i in range(len(self)))
+
+
+def dialogues(
+    records: Records, parse: Parse, identify: Callable[[Any], object] | None = None, limit: int | None = None
+) -> tuple[Dialogues, list[Fault]]:
+    """Go through every record once: what parses is kept by its number, what does not is a fault with its line.
+
+    identify: a record's id; the second record of an id is a fault. ``limit`` takes the first records only.
+    """
+    faults: list[Fault] = []
+    count = min(len(records), limit or len(records))
+    kept, ids = np.ones(count, dtype=bool), np.zeros(count, dtype=np.int64)
+    for number in range(count):
+        try:
+            record = records[number]
+            parse(record, number)
+            if identify is not None:
+                ids[number] = hash(identify(record))
+        except DataError as error:
+            faults.append(Fault("broken line" if "not JSON" in str(error) or "not UTF-8" in str(error) else "bad record", str(error)))
+        except ValueError as error:
+            faults.append(Fault("bad record", f"{named(records, number)}: {error}"))
+        except KeyError as error:
+            keys = ", ".join(map(str, record)) if isinstance(record, dict) else ""
+            faults.append(Fault("bad record", f"{named(records, number)}: no key {error}; it has {keys}"))
+        except (TypeError, AttributeError, IndexError):
+            faults.append(Fault("bad record", f"{named(records, number)}: not of the form that is expected"))
+        else:
+            continue
+        kept[number] = False
+    if identify is not None:
+        seen, first = np.unique(np.where(kept, ids, np.arange(count)), return_index=True)
+        again = np.setdiff1d(np.flatnonzero(kept), first)
+        for number in again:
+            faults.append(Fault("duplicate id", f"{named(records, int(number))}: its id was there before; give each record its own"))
+            kept[number] = False
+        del seen
+    return Dialogues(records, parse, np.flatnonzero(kept)), faults
+
+
+def named(records: Records, number: int) -> str:
+    """File, line or record, and the record's own id where it has one."""
+    where = records.origin(number)
+    try:
+        record = records[number]
+    except DataError:
+        return where
+    for key in ("id", "question_id"):
+        if isinstance(record, dict) and key in record:
+            return f"{where} (id {record[key]!r})" if key == "id" else f"{where} ({key} {record[key]!r})"
+    return where

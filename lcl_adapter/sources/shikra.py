@@ -1,0 +1,71 @@
+"""Shikra's JSON Lines (arXiv 2306.15195): referring boxes, questions, captions.
+
+rec       {"img_path", "expression", "bbox": [x0, y0, x1, y1] in pixels}
+vqa       {"image_path", "question", "annotation": {"multiple_choice_answer"}}
+caption   {"img_path", "caption"}
+gqa       {"imageId", "question", "answer"}
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, PixelBox, QuestionPool, Region, settled
+from lcl_adapter.sources.llava_json import named_once, picture
+from lcl_adapter.sources.records import Records, dialogues, named
+from lcl_adapter.templates import phrase
+
+CAPTION = "Describe the image in one sentence."
+
+
+def read_shikra(
+    file: Path, images: Path, kind: str, name: str = "", on_fault: str = "refuse", limit: int | None = None, templates: Path | None = None
+) -> QuestionPool:
+    """One question a record. Boxes become text when a picture's size is read; those out of range by themselves are faults."""
+    records = Records(file)
+    archive = images.suffix.lower() == ".zip"
+    parse = partial(_parse, records=records, images=images, archive=archive, kind=kind, templates=templates)
+    found, faults = dialogues(records, parse, str, limit)
+    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+
+
+def _parse(record: Any, number: int, records: Records, images: Path, archive: bool, kind: str, templates: Path | None) -> Dialogue:
+    match kind:
+        case "rec":
+            shown = picture(images, archive, record["img_path"])
+            words = phrase("rec", templates, number).filled(thing=record["expression"])
+            exchange = Exchange(words.query, "", shown, region=Region(shown, pixel_box(record["bbox"])))
+        case "vqa":
+            exchange = Exchange(record["question"], record["annotation"]["multiple_choice_answer"], picture(images, archive, record["image_path"]))
+        case "gqa":
+            exchange = Exchange(record["question"], record["answer"], picture(images, archive, f"{record['imageId']}.jpg"))
+        case _:
+            exchange = Exchange(CAPTION, record["caption"], picture(images, archive, record["img_path"]))
+    return Dialogue((exchange,), named_once(records, number, record))
+
+
+def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
+    """Referring boxes as classes, for few-shot detection: records of one expression are one class."""
+    records, faults = Records(file), []
+    archive = images.suffix.lower() == ".zip"
+    found: dict[str, dict[Picture, PixelBox]] = {}
+    for number in range(len(records)):
+        try:
+            record = records[number]
+            found.setdefault(str(record["expression"]).strip().lower(), {})[picture(images, archive, record["img_path"])] = pixel_box(record["bbox"])
+        except (ValueError, KeyError, TypeError) as error:
+            faults.append(Fault("bad record", f"{named(records, number)}: {error!r}"))
+    enough = {n: b for n, b in found.items() if len(b) >= min_pictures}
+    classes = tuple(PictureClass(n, tuple(b), boxes=tuple(b.values())) for n, b in sorted(enough.items()))
+    skipped = {f"expression with fewer than {min_pictures} pictures": len(found) - len(enough)} if len(enough) < len(found) else {}
+    return settled(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
+
+
+def pixel_box(value: Any) -> PixelBox:
+    """Raises ValueError for a box without extent, or left of or above the picture."""
+    x0, y0, x1, y1 = (float(v) for v in value)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
+    return x0, y0, x1, y1

@@ -1,0 +1,96 @@
+"""A folder or an archive (zip, tar) as one list of names, so that a reader need not know which it has.
+
+Names that climb out (``../``), absolute names and links that leave or circle are refused before anything is read.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import Picture
+
+ARCHIVES = frozenset({".zip"})
+
+
+class Tree:
+    """``root`` is a folder or a zip archive; names are relative, with forward slashes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.archive = root.suffix.lower() in ARCHIVES and root.is_file()
+        if not self.archive and not root.is_dir():
+            packed = " (an archive must be a .zip: unpack others first)" if root.is_file() else ""
+            raise DataError(f"{root}: no such folder or archive{packed}.")
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Every file's name, sorted; hidden ones left out. Raises DataError for a name that climbs out or a circle of links."""
+        names = self._members() if self.archive else self._walk(self.root, "", frozenset())
+        return tuple(sorted(n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))))
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def folders(self, under: str = "") -> list[str]:
+        """Names of the folders right below ``under`` that hold a file somewhere, and, on disk, empty ones too."""
+        found = {n[len(under) :].split("/")[0] for n in self.files if n.startswith(under) and "/" in n[len(under) :]}
+        if not self.archive and (self.root / under).is_dir():
+            found |= {p.name for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
+        return sorted(found)
+
+    def within(self, folder: str) -> list[str]:
+        """Files right inside a folder (``a/b/``), sorted."""
+        return [n for n in self.files if n.startswith(folder) and "/" not in n[len(folder) :]]
+
+    def picture(self, name: str, hand: str | None = None) -> Picture:
+        """A reference to one file. Raises DataError for a name that climbs out."""
+        check_inside(name, str(self.root))
+        return Picture(self.root, name, hand) if self.archive else Picture(self.root / name, None, hand)
+
+    def text(self, name: str) -> str:
+        """One file's text. Raises DataError where it is not there, or not UTF-8."""
+        try:
+            raw = zipfile.ZipFile(self.root).read(name) if self.archive else (self.root / name).read_bytes()
+            return raw.decode("utf-8-sig")
+        except (OSError, KeyError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.root}: {name} cannot be read ({error}).") from error
+
+    def _members(self) -> list[str]:
+        try:
+            with zipfile.ZipFile(self.root) as archive:
+                names = [i.filename for i in archive.infolist() if not i.is_dir()]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.root}: cannot be read as an archive ({error}).") from error
+        for name in names:
+            check_inside(name, str(self.root))
+        return names
+
+    def _walk(self, folder: Path, prefix: str, above: frozenset[str]) -> list[str]:
+        real = os.path.realpath(folder)
+        if real in above:
+            raise DataError(f"{folder}: a link that leads back to a folder above it. Remove the link.")
+        names = []
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
+        for entry in entries:
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    names += self._walk(Path(entry.path), f"{prefix}{entry.name}/", above | {real})
+            elif entry.is_file():
+                names.append(prefix + entry.name)
+        return names
+
+
+def check_inside(name: str, where: str) -> None:
+    """Raises DataError for a name that is absolute or climbs out of its folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
+        raise DataError(f"{where}: the name {name!r} leads out of it. Names must stay inside; nothing was read.")

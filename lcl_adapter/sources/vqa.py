@@ -1,0 +1,121 @@
+"""Questions with short answers: LLaVA's question and answer JSON Lines, VQAv2, POPE.
+
+LLaVA   {"question_id", "image", "text", "category"?}; answers {"question_id", "text"} in a file of their own
+VQAv2   {"questions": [{"image_id", "question", "question_id"}]}; {"annotations": [{"question_id", "multiple_choice_answer", "answers"}]}
+POPE    {"question_id", "image", "text", "label": "yes"|"no"}
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.errors import DataError
+from lcl_adapter.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
+from lcl_adapter.sources.llava_json import named_once, picture
+from lcl_adapter.sources.records import Records, dialogues, named
+
+SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's suffix for VQA
+
+
+def read_llava_questions(
+    file: Path, answers: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None, closed: tuple[str, ...] = ()
+) -> QuestionPool:
+    """LLaVA's questions, joined with their answers by ``question_id``. ``closed``: the only answers there may be."""
+    records, told = Records(file), _by_id(answers)
+    archive = images.suffix.lower() == ".zip"
+
+    def parse(record: Any, number: int) -> Dialogue:
+        answer = told.get(str(record["question_id"]))
+        if answer is None:
+            raise ValueError(f"no answer with this question_id in {answers}")
+        if closed and answer not in closed:
+            raise ValueError(f"the answer {answer!r} is not in the closed list {', '.join(closed)}")
+        shown = picture(images, archive, record["image"]) if record.get("image") else None
+        return Dialogue((Exchange(_bare(record["text"]), answer, shown),), named_once(records, number, record))
+
+    found, faults = dialogues(records, parse, lambda r: r["question_id"], limit)
+    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256 + Records(answers).sha256), on_fault)
+
+
+def _by_id(file: Path) -> dict[str, str]:
+    """question_id -> answer. Raises DataError: a broken line, an id that is there twice."""
+    records, found = Records(file), {}
+    for number in range(len(records)):
+        record = records[number]
+        try:
+            key, text = str(record["question_id"]), str(record["text"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{records.origin(number)}: question_id and text are expected ({error}).") from error
+        if key in found:
+            raise DataError(f"{named(records, number)}: the question_id was there before.")
+        found[key] = text
+    return found
+
+
+def _bare(text: str) -> str:
+    return text.replace("<image>", "").strip()
+
+
+def read_vqav2(
+    questions: Path, annotations: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None, pattern: str = ""
+) -> QuestionPool:
+    """VQAv2's two files. ``pattern`` names an image: ``COCO_val2014_{image_id:012}.jpg`` where left out.
+
+    Each question carries its ten answers, for the soft score; what is learned is ``multiple_choice_answer``.
+    """
+    asked = _list(questions, "questions")
+    told = {str(a["question_id"]): a for a in _list(annotations, "annotations")}
+    archive = images.suffix.lower() == ".zip"
+    form = pattern or f"COCO_{'train' if 'train' in questions.name else 'val'}2014_{{image_id:012}}.jpg"
+    found, faults, seen = [], [], set()
+    for number, record in enumerate(asked[:limit], 1):
+        where = f"{questions}: question {number} (question_id {record.get('question_id')!r})"
+        key = str(record.get("question_id"))
+        if key in seen:
+            faults.append(Fault("duplicate id", f"{where}: its id was there before; give each question its own"))
+            continue
+        seen.add(key)
+        try:
+            annotation = told.get(key)
+            if annotation is None:
+                raise ValueError(f"no annotation with this question_id in {annotations}")
+            answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
+            shown = picture(images, archive, form.format(image_id=record["image_id"]))
+            text = f"{record['question']}\n{SHORT}"
+            found.append(Dialogue((Exchange(text, str(annotation["multiple_choice_answer"]), shown, answers=answers),), where))
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            faults.append(Fault("bad record", f"{where}: {why}"))
+    sums = Records(questions).sha256 + Records(annotations).sha256
+    return settled(QuestionPool(name or questions.stem, tuple(found), {}, tuple(faults), sums), on_fault)
+
+
+def _list(file: Path, key: str) -> list[dict[str, Any]]:
+    try:
+        told = json.loads(file.read_bytes().decode("utf-8-sig"))
+        listed: list[dict[str, Any]] = told[key]
+        return listed
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: no such file.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg}).") from error
+    except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: VQAv2's form is expected, an object with {key!r} ({error!r}).") from error
+
+
+def read_pope(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
+    """POPE's questions; the answer is the label, yes or no."""
+    records = Records(file)
+    parse = partial(_pope, records=records, images=images, archive=images.suffix.lower() == ".zip")
+    found, faults = dialogues(records, parse, lambda r: r["question_id"], limit)
+    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+
+
+def _pope(record: Any, number: int, records: Records, images: Path, archive: bool) -> Dialogue:
+    if record["label"] not in {"yes", "no"}:
+        raise ValueError(f"the answer {record['label']!r} is not in the closed list yes, no")
+    text = f"{_bare(record['text'])}\n{SHORT}"
+    return Dialogue((Exchange(text, record["label"], picture(images, archive, record["image"])),), named_once(records, number, record))
