@@ -11,16 +11,26 @@ from dataclasses import dataclass
 
 from lcl_adapter.episodes import Episode, LearnedAnswers
 from lcl_adapter.sources import Dialogue, Picture
+from lcl_adapter.sources.boxes import located
+from lcl_adapter.templates import Wording
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. An image is always put before the text, as LLaVA was trained; ``learn`` marks a trained answer."""
+    """One message. An image is always put before the text, as LLaVA was trained; ``learn`` marks a trained answer.
+
+    further: more pictures of the same message; then ``<image>`` in the text says where each of them stands, the first too.
+    """
 
     role: str  # "user" or "assistant"
     text: str
     picture: Picture | None = None
     learn: bool = False
+    further: tuple[Picture, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return () if self.picture is None else (self.picture, *self.further)
 
 
 @dataclass(frozen=True)
@@ -35,23 +45,7 @@ class Conversation:
     def pictures(self) -> tuple[Picture, ...]:
         """Every picture, in the order of its tokens: the shared ones, then each branch's."""
         turns = [*self.shared, *(turn for branch in self.branches for turn in branch)]
-        return tuple(turn.picture for turn in turns if turn.picture is not None)
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How an episode is put into words. ``{name}`` stands for the label; the query's answer is worded as the support's."""
-
-    instruction: str
-    question: str
-    query: str
-    answer: str = "{name}"
-
-    def support_question(self, first: bool) -> str:
-        return f"{self.instruction} {self.question}" if first else self.question
-
-    def answered(self, label: str) -> str:
-        return self.answer.format(name=label)
+        return tuple(picture for turn in turns for picture in turn.pictures)
 
 
 WORDINGS = {
@@ -68,7 +62,11 @@ WORDINGS = {
 
 
 def from_episode(episode: Episode, wording: Wording) -> Conversation:
-    """Support examples become turns in their order; every query becomes a branch of two turns."""
+    """Support examples become turns in their order; every query becomes a branch of two turns.
+
+    An episode that has a wording of its own, as its task's templates give it, is put in that.
+    """
+    wording = episode.wording or wording
     shared: list[Turn] = []
     learn_support = episode.learned is LearnedAnswers.REPEATED
     seen: set[str] = set()
@@ -90,11 +88,15 @@ def speak(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversati
 
 
 def from_dialogues(dialogues: tuple[Dialogue, ...]) -> Conversation:
-    """Plain questions: each dialogue is a branch of its own, every answer in it is learned."""
+    """Plain questions: each dialogue is a branch of its own, every answer in it is learned.
+
+    Raises DataError where an answer is a box and its picture cannot be read, or the box is outside it.
+    """
     branches = []
     for dialogue in dialogues:
         turns: list[Turn] = []
         for exchange in dialogue.exchanges:
-            turns += [Turn("user", exchange.question, exchange.picture), Turn("assistant", exchange.answer, learn=True)]
+            answer = located(exchange.region).text() if exchange.region else exchange.answer
+            turns += [Turn("user", exchange.question, exchange.picture, further=exchange.further), Turn("assistant", answer, learn=True)]
         branches.append(tuple(turns))
     return Conversation((), tuple(branches), dialogues[0].origin)

@@ -46,11 +46,14 @@ class Family:
         """
         text, learned = self.system if first else "", []
         for turn in turns:
-            for mark in (IMAGE, self.end, "<|user|>", "<|assistant|>"):
+            several = bool(turn.further)  # then the text says where each image stands
+            for mark in (*(() if several else (IMAGE,)), self.end, "<|user|>", "<|assistant|>"):
                 if mark in turn.text:
                     raise DataError(f"the text {turn.text!r} holds {mark!r}, which the model reads as a mark: change it.")
+            if several and turn.text.count(IMAGE) != len(turn.pictures):
+                raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, there are {len(turn.pictures)} images.")
             if turn.role == "user":
-                text += self.user.format(text=turn.text, image=IMAGE + "\n" if turn.picture else "")
+                text += self.user.format(text=turn.text, image=IMAGE + "\n" if turn.picture and not several else "")
             else:
                 text += self.assistant
                 start = len(text)

@@ -274,7 +274,7 @@ class Predictor:
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, turns: Sequence[Turn], keep: int | torch.Tensor
     ) -> torch.Tensor:
         """Read ``ids`` behind what the cache holds; logits where ``keep`` says."""
-        pictures = [turn.picture for turn in turns if turn.picture is not None]
+        pictures = [picture for turn in turns for picture in turn.pictures]
         images = {"mm_encoder_outputs": self.vision.projected(pictures)} if pictures else {}
         outputs = self.base.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep, **images

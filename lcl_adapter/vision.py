@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lcl_adapter.model import Base
@@ -40,6 +41,19 @@ def _weight_type(projector: Any) -> torch.dtype:
     return kind
 
 
+def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """Padded to a square with the processor's mean colour, the image in the middle, as LLaVA-1.5 was trained (`image_aspect_ratio: pad`).
+
+    Without it the processor cuts the sides off, a defect near an edge with them, and boxes would be of another square.
+    """
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    page = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
+    page.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return page
+
+
 class _CaughtError(Exception):
     """What would reach the projector, on its way out."""
 
@@ -60,9 +74,9 @@ class VisionFeatures:
         self.asked = self.computed = 0
 
     def pixels(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """[N, 3, H, W] as the base's own image processor makes them. Raises DataError for a picture that is broken."""
+        """[N, 3, H, W] as the base's own image processor makes them, after padding to a square. Raises DataError for a broken picture."""
         with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(read_image, pictures))
+            images = list(pool.map(lambda p: squared(read_image(p), self.base.processor.image_processor.image_mean), pictures))
         processed = self.base.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return processed.to(self.base.device, self.base.dtype)
 

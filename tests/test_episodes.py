@@ -15,7 +15,7 @@ from lcl_adapter.episodes import Episode
 from lcl_adapter.episodes.base import clash
 from lcl_adapter.episodes.two_way import rank_weight
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import ClassPool, Picture, PictureClass, read_pocket
 
 QUICK = settings(max_examples=150, deadline=None)

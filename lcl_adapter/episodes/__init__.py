@@ -1,28 +1,50 @@
 """Pools -> episodes. One policy a file; every draw is a pure function of (seed, epoch, index).
 
-A new policy is a function of (pool, options, rng, origin) in a file of its own, its name in ``recipe/schema.py``, and a
-line in ``POLICIES``.
+A new policy is a function of (pool, options, rng, origin) in a file of its own, its name in ``recipe/sources.py``, and a
+line in ``POLICIES`` or ``PART_POLICIES``.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Policy, generator
+from lcl_adapter.episodes.inspection import inspection, judged
+from lcl_adapter.episodes.jigsaw import jigsaw
+from lcl_adapter.episodes.locate import locate
 from lcl_adapter.episodes.n_way import n_way
+from lcl_adapter.episodes.product import product
+from lcl_adapter.episodes.references import ref_or_weight, two_way_ref
 from lcl_adapter.episodes.two_way import two_way_random_shot, two_way_weight
-from lcl_adapter.recipe.schema import EpisodeOptions, PolicyName
-from lcl_adapter.sources import ClassPool
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, InspectionPolicy, PolicyName
+from lcl_adapter.sources import ClassPool, InspectionPool
 
-__all__ = ["POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "generator", "pictures_needed"]
+__all__ = ["PART_POLICIES", "POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "generator", "judged", "pictures_needed"]
 
-POLICIES: dict[PolicyName, Policy] = {"2way-weight": two_way_weight, "2way-random-shot": two_way_random_shot, "n-way": n_way}
+POLICIES: Mapping[PolicyName, Policy] = {
+    "2way-weight": two_way_weight,
+    "2way-random-shot": two_way_random_shot,
+    "2way-ref": two_way_ref,
+    "ref-or-weight": ref_or_weight,
+    "jigsaw": jigsaw,
+    "n-way": n_way,
+    "product": product,
+    "locate": locate,
+}
+PART_POLICIES: Mapping[InspectionPolicy, Any] = {"inspection": inspection, "locate": locate}
 
 
-def draw(pool: ClassPool, options: EpisodeOptions, seed: int, epoch: int, index: int) -> Episode:
+def draw(pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, index: int) -> Episode:
     """The episode that (seed, epoch, index) stands for.
 
     Raises EpisodeError where the pool cannot give what the options ask.
     """
-    return POLICIES[options.policy](pool, options, generator(seed, epoch, index), f"{pool.name} episode {index}")
+    policy: Any = PART_POLICIES[options.policy] if isinstance(options, InspectionOptions) else POLICIES[options.policy]
+    episode: Episode = policy(pool, options, generator(seed, epoch, index), f"{pool.name} episode {index}")
+    return episode
 
 
 def pictures_needed(options: EpisodeOptions, shots: int) -> int:
     """How many pictures a class needs for an episode of ``shots``: those, less what further views stand in for, and one query."""
+    if options.policy == "jigsaw":
+        return 1
     return 1 + -(-shots // (options.further_views + 1))

@@ -9,8 +9,9 @@ from enum import Enum
 import numpy as np
 
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import ClassPool, Picture, PictureClass
+from lcl_adapter.templates import Wording
 
 Rng = np.random.Generator
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -34,13 +35,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Episode:
-    """A support set and the queries to be judged by it. ``labels`` are the names in play, in an order that tells nothing."""
+    """A support set and the queries to be judged by it. ``labels`` are the names in play, in an order that tells nothing.
+
+    wording: how the task's own questions are put; None for the recipe's wording.
+    """
 
     support: tuple[Example, ...]
     queries: tuple[Example, ...]
     labels: tuple[str, ...]
     learned: LearnedAnswers
     origin: str
+    wording: Wording | None = None
 
 
 Policy = Callable[[ClassPool, EpisodeOptions, Rng, str], Episode]
@@ -77,7 +82,9 @@ def take(rng: Rng, pictures: Sequence[Picture], count: int, views: int) -> list[
     return [order[i % len(order)].seen_again(i // len(order)) for i in range(min(count, len(order) * (views + 1)))]
 
 
-def divide(rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shots: int, options: EpisodeOptions) -> list[list[list[Picture]]]:
+def divide(
+    rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shots: int | Sequence[int], options: EpisodeOptions
+) -> list[list[list[Picture]]]:
     """For each class, its query pictures (``asked`` of them) and its support pictures (``shots``): [class][side][picture].
 
     No query picture is in the support set. Where hands are known and ``other_hands`` is set, no *hand* of a query is in
@@ -85,7 +92,8 @@ def divide(rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shot
 
     Raises EpisodeError where a class has too few pictures.
     """
-    needed = -(-shots // (options.further_views + 1))
+    shown = [shots] * len(classes) if isinstance(shots, int) else list(shots)
+    needed = [-(-count // (options.further_views + 1)) for count in shown]
     by_hand = options.other_hands and all(p.hand is not None for one in classes for p in one.pictures)
     hands: list[str] = []
     if by_hand:
@@ -93,22 +101,22 @@ def divide(rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shot
         shuffled = rng.permutation(sorted({h for one in classes for h in one.hands})).tolist()
         for hand in sorted(shuffled, key=lambda h: -sum(h in own for own in queried)):  # a hand all queried classes have, first
             rest = [sum(p.hand not in {*hands, hand} for p in one.pictures) for one in classes]
-            if min(rest) >= needed and len(hands) < max(1, *asked):
+            if all(r >= n for r, n in zip(rest, needed, strict=True)) and len(hands) < max(1, *asked):
                 hands.append(str(hand))
     sides = []
-    for one, count in zip(classes, asked, strict=True):
+    for one, count, shots_of_class, kept in zip(classes, asked, shown, needed, strict=True):
         if by_hand:
             querying = [p for p in one.pictures if p.hand in hands]
             rest_of_class = [p for p in one.pictures if p.hand not in hands]
         else:
             order = [one.pictures[i] for i in rng.permutation(len(one.pictures))]
-            spare = max(0, min(count, len(order) - needed))
+            spare = max(0, min(count, len(order) - kept))
             querying, rest_of_class = order[:spare], order[spare:]
-        support = take(rng, rest_of_class, shots, options.further_views) if rest_of_class else []
-        if (count and not querying) or len(support) < shots:
+        support = take(rng, rest_of_class, shots_of_class, options.further_views) if rest_of_class else []
+        if (count and not querying) or len(support) < shots_of_class:
             other = "by other hands than the query's" if by_hand else "besides the query"
             raise EpisodeError(
-                f"class {one.name!r} has {len(one.pictures)} pictures, {shots} {other} are needed: "
+                f"class {one.name!r} has {len(one.pictures)} pictures, {shots_of_class} {other} are needed: "
                 "lower `shots`, add photos, or allow `further_views`."
             )
         queries = take(rng, querying, count, options.further_views) if count else []

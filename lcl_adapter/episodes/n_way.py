@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lcl_adapter.episodes.base import Episode, Rng, assemble, clash, draw_classes, first_that_works, random_names
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import ClassPool
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lcl_adapter.episodes.base import Episode, Rng, assemble, first_that_works, random_names
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import ClassPool
 
 
@@ -22,16 +22,20 @@ def rank_weight(rng: Rng, ranked: Sequence[int]) -> int:
     return int(ranked[int(rng.choice(len(ranked), p=weights / weights.sum()))])
 
 
-def _linked(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, shots: int) -> Episode:
+def opponents(pool: ClassPool, rng: Rng) -> list[int]:
+    """A class under test and a neighbour, near ones more often. Raises EpisodeError for a pool of one."""
     if len(pool) < 2:
         raise EpisodeError(f"{pool.name}: {len(pool)} classes, 2 ways are asked: add classes.")
+    under_test = int(rng.integers(len(pool)))
+    ranked = pool.neighbours(under_test)
+    return [under_test, rank_weight(rng, ranked) if pool.grouped else int(rng.choice(ranked))]  # no ranks are known without groups
 
+
+def _linked(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, shots: int) -> Episode:
     def attempt() -> Episode:
-        under_test = int(rng.integers(len(pool)))
-        ranked = pool.neighbours(under_test)
-        neighbour = rank_weight(rng, ranked) if pool.grouped else int(rng.choice(ranked))  # no ranks are known without groups
-        real = pool.classes[neighbour].name
-        return assemble(pool, options, rng, origin, [under_test, neighbour], [*random_names(rng, 1, taken=[real]), real], shots)
+        classes = opponents(pool, rng)
+        real = pool.classes[classes[1]].name
+        return assemble(pool, options, rng, origin, classes, [*random_names(rng, 1, taken=[real]), real], shots)
 
     return first_that_works(attempt)
 
