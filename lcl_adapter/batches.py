@@ -183,7 +183,11 @@ class Collator:
     def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
         faults: list[str] = []
         rows = [self.row(example["index"], faults) for example in examples]
-        return collate(rows, self.encoder.pad) | {"faults": faults}
+        told = [
+            (self.mixture.slot(example["index"]).source, len(row), sum(label != IGNORED for label in row.labels))
+            for example, row in zip(examples, rows, strict=True)
+        ]
+        return collate(rows, self.encoder.pad) | {"faults": faults, "told": told}
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
         return speak(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])

@@ -1,13 +1,15 @@
 """Shares -> a deterministic schedule: which source gives the i-th row, and which of its own that is.
 
 Indices are cut into blocks of 100. Every block holds each source as often as its share says (largest remainder), in an
-order drawn from (seed, block). So any index can be computed alone: by any number of workers, or by a resumed run.
+order drawn from (seed, block). So any index can be computed alone: by any number of workers, or by a resumed run. Shares
+change between blocks only: where the recipe's curriculum says so, and where a source has reached its cap or its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ import numpy as np
 from lcl_adapter import episodes
 from lcl_adapter.episodes import Episode
 from lcl_adapter.errors import RecipeError
-from lcl_adapter.recipe import Recipe, packaged
-from lcl_adapter.recipe.schema import EpisodeOptions, LlavaJsonSource, PocketSource, SourceOptions
-from lcl_adapter.sources import ClassPool, Dialogue, Picture, Pool, QuestionPool, open_source
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, PocketSource, QuestionOptions, SourceOptions
+from lcl_adapter.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 
 BLOCK = 100
 RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY
@@ -34,36 +36,89 @@ class Slot:
     ordinal: int
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks with the same counts: from block ``begins`` on, a block holds ``counts``; ``before`` is what was drawn by then."""
+
+    begins: int
+    counts: Mapping[str, int]
+    before: Mapping[str, int]
+
+
 class Mixture:
     """The episodes and dialogues of a recipe's training sources, by index."""
 
     def __init__(self, recipe: Recipe, pools: Mapping[str, Pool] | None = None) -> None:
         self.recipe = recipe
         self.seed = recipe.train.seed
-        self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if s.share > 0}
+        train = recipe.train
+        self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
+        used = {n for _, shares in recipe.phases() for n, share in shares.items() if share > 0}
+        self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
         self.pools = dict(pools) if pools is not None else {n: open_options(n, s) for n, s in self.options.items()}
-        total = sum(s.share for s in self.options.values())
-        self.requested = {n: s.share / total for n, s in self.options.items()}
-        self.counts = _largest_remainder(self.requested)
-        unheard = [n for n, c in self.counts.items() if not c]
+        phases = [(begins, {n: s for n, s in shares.items() if n in used}) for begins, shares in recipe.phases()]
+        self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
+        self.ended: dict[str, str] = {}
+        self.stretches = self._plan(phases)
+        self._starts = [s.begins for s in self.stretches]
+        self.requested = _requested(phases)
+        unheard = [n for n in self.options if not any(s.counts.get(n) for s in self.stretches)]
         if unheard:
-            raise RecipeError([f"sources {', '.join(unheard)}: a share below 1 in {2 * BLOCK} would never be drawn; raise it or remove the source"])
+            raise RecipeError([f"sources {', '.join(unheard)}: so small a share would never be drawn, a block has {BLOCK} rows; raise or remove it"])
+
+    def _plan(self, phases: list[tuple[float, dict[str, float]]]) -> list[Stretch]:
+        """Stretches of blocks with the same counts; a source that reaches its limit gives what is left of it in one block of its own."""
+        blocks = -(-self.total // BLOCK)
+        begins = [int(part * blocks) for part, _ in phases]
+        drawn = dict.fromkeys(self.options, 0)
+        stretches: list[Stretch] = []
+        block, over = 0, set[str]()
+        while True:
+            phase = max(i for i, b in enumerate(begins) if b <= block)
+            shares = {n: s for n, s in phases[phase][1].items() if s > 0 and n not in over}
+            if not shares:
+                given = f"every source has ended after {sum(self.limits.values()):,} of {self.total:,} rows"
+                raise RecipeError([f"{given}: set `at_end: repeat`, raise `cap`, or train less"])
+            counts = _largest_remainder(shares)
+            whole = {n: (self.limits[n] - drawn[n]) // c for n, c in counts.items() if n in self.limits and c}
+            until = min([b for b in begins if b > block], default=None)
+            length = min([*whole.values(), *([until - block] if until is not None else [])], default=None)
+            if length == 0:  # the last rows of those that end in this block
+                ending = {n for n, left in whole.items() if not left}
+                rest = {n: self.limits[n] - drawn[n] for n in ending}
+                others = {n: s for n, s in shares.items() if n not in ending}
+                over |= ending
+                for n in ending:
+                    self.ended[n] = "cap" if self.options[n].cap == self.limits[n] else "end"
+                if not others:
+                    continue
+                counts = {**_largest_remainder(others, BLOCK - sum(rest.values())), **rest}
+                length = 1
+            stretches.append(Stretch(block, counts, dict(drawn)))
+            if length is None or block + length >= blocks:
+                self.ended = {n: why for n, why in self.ended.items() if drawn[n] + counts.get(n, 0) >= self.limits[n]}
+                return stretches
+            for n, c in counts.items():
+                drawn[n] += c * length
+            block += length
 
     def slot(self, index: int) -> Slot:
         block, place = divmod(index, BLOCK)
+        stretch = self.stretches[bisect_right(self._starts, block) - 1]
         names = self._block(block)
         source = names[place]
-        return Slot(source, block * self.counts[source] + names[:place].count(source))
+        before = stretch.before[source] + (block - stretch.begins) * stretch.counts[source]
+        return Slot(source, before + names[:place].count(source))
 
     def draw(self, index: int, attempt: int = 0) -> Episode | tuple[Dialogue, ...]:
         """An episode, or the dialogues that share a row; ``attempt`` > 0 is another one of the same source, for when a picture was bad."""
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
         ordinal = slot.ordinal + attempt * RETRY
-        if isinstance(pool, ClassPool):
-            assert isinstance(options, EpisodeOptions)
+        if not isinstance(pool, QuestionPool):
+            assert isinstance(options, EpisodeOptions | InspectionOptions)
             return episodes.draw(pool, options, self.seed, 0, ordinal)
-        assert isinstance(options, LlavaJsonSource)
+        assert isinstance(options, QuestionOptions)
         first = ordinal * options.packed
         return tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, first + options.packed))
 
@@ -74,11 +129,12 @@ class Mixture:
 
     def repeats(self, drawn: int) -> dict[str, float]:
         """How often each question source was gone through after ``drawn`` conversations."""
+        tally = Counter(self.slot(i).source for i in range(drawn))
         passes = {}
         for name, pool in self.pools.items():
             options = self.options[name]
-            if isinstance(pool, QuestionPool) and isinstance(options, LlavaJsonSource):
-                passes[name] = drawn * self.requested[name] * options.packed / len(pool)
+            if isinstance(pool, QuestionPool) and isinstance(options, QuestionOptions):
+                passes[name] = tally[name] * options.packed / len(pool)
         return passes
 
     def hashes(self) -> dict[str, str]:
@@ -94,14 +150,17 @@ class Mixture:
         for name, pool in self.pools.items():
             if isinstance(pool, ClassPool):
                 entries = [[one.name, *map(told, one.pictures)] for one in pool.classes]
+            elif isinstance(pool, InspectionPool):
+                entries = [[one.name, *map(told, one.pictures)] for one in pool.parts]
             else:
-                entries = [[part for e in d.exchanges for part in (e.question, e.answer, told(e.picture))] for d in pool.dialogues]
+                entries = [[pool.fingerprint, str(len(pool))]]
             hashes[name] = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         return hashes
 
     @lru_cache(maxsize=64)  # noqa: B019 - one mixture lives as long as its run
     def _block(self, block: int) -> tuple[str, ...]:
-        names = [n for n, count in self.counts.items() for _ in range(count)]
+        counts = self.stretches[bisect_right(self._starts, block) - 1].counts
+        names = [n for n in self.options for _ in range(counts.get(n, 0))]
         return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(BLOCK))
 
     def _shuffled(self, source: str, size: int, ordinal: int) -> int:
@@ -114,10 +173,30 @@ def _order(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, source, epoch, 11]).permutation(size)
 
 
-def _largest_remainder(shares: Mapping[str, float]) -> dict[str, int]:
-    counts = {n: int(s * BLOCK) for n, s in shares.items()}
-    by_remainder = sorted(shares, key=lambda n: counts[n] - shares[n] * BLOCK)
-    for name in by_remainder[: BLOCK - sum(counts.values())]:
+def _limit(options: SourceOptions, pool: Pool) -> int | None:
+    """How many rows a source gives at most: its cap, or, where it may not repeat, all it has."""
+    limits = [options.cap] if options.cap else []
+    if isinstance(options, QuestionOptions) and options.at_end == "end":
+        limits.append(max(1, len(pool) // options.packed))
+    return min(limits, default=None)
+
+
+def _requested(phases: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """Each source's part of the whole run, as the recipe asks it."""
+    ends = [begins for begins, _ in phases[1:]] + [1.0]
+    asked: dict[str, float] = {}
+    for (begins, shares), end in zip(phases, ends, strict=True):
+        for name, share in shares.items():
+            asked[name] = asked.get(name, 0.0) + (end - begins) * share / sum(shares.values())
+    return asked
+
+
+def _largest_remainder(shares: Mapping[str, float], places: int = BLOCK) -> dict[str, int]:
+    total = sum(shares.values())
+    exact = {n: s / total * places for n, s in shares.items()}
+    counts = {n: int(e) for n, e in exact.items()}
+    by_remainder = sorted(shares, key=lambda n: counts[n] - exact[n])
+    for name in by_remainder[: places - sum(counts.values())]:
         counts[name] += 1
     return counts
 
@@ -126,5 +205,5 @@ def open_options(name: str, options: SourceOptions) -> Pool:
     """Open a training source. A class of a user's needs pictures for its longest episode; a shipped one for its shortest."""
     if isinstance(options, EpisodeOptions):
         shots = min(options.shots) if isinstance(options, PocketSource) else max(options.shots)
-        return open_source(name, options, episodes.pictures_needed(options, shots))
-    return open_source(name, options.model_copy(update={"file": packaged(options.file), "images": packaged(options.images)}))
+        return open_reader(name, options, episodes.pictures_needed(options, shots))
+    return open_reader(name, options)

@@ -13,18 +13,19 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from datasets import Dataset
 from lcl_adapter import adapter
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignment
 from lcl_adapter.conversations import WORDINGS, speak
@@ -35,8 +36,10 @@ from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
-from lcl_adapter.recipe.schema import EpisodeOptions
-from lcl_adapter.sources import ClassPool, Picture, QuestionPool, read_image
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
+from lcl_adapter.sources import Dialogue, Picture, QuestionPool, read_image
+from lcl_adapter.sources.base import names_of
+from lcl_adapter.sources.records import Dialogues
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
@@ -45,6 +48,7 @@ PROGRESS = "progress.json"
 DATA = "data.json"
 OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
 CHECKED = 256  # conversations whose length is checked before training starts
+LONGEST = 2000  # questions of a source, the longest ones, that are checked too
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:
@@ -88,6 +92,7 @@ class LclTrainer(SFTTrainer):
         inputs = dict(inputs)
         labels, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
+        self.tally.count(inputs.pop("told", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
         outputs = model(**inputs, mm_encoder_outputs=self.vision.projected(pictures, self._noise()), logits_to_keep=keep, use_cache=False)
@@ -128,16 +133,23 @@ class LclTrainer(SFTTrainer):
 
 @dataclass
 class Tally:
-    """What the run card tells of the whole run, carried over stops: seconds, images, faults."""
+    """What the run card tells of the whole run, carried over stops: seconds, images, faults, and each source's rows and tokens."""
 
     earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
     faults: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, list[int]] = field(default_factory=dict)  # rows, tokens, learned tokens
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, checkpoint: Path) -> Tally:
         kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        return cls({k: kept[k] for k in ("seconds", "shown", "computed")}, Counter(kept["faults"]))
+        return cls({k: kept[k] for k in ("seconds", "shown", "computed")}, Counter(kept["faults"]), kept["sources"])
+
+    def count(self, told: Sequence[tuple[str, int, int]]) -> None:
+        for source, tokens, learned in told:
+            counts = self.sources.setdefault(source, [0, 0, 0])
+            for place, value in enumerate((1, tokens, learned)):
+                counts[place] += value
 
     def so_far(self, vision: VisionFeatures) -> dict[str, Any]:
         return {
@@ -145,6 +157,7 @@ class Tally:
             "shown": self.earlier["shown"] + vision.asked,
             "computed": self.earlier["computed"] + vision.computed,
             "faults": dict(self.faults),
+            "sources": self.sources,
         }
 
 
@@ -201,8 +214,13 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+Watching = Callable[[Base, Callable[[Path, Mapping[str, Any]], None]], TrainerCallback]
+
+
+def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None) -> dict[str, Any]:
     """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts. A complete run is not trained again.
+
+    watching: makes a callback that measures during the run; it is given the base and a way to save the adapter as it stands.
 
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
@@ -215,7 +233,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         check_same(recipe, mixture)
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
-    total = options.max_steps * options.per_device_train_batch_size * options.gradient_accumulation_steps
+    total = mixture.total
     unread = Collator(mixture, load_encoder(recipe.base), on_fault=recipe.data.on_fault)
     lengths = check_rows(unread, min(total, CHECKED))  # before any weight is loaded
     base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
@@ -234,6 +252,18 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     trainer.add_callback(bar)
     checkpoint = last_complete_checkpoint(output / "checkpoints") if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
+    longest = max(length for found in lengths.values() for length in found)
+
+    def facts_now() -> dict[str, Any]:
+        return facts_of(mixture, trainer.tally.so_far(vision), parts, longest)
+
+    def save_now(folder: Path, more: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, folder / "recipe.yaml")
+        adapter.save_adapter(base, folder, recipe.base, {**facts_now(), **more})
+
+    if watching is not None:
+        trainer.add_callback(watching(base, save_now))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -244,21 +274,29 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         bar.bar.stop()
     done = trainer.tally.so_far(vision)
     console.print(f"{'images':>15}: {done['shown']:,} shown, {done['computed']:,} passed the frozen tower", highlight=False)
-    facts = {
+    base.model.eval()
+    facts = facts_now()
+    adapter.save_adapter(base, output, recipe.base, facts)
+    return facts
+
+
+def facts_of(mixture: Mixture, done: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
+    """What the manifest and the run card tell of a training."""
+    drawn = mixture.total
+    return {
         "parameters": parts,
-        "shares": {"requested": mixture.requested, "realised": mixture.realised(range(total))},
-        "passes": mixture.repeats(total),
+        "shares": {"requested": mixture.requested, "realised": mixture.realised(range(drawn))},
+        "tokens": {n: dict(zip(("rows", "tokens", "learned"), counts, strict=True)) for n, counts in done["sources"].items()},
+        "ended": mixture.ended,
+        "passes": mixture.repeats(drawn),
         "data": mixture.hashes(),
         "skipped": {n: p.skipped for n, p in mixture.pools.items() if p.skipped},
         "bad_pictures": done["faults"],
         "images": {"shown": done["shown"], "through_the_tower": done["computed"]},
         "training_seconds": done["seconds"],
-        "longest_row": max(lengths),
-        "held_in": {n: sorted(c.name for c in p.classes) for n, p in mixture.pools.items() if isinstance(p, ClassPool)},
+        "longest_row": longest,
+        "held_in": {n: sorted(names) for n, p in mixture.pools.items() if (names := names_of(p))},
     }
-    base.model.eval()
-    adapter.save_adapter(base, output, recipe.base, facts)
-    return facts
 
 
 def check_same(recipe: Recipe, mixture: Mixture) -> None:
@@ -267,7 +305,9 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
     Raises RunError that lists what differs.
     """
     began = load(recipe.output / "recipe.yaml")
-    changed = [key for key in ("base", "precision", "wording", "adapter", "sources", "train") if getattr(began, key) != getattr(recipe, key)]
+    changed = [
+        key for key in ("base", "precision", "wording", "adapter", "sources", "shares", "train") if getattr(began, key) != getattr(recipe, key)
+    ]
     if changed:
         raise RunError(
             f"{recipe.output}: began with other values of {', '.join(changed)} (its recipe.yaml has them); give the same, or another output=…."
@@ -278,37 +318,65 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
         raise RunError(f"{recipe.output}: the data of {', '.join(moved)} changed since the run began; start a new run with another output=….")
 
 
-def check_rows(collator: Collator, count: int) -> list[int]:
-    """Lengths of the first ``count`` rows, of the longest episodes of each source, and of every question alone.
+def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
+    """Lengths of the first ``count`` rows, of the longest episodes of each source, and of the longest questions, by source.
 
     So what does not fit is refused before training starts; the first row's alignment is checked too.
     """
     mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
     check_alignment(encoder, collator.conversation(0))
-    lengths = [len(collator.row(i)) for i in range(count)]
+    lengths: dict[str, list[int]] = {name: [] for name in mixture.options}
+    for index in range(count):
+        lengths[mixture.slot(index).source].append(len(collator.row(index)))
     for name, pool in mixture.pools.items():
         options = mixture.options[name]
         if isinstance(pool, QuestionPool):
-            for dialogue in pool.dialogues:
+            for dialogue in longest_dialogues(pool):
                 try:
                     encoder.conversation(speak((dialogue,), wording))
                 except DataError:
                     if collator.on_fault == "refuse":
                         raise
-        elif isinstance(options, EpisodeOptions):
-            longest = options.model_copy(update={"ways": [max(options.ways)], "shots": [max(options.shots)]})
-            lengths += [len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))) for index in range(8)]
+            continue
+        assert isinstance(options, EpisodeOptions | InspectionOptions)
+        most: dict[str, Any] = {"shots": [max(options.shots)]}
+        if isinstance(options, EpisodeOptions):
+            most |= {"ways": [max(options.ways)], "tiles": [max(options.tiles)]}
+        longest = options.model_copy(update=most)
+        for index in range(8):
+            try:
+                lengths[name].append(len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))))
+            except DataError:
+                if collator.on_fault == "refuse":
+                    raise
     return lengths
 
 
-def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: list[int], total: int) -> None:
+def longest_dialogues(pool: QuestionPool, count: int = LONGEST) -> list[Dialogue]:
+    """Those that could be too long: of many, the ones with most text (bytes of their records, where they are read by place)."""
+    if len(pool) <= count:
+        return list(pool.dialogues)
+    if isinstance(pool.dialogues, Dialogues):
+        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
+    return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
+
+
+def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
     for part, count in parts.items():
         console.print(f"{part:>15}: {count['total']:>12,} parameters, {count['trained']:>10,} trained", highlight=False)
     realised = mixture.realised(range(total))
+    passes = mixture.repeats(total)
     for name in mixture.options:
-        size = len(mixture.pools[name])
-        console.print(f"{name:>15}: share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised, {size:,} entries", highlight=False)
-    console.print(f"{'rows':>15}: {total:,} of {min(lengths)} to {max(lengths)} tokens", highlight=False)
+        size, found = len(mixture.pools[name]), lengths[name]
+        average = f", {sum(found) / len(found):.0f} tokens a row, up to {max(found)}" if found else ""
+        again = f", gone through {passes[name]:.1f} times" if name in passes else ""
+        ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
+        console.print(
+            f"{name:>15}: share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised, {size:,} entries{again}{ended}{average}",
+            highlight=False,
+        )
+    known = [length for found in lengths.values() for length in found]
+    console.print(f"{'rows':>15}: {total:,} of {min(known)} to {max(known)} tokens", highlight=False)
 
 
 def _readable(vision: VisionFeatures) -> Any:
