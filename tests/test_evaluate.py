@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from lcl_adapter import trainer
-from lcl_adapter.evaluate import evaluate, metrics, runner
-from lcl_adapter.evaluate.prototype import nearest_prototype
-from lcl_adapter.evaluate.suites import build_cells
+from lcl_adapter.evaluate import build_cells, evaluate, metrics, rules, runner
+from lcl_adapter.evaluate.baselines import nearest_prototype
 from lcl_adapter.model import load_base
 from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe
@@ -43,12 +42,12 @@ def with_suites(base: Path, output: Path) -> Recipe:
     ],
 )
 def test_lcls_own_rule(text: str, gold: str, other: str, right: bool) -> None:
-    assert metrics.lcl_rule(text, gold, [other]) is right
+    assert rules.lcl_rule(text, gold, [other]) is right
 
 
 def test_exact_match_is_of_words() -> None:
-    assert metrics.exact(" A  Cat. ", "a cat")
-    assert not metrics.exact("a cattle", "a cat")
+    assert rules.exact(" A  Cat. ", "a cat")
+    assert not rules.exact("a cattle", "a cat")
 
 
 def test_the_interval_resamples_classes() -> None:
@@ -111,10 +110,10 @@ def test_predictions_hold_everything_to_score_again(pocket_tiny: Path, tmp_path:
         assert [line["index"] for line in own] == list(range(row["n"])), "input order"
         for side in ("base", "adapter"):
             if row["kind"] == "vqa":
-                right = [metrics.exact(line[side]["text"], line["gold"]) for line in own]
+                right = [rules.exact(line[side]["text"], line["gold"]) for line in own]
             else:
                 right = [max(line[side]["log_likelihoods"], key=line[side]["log_likelihoods"].get) == line["gold"] for line in own]
-            assert row[side]["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+            assert row[side]["value"] == pytest.approx(sum(right) / len(right), abs=1e-4)
     assert report["retention"][0]["suite"] == "vqa"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lcl_adapter.adapter import read_manifest
 from lcl_adapter.files import write_text
+from lcl_adapter.report.table import figure
 
 
 def write_card(run: Path) -> Path:
@@ -34,35 +35,48 @@ def write_card(run: Path) -> Path:
 def _results(report: dict[str, Any] | None) -> str:
     if report is None:
         return ""
-    head = "| suite | n | chance | prototype | base | adapter | 95 % | adapter's text |\n|---|---|---|---|---|---|---|---|\n"
+    head = "| suite | n | figure | chance | without training | base | adapter | 95 % | adapter's text |\n|---|---|---|---|---|---|---|---|---|\n"
     rows = []
     for row in report["suites"]:
-        near, own = row["prototype"]["accuracy"], row["adapter"]
+        near, own = row["baseline"], row["adapter"]
         rows.append(
-            f"| {row['name']} | {row['n']} | {row['chance']:.2f} | {'-' if near is None else f'{near:.3f}'} | {row['base']['accuracy']:.3f} | "
-            f"**{own['accuracy']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {own['greedy']:.3f} |"
+            f"| {row['name']} | {row['n']} | {row['metric']} | {row['chance']:.2f} | {figure(near and near['value'])} | {row['base']['value']:.3f} | "
+            f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {figure(own['greedy'])} |"
         )
+    told = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
+    others = "\n\nPublished by others, by the same protocol:\n\n" + "\n".join(f"- {name}: {figures}" for name, figures in told) if told else ""
     kept = "".join(
         f"\n\n{r['suite']}: {r['fell']:+.1f} points below the base, {r['allowed']:.1f} allowed: {'kept' if r['kept'] else '**not kept**'}."
         for r in report["retention"]
     )
-    return "## Results\n\nMeasured together, on the same questions (`report.json`, `predictions.jsonl`).\n\n" + head + "\n".join(rows) + kept
+    return "## Results\n\nMeasured together, on the same questions (`report.json`, `predictions.jsonl`).\n\n" + head + "\n".join(rows) + others + kept
 
 
 def _training(manifest: dict[str, Any]) -> str:
     parts = "\n".join(f"| {part} | {n['total']:,} | {n['trained']:,} |" for part, n in manifest["parameters"].items())
+    nothing = {"rows": 0, "tokens": 0, "learned": 0}
+    everything = max(1, sum(t["tokens"] for t in manifest["tokens"].values()))
     shares = "\n".join(
-        f"| {name} | {share:.2f} | {manifest['shares']['realised'][name]:.2f} | {manifest['passes'].get(name, 0) or '-'} | "
+        f"| {name} | {share:.2f} | {manifest['shares']['realised'][name]:.2f} | {counts['tokens'] / everything:.2f} | {counts['rows']:,} | "
+        f"{counts['tokens']:,} | {counts['learned']:,} | {_passes(manifest, name)} | "
         f"{', '.join(f'{v} x {k}' for k, v in manifest['skipped'].get(name, {}).items()) or '-'} |"
         for name, share in manifest["shares"]["requested"].items()
+        for counts in [manifest["tokens"].get(name, nothing)]
     )
+    columns = ("source", "share asked", "realised", "of the tokens", "rows", "tokens", "learned", "gone through", "left out")
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     images = manifest["images"]
     faults = "".join(f"\n- {count} x {fault}" for fault, count in manifest["bad_pictures"].items())
     hashes = "\n".join(f"- `{name}`: `{digest[:16]}`" for name, digest in manifest["data"].items())
     return (
         f"## Training\n\n{manifest['training_seconds']:.0f} s; rows of up to {manifest['longest_row']} tokens; {images['shown']:,} images shown, "
         f"{images['through_the_tower']:,} passed the vision tower.\n\n| part | parameters | trained |\n|---|---|---|\n{parts}\n\n"
-        f"| source | share asked | realised | passes | left out |\n|---|---|---|---|---|\n{shares}\n\nData:\n\n{hashes}"
+        f"{head}\n{shares}\n\nData:\n\n{hashes}"
         + (f"\n\nConversations replaced because of a bad picture:\n{faults}" if faults else "")
         + "\n\n![loss](loss.png)"
     )
+
+
+def _passes(manifest: dict[str, Any], name: str) -> str:
+    passes = f"{manifest['passes'][name]:.1f} times" if name in manifest["passes"] else "-"
+    return passes + (f", then ended ({manifest['ended'][name]})" if name in manifest["ended"] else "")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from sklearn.metrics import roc_curve
 
 from lcl_adapter.files import whole_file
 
@@ -56,15 +58,45 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
 def _panel(axis: Any, cells: Sequence[dict[str, Any]], title: str) -> None:
     shots = [str(c["shots"]) for c in cells]
     for name, colour in (("base", BASE), ("adapter", ADAPTER)):
-        values = [c[name]["accuracy"] for c in cells]
+        values = [c[name]["value"] for c in cells]
         low = [v - c[name]["ci95"][0] for v, c in zip(values, cells, strict=True)]
         high = [c[name]["ci95"][1] - v for v, c in zip(values, cells, strict=True)]
         axis.errorbar(shots, values, yerr=[low, high], color=colour, marker="o", linewidth=2, capsize=3, label=name)
-    near = [(s, c["prototype"]["accuracy"]) for s, c in zip(shots, cells, strict=True) if c["prototype"]["accuracy"] is not None]
+    near = [(s, c["baseline"]["value"]) for s, c in zip(shots, cells, strict=True) if c["baseline"]]
     if near:
         axis.plot(*zip(*near, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="nearest prototype")
     axis.axhline(cells[0]["chance"], color=CHANCE, linestyle=":", label="chance")
     axis.set(title=title, xlabel="shots a class", ylim=(0, 1.02))
+
+
+def plot_roc(rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]], out: Path) -> bool:
+    """One panel for each inspection cell: true against false alarms over all categories, base and adapter; False where there is none."""
+    cells = [row for row in rows if row["kind"] == "inspection"]
+    if not cells:
+        return False
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(cells), figsize=(3.2 * len(cells), 3.4), sharey=True, squeeze=False)
+        for axis, row in zip(axes[0], cells, strict=True):
+            own = [p for p in predictions if p["cell"] == row["name"]]
+            truth = [p["defect"] is not None for p in own]
+            for name, colour in (("base", BASE), ("adapter", ADAPTER)):
+                alarm, found, _ = roc_curve(truth, [defect_score(p, name) for p in own])
+                axis.plot(alarm, found, color=colour, linewidth=2, label=f"{name} {row[name]['value']:.2f}")
+            axis.plot([0, 1], [0, 1], color=CHANCE, linestyle=":")
+            axis.set(title=row["name"], xlabel="good parts called defective", xlim=(0, 1), ylim=(0, 1.02))
+            axis.legend(frameon=False, loc="lower right", title="mean AUROC", fontsize=8, title_fontsize=8)
+        axes[0][0].set_ylabel("defective parts found")
+        _save(figure, out)
+    return True
+
+
+def defect_score(line: dict[str, Any], who: str) -> float:
+    """P(defective) of a prediction, from the scores of its two answers."""
+    scores = line[who]["log_likelihoods"]
+    good = line["gold"] if line["defect"] is None else next(label for label in scores if label != line["gold"])
+    top = max(scores.values())
+    weights = {label: math.exp(v - top) for label, v in scores.items()}
+    return 1 - weights[good] / sum(weights.values())
 
 
 def _save(figure: Any, out: Path) -> None:

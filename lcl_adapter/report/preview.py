@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw, ImageFont
 
 from lcl_adapter.batches import IGNORED, Collator, Encoded
+from lcl_adapter.errors import RecipeError
 from lcl_adapter.files import whole_file, write_text
 from lcl_adapter.report.thumbs import SIDE, data_url, thumbnail
 from lcl_adapter.sources import Picture
@@ -32,6 +33,7 @@ class Strip:
     """One conversation to show."""
 
     source: str
+    policy: str
     origin: str
     tokens: int
     learned: int
@@ -69,26 +71,40 @@ def pieces_of(encoded: Encoded, collator: Collator) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def strips(collator: Collator, each: int) -> list[Strip]:
-    """The first ``each`` conversations of every source, in the order of the schedule."""
-    found: dict[str, list[Strip]] = {name: [] for name in collator.mixture.options}
-    index = 0
-    while any(len(s) < each for s in found.values()):
-        source = collator.mixture.slot(index).source
-        if len(found[source]) < each:
+def policy_of(collator: Collator, source: str) -> str:
+    """The policy of a source; plain questions go by their type."""
+    options = collator.mixture.options[source]
+    return str(getattr(options, "policy", options.type))
+
+
+def strips(collator: Collator, each: int, sources: Sequence[str] = (), policies: Sequence[str] = ()) -> list[Strip]:
+    """The first ``each`` conversations of every source, in the order of the schedule; of those named, where some are."""
+    mixture = collator.mixture
+    wanted = [n for n in mixture.options if (not sources or n in sources) and (not policies or policy_of(collator, n) in policies)]
+    found: dict[str, list[Strip]] = {name: [] for name in wanted}
+    for index in range(mixture.total + each * 100 * len(mixture.options)):
+        if all(len(s) >= each for s in found.values()):
+            break
+        source = mixture.slot(index).source
+        if source in found and len(found[source]) < each:
             encoded = collator.row(index)
             learned = sum(label != IGNORED for label in encoded.labels)
             origin = collator.conversation(index).origin
-            found[source].append(Strip(source, origin, len(encoded), learned, pieces_of(encoded, collator)))
-        index += 1
+            found[source].append(Strip(source, policy_of(collator, source), origin, len(encoded), learned, pieces_of(encoded, collator)))
     return [strip for group in found.values() for strip in group]
 
 
-def write_preview(collator: Collator, each: int, title: str, out: Path, png: bool) -> list[Path]:
-    """The page, and with ``png`` a picture of the same; returns what was written."""
-    shown = strips(collator, each)
+def write_preview(
+    collator: Collator, each: int, title: str, out: Path, png: bool, sources: Sequence[str] = (), policies: Sequence[str] = ()
+) -> list[Path]:
+    """The page, and with ``png`` a picture of the same; returns what was written. Raises RecipeError where nothing is left to show."""
+    shown = strips(collator, each, sources, policies)
+    if not shown:
+        there = ", ".join(f"{n} ({policy_of(collator, n)})" for n in collator.mixture.options)
+        raise RecipeError([f"no source has {', '.join([*sources, *policies])}; the recipe has {there}"])
     page = Environment(loader=PackageLoader("lcl_adapter.report", "."), autoescape=True).get_template("preview.html")
-    write_text(out, page.render(title=title, strips=shown, sources=list(collator.mixture.options), url=data_url))
+    kinds = {key: list(dict.fromkeys(getattr(s, key) for s in shown)) for key in ("source", "policy")}
+    write_text(out, page.render(title=title, strips=shown, kinds=kinds, url=data_url))
     if not png:
         return [out]
     picture = out.with_suffix(".png")

@@ -12,25 +12,26 @@ from lcl_adapter.terminal import console
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the suites; ``text`` is how often the greedy answer is the right name, word for word."""
+    """Print the suites; ``text`` is how often the greedy answer is the right one, word for word."""
     table = Table(title="base against adapter, the same questions", title_justify="left")
-    for column in ("suite", "n", "chance", "prototype", "base", "adapter", "95 %", "text: base", "adapter"):
-        table.add_column(column, justify="left" if column == "suite" else "right")
+    for column in ("suite", "n", "figure", "chance", "without training", "base", "adapter", "95 %", "text: base", "adapter"):
+        table.add_column(column, justify="left" if column in {"suite", "figure"} else "right")
     for row in rows:
         base, adapter = row["base"], row["adapter"]
         table.add_row(
             escape(row["name"]),
             str(row["n"]),
+            row["metric"],
             f"{row['chance']:.2f}",
-            _figure(row["prototype"]["accuracy"]),
-            _figure(base["accuracy"]),
-            f"[bold]{adapter['accuracy']:.3f}[/bold]",
+            figure(row["baseline"] and row["baseline"]["value"]),
+            figure(base["value"]),
+            f"[bold]{adapter['value']:.3f}[/bold]",
             f"{adapter['ci95'][0]:.3f}-{adapter['ci95'][1]:.3f}",
-            _figure(base["greedy"]),
-            _figure(adapter["greedy"]),
+            figure(base["greedy"]),
+            figure(adapter["greedy"]),
         )
     console.print(table)
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,33 @@
+"""Boxes as text: referring expressions, and few-shot detection. Right if the IoU with the true box is over 0.5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lcl_adapter import episodes
+from lcl_adapter.evaluate import judges
+from lcl_adapter.evaluate.cases import Case, Cell, case_of
+from lcl_adapter.evaluate.suites.questions import asked
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
+from lcl_adapter.recipe.suites import LocateSuite, RecSuite
+from lcl_adapter.sources import InspectionPool, open_reader
+from lcl_adapter.sources.boxes import parse
+from lcl_adapter.templates import Wording
+
+
+def rec(name: str, options: RecSuite, limit: int | None) -> Cell:
+    cases = asked(name, options.source, limit)
+    boxed = tuple(Case(c.support, c.query, (), (), c.gold, c.group, truth=parse(c.gold)) for c in cases)
+    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.boxed)
+
+
+def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    pool = open_reader(name, options.source)
+    count = min(options.episodes, limit or options.episodes)
+    for shots in options.shots:
+        kind = InspectionOptions if isinstance(pool, InspectionPool) else EpisodeOptions
+        drawn = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
+        made = [episodes.draw(pool, drawn, seed, 4, index) for index in range(count)]
+        names = list(pool.regions)
+        cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in made)
+        yield Cell(name, f"{name}-{shots}shot", "locate", "IoU > 0.5", 0.0, cases, judges.boxed, baseline="copied", policy="locate", shots=shots)

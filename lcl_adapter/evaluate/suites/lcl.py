@@ -1,0 +1,69 @@
+"""N-way K-shot episodes on held-out classes, and controls whose support set tells nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from lcl_adapter import episodes
+from lcl_adapter.episodes import Episode
+from lcl_adapter.errors import RecipeError
+from lcl_adapter.evaluate import judges
+from lcl_adapter.evaluate.cases import Cell, case_of
+from lcl_adapter.recipe.sources import EpisodeOptions, PocketClasses
+from lcl_adapter.recipe.suites import ControlSuite, LclSuite
+from lcl_adapter.sources import open_reader
+from lcl_adapter.templates import Wording
+
+
+def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    control = options.control if isinstance(options, ControlSuite) else None
+    # Shipped classes with five drawings or more in every suite, so that all cells are about the same classes.
+    wanted = 4 if isinstance(options.source, PocketClasses) else 1 if options.further_views else max(options.shots)
+    pool = open_reader(name, options.source, 1 + wanted)
+    if options.neighbours and "hard" in options.neighbours and not pool.grouped:
+        raise RecipeError([f"evaluate.suites.{name}: nothing tells which classes are near; set `neighbours: easy`, or add neighbours.json"])
+    for shots in options.shots:
+        for neighbours in options.neighbours or (("easy", "hard") if pool.grouped else ("easy",)):
+            drawn = EpisodeOptions(
+                policy="n-way",
+                ways=[options.ways],
+                shots=[shots],
+                queries=1,
+                names=options.names,
+                hard=float(neighbours == "hard"),
+                further_views=options.further_views,
+            )
+            count = min(options.episodes, limit or options.episodes)
+            made = [episodes.draw(pool, drawn, seed, 1 + (neighbours == "hard"), index) for index in range(count)]
+            label = f"{name}-{neighbours}" if control and len(options.shots) == 1 else f"{name}-{shots}shot-{neighbours}"
+            yield Cell(
+                suite=name,
+                name=label,
+                kind=options.kind,
+                metric="accuracy",
+                chance=1 / options.ways,
+                cases=tuple(
+                    case_of(_controlled(e, control, seed, i), wording, pool.classes[e.queries[0].class_index].name) for i, e in enumerate(made)
+                ),
+                judge=judges.labelled,
+                baseline="prototype",
+                policy="n-way",
+                ways=options.ways,
+                shots=shots,
+                neighbours=neighbours,
+                control=control,
+            )
+
+
+def _controlled(episode: Episode, control: str | None, seed: int, index: int) -> Episode:
+    """The same pictures with nothing to learn from them: names shuffled among the support set, or no support set."""
+    if control == "no-support":
+        return replace(episode, support=())
+    if control == "shuffled-names":
+        order = np.random.default_rng([seed, index, 17]).permutation(len(episode.support))
+        names = [episode.support[i].label for i in order]
+        return replace(episode, support=tuple(replace(e, label=n) for e, n in zip(episode.support, names, strict=True)))
+    return episode

@@ -1,0 +1,52 @@
+"""Two products are shown; the query is the one, the other, or neither: as in training, on products that were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lcl_adapter import episodes
+from lcl_adapter.episodes import Episode
+from lcl_adapter.evaluate import judges
+from lcl_adapter.evaluate.cases import Cell, case_of
+from lcl_adapter.recipe.sources import EpisodeOptions
+from lcl_adapter.recipe.suites import ProductSuite
+from lcl_adapter.sources import ClassPool, open_reader
+from lcl_adapter.templates import Wording
+
+
+def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    pool = open_reader(name, options.source, 1 + max(options.shots))
+    for shots in options.shots:
+        drawn = EpisodeOptions(
+            policy="product",
+            shots=[shots],
+            names=options.names,
+            neither=options.neither,
+            near_neither=options.near_neither,
+            hard=0.5 if pool.grouped else 0.0,
+            templates=options.templates,
+            languages=options.languages,
+        )
+        count = min(options.episodes, limit or options.episodes)
+        made = [episodes.draw(pool, drawn, seed, 3, index) for index in range(count)]
+        yield Cell(
+            suite=name,
+            name=f"{name}-{shots}shot",
+            kind="product",
+            metric="balanced accuracy",
+            chance=1 / 3,
+            cases=tuple(case_of(e, wording, pool.classes[e.queries[0].class_index].name, 0, _truth(e, pool)) for e in made),
+            judge=judges.sorted_out,
+            baseline="prototype or neither",
+            policy="product",
+            shots=shots,
+        )
+
+
+def _truth(episode: Episode, pool: ClassPool) -> dict[str, object]:
+    """Which label is A (the product shown first), B and neither; and whether a neither is a near one."""
+    shown = list(dict.fromkeys(e.label for e in episode.support))
+    roles = {shown[0]: "A", shown[1]: "B"} | {label: "neither" for label in episode.labels if label not in shown}
+    query = episode.queries[0]
+    near = {i for e in episode.support for i in pool.siblings(e.class_index)}
+    return {"roles": roles, "near": roles[query.label] == "neither" and query.class_index in near}

@@ -1,0 +1,77 @@
+"""LCL's own tests, followed to the letter (isekai-portal/Link-Context-Learning, evaluation code and configurations).
+
+Names are the classes' own, in lower case. The first ``shot`` pictures of each list are shown, both sides shuffled together
+(unseeded there, seeded here), the answer is generated greedily and judged by LCL's rule. ``shot`` is per class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lcl_adapter.episodes import Episode, Example, LearnedAnswers
+from lcl_adapter.errors import DataError
+from lcl_adapter.evaluate import judges, published
+from lcl_adapter.evaluate.cases import Case, Cell, case_of
+from lcl_adapter.recipe import packaged
+from lcl_adapter.recipe.suites import ImageNet100Suite, IsekaiSuite
+from lcl_adapter.sources import Picture, read_isekai_questions, read_test_pairs
+from lcl_adapter.templates import Wording
+
+
+def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    """Classes 2k and 2k + 1 oppose each other; the first ``queries`` test pictures of every class are asked about."""
+    pairs = read_test_pairs(packaged(options.pairs), packaged(options.images))
+    for shots in options.shots:
+        cases = []
+        for number, pair in enumerate(pairs):
+            names = (pair.names[0].lower(), pair.names[1].lower())
+            for side in (0, 1):
+                for place, asked in enumerate(pair.asked[side][: options.queries]):
+                    cases.append(_case(names, pair.shown, asked, side, shots, wording, [seed, shots, number, side, place]))
+        yield _cell(name, shots, cases, limit, "imagenet-100", published.imagenet_100(shots))
+
+
+def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    """A line of the file is one question."""
+    source = options.source
+    questions = read_isekai_questions(packaged(source.file), packaged(source.images), name, source.on_fault)
+    for shots in options.shots:
+        cases = [_case(q.names, q.shown, q.asked, q.gold, shots, wording, [seed, shots, n]) for n, q in enumerate(questions)]
+        yield _cell(name, shots, cases, limit, "isekai", published.isekai(options.published, shots))
+
+
+def _case(
+    names: tuple[str, str],
+    shown: tuple[Sequence[Picture], Sequence[Picture]],
+    asked: Picture,
+    side: int,
+    shots: int,
+    wording: Wording,
+    seed: list[int],
+) -> Case:
+    if min(map(len, shown)) < shots:
+        raise DataError(f"{names[0]!r} and {names[1]!r} have {len(shown[0])} and {len(shown[1])} pictures to show, {shots} of each are asked.")
+    support = [Example(picture, names[s], s) for s in (0, 1) for picture in shown[s][:shots]]
+    order = np.random.default_rng(seed).permutation(len(support))
+    episode = Episode(tuple(support[i] for i in order), (Example(asked, names[side], side),), names, LearnedAnswers.QUERY, names[side])
+    return case_of(episode, wording, names[side])
+
+
+def _cell(name: str, shots: int, cases: list[Case], limit: int | None, kind: str, figures: published.Figures) -> Cell:
+    chosen = cases if limit is None else cases[:: max(1, len(cases) // limit)][:limit]
+    return Cell(
+        suite=name,
+        name=f"{name}-{shots}shot",
+        kind=kind,
+        metric="LCL's rule",
+        chance=0.5,
+        cases=tuple(chosen),
+        judge=judges.by_lcls_rule,
+        baseline="prototype" if shots else None,
+        ways=2,
+        shots=shots,
+        neighbours="as published",
+        published=figures,
+    )
