@@ -18,7 +18,7 @@ from lcl_adapter import episodes
 from lcl_adapter.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.model import Base, load_base
 from lcl_adapter.predict import Predictor, Question
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_pocket
 
 QUERIES = 32

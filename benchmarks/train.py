@@ -89,8 +89,9 @@ def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
 
 
 def stock(name: str) -> dict[str, float]:
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from datasets import Dataset
 
     episodes, steps = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:

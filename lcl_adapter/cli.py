@@ -64,31 +64,45 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     \b
     lcl-adapter train recipes/pocket.yaml train.max_steps=100 output=runs/short
     lcl-adapter train recipes/pocket.yaml resume=true      # go on after a stop
+
+    Exits with 3 where a suite under `evaluate.keep` fell further below the base than it may.
     """
     from lcl_adapter import run
 
-    emit(run.train(recipe, overrides), as_json)
+    found = run.train(recipe, overrides)
+    emit(found, as_json)
+    if not found["kept"]:
+        click.get_current_context().exit(3)
 
 
 @main.command("eval")
 @click.argument("run_folder", metavar="RUN", type=PATH)
-@click.option("--suite", "suites", multiple=True, help="Only this suite of the run's recipe; may be given several times.")
+@click.argument("overrides", nargs=-1)
+@click.option("--suite", "suites", multiple=True, help="Only this suite: the recipe's, or one that ships by name. May be given several times.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N queries of each line.")
 @click.option("--seed", type=click.IntRange(0), help="Draw other episodes than the recipe's.")
 @click.option("--base", "base_name", help="Where the base is now, if it has moved.")
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @json_option
 def evaluate(
-    run_folder: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, base_name: str | None, fresh: bool, as_json: bool
+    run_folder: Path,
+    overrides: tuple[str, ...],
+    suites: tuple[str, ...],
+    limit: int | None,
+    seed: int | None,
+    base_name: str | None,
+    fresh: bool,
+    as_json: bool,
 ) -> None:
-    """Base against adapter on RUN's suites: the same episodes, in one run.
+    """Base against adapter on RUN's suites: the same questions, in one run. OVERRIDES are key=value.
 
     \b
     lcl-adapter eval runs/pocket --suite 2way --limit 200
+    lcl-adapter eval runs/mix --suite isekai-10 --suite mvtec data.root=/data
     """
     from lcl_adapter import run
 
-    emit(run.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base_name=base_name, fresh=fresh), as_json)
+    emit(run.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base_name=base_name, fresh=fresh, overrides=overrides), as_json)
 
 
 @main.command()
@@ -140,16 +154,55 @@ def data() -> None:
 @click.option("--episodes", default=8, show_default=True, type=click.IntRange(1, 200), help="How many of each source.")
 @click.option("--out", type=PATH, default=Path("preview.html"), show_default=True, help="The page to write.")
 @click.option("--png", is_flag=True, help="Write a picture beside the page too.")
+@click.option("--source", "sources", multiple=True, help="Only this source; may be given several times.")
+@click.option("--policy", "policies", multiple=True, help="Only sources of this policy; may be given several times.")
 @json_option
-def preview(recipe: str, overrides: tuple[str, ...], episodes: int, out: Path, png: bool, as_json: bool) -> None:
-    """Episodes as pictures, the learned tokens in colour.
+def preview(
+    recipe: str, overrides: tuple[str, ...], episodes: int, out: Path, png: bool, sources: tuple[str, ...], policies: tuple[str, ...], as_json: bool
+) -> None:
+    """Episodes as pictures, the learned tokens in colour; the page filters by source and policy.
 
     \b
-    lcl-adapter data preview recipes/pocket.yaml --png
+    lcl-adapter data preview recipes/mix-pocket.yaml --png
+    lcl-adapter data preview recipes/mix-pocket.yaml --policy inspection
     """
     from lcl_adapter import run
 
-    emit(run.preview(recipe, overrides, episodes, out, png), as_json)
+    emit(run.preview(recipe, overrides, episodes, out, png, sources, policies), as_json)
+
+
+@data.command("check")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@json_option
+def check_data(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Open every file that RECIPE names; tell every fault with its file and line. Exits with 1 where there are faults.
+
+    \b
+    lcl-adapter data check recipes/mix-pocket.yaml
+    """
+    from lcl_adapter import run
+
+    found = run.check(recipe, overrides)
+    emit(found, as_json)
+    if found["faults"]:
+        click.get_current_context().exit(1)
+
+
+@data.command("index")
+@click.argument("photos", type=PATH)
+@click.option("--base", "base_name", default="pocket", show_default=True, help="Whose vision tower says what is near.")
+@click.option("--out", type=PATH, help="File to write [default: PHOTOS/neighbours.json].")
+@json_option
+def index_data(photos: Path, base_name: str, out: Path | None, as_json: bool) -> None:
+    """Rank the nearest classes of PHOTOS/<class>/*.jpg by the base's own vision tower, for hard episodes.
+
+    \b
+    lcl-adapter data index photos/ --base /models/llava-1.5-7b-hf
+    """
+    from lcl_adapter import run
+
+    emit(run.index(photos, base_name, out), as_json)
 
 
 @main.group(invoke_without_command=True)

@@ -24,7 +24,7 @@ from lcl_adapter.files import whole_folder
 from lcl_adapter.model import Base, load_base
 from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import load
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_pocket
 from lcl_adapter.vision import VisionFeatures
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lcl_adapter import check as checking
+from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
 from lcl_adapter import report
 from lcl_adapter import trainer as training
@@ -15,7 +17,7 @@ from lcl_adapter.adapter import load_adapter
 from lcl_adapter.batches import Collator
 from lcl_adapter.conversations import WORDINGS, Turn
 from lcl_adapter.episodes.base import clash
-from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.errors import DataError, RecipeError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
@@ -24,26 +26,43 @@ from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
 from lcl_adapter.sources import Picture, read_class_folders, read_image
 from lcl_adapter.terminal import console
+from lcl_adapter.watch import BEST, Watch, best_of
 
 
 def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train, then evaluate where the recipe has suites. ``resume=true`` among the overrides goes on with a stopped run."""
+    """Train, then evaluate where the recipe has suites. ``resume=true`` among the overrides goes on with a stopped run.
+
+    ``kept`` in the result is false where a suite under ``keep`` fell further than it may.
+    """
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
     check_held_out(recipe, Mixture(recipe))
     check_suites(recipe, load_encoder(recipe.base))
-    facts = training.train(recipe, resume)
+    watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
+    facts = training.train(recipe, resume, watching)
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
     console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")
-    result: dict[str, Any] = {"run": str(recipe.output), "training_seconds": facts["training_seconds"], "shares": facts["shares"]}
+    result: dict[str, Any] = {"run": str(recipe.output), "training_seconds": facts["training_seconds"], "shares": facts["shares"], "kept": True}
     if recipe.evaluate.suites:
         result |= evaluate(recipe.output)
+        result["kept"] = all(one["kept"] for one in result["retention"])
+        if not result["kept"]:
+            result["best"] = best_of(recipe.output)
+            _say_what_passes(recipe.output, result["best"])
     return result
 
 
+def _say_what_passes(run: Path, best: dict[str, Any] | None) -> None:
+    if best is None:
+        hint = "no step that was measured passes; raise the share of what was lost, or measure during the run (`evaluate.every`)"
+    else:
+        hint = f"the best that passes is in {run / BEST} (step {best['step']}); `lcl-adapter eval {run / BEST}` measures it whole"
+    console.print(f"THE RETENTION GATE DOES NOT PASS: {hint}", style="bold white on red", markup=False, highlight=False)
+
+
 def evaluate(run: Path, **options: Any) -> dict[str, Any]:
-    """Measure, then write the table, the plot, the page and the card. Options: those of ``lcl_adapter.evaluate.evaluate``."""
+    """Measure, then write the table, the plots, the page and the card. Options: those of ``lcl_adapter.evaluate.evaluate``."""
     found = measure(run, **options)
     if not found["suites"]:
         raise RecipeError([f"{run / 'recipe.yaml'}: no suites under `evaluate`, so there is nothing to measure"])
@@ -54,6 +73,8 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
     out = Path(found["folder"])
     if not report.plot_accuracy(found["suites"], out / "accuracy.png"):
         (out / "accuracy.png").unlink(missing_ok=True)
+    if not report.plot_roc(found["suites"], report.read_predictions(out), out / "roc.png"):
+        (out / "roc.png").unlink(missing_ok=True)
     page = report.write_report_page(out)
     if out == run:
         report.write_card(run)
@@ -130,14 +151,34 @@ def merge(run: Path, out: Path, base_name: str | None = None, dtype: str = "base
     return result
 
 
-def preview(recipe_path: str, overrides: Sequence[str], each: int, out: Path, png: bool) -> dict[str, Any]:
-    """Write the preview page of a recipe."""
+def preview(
+    recipe_path: str, overrides: Sequence[str], each: int, out: Path, png: bool, sources: Sequence[str] = (), policies: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write the preview page of a recipe, of all its sources or of some."""
     recipe = load(recipe_path, overrides)
+    unknown = [name for name in sources if name not in recipe.sources]
+    if unknown:
+        known = list(recipe.sources)
+        raise RecipeError([f"no source {name!r}{did_you_mean(name, known)}; the recipe has {', '.join(known)}" for name in unknown])
     collator = Collator(Mixture(recipe), load_encoder(recipe.base), check=read_image)
-    written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png)
+    written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png, sources, policies)
     for path in written:
         console.print(f"wrote {path}", highlight=False)
     return {"written": [str(path) for path in written]}
+
+
+def check(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Open everything a recipe names; the faults are in the result."""
+    found = checking.check(load(recipe_path, overrides))
+    report.show_check(found)
+    return found
+
+
+def index(folder: Path, base_name: str, out: Path | None) -> dict[str, Any]:
+    """Write which classes are near each other."""
+    found = indexing.index(folder, base_name, out)
+    console.print(f"wrote {found['written']}: {found['classes']} classes, {found['pictures']} pictures", highlight=False, markup=False)
+    return found
 
 
 def _resume(overrides: Sequence[str]) -> tuple[bool, list[str]]:

@@ -112,9 +112,9 @@ def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
     assert names[:2] == ["2way-1shot-easy", "2way-1shot-hard"]
     assert {"5way-2shot-easy", "shuffled-names-hard", "no-support-easy", "captions", "vqa"} <= set(names)
     for row in report["suites"]:
-        keys = {"name", "kind", "policy", "ways", "shots", "neighbours", "n", "chance", "prototype", "base", "adapter"}
+        keys = {"name", "kind", "policy", "ways", "shots", "neighbours", "n", "chance", "baseline", "metric", "base", "adapter"}
         assert keys <= set(row)
-        assert 0 <= row["adapter"]["ci95"][0] <= row["adapter"]["accuracy"] <= row["adapter"]["ci95"][1] <= 1
+        assert 0 <= row["adapter"]["ci95"][0] <= row["adapter"]["value"] <= row["adapter"]["ci95"][1] <= 1
     written = {p.name for p in run.iterdir()}
     pages = {"README.md", "report.json", "report.html", "predictions.jsonl", "metrics.jsonl", "recipe.yaml", "loss.png", "accuracy.png"}
     assert pages <= written

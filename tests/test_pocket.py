@@ -14,7 +14,7 @@ from lcl_adapter.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.model import load_base, parameters_by_part
 from lcl_adapter.pocket import BASE, DATA
 from lcl_adapter.predict import Predictor
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_image, read_llava_json, read_pocket
 
 
@@ -62,19 +62,19 @@ def test_the_base_binds_keys_to_values_in_text() -> None:
 
 def test_the_base_names_training_classes_and_cannot_learn_pictures_from_context(run: Path) -> None:
     found = rows(run)
-    assert found["captions"]["base"]["accuracy"] > 0.4
-    assert found["vqa"]["base"]["accuracy"] > found["vqa"]["chance"] + 0.2
+    assert found["captions"]["base"]["value"] > 0.4
+    assert found["vqa"]["base"]["value"] > found["vqa"]["chance"] + 0.2
     for name in ("2way-2shot-easy", "2way-2shot-hard"):
-        assert 0.4 < found[name]["base"]["accuracy"] < 0.62
+        assert 0.4 < found[name]["base"]["value"] < 0.62
 
 
 def test_the_adapter_learns_from_context_on_held_out_classes(run: Path) -> None:
     found = rows(run)
-    assert found["2way-2shot-easy"]["adapter"]["accuracy"] > 0.85
-    assert found["2way-2shot-hard"]["adapter"]["accuracy"] > 0.72
-    assert found["2way-4shot-easy"]["adapter"]["accuracy"] > found["2way-1shot-easy"]["adapter"]["accuracy"] - 0.02
-    assert found["5way-2shot-easy"]["adapter"]["accuracy"] > 0.55
-    assert abs(found["2way-2shot-easy"]["adapter"]["greedy"] - found["2way-2shot-easy"]["adapter"]["accuracy"]) < 0.05
+    assert found["2way-2shot-easy"]["adapter"]["value"] > 0.85
+    assert found["2way-2shot-hard"]["adapter"]["value"] > 0.72
+    assert found["2way-4shot-easy"]["adapter"]["value"] > found["2way-1shot-easy"]["adapter"]["value"] - 0.02
+    assert found["5way-2shot-easy"]["adapter"]["value"] > 0.55
+    assert abs(found["2way-2shot-easy"]["adapter"]["greedy"] - found["2way-2shot-easy"]["adapter"]["value"]) < 0.05
 
 
 def test_controls_fall_to_chance(run: Path) -> None:
@@ -87,7 +87,7 @@ def test_controls_fall_to_chance(run: Path) -> None:
 def test_nothing_is_forgotten(run: Path) -> None:
     found = rows(run)
     for name in ("captions", "vqa"):
-        assert found[name]["adapter"]["accuracy"] > found[name]["base"]["accuracy"] - 0.04
+        assert found[name]["adapter"]["value"] > found[name]["base"]["value"] - 0.04
 
 
 def test_ask_judges_photos_on_disk(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""``data check``: every file that a recipe names is opened, and every fault told with its place, before any time is spent on training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rich.progress import Progress
+
+from lcl_adapter.batches import Collator
+from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
+from lcl_adapter.evaluate import check_held_out, check_suites
+from lcl_adapter.mixture import Mixture, open_options
+from lcl_adapter.model import load_encoder
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.sources import SourceOptions
+from lcl_adapter.sources import Fault, InspectionPool, Picture, Pool, QuestionPool, Region, open_reader, read_image
+from lcl_adapter.sources.base import pictures_of
+from lcl_adapter.sources.boxes import located
+from lcl_adapter.terminal import console
+from lcl_adapter.trainer import CHECKED, check_rows
+
+THREADS = 4
+
+
+def check(recipe: Recipe) -> dict[str, Any]:
+    """All faults of a recipe's data, with counts, realised shares and the longest rows.
+
+    Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": [...]}.
+    """
+    told: list[tuple[str, Fault]] = []
+    sources: dict[str, dict[str, Any]] = {}
+    pools: dict[str, Pool] = {}
+    opened: set[tuple[str, str | None]] = set()
+    for name, options in recipe.sources.items():
+        pool = _opened(name, options, told)
+        if pool is not None:
+            pools[name] = pool
+            sources[name] = _looked_through(name, pool, opened, told)
+    for name, suite in recipe.evaluate.suites.items():
+        reader = getattr(suite, "source", None)
+        pool = _opened(f"suite {name}", reader, told) if reader is not None else None
+        if pool is not None:
+            sources[f"suite {name}"] = _looked_through(f"suite {name}", pool, opened, told)
+    rows: dict[str, Any] | None = None
+    notes: list[str] = []
+    if len(pools) == len(recipe.sources):
+        try:
+            mixture = Mixture(recipe, pools)
+            rows = {"requested": mixture.requested, "realised": mixture.realised(range(mixture.total)), "ended": mixture.ended}
+            rows["passes"] = mixture.repeats(mixture.total)
+            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture))):
+                _tried("recipe", step, told, notes)
+        except (RecipeError, DataError, EpisodeError) as error:
+            told.append(("recipe", Fault("recipe", str(error))))
+    if recipe.evaluate.suites:
+        _tried("suites", lambda: check_suites(recipe, load_encoder(recipe.base)), told, notes)
+    known: dict[tuple[str, str], tuple[str, Fault]] = {}
+    for source, fault in told:  # a suite may read what a source has read
+        known.setdefault((fault.kind, fault.message), (source, fault))
+    faults = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in known.values()]
+    return {"faults": faults, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
+
+
+def _tried(where: str, step: Any, told: list[tuple[str, Fault]], notes: list[str]) -> None:
+    """Run a step whose error is a fault; one that needs a base that is not here is a note."""
+    try:
+        step()
+    except ModelError as error:
+        notes.append(f"lengths are not checked: {error}")
+    except RecipeError as error:
+        told += [(where, Fault("recipe", fault)) for fault in error.faults]
+    except EpisodeError as error:
+        told.append((where, Fault("does not fit", str(error))))
+    except DataError as error:
+        told += [(where, Fault("data", line.strip())) for line in str(error).splitlines()]
+
+
+def _opened(name: str, options: Any, told: list[tuple[str, Fault]]) -> Pool | None:
+    """A source read with its faults counted instead of refused; None where nothing of it can be used."""
+    try:
+        if hasattr(options, "on_fault"):
+            options = options.model_copy(update={"on_fault": "skip"})
+        pool: Pool = open_options(name, options) if isinstance(options, SourceOptions) else open_reader(name, options)
+    except DataError as error:
+        told.append((name, Fault("source", str(error))))
+        return None
+    told += [(name, fault) for fault in pool.faults]
+    return pool
+
+
+def _looked_through(name: str, pool: Pool, opened: set[tuple[str, str | None]], told: list[tuple[str, Fault]]) -> dict[str, Any]:
+    """Open every picture of a pool once, and every mask and box."""
+    waiting: list[tuple[Picture, Region | None]] = []
+    for picture in pictures_of(pool):
+        key = (str(picture.path), picture.member)
+        if key not in opened:
+            opened.add(key)
+            waiting.append((picture, None))
+    pictures = len(waiting)
+    waiting += [(region.picture, region) for region in _regions(pool) if _key(region) not in opened and not opened.add(_key(region))]  # type: ignore[func-returns-value]
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
+        task = bar.add_task(name, total=len(waiting))
+        for fault in threads.map(_looked_at, waiting, chunksize=32):
+            bar.advance(task)
+            if fault is not None:
+                told.append((name, fault))
+    return {"entries": len(pool), "pictures": pictures, "left_out": pool.skipped}
+
+
+def _looked_at(one: tuple[Picture, Region | None]) -> Fault | None:
+    picture, region = one
+    try:
+        if region is None:
+            read_image(picture)
+            return None
+        located(region)
+    except DataError as error:
+        message = str(error)
+        if region is None:
+            kind = next((k for k, sign in KINDS if sign in message), "broken image")
+        else:
+            kind = "box out of range" if "out of range" in message else "bad mask" if "mask" in message else ""
+        return Fault(kind, message) if kind else None  # a picture that cannot be read was told of as such
+    return None
+
+
+KINDS = (
+    ("missing image", "no such"),
+    ("empty image", "is empty"),
+    ("not an image", "not an image"),
+    ("image too large", "bound of"),
+    ("image too small", "shows nothing"),
+)
+
+
+def _regions(pool: Pool) -> Iterator[Region]:
+    if isinstance(pool, QuestionPool):
+        yield from (e.region for d in pool.dialogues for e in d.exchanges if e.region is not None)
+    elif isinstance(pool, InspectionPool) or pool.regions:
+        yield from (r for found in pool.regions.values() for r in found)
+
+
+def _key(region: Region) -> tuple[str, str | None]:
+    shown = region.mask or region.picture
+    return f"region {shown.path} {region.box}", shown.member
+
+
+def _lengths(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
+    collator = Collator(mixture, load_encoder(recipe.base), on_fault="skip")
+    found = check_rows(collator, min(mixture.total, CHECKED))
+    return {"longest": {n: max(lengths) for n, lengths in found.items() if lengths}, "context": collator.encoder.context}
