@@ -26,7 +26,7 @@ def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "r
     records = Records(file)
     archive = images.suffix.lower() == ".zip"
     parse = partial(_dialogue, records=records, images=images, archive=archive)
-    found, faults = dialogues(records, parse, str, limit)
+    found, faults = dialogues(records, parse, limit=limit)
     return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
 
 

@@ -27,7 +27,7 @@ def read_shikra(
     records = Records(file)
     archive = images.suffix.lower() == ".zip"
     parse = partial(_parse, records=records, images=images, archive=archive, kind=kind, templates=templates)
-    found, faults = dialogues(records, parse, str, limit)
+    found, faults = dialogues(records, parse, limit=limit)
     return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
 
 

@@ -1,0 +1,123 @@
+"""Data: does the loader keep up with the trainer, and does a large file cost memory?
+
+    python -m benchmarks.data            # rows a second with 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
+
+Loader: rows of ``recipes/mix-pocket.yaml``, every picture opened as training opens it, against the steps of a short training of the same
+rows. Large file: LLaVA instruction records as JSON Lines, opened and drawn from at random, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from benchmarks.common import THREADS, finish
+from lcl_adapter import recipe, trainer
+from lcl_adapter.batches import Collator
+from lcl_adapter.files import whole_file
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import load_encoder
+from lcl_adapter.sources import read_image, read_llava_json
+
+LARGE, SMALL, DRAWN = 1_000_000, 10_000, 20_000
+FOLDER = Path("build/data")
+STEPS, WORKERS = 30, 2
+
+
+def written(lines: int) -> Path:
+    """Instruction records, about 250 bytes each; made once."""
+    path = FOLDER / f"{lines}.jsonl"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial, partial.open("w") as file:
+        for number in range(lines):
+            turns = [
+                {"from": "human", "value": f"<image>\nWhat is wrong with part {number}?"},
+                {"from": "gpt", "value": f"A scratch near edge {number % 97}."},
+            ]
+            file.write(json.dumps({"id": str(number), "image": f"parts/{number % 4096:04}.jpg", "conversations": turns}) + "\n")
+    return path
+
+
+def opened(path: Path) -> dict[str, float]:
+    """In this process: seconds to open, seconds of a plain pass of json.loads, and resident MiB before, after opening, after drawing."""
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    before, began = resident(), time.perf_counter()
+    pool = read_llava_json(path, Path("images"))
+    took, after = time.perf_counter() - began, resident()
+    rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    for index in rng.integers(0, len(pool), DRAWN):
+        _ = pool.dialogues[int(index)]
+    drawing, drawn = time.perf_counter() - began, resident()
+    began = time.perf_counter()
+    with path.open() as file:
+        count = sum(1 for line in file if json.loads(line))
+    assert count == len(pool)
+    plain = time.perf_counter() - began
+    return {"open": took, "plain": plain, "drawn_a_second": DRAWN / drawing, "before": before, "after": after, "drawn": drawn}
+
+
+def in_a_child(path: Path) -> dict[str, float]:
+    out = subprocess.run([sys.executable, "-m", "benchmarks.data", "--open", str(path)], check=True, capture_output=True, text=True).stdout
+    figures: dict[str, float] = json.loads(out.splitlines()[-1])
+    return figures
+
+
+def loader_pace() -> dict[str, Any]:
+    """Rows a second of the loader alone, and of a training that reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
+        mixture = Mixture(made)
+        collator = Collator(mixture, load_encoder(made.base), check=read_image)
+        rows = [{"index": i} for i in range(mixture.total)]
+        batch = made.train.per_device_train_batch_size
+        began = time.perf_counter()
+        for _ in DataLoader(rows, batch, num_workers=WORKERS, collate_fn=collator):  # type: ignore[arg-type]
+            pass
+        loading = mixture.total / (time.perf_counter() - began)
+        facts = trainer.train(made)
+        return {"loader": loading, "trainer": mixture.total / facts["training_seconds"]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--open"]:
+        print(json.dumps(opened(Path(sys.argv[2]))))
+        return
+    large, small = in_a_child(written(LARGE)), in_a_child(written(SMALL))
+    pace = loader_pace()
+    grown, grown_small = large["drawn"] - large["before"], small["drawn"] - small["before"]
+    size = written(LARGE).stat().st_size / 2**20
+    ratios = {
+        "loader_over_trainer": pace["loader"] / pace["trainer"],
+        "open_over_plain_pass": large["open"] / large["plain"],
+        "memory_over_file": grown / size,
+        "draws_large_over_small": large["drawn_a_second"] / small["drawn_a_second"],
+    }
+    rows = [
+        (f"rows a second, loader with {WORKERS} workers / trainer on {THREADS} threads", f"{pace['loader']:.0f} / {pace['trainer']:.0f}"),
+        (f"opening {LARGE:,} lines ({size:.0f} MiB), every one parsed and checked", f"{large['open']:.1f} s"),
+        ("the same against a plain pass of json.loads", f"{ratios['open_over_plain_pass']:.2f}"),
+        (f"memory grown after opening and {DRAWN:,} draws, {LARGE:,} lines / {SMALL:,} lines", f"{grown:.1f} / {grown_small:.1f} MiB"),
+        ("that memory against the file's size", f"{ratios['memory_over_file']:.3f}"),
+        (f"records drawn a second, {LARGE:,} lines / {SMALL:,} lines", f"{ratios['draws_large_over_small']:.2f}"),
+    ]
+    finish("data", ("measure", "figure"), rows, ratios)
+
+
+if __name__ == "__main__":
+    main()
