@@ -56,9 +56,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
             told.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites:
         _tried("suites", lambda: check_suites(recipe, load_encoder(recipe.base)), told, notes)
-    known: dict[tuple[str, str], tuple[str, Fault]] = {}
+    known: dict[str, tuple[str, Fault]] = {}
     for source, fault in told:  # a suite may read what a source has read
-        known.setdefault((fault.kind, fault.message), (source, fault))
+        known.setdefault(fault.message, (source, fault))
     faults = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in known.values()]
     return {"faults": faults, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
 

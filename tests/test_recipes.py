@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from lcl_adapter.adapter import read_manifest
 from lcl_adapter.cli import main
 from lcl_adapter.recipe.shipped import recipes_folder
 from tests.conftest import paint
+from tests.test_formats import FIXTURES
 
 SHIPPED = sorted(recipes_folder().glob("*.yaml"))
 
@@ -61,3 +64,67 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
 def test_every_recipe_file_is_listed() -> None:
     assert list(recipe.shipped_recipes()) == [p.stem for p in SHIPPED]
     assert all(recipe.shipped_recipes().values())
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """The layout of docs/data.md, filled from the fixtures: the categories and classes of the real sets stand in by name."""
+    root, questions = tmp_path / "data", FIXTURES / "questions"
+    shutil.copytree(FIXTURES / "imagenet-lcl" / "images", root / "imagenet")
+    shutil.copytree(FIXTURES / "isekai", root / "isekai")
+    shutil.copy(FIXTURES / "isekai" / "ISEKAI-10.json", root / "isekai" / "ISEKAI-pair.json")
+    shutil.copytree(FIXTURES / "visa", root / "visa")
+    (root / "imagenet-lcl").mkdir()
+    for name in ("train900_pairs.jsonl", "test100_pairs.jsonl"):
+        shutil.copy(FIXTURES / "imagenet-lcl" / name, root / "imagenet-lcl")
+    categories = sorted(p.name for p in (FIXTURES / "mvtec").iterdir())
+    for number, name in enumerate(("carpet", "hazelnut", "pill", "screw", "zipper", "tile", "bottle", "wood")):
+        shutil.copytree(FIXTURES / "mvtec" / categories[number % 3], root / "mvtec" / name)
+    shutil.copytree(FIXTURES / "products" / "images", root / "products" / "images")
+    rows = (FIXTURES / "products" / "products.csv").read_text().replace("photo,sku,family", "image,product,group")
+    (root / "products" / "products.csv").write_text(rows)
+    for split in ("train", "val"):
+        shutil.copytree(questions / "images", root / "coco" / f"{split}2014")
+        for picture in (root / "coco" / f"{split}2014").iterdir():
+            picture.rename(picture.with_name(picture.name.replace("val2014", f"{split}2014")))
+        for name in ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"):
+            (root / "vqav2").mkdir(exist_ok=True)
+            shutil.copy(questions / name, root / "vqav2" / name.replace("val2014", f"{split}2014"))
+    shutil.copytree(questions / "images", root / "coco" / "train2017")
+    (root / "llava").mkdir()
+    shutil.copy(questions / "instruct.json", root / "llava" / "llava_instruct_150k.json")
+    (root / "pope").mkdir()
+    for kind in ("random", "popular", "adversarial"):
+        shutil.copy(questions / "coco_pope_random.jsonl", root / "pope" / f"coco_pope_{kind}.json")
+    (root / "shikra").mkdir()
+    rec = (questions / "REC_val.jsonl").read_text()
+    (root / "shikra" / "REC_ref3_train.jsonl").write_text(rec.replace("val2014", "train2014"))
+    (root / "shikra" / "REC_refcoco_unc_val.jsonl").write_text(rec.replace("val2014", "train2014"))
+    return root
+
+
+@pytest.mark.parametrize("name", ["mix", "lcl-mix", "mvtec"])
+def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """Checked, trained for two steps and measured on every suite, as they stand but for base, precision, steps and counts."""
+    base = tiny_folder("llava-1.5")
+    changes = [f"data.root={data_root}", f"base={base}", "precision=fp32", "wording=short"]
+    if name == "mix":
+        changes += ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
+        changes += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.mvtec.references=[0, 1]"]
+    if name == "lcl-mix":
+        changes += ["evaluate.suites.imagenet-100.queries=1"]
+    if name == "mvtec":
+        changes += ["evaluate.suites.mvtec.references=[0, 1]", "evaluate.suites.visa.references=1", "evaluate.suites.locate.episodes=4"]
+    checked = CliRunner().invoke(main, ["data", "check", f"recipes/{name}.yaml", *changes, "--json"])
+    assert checked.exit_code == 0, checked.output
+    rows = json.loads(checked.stdout)["rows"]
+    assert set(rows["longest"]) == set(recipe.load(name).sources)
+    changes += [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.gradient_accumulation_steps=8", "train.logging_steps=1"]
+    changes += ["train.dataloader_num_workers=0", "evaluate.every=1", "evaluate.during_limit=4"]
+    changes += [f"evaluate.keep.{s}=101" for s in recipe.load(name).evaluate.keep]
+    result = CliRunner().invoke(main, ["train", f"recipes/{name}.yaml", *changes, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert {r["suite"] for r in told["suites"]} == set(recipe.load(name).evaluate.suites)
+    assert all(r["published"] for r in told["suites"] if r["suite"] == "mvtec" and r["shots"] in {0, 1, 4})
+    assert (tmp_path / "run" / "best" / "lcl_adapter.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lcl_adapter.terminal import console
@@ -11,9 +12,9 @@ from lcl_adapter.terminal import console
 
 def show_check(found: dict[str, Any]) -> None:
     """Counts and shares as a table, then every fault with its place."""
-    table = Table(title="data", title_justify="left")
-    for column in ("source", "entries", "pictures opened", "share asked", "realised", "gone through", "longest row", "left out"):
-        table.add_column(column, justify="left" if column in {"source", "left out"} else "right")
+    table = Table(title="data", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("source", "entries", "opened", "share", "realised", "passes", "longest", "left out"):
+        table.add_column(column, justify="left" if column in {"source", "left out"} else "right", no_wrap=column == "source")
     rows = found["rows"] or {}
     for name, one in found["sources"].items():
         passes = rows.get("passes", {}).get(name)

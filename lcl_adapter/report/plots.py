@@ -37,20 +37,26 @@ def plot_loss(metrics: Path, out: Path) -> None:
 
 
 def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
-    """One panel for each (ways, neighbours) of the lcl suites; False where there is nothing to draw."""
-    panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    """One panel for each suite (and nearness) that is measured by shots or references; False where there is nothing to draw."""
+    panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["kind"] == "lcl":
-            panels.setdefault((row["ways"], row["neighbours"]), []).append(row)
+        if row["shots"] is not None and row["control"] is None:
+            title = f"{row['ways']}-way, {row['neighbours']}" if row["kind"] == "lcl" else row["suite"]
+            panels.setdefault(title, []).append(row)
     if not panels:
         return False
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), sharey=True, squeeze=False)
-        for axis, ((ways, neighbours), cells) in zip(axes[0], sorted(panels.items()), strict=True):
-            _panel(axis, sorted(cells, key=lambda r: int(r["shots"])), f"{ways}-way, {neighbours}")
-        axes[0][0].set_ylabel("accuracy on held-out classes")
-        handles, names = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.12))
+        figure, axes = plt.subplots(down, across, figsize=(3.3 * across, 3.7 * down), squeeze=False)
+        places = list(axes.flat)
+        for axis, (title, cells) in zip(places, panels.items(), strict=False):
+            _panel(axis, sorted(cells, key=lambda r: int(r["shots"])), title)
+        for axis in places[len(panels) :]:
+            axis.set_axis_off()
+        handles, names = max((axis.get_legend_handles_labels() for axis in places), key=lambda found: len(found[0]))
+        figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.04))
+        figure.tight_layout(rect=(0, 0.03, 1, 1))
         _save(figure, out)
     return True
 
@@ -64,9 +70,10 @@ def _panel(axis: Any, cells: Sequence[dict[str, Any]], title: str) -> None:
         axis.errorbar(shots, values, yerr=[low, high], color=colour, marker="o", linewidth=2, capsize=3, label=name)
     near = [(s, c["baseline"]["value"]) for s, c in zip(shots, cells, strict=True) if c["baseline"]]
     if near:
-        axis.plot(*zip(*near, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="nearest prototype")
+        axis.plot(*zip(*near, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="without training")
     axis.axhline(cells[0]["chance"], color=CHANCE, linestyle=":", label="chance")
-    axis.set(title=title, xlabel="shots a class", ylim=(0, 1.02))
+    unit = "references" if cells[0]["kind"] == "inspection" else "shots a class"
+    axis.set(title=title, xlabel=unit, ylabel=cells[0]["metric"], ylim=(0, 1.02))
 
 
 def plot_roc(rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]], out: Path) -> bool:

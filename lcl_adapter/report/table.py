@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,13 +13,17 @@ from lcl_adapter.terminal import console
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the suites; ``text`` is how often the greedy answer is the right one, word for word."""
-    table = Table(title="base against adapter, the same questions", title_justify="left")
-    for column in ("suite", "n", "figure", "chance", "without training", "base", "adapter", "95 %", "text: base", "adapter"):
-        table.add_column(column, justify="left" if column in {"suite", "figure"} else "right")
+    """Print the suites. ``untrained`` is what a method without training reaches on the base's tower; ``text``, how often the adapter's
+    greedy answer is the right one, word for word (left out where there is no room; the report has it)."""
+    roomy = console.width >= 100
+    table = Table(title="base against adapter, the same questions", title_justify="left", box=SIMPLE if roomy else None, padding=(0, 1, 0, 0))
+    columns = ["suite", "n", "figure", "chance", "untrained", "base", "adapter", "95 %", *(["text"] if roomy else [])]
+    for column in columns:
+        left = column in {"suite", "figure"}
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "figure")
     for row in rows:
         base, adapter = row["base"], row["adapter"]
-        table.add_row(
+        cells = [
             escape(row["name"]),
             str(row["n"]),
             row["metric"],
@@ -27,9 +32,9 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
             figure(base["value"]),
             f"[bold]{adapter['value']:.3f}[/bold]",
             f"{adapter['ci95'][0]:.3f}-{adapter['ci95'][1]:.3f}",
-            figure(base["greedy"]),
             figure(adapter["greedy"]),
-        )
+        ]
+        table.add_row(*cells[: len(columns)])
     console.print(table)
 
 
