@@ -21,19 +21,22 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parent / "fixtures"
 SIZE = (48, 40)
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
+TESTED = ("ring", "bar", "frame", "dots")  # ImageNet's corner: no class of the test is trained on
 COLOURS = {
     "circle": (200, 60, 50),
     "square": (50, 90, 200),
     "triangle": (60, 160, 70),
     "cross": (160, 70, 170),
     "ring": (220, 150, 40),
+    "frame": (90, 90, 90),
+    "dots": (30, 60, 90),
     "bar": (40, 150, 160),
 }
 
 
 def drawn(shape: str, seed: int, size: tuple[int, int] = SIZE) -> tuple[Image.Image, tuple[int, int, int, int]]:
     """A shape somewhere on light paper, and its box in pixels."""
-    rng = np.random.default_rng([SHAPES.index(shape), seed])
+    rng = np.random.default_rng([(*SHAPES, *TESTED[2:]).index(shape), seed])
     image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(225, 250, 3)))
     side = int(rng.integers(16, 24))
     left, top = int(rng.integers(2, size[0] - side - 2)), int(rng.integers(2, size[1] - side - 2))
@@ -50,6 +53,11 @@ def drawn(shape: str, seed: int, size: tuple[int, int] = SIZE) -> tuple[Image.Im
         case "cross":
             pen.line((box[0], box[1], box[2] - 1, box[3] - 1), fill=fill, width=4)
             pen.line((box[0], box[3] - 1, box[2] - 1, box[1]), fill=fill, width=4)
+        case "frame":
+            pen.rectangle(corners, outline=fill, width=3)
+        case "dots":
+            for x, y in ((box[0], box[1]), (box[2] - 7, box[1]), (box[0], box[3] - 7), (box[2] - 7, box[3] - 7)):
+                pen.ellipse((x, y, x + 6, y + 6), fill=fill)
         case "ring":
             pen.ellipse(corners, outline=fill, width=4)
         case _:
@@ -133,16 +141,17 @@ def visa(root: Path) -> None:
 def imagenet(root: Path) -> None:
     """LCL's pairs over a corner of ImageNet's tree; neighbours from near to far."""
     train, test = [], []
-    for number, shape in enumerate(SHAPES):
+    classes = (*SHAPES[:4], *TESTED)
+    for number, shape in enumerate(classes):
         names = [f"train/n0{number}/{shape}_{k}.JPEG" for k in range(5)] + [f"val/{shape}_{k}.JPEG" for k in range(3)]
         for k, name in enumerate(names):
             picture(root / "images" / name, drawn(shape, k)[0])
-        others = [*range(number + 1, len(SHAPES)), *range(number)]
-        neighbours = [[str(o + 1), SHAPES[o], f"train/n0{o}/{SHAPES[o]}_{k}.JPEG"] for o in others for k in range(2)]
+        others = [*range(number + 1, len(classes)), *range(number)]
+        neighbours = [[str(o + 1), classes[o], f"train/n0{o}/{classes[o]}_{k}.JPEG"] for o in others for k in range(2)]
         train.append({"class_id": str(number + 1), "class_name": shape, "samples": names, "neighbors": neighbours})
         test.append({"class_id": str(number + 1), "class_name": shape.title(), "context_samples": names[:4], "test_samples": names[4:]})
     lines(root / "train900_pairs.jsonl", train[:4])
-    lines(root / "test100_pairs.jsonl", test)
+    lines(root / "test100_pairs.jsonl", test[4:])
 
 
 def isekai(root: Path) -> None:
@@ -182,17 +191,12 @@ def products(root: Path) -> None:
             rows.append([name, shape, "round" if shape in {"circle", "ring"} else "straight"])
             online.append([photo, number, 1 + number % 2, name])
             known.append([f"{photo:02}Ab", name])
-            listings.append(
-                {
-                    "item_id": f"B0{number}",
-                    "main_image_id": f"{photo:02}Ab",
-                    "product_type": [{"value": "SHAPE"}],
-                    "item_name": [{"language_tag": "en", "value": shape}],
-                }
-            )
             coco["images"].append({"id": photo, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
             x0, y0, x1, y1 = box
             coco["annotations"].append({"id": photo, "image_id": photo, "category_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]})
+        photos = [f"{len(online) - 4 + k:02}Ab" for k in range(4)]
+        item = {"item_id": f"B0{number}", "main_image_id": photos[0], "other_image_id": photos[1:], "product_type": [{"value": "SHAPE"}]}
+        listings.append({**item, "item_name": [{"language_tag": "en", "value": shape}]})
     table(root / "products.csv", rows)
     table(root / "Ebay_train.txt", online, " ")
     zipped(root / "listings" / "listings_0.json.gz", "".join(json.dumps(r) + "\n" for r in listings))

@@ -29,6 +29,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
     Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": [...]}.
     """
+    recipe = _lenient(recipe)
     told: list[tuple[str, Fault]] = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
@@ -63,6 +64,17 @@ def check(recipe: Recipe) -> dict[str, Any]:
     return {"faults": faults, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
 
 
+def _lenient(recipe: Recipe) -> Recipe:
+    """The same recipe with every reader's faults counted instead of refused: they are told one by one."""
+
+    def skipping(options: Any) -> Any:
+        return options.model_copy(update={"on_fault": "skip"}) if hasattr(options, "on_fault") else options
+
+    suites = {n: s.model_copy(update={"source": skipping(s.source)}) if hasattr(s, "source") else s for n, s in recipe.evaluate.suites.items()}
+    sources = {n: skipping(s) for n, s in recipe.sources.items()}
+    return recipe.model_copy(update={"sources": sources, "evaluate": recipe.evaluate.model_copy(update={"suites": suites})})
+
+
 def _tried(where: str, step: Any, told: list[tuple[str, Fault]], notes: list[str]) -> None:
     """Run a step whose error is a fault; one that needs a base that is not here is a note."""
     try:
@@ -80,8 +92,6 @@ def _tried(where: str, step: Any, told: list[tuple[str, Fault]], notes: list[str
 def _opened(name: str, options: Any, told: list[tuple[str, Fault]]) -> Pool | None:
     """A source read with its faults counted instead of refused; None where nothing of it can be used."""
     try:
-        if hasattr(options, "on_fault"):
-            options = options.model_copy(update={"on_fault": "skip"})
         pool: Pool = open_options(name, options) if isinstance(options, SourceOptions) else open_reader(name, options)
     except DataError as error:
         told.append((name, Fault("source", str(error))))

@@ -29,6 +29,8 @@ def index(folder: Path, base_name: str, out: Path | None = None) -> dict[str, An
     Similarity is the cosine of class means of the mean patch, standardised over all pictures, as the prototype baseline has it.
     Raises DataError: no folder, fewer than two classes, a class without a picture that can be read.
     """
+    if not folder.is_dir() and out is None:
+        raise DataError(f"{folder}: not a folder; for an archive say with --out where neighbours.json goes.")
     pool = read_class_folders(folder, on_fault="skip")
     if len(pool) < 2:
         raise DataError(f"{folder}: {len(pool)} class; neighbours need at least two.")

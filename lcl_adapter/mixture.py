@@ -20,7 +20,7 @@ import numpy as np
 from lcl_adapter import episodes
 from lcl_adapter.episodes import Episode
 from lcl_adapter.errors import RecipeError
-from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, PocketSource, QuestionOptions, SourceOptions
 from lcl_adapter.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 
@@ -55,7 +55,7 @@ class Mixture:
         self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
         used = {n for _, shares in recipe.phases() for n, share in shares.items() if share > 0}
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
-        self.pools = dict(pools) if pools is not None else {n: open_options(n, s) for n, s in self.options.items()}
+        self.pools = {n: pools[n] if pools is not None else open_options(n, s) for n, s in self.options.items()}
         phases = [(begins, {n: s for n, s in shares.items() if n in used}) for begins, shares in recipe.phases()]
         self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
         self.ended: dict[str, str] = {}
@@ -69,6 +69,9 @@ class Mixture:
     def _plan(self, phases: list[tuple[float, dict[str, float]]]) -> list[Stretch]:
         """Stretches of blocks with the same counts; a source that reaches its limit gives what is left of it in one block of its own."""
         blocks = -(-self.total // BLOCK)
+        if len({int(part * blocks) for part, _ in phases}) < len(phases):
+            short = f"`shares`: a run of {self.total:,} rows is too short for {len(phases)} sets of shares"
+            raise RecipeError([f"{short}, each needs {BLOCK} rows or more"])
         begins = [int(part * blocks) for part, _ in phases]
         drawn = dict.fromkeys(self.options, 0)
         stretches: list[Stretch] = []
@@ -77,22 +80,19 @@ class Mixture:
             phase = max(i for i, b in enumerate(begins) if b <= block)
             shares = {n: s for n, s in phases[phase][1].items() if s > 0 and n not in over}
             if not shares:
-                given = f"every source has ended after {sum(self.limits.values()):,} of {self.total:,} rows"
-                raise RecipeError([f"{given}: set `at_end: repeat`, raise `cap`, or train less"])
+                given = f"every source ends: together they give {sum(self.limits.values()):,} rows, and the run asks for {self.total:,}"
+                raise RecipeError([f"{given} in blocks of {BLOCK}: set `at_end: repeat`, raise `cap`, or train less"])
             counts = _largest_remainder(shares)
             whole = {n: (self.limits[n] - drawn[n]) // c for n, c in counts.items() if n in self.limits and c}
             until = min([b for b in begins if b > block], default=None)
             length = min([*whole.values(), *([until - block] if until is not None else [])], default=None)
             if length == 0:  # the last rows of those that end in this block
-                ending = {n for n, left in whole.items() if not left}
-                rest = {n: self.limits[n] - drawn[n] for n in ending}
-                others = {n: s for n, s in shares.items() if n not in ending}
-                over |= ending
-                for n in ending:
+                rest, counts = self._last_rows(shares, counts, drawn)
+                over |= set(rest)
+                for n in rest:
                     self.ended[n] = "cap" if self.options[n].cap == self.limits[n] else "end"
-                if not others:
+                if not counts:
                     continue
-                counts = {**_largest_remainder(others, BLOCK - sum(rest.values())), **rest}
                 length = 1
             stretches.append(Stretch(block, counts, dict(drawn)))
             if length is None or block + length >= blocks:
@@ -101,6 +101,19 @@ class Mixture:
             for n, c in counts.items():
                 drawn[n] += c * length
             block += length
+
+    def _last_rows(self, shares: Mapping[str, float], counts: Mapping[str, int], drawn: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """What is left of the sources that end in a block, and the counts of that block; no counts where the others cannot fill it."""
+        rest: dict[str, int] = {}
+        while ending := {
+            n: self.limits[n] - drawn[n] for n, c in counts.items() if n in self.limits and n not in rest and self.limits[n] - drawn[n] < c
+        }:
+            rest |= ending
+            others = {n: s for n, s in shares.items() if n not in rest}
+            if not others:
+                return rest, {}
+            counts = {**rest, **_largest_remainder(others, BLOCK - sum(rest.values()))}
+        return rest, dict(counts)
 
     def slot(self, index: int) -> Slot:
         block, place = divmod(index, BLOCK)
@@ -119,8 +132,10 @@ class Mixture:
             assert isinstance(options, EpisodeOptions | InspectionOptions)
             return episodes.draw(pool, options, self.seed, 0, ordinal)
         assert isinstance(options, QuestionOptions)
-        first = ordinal * options.packed
-        return tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, first + options.packed))
+        first, last = ordinal * options.packed, (ordinal + 1) * options.packed
+        if options.at_end == "end" and not attempt:
+            last = min(last, len(pool))  # what is left for the last row
+        return tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, last))
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""
@@ -148,12 +163,17 @@ class Mixture:
 
         hashes = {}
         for name, pool in self.pools.items():
+            entries: list[list[object]]
             if isinstance(pool, ClassPool):
-                entries = [[one.name, *map(told, one.pictures)] for one in pool.classes]
+                entries = [[c.name, c.groups, c.ranked, c.hard, c.boxes, *map(told, c.pictures)] for c in pool.classes]
             elif isinstance(pool, InspectionPool):
-                entries = [[one.name, *map(told, one.pictures)] for one in pool.parts]
+                specimens = [(part, s) for part in pool.parts for s in (*part.good, *(s for found in part.defects.values() for s in found))]
+                entries = [[part.name, *map(told, part.references)] for part in pool.parts]
+                entries += [[part.name, s.defect, told(s.picture), told(s.mask)] for part, s in specimens]
             else:
-                entries = [[pool.fingerprint, str(len(pool))]]
+                entries = [[pool.fingerprint, len(pool)]]
+            templates = getattr(self.options[name], "templates", None)
+            entries += [[packaged(templates).read_text(encoding="utf-8")]] if templates else []
             hashes[name] = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         return hashes
 
@@ -177,7 +197,7 @@ def _limit(options: SourceOptions, pool: Pool) -> int | None:
     """How many rows a source gives at most: its cap, or, where it may not repeat, all it has."""
     limits = [options.cap] if options.cap else []
     if isinstance(options, QuestionOptions) and options.at_end == "end":
-        limits.append(max(1, len(pool) // options.packed))
+        limits.append(-(-len(pool) // options.packed))
     return min(limits, default=None)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache
@@ -140,11 +140,15 @@ class Predictor:
             replies.update(self._wave(ready, [[questions[i] for i in row] for row in wave], wave, generate))
         return [replies[i] for i in range(len(questions))]
 
-    def run(self, requests: Sequence[Request], generate: bool = True, done: Callable[[int], None] | None = None) -> list[Reply]:
+    def run(
+        self, requests: Sequence[Request], generate: bool = True, done: Callable[[int], None] | None = None, new_tokens: int | None = None
+    ) -> list[Reply]:
         """(support set, query, answers) each, in any mix: equal support sets are read once, like lengths go together.
 
-        ``done`` is told how many were answered after each batch.
+        ``done`` is told how many were answered after each batch; ``new_tokens`` is how long an answer may be, this time.
         """
+        if new_tokens is not None and new_tokens != self.max_new_tokens:
+            return replace(self, max_new_tokens=new_tokens).run(requests, generate, done)
         groups: dict[tuple[Turn, ...], list[int]] = {}
         for index, (support, _, _) in enumerate(requests):
             if support:

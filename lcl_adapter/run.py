@@ -36,10 +36,11 @@ def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
-    check_held_out(recipe, Mixture(recipe))
+    mixture = Mixture(recipe)
+    check_held_out(recipe, mixture)
     check_suites(recipe, load_encoder(recipe.base))
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
-    facts = training.train(recipe, resume, watching)
+    facts = training.train(recipe, resume, watching, mixture)
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
     console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")

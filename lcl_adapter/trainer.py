@@ -37,9 +37,9 @@ from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, 
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import Dialogue, Picture, QuestionPool, read_image
+from lcl_adapter.sources import Picture, QuestionPool, read_image
 from lcl_adapter.sources.base import names_of
-from lcl_adapter.sources.records import Dialogues
+from lcl_adapter.sources.records import longest_dialogues
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
@@ -217,10 +217,11 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 Watching = Callable[[Base, Callable[[Path, Mapping[str, Any]], None]], TrainerCallback]
 
 
-def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
     """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts. A complete run is not trained again.
 
     watching: makes a callback that measures during the run; it is given the base and a way to save the adapter as it stands.
+    mixture: the recipe's, where it was opened already.
 
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
@@ -228,7 +229,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     adapter.claim_run_folder(output, resume)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     set_seed(options.seed)
-    mixture = Mixture(recipe)
+    mixture = mixture or Mixture(recipe)
     if resume:
         check_same(recipe, mixture)
         if (output / adapter.MANIFEST).exists():
@@ -331,7 +332,7 @@ def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
     for name, pool in mixture.pools.items():
         options = mixture.options[name]
         if isinstance(pool, QuestionPool):
-            for dialogue in longest_dialogues(pool):
+            for dialogue in longest_dialogues(pool, LONGEST):
                 try:
                     encoder.conversation(speak((dialogue,), wording))
                 except DataError:
@@ -339,26 +340,26 @@ def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
                         raise
             continue
         assert isinstance(options, EpisodeOptions | InspectionOptions)
-        most: dict[str, Any] = {"shots": [max(options.shots)]}
-        if isinstance(options, EpisodeOptions):
-            most |= {"ways": [max(options.ways)], "tiles": [max(options.tiles)]}
-        longest = options.model_copy(update=most)
-        for index in range(8):
-            try:
-                lengths[name].append(len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))))
-            except DataError:
-                if collator.on_fault == "refuse":
-                    raise
+        for longest in longest_options(options):
+            for index in range(8):
+                try:
+                    lengths[name].append(len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))))
+                except DataError:
+                    if collator.on_fault == "refuse":
+                        raise
     return lengths
 
 
-def longest_dialogues(pool: QuestionPool, count: int = LONGEST) -> list[Dialogue]:
-    """Those that could be too long: of many, the ones with most text (bytes of their records, where they are read by place)."""
-    if len(pool) <= count:
-        return list(pool.dialogues)
-    if isinstance(pool.dialogues, Dialogues):
-        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
-    return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
+def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
+    """The same with the most of everything, once for each form and language that it may draw."""
+    most: list[dict[str, Any]] = [{"shots": [max(options.shots)], "languages": [language]} for language in options.languages]
+    if isinstance(options, InspectionOptions):
+        most = [{**one, "forms": {form: 1.0}} for one in most for form, weight in options.forms.items() if weight]
+    else:
+        most = [{**one, "ways": [max(options.ways)], "tiles": [max(options.tiles)]} for one in most]
+        if options.policy == "product" and 0 < options.plain < 1:
+            most = [{**one, "plain": plain} for one in most for plain in (0.0, 1.0)]
+    return [options.model_copy(update=one) for one in most]
 
 
 def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:

@@ -45,8 +45,9 @@ class Watch(TrainerCallback):
             return
         model.eval()
         try:
-            if not self.told["base"]:
-                self.told["base"] = measure_base(self.cells, self.predictor)
+            missing = [cell for cell in self.cells if cell.name not in self.told["base"]]
+            if missing:
+                self.told["base"] |= measure_base(missing, self.predictor)
             figures = measure_adapter(self.cells, self.predictor)
         finally:
             model.train()

@@ -176,7 +176,13 @@ def test_an_archive_member_that_climbs_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "C:\\a.png"])
 def test_a_record_that_climbs_out(questions: Path, tmp_path: Path, name: str) -> None:
     line = json.dumps({"question_id": 99, "image": name, "text": "?", "label": "no"})
-    refused(SOURCES["pope"], "leads out of it", file=appended(questions / "coco_pope_random.jsonl", line), skipped={"bad record": 1})
+    refused(
+        SOURCES["pope"],
+        "line 13 (question_id 99)",
+        "leads out of it",
+        file=appended(questions / "coco_pope_random.jsonl", line),
+        skipped={"path that climbs out": 1},
+    )
     file = appended(Path(shutil.copy(P / "products.csv", tmp_path)), f"{name},bar,straight")
     refused(SOURCES["manifest-csv"], "leads out of it", file=file, skipped={"path that climbs out": 1})
 

@@ -10,7 +10,7 @@ from lcl_adapter.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.model import Base
 from lcl_adapter.predict import Predictor, Question, Reply
-from lcl_adapter.recipe.schema import EpisodeOptions
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_pocket
 
 SHORT = WORDINGS["short"]

@@ -58,7 +58,10 @@ def inspection(pool: InspectionPool, options: InspectionOptions, rng: Rng, origi
                 episode = _localise(rng, part, index, shots, options, own)
         if scrambled:
             episode = _renamed(episode, rng)
-        return _turned(replace(episode, origin=origin, learned=LearnedAnswers(options.learn), labels=_shuffled(rng, episode.labels)), turned)
+        labels = _shuffled(rng, episode.labels)
+        told = own.filled(labels=", ".join(_shuffled(rng, labels)))  # the closed list, where the question tells it
+        episode = replace(episode, origin=origin, learned=LearnedAnswers(options.learn), labels=labels, wording=told)
+        return _turned(episode, turned)
 
     return first_that_works(attempt)
 
@@ -85,8 +88,7 @@ def _naming(rng: Rng, part: Part, index: int, shots: int, options: InspectionOpt
         one = left[int(rng.integers(len(left)))]
         queries.append(Example(one.picture, one.defect or words.good, index))
     labels = (words.good, *kinds)
-    told = words.filled(labels=", ".join(_shuffled(rng, labels)))
-    return Episode(_mixed(rng, support), tuple(queries), labels, LearnedAnswers.QUERY, part.name, told)
+    return Episode(_mixed(rng, support), tuple(queries), labels, LearnedAnswers.QUERY, part.name, words)
 
 
 def _localise(rng: Rng, part: Part, index: int, shots: int, options: InspectionOptions, words: Wording) -> Episode:
@@ -138,16 +140,8 @@ def _shuffled(rng: Rng, labels: Sequence[str]) -> tuple[str, ...]:
 def _renamed(episode: Episode, rng: Rng) -> Episode:
     """Random letters in the labels' place, so that only the context tells what they mean."""
     names = dict(zip(episode.labels, random_names(rng, len(episode.labels)), strict=True))
-    words = episode.wording
-    if words is not None:  # the closed list is told in the question
-        told = words.query
-        for old in sorted(names, key=len, reverse=True):
-            told = told.replace(old, f"\0{old}\0")
-        for old, new in names.items():
-            told = told.replace(f"\0{old}\0", new)
-        words = replace(words, query=told)
     support, queries = (tuple(replace(e, label=names[e.label]) for e in side) for side in (episode.support, episode.queries))
-    return replace(episode, support=support, queries=queries, labels=tuple(names.values()), wording=words)
+    return replace(episode, support=support, queries=queries, labels=tuple(names.values()))
 
 
 def _turned(episode: Episode, turned: int) -> Episode:

@@ -42,7 +42,7 @@ class Cell:
     """One line of the report.
 
     metric: what ``value`` is called. judge: replies -> {"value", "ci95", "greedy", ...}. baseline: which training-free method
-    stands beside it. published: other people's figures, by the same protocol.
+    stands beside it. published: other people's figures, by the same protocol. new_tokens: how long a generated answer may be.
     """
 
     suite: str
@@ -59,6 +59,7 @@ class Cell:
     neighbours: str | None = None
     control: str | None = None
     published: tuple[tuple[str, float], ...] = ()
+    new_tokens: int = 24
 
 
 def case_of(episode: Episode, wording: Wording, group: str, place: int = 0, truth: Any = None) -> Case:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import metrics, rules
 from lcl_adapter.evaluate.cases import Case
 from lcl_adapter.evaluate.metrics import mean
@@ -114,10 +115,13 @@ def ranked(cases: Sequence[Case], scores: Sequence[float], called: Sequence[bool
     aurocs = {category: one["auroc"] for category, one in by_category.items()}
     keys = next(iter(by_category.values()), {})
     told: dict[str, Any] = {k: mean([one[k] for one in by_category.values()]) for k in keys}
+    if called is not None:
+        tally = Counter(zip(truth.tolist(), called, strict=True))
+        told["confusion"] = {_state(t): {_state(s): tally[t, s] for s in (False, True)} for t in (False, True)}
     told["by_category"] = {category: _rounded(one) for category, one in by_category.items()}
     told["by_defect"] = {kind: _kind_auroc(kind, cases, values, groups) for kind in kinds}
     if not aurocs:
-        return _figures(0.0, (0.0, 0.0), greedy, **told)
+        raise DataError(f"no category has both good and defective photos among the {len(cases)} that are asked about; raise the limit.")
     interval = metrics.class_bootstrap(list(aurocs.values()), list(aurocs))
     return _figures(mean(list(aurocs.values())), interval, greedy, **told)
 
@@ -131,6 +135,10 @@ def _kind_auroc(kind: str, cases: Sequence[Case], values: np.ndarray, groups: Se
         if 0 < sum(truth) < len(truth):
             found.append(metrics.ranking(truth, values[places])["auroc"])
     return mean(found)
+
+
+def _state(defective: bool) -> str:
+    return "defective" if defective else "good"
 
 
 ROLES = ("A", "B", "neither")

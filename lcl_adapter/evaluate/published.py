@@ -39,6 +39,7 @@ INSPECTION = {
     },
 }
 # VQAv2 dev accuracy.
+POPE: Figures = (("LLaVA-1.5-7B (F1, mean of the three files)", 0.859), ("LLaVA-1.5-7B LoRA (the same)", 0.864))
 VQAV2: Figures = (("LLaVA-1.5-7B", 0.785), ("LLaVA-1.5-7B LoRA", 0.791), ("Shikra-13B", 0.773), ("LCL mix 7B", 0.751))
 
 

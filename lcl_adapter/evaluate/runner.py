@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from rich.progress import Progress
 
 from lcl_adapter.adapter import load_adapter
 from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines
 from lcl_adapter.evaluate.cases import Case, Cell
-from lcl_adapter.evaluate.suites import build_cells
+from lcl_adapter.evaluate.suites import build_cells, check_measured
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.predict import Predictor, Reply
 from lcl_adapter.recipe import Recipe, load, presets
+from lcl_adapter.sources import Picture, read_image
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
@@ -48,6 +51,7 @@ def evaluate(
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)])
+    check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache))
     predictor = Predictor(base, vision, recipe.evaluate.batch_size)
@@ -82,7 +86,11 @@ def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: i
 
 
 def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
-    """One cell: the same requests to the base and to the adapter, and the baseline."""
+    """One cell: the same requests to the base and to the adapter, and the baseline. Cases with a broken picture are left out, and counted.
+
+    Raises DataError where none is left.
+    """
+    cell, broken = readable(cell, predictor.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -92,12 +100,13 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
             bar.advance(task, count)
 
         with predictor.base.without_adapter():
-            of_base = predictor.run(requests, done=done)
-        of_adapter = predictor.run(requests, done=done)
+            of_base = predictor.run(requests, done=done, new_tokens=cell.new_tokens)
+        of_adapter = predictor.run(requests, done=done, new_tokens=cell.new_tokens)
     baseline, nearest = baselines.measure(cell, predictor.vision)
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
+        "left_out": len(broken),
         "chance": round(cell.chance, 4),
         "baseline": baseline,
         "published": [{"who": who, "value": value} for who, value in cell.published],
@@ -108,9 +117,38 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
     return {"row": row, "predictions": predictions}
 
 
+def readable(cell: Cell, vision: VisionFeatures) -> tuple[Cell, list[str]]:
+    """The cell without the cases whose pictures cannot be read, and why they cannot."""
+    found: dict[Picture, str | None] = {}
+
+    def fault(picture: Picture) -> str | None:
+        if picture not in found:
+            try:
+                if picture not in vision.kept:
+                    read_image(picture)
+                found[picture] = None
+            except DataError as error:
+                found[picture] = str(error)
+        return found[picture]
+
+    pictures = [[p for turn in (*c.support, c.query) for p in turn.pictures] for c in cell.cases]
+    kept = tuple(c for c, shown in zip(cell.cases, pictures, strict=True) if not any(fault(p) for p in shown))
+    broken = [why for why in found.values() if why]
+    for why in broken:
+        console.print(f"{cell.name}: left out: {why}", style="yellow", markup=False, highlight=False)
+    if not kept:
+        why = broken[0] if broken else "it is empty"
+        raise DataError(f"evaluate.suites.{cell.suite}: no case of {cell.name} has pictures that can be read: {why}")
+    return (cell if not broken else replace(cell, cases=kept)), broken
+
+
 def measure_adapter(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
     """The main figure of each cell for the model as it stands, by the cell's name: what is watched while training."""
-    return {cell.name: cell.judge(cell.cases, predictor.run([(c.support, c.query, c.answers) for c in cell.cases]))["value"] for cell in cells}
+    found = {}
+    for cell in cells:
+        requests = [(c.support, c.query, c.answers) for c in cell.cases]
+        found[cell.name] = cell.judge(cell.cases, predictor.run(requests, new_tokens=cell.new_tokens))["value"]
+    return found
 
 
 def measure_base(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
@@ -143,6 +181,7 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
         "suite": cell.suite,
         "cell": cell.name,
         "kind": cell.kind,
+        "control": cell.control,
         "index": index,
         "question": case.query.text,
         "picture": str(case.query.picture),
@@ -153,6 +192,7 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
         **({"defect": truth["defect"]} if "defect" in truth else {}),
         "base": told(base),
         "adapter": told(adapter),
+        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else case.labels[adapter.best] == case.gold,
         "prototype_right": nearest,
     }
 
@@ -165,7 +205,7 @@ def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe) -> str:
         return f"{turn.text} {' '.join(sizes)}"
 
     spoken = [[c.labels, c.gold, str(c.truth), told(c.query), [told(t) for t in c.support]] for c in cell.cases]
-    facts = json.dumps([manifest["files"], manifest["base_fingerprint"], recipe.wording, cell.control, cell.metric, spoken])
+    facts = json.dumps([manifest["files"], manifest["base_fingerprint"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken])
     return hashlib.sha256(facts.encode()).hexdigest()
 
 

@@ -68,7 +68,7 @@ class EvaluateOptions(Options):
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(filled)] = {}
     keep: dict[str, float] = Field({}, description="points a suite may fall below the base before the run fails")
     every: int | None = Field(None, ge=1, description="steps between measurements of the suites under `during`")
-    during: list[str] = Field([], description="suites measured every so many steps; those under `keep` where left out")
+    during: list[str] = Field([], description="suites measured every so many steps, beside those under `keep`; all where neither names any")
     during_limit: int = Field(200, ge=1, description="queries of each line during the run")
     batch_size: int = Field(32, ge=1)
     seed: int = Field(1, ge=0)
@@ -85,7 +85,7 @@ class EvaluateOptions(Options):
     @property
     def watched(self) -> list[str]:
         """Suites that are measured during the run."""
-        return list(dict.fromkeys([*self.during, *self.keep])) if self.every else []
+        return (list(dict.fromkeys([*self.during, *self.keep])) or list(self.suites)) if self.every else []
 
 
 class Recipe(Options):

@@ -18,6 +18,7 @@ InspectionForm = Literal["plain", "one-class", "two-way", "naming", "localise"]
 Names = Literal["random", "real", "mixed"]
 Split = Literal["all", "train", "held_out"]
 Language = Literal["en", "ja"]
+Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Languages = Annotated[list[Language], BeforeValidator(as_list), Field(min_length=1)]
 
 
@@ -57,7 +58,7 @@ class Manifest(HeldOut):
     type: Literal["manifest"]
     file: Path
     images: Path
-    columns: dict[Literal["image", "class", "group", "hand", "box"], str] = {"image": "image", "class": "class"}
+    columns: dict[Literal["image", "class", "group", "hand", "box"], Columns] = {"image": ["image"], "class": ["class"]}
     where: dict[str, str | int] = {}
     lookup: Path | None = Field(None, description="a CSV with image_id and path, where `image` is an id (ABO)")
 
@@ -209,6 +210,10 @@ class EpisodeOptions(Words):
         "near_neither": ("product",),
         "plain": ("product",),
         "tiles": ("jigsaw",),
+        "ways": ("n-way",),
+        "augment": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight"),
+        "turned": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "product"),
+        "hard": ("n-way", "product"),
     }
 
     policy: PolicyName = "n-way"
@@ -230,8 +235,8 @@ class EpisodeOptions(Words):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.policy.startswith("2way") and self.ways != [2]:
-            raise ValueError(f"policy {self.policy} has 2 ways; leave `ways` out, or use policy n-way")
+        if self.policy != "n-way" and self.ways != [2]:
+            raise ValueError(f"policy {self.policy} has 2 ways or none; leave `ways` out, or use policy n-way")
         if self.policy != "n-way" and self.policy != "jigsaw" and min(self.shots) < 1:
             raise ValueError(f"policy {self.policy} needs `shots` of 1 or more")
         if min(self.ways) < 2:
@@ -242,7 +247,7 @@ class EpisodeOptions(Words):
         if unfit:
             raise ValueError(f"`tiles` of {unfit[0]}: an image is cut into 4, 6, 9, 12 or 16 pieces")
         for key, policies in self.POLICIES_OF.items():
-            if self.policy not in policies and getattr(self, key) != type(self).model_fields[key].default:
+            if self.policy not in policies and getattr(self, key) != EpisodeOptions.model_fields[key].default:
                 raise ValueError(f"`{key}` belongs to policy {' or '.join(policies)}, not to {self.policy}")
         return self
 
@@ -273,13 +278,13 @@ class Shared(Options):
 
     share: Weight = 1.0
     cap: int | None = Field(None, ge=1, description="at most so many rows of it in a run; its share then goes to the others")
-    at_end: Literal["repeat", "end"] = Field("repeat", description="questions gone through once: again in another order, or no more of them")
 
 
 class QuestionOptions(Shared):
     """``packed`` records share a row, each blind to the others."""
 
     packed: int = Field(1, ge=1, le=32)
+    at_end: Literal["repeat", "end"] = Field("repeat", description="gone through once: again in another order, or no more of them")
 
 
 class PocketSource(PocketClasses, EpisodeOptions, Shared):

@@ -60,11 +60,17 @@ class IsekaiSuite(Options):
 
 
 class InspectionSuite(Words):
-    """Good or defective, on categories that were not trained on: 0 references is the plain question."""
+    """Good or defective, on categories that were not trained on: 0 references is the plain question.
+
+    ``also``: what is wrong with it (``naming``: labelled defects shown, a closed list), and where (``localise``: a box).
+    """
 
     kind: Literal["inspection"]
     source: TaggedParts
     references: IntList = [0, 1, 2, 4]
+    also: Annotated[list[Literal["naming", "localise"]], BeforeValidator(as_list)] = []
+    also_shots: IntList = Field([1], description="references, and photos of each defect, shown for the forms under `also`")
+    episodes: int = Field(200, ge=1, description="of each form under `also`")
     limit: int | None = Field(None, ge=1, description="at most so many photos of each category and label")
     published: Literal["mvtec", "visa"] | None = None
 
@@ -118,6 +124,7 @@ class InstructSuite(Options):
 
     kind: Literal["instruct"]
     source: TaggedQuestions
+    new_tokens: int = Field(128, ge=1, le=2048, description="how long an answer may be")
 
 
 SuiteOptions = (

@@ -41,24 +41,31 @@ def write_report_page(run: Path) -> Path:
 
 
 def read_predictions(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def mistakes(predictions: list[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
-    """The surest wrong answers among scored labels of suites that have something to learn from, taken from each suite in turn."""
+    """The surest wrong answers of the suites that have something to learn from, and wrong texts of plain questions; suites in turn."""
     by_suite: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
     for line in predictions:
-        scores = line["adapter"]["log_likelihoods"]
-        if not scores or not line["support"] or "shuffled" in line["cell"]:
-            continue
-        said = max(scores, key=scores.__getitem__)
-        if said != line["gold"]:
-            sure = 1 / sum(math.exp(v - scores[said]) for v in scores.values())
-            by_suite.setdefault(line["suite"], []).append((sure, said, line))
+        wrong = None if line["control"] else _wrong(line)
+        if wrong is not None:
+            by_suite.setdefault(line["suite"], []).append((*wrong, line))
     for found in by_suite.values():
         found.sort(key=lambda item: (-item[0], item[2]["cell"], item[2]["index"]))
     turns = [found[place] for place in range(count) for found in by_suite.values() if place < len(found)]
     return [_shown(sure, said, line) for sure, said, line in turns[:count]]
+
+
+def _wrong(line: dict[str, Any]) -> tuple[float, str] | None:
+    """How sure a wrong answer was (0 for free text) and what was said; None for a right one, and where nothing was shown to learn from."""
+    scores = line["adapter"]["log_likelihoods"]
+    if not scores:
+        return None if line["right"] else (0.0, line["adapter"]["text"])
+    said = max(scores, key=scores.__getitem__)
+    if said == line["gold"] or not line["support"]:
+        return None
+    return 1 / sum(math.exp(v - scores[said]) for v in scores.values()), said
 
 
 def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
         "defect": line.get("defect"),
         "gold": line["gold"],
         "said": said,
-        "sure": f"({sure:.0%})",
+        "sure": f"({sure:.0%})" if sure else "",
         "query": _url(line["picture"]),
         "support": [{"url": _url(name), "label": label} for name, label in line["support"]],
     }

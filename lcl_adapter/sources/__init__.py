@@ -98,9 +98,9 @@ def open_reader(name: str, reader: AnyReader, min_pictures: int = 1) -> Pool:
         case ClassFolders():
             return read_class_folders(reader.path, name, min_pictures, reader.split, reader.hold_out, fault)
         case Manifest():
-            columns = {str(k): v for k, v in reader.columns.items()}
+            listed = {str(k): v for k, v in reader.columns.items()}
             where = {k: str(v) for k, v in reader.where.items()}
-            return read_manifest(reader.file, reader.images, columns, name, min_pictures, reader.split, reader.hold_out, fault, where, reader.lookup)
+            return read_manifest(reader.file, reader.images, listed, name, min_pictures, reader.split, reader.hold_out, fault, where, reader.lookup)
         case ImageNetLcl():
             return read_train_pairs(reader.pairs, reader.images, name, fault, min_pictures)
         case Isekai():

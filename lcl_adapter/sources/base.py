@@ -85,7 +85,7 @@ class PictureClass:
     groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"); classes that share the first are
     *hard* neighbours.
     hard: whether it may be used as a hard neighbour at all.
-    boxes: where the thing is in each picture, in pixels (x0, y0, x1, y1); empty where that is not known.
+    boxes: where the thing is in each picture, in pixels (x0, y0, x1, y1), None where that is not known; empty for no boxes at all.
     ranked: names of the nearest classes, near to far, where a list says so.
     """
 
@@ -93,7 +93,7 @@ class PictureClass:
     pictures: tuple[Picture, ...]
     groups: tuple[str, ...] = ()
     hard: bool = True
-    boxes: tuple[PixelBox, ...] = ()
+    boxes: tuple[PixelBox | None, ...] = ()
     ranked: tuple[str, ...] = ()
 
     @cached_property
@@ -126,8 +126,11 @@ class ClassPool:
         return {one.name: index for index, one in enumerate(self.classes)}
 
     def neighbours(self, index: int) -> Sequence[int]:
-        """All other classes from near to far: as ranked; else those that share the narrowest group first, then the wider ones."""
-        ranked: dict[int, None] = {self._by_name[n]: None for n in self.classes[index].ranked if n in self._by_name}
+        """From near to far: the classes that a list ranks, where one does; else all others, those of the narrowest group first."""
+        listed = [self._by_name[n] for n in self.classes[index].ranked if self._by_name.get(n, index) != index]
+        if listed:
+            return listed
+        ranked: dict[int, None] = {}
         for group in self.classes[index].groups:
             ranked.update(dict.fromkeys(self._by_group[group]))
         ranked.update(dict.fromkeys(range(len(self.classes))))
@@ -142,7 +145,9 @@ class ClassPool:
     @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
         """Where the things of the classes with boxes are, by class."""
-        return {c.name: tuple(Region(p, box=b) for p, b in zip(c.pictures, c.boxes, strict=True)) for c in self.classes if c.boxes}
+        return {
+            c.name: tuple(Region(p, box=b) for p, b in zip(c.pictures, c.boxes, strict=True) if b is not None) for c in self.classes if any(c.boxes)
+        }
 
     def siblings(self, index: int) -> Sequence[int]:
         """Classes that share the narrowest group, or the eight nearest that a list ranks; empty where neither is known."""

@@ -17,7 +17,7 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.sources.base import Picture, PixelBox, Region
 from lcl_adapter.sources.images import read, read_bytes
 
-PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*[\];]")
+PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,7 @@ def read_class_folders(
             message = f"{root}: class {one!r} has {len(names)} images, {min_pictures} are needed: add photos or lower `shots`"
             faults.append(Fault("class of too few images", message))
         else:
-            known = tuple(boxes[n] for n in names if n in boxes)
-            if boxes:
-                names = [n for n in names if n in boxes]
+            known = tuple(boxes.get(n) for n in names) if boxes else ()
             pictures = tuple(tree.picture(n) for n in names)
             classes.append(PictureClass(one, pictures, groups.get(one, ()), boxes=known, ranked=ranked.get(one, ())))
     return settled(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
@@ -86,7 +84,9 @@ def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
         return {}, []
     found: dict[str, PixelBox] = {}
     faults = []
-    for number, line in enumerate(tree.text(BOXES).splitlines(), 1):
+    for number, line in enumerate(tree.text(BOXES).split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{tree.root}: {BOXES}, line {number}"
         try:
             record = json.loads(line)

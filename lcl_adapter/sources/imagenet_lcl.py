@@ -21,16 +21,22 @@ def read_train_pairs(file: Path, images: Path, name: str = "", on_fault: str = "
     tree = Tree(images)
     faults: list[Fault] = []
     classes: list[PictureClass] = []
+    seen: set[str] = set()
     for _, record, origin in read_lines(file, faults):
         try:
             pictures = listed_pictures(record["samples"], tree, origin, faults)
             ranked = tuple(dict.fromkeys(str(n[1]) for n in record["neighbors"]))
-            if any(c.name == record["class_name"] for c in classes):
-                faults.append(Fault("duplicate id", f"{origin}: class {record['class_name']!r} was there before"))
-            elif len(pictures) < min_pictures:
+            key, name_of = str(record.get("class_id", record["class_name"])), str(record["class_name"])
+            if key in seen:
+                faults.append(Fault("duplicate id", f"{origin}: class_id {key!r} was there before"))
+                continue
+            seen.add(key)
+            if name_of in {c.name for c in classes}:
+                name_of = f"{name_of} ({key})"  # two classes of ImageNet may go by one name
+            if len(pictures) < min_pictures:
                 faults.append(Fault("class of too few images", f"{origin}: {len(pictures)} images that are there, {min_pictures} are needed"))
             else:
-                classes.append(PictureClass(str(record["class_name"]), pictures, ranked=ranked))
+                classes.append(PictureClass(name_of, pictures, ranked=ranked))
         except (KeyError, TypeError, IndexError) as error:
             faults.append(other_form(record, origin, error, "class_name, samples, neighbors"))
     return settled(ClassPool(name or file.stem, tuple(classes), {}, tuple(faults)), on_fault)

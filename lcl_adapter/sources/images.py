@@ -88,6 +88,8 @@ def _row(folder: Path, member: str) -> bytes:
     """``column/3``: the image of row 3 of a saved dataset."""
     column, _, row = member.rpartition("/")
     value = saved_dataset(folder)[int(row)][column]
+    if value is None:
+        raise DataError(f"{folder}: row {row} has no image in {column!r}.")
     if isinstance(value, dict):
         return value["bytes"] or Path(value["path"]).read_bytes()
     return value if isinstance(value, bytes) else Path(value).read_bytes()

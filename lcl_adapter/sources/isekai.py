@@ -28,6 +28,28 @@ class IsekaiQuestion:
 
 def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> tuple[IsekaiQuestion, ...]:
     """Every question in its order. Raises DataError as its ``on_fault`` says."""
+    questions, faults = _questions(file, images)
+    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.shown[0]) for q in questions), {}, tuple(faults)), on_fault)
+    return tuple(questions)
+
+
+def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
+    """The same as classes; a concept and its counterpart share a group, so they are each other's hard neighbours."""
+    questions, faults = _questions(file, images)
+    pictures: dict[str, dict[Picture, None]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for question in questions:
+        for place, one in enumerate(question.names):
+            more = (*question.shown[place], *((question.asked,) if place == question.gold else ()))
+            pictures.setdefault(one, {}).update(dict.fromkeys(more))
+            groups.setdefault(one, ("|".join(sorted(question.names)),))
+    enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}
+    skipped = {f"concept with fewer than {min_pictures} pictures": len(pictures) - len(enough)} if len(enough) < len(pictures) else {}
+    classes = tuple(PictureClass(n, p, groups[n]) for n, p in enough.items())
+    return settled(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
+
+
+def _questions(file: Path, images: Path) -> tuple[list[IsekaiQuestion], list[Fault]]:
     tree = Tree(images)
     faults: list[Fault] = []
     questions: list[IsekaiQuestion] = []
@@ -43,19 +65,4 @@ def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: st
                 questions.append(IsekaiQuestion(names, (shown[0], shown[1]), asked[0], names.index(label)))
         except (KeyError, TypeError) as error:
             faults.append(other_form(record, origin, error, KEYS))
-    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.shown[0]) for q in questions), {}, tuple(faults)), on_fault)
-    return tuple(questions)
-
-
-def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
-    """The same as classes; a concept and its counterpart share a group, so they are each other's hard neighbours."""
-    pictures: dict[str, dict[Picture, None]] = {}
-    groups: dict[str, tuple[str, ...]] = {}
-    for question in read_isekai_questions(file, images, name, on_fault):
-        for place, one in enumerate(question.names):
-            more = (*question.shown[place], *((question.asked,) if place == question.gold else ()))
-            pictures.setdefault(one, {}).update(dict.fromkeys(more))
-            groups.setdefault(one, ("|".join(sorted(question.names)),))
-    enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}
-    skipped = {f"concept with fewer than {min_pictures} pictures": len(pictures) - len(enough)} if len(enough) < len(pictures) else {}
-    return settled(ClassPool(name or file.stem, tuple(PictureClass(n, p, groups[n]) for n, p in enough.items()), skipped), on_fault)
+    return questions, faults

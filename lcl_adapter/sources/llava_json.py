@@ -61,6 +61,6 @@ def _dialogue(record: Any, number: int, records: Records, images: Path, archive:
 
 
 def named_once(records: Records, number: int, record: Any) -> str:
-    """The sample's name, without counting lines: file, record number, its id."""
+    """The sample's name, without counting lines where that takes long: file, line or record, its id."""
     told = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-    return f"{records.file}: record {number + 1}{told}"
+    return f"{records.file}{records.place(number)}{told}"

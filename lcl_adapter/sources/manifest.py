@@ -4,8 +4,8 @@ A column map says which column is which, so that any product catalogue fits:
 
     Stanford Online Products   {image: path, class: class_id, group: super_class_id}, Ebay_train.txt
     Products-10K               {image: name, class: class, group: group}, train.csv
-    ABO                        {image: main_image_id, class: item_id, group: product_type}, listings/*.json.gz, with `lookup`
-    RPC                        instances_train2019.json is COCO JSON: image, class and box are known without a map
+    ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, listings/*.json.gz, with `lookup`
+    RPC                        {image: image, class: class, group: group, box: box}: COCO JSON, whose parts go by these names
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ LINES = (".jsonl", ".json")
 def read_manifest(
     files: Path,
     images: Path,
-    columns: Mapping[str, str],
+    columns: Mapping[str, Sequence[str]],
     name: str = "",
     min_pictures: int = 1,
     split: str = "all",
@@ -41,7 +41,8 @@ def read_manifest(
 ) -> ClassPool:
     """The classes of a list. ``files`` may hold ``*``; ``images`` is a folder or a zip archive.
 
-    columns: ``image`` and ``class``, and if there are such ``group`` (near classes), ``hand`` (who took it), ``box`` ("x0 y0 x1 y1").
+    columns: ``image`` (of several columns, and of lists in them, every value) and ``class``, and if there are such ``group`` (near
+    classes), ``hand`` (who took it), ``box`` ("x0 y0 x1 y1").
     where: only rows whose column has this value. lookup: a CSV with ``image_id`` and ``path``, where ``image`` is an id.
 
     Raises DataError: a missing column, with those there are; no such file; and, unless ``on_fault`` is "skip", a bad row.
@@ -57,32 +58,32 @@ def read_manifest(
             continue
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
             continue
-        image, label = _value(row, columns["image"]), _value(row, columns["class"])
-        if not image or not label:
-            faults.append(Fault("bad record", f"{origin}: no value for {columns['image'] if not image else columns['class']!r}"))
-            continue
-        if paths is not None:
-            if image not in paths:
-                faults.append(Fault("missing image", f"{origin}: the image id {image!r} is not in {lookup}"))
-                continue
-            image = paths[image]
-        if image not in tree:
-            try:
-                tree.picture(image)
-                faults.append(Fault("missing image", f"{origin}: no image {image!r} under {images}"))
-            except DataError as error:
-                faults.append(Fault("path that climbs out", f"{origin}: {error}"))
-            continue
-        if image in found.get(label, {}):
-            faults.append(Fault("duplicate record", f"{origin}: the image {image!r} is listed twice"))
+        label = _value(row, columns["class"])
+        named = [image for column in columns["image"] for image in _values(row, (column,))]
+        if not named or not label:
+            faults.append(Fault("bad record", f"{origin}: no value for {', '.join(map(repr, columns['class'] if named else columns['image']))}"))
             continue
         try:
-            box = _box(row.get(columns["box"])) if "box" in columns else None
+            box = _box(row.get(columns["box"][0])) if "box" in columns else None
         except ValueError as error:
             faults.append(Fault("box out of range", f"{origin}: {error}"))
             continue
-        found.setdefault(label, {})[image] = (_value(row, columns.get("hand", "")) or None, box)
-        if group := _value(row, columns.get("group", "")):
+        for image in named:
+            if paths is not None and image not in paths:
+                faults.append(Fault("missing image", f"{origin}: the image id {image!r} is not in {lookup}"))
+                continue
+            path = paths[image] if paths is not None else image
+            fault = _misplaced(path, tree, origin)
+            if fault is None and path in found.get(label, {}):
+                if box is None:  # one picture may show a thing twice, with a box each: the first is kept
+                    fault = Fault("duplicate record", f"{origin}: the image {path!r} is listed twice")
+                else:
+                    continue
+            if fault is not None:
+                faults.append(fault)
+                continue
+            found.setdefault(label, {})[path] = (_value(row, columns.get("hand", ())) or None, box)
+        if group := _value(row, columns.get("group", ())):
             groups[label] = group
     if split != "all":
         found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
@@ -92,13 +93,21 @@ def read_manifest(
             skipped += 1
             continue
         pictures = tuple(tree.picture(n, hand) for n, (hand, _) in listed.items())
-        boxes = tuple(b for _, b in listed.values() if b is not None)
-        classes.append(PictureClass(label, pictures, (groups[label],) if label in groups else (), boxes=boxes if len(boxes) == len(pictures) else ()))
+        boxes = tuple(b for _, b in listed.values())
+        classes.append(PictureClass(label, pictures, (groups[label],) if label in groups else (), boxes=boxes if any(boxes) else ()))
     left = {f"class of fewer than {min_pictures} images": skipped} if skipped else {}
     return settled(ClassPool(name or files.stem, tuple(classes), left, tuple(faults)), on_fault)
 
 
-def _rows(files: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _misplaced(path: str, tree: Tree, origin: str) -> Fault | None:
+    try:
+        tree.picture(path)
+    except DataError as error:
+        return Fault("path that climbs out", f"{origin}: {error}")
+    return None if path in tree else Fault("missing image", f"{origin}: no image {path!r} under {tree.root}")
+
+
+def _rows(files: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[Row]:
     found = sorted(files.parent.glob(files.name)) if "*" in files.name else [files]
     if not found:
         raise DataError(f"{files}: no such file.")
@@ -125,12 +134,12 @@ def _text(file: Path) -> str:
         raise DataError(f"{file}: cannot be read ({error}).") from error
 
 
-def _table(file: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
+def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Iterator[Row]:
     head = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in head else "," if "," in head else ";" if ";" in head else " "
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     there = reader.fieldnames or []
-    missing = [c for c in columns.values() if c not in there]
+    missing = [c for several in columns.values() for c in several if c not in there]
     if missing:
         raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there))}. Set `columns` in the recipe.")
     for row in reader:
@@ -142,7 +151,7 @@ def _table(file: Path, text: str, columns: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _json_lines(file: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # and not at the line marks that JSON text may hold
         if line.strip():
             try:
                 row = json.loads(line)
@@ -166,17 +175,24 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
 
 
 def _lookup(file: Path) -> dict[str, str]:
-    return {str(row["image_id"]): str(row["path"]) for _, row in _rows(file, {"id": "image_id", "path": "path"})}
+    return {str(row["image_id"]): str(row["path"]) for _, row in _rows(file, {"id": ["image_id"], "path": ["path"]})}
 
 
-def _value(row: Mapping[str, Any], column: str) -> str:
+def _value(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """A column as text; of a list of values in several languages, as ABO has them, the first."""
-    value = row.get(column) if column else None
-    while isinstance(value, list) and value:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("value")
-    return "" if value is None else str(value).strip()
+    return next(iter(_values(row, columns[:1])), "")
+
+
+def _values(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Every value of these columns as text; a list gives each of its own."""
+    found = []
+    for column in columns:
+        value = row.get(column)
+        for one in value if isinstance(value, list) else [value]:
+            told = one.get("value") if isinstance(one, dict) else one
+            if told is not None and str(told).strip():
+                found.append(str(told).strip())
+    return found
 
 
 def _box(value: Any) -> PixelBox:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Dialogue, Fault
+from lcl_adapter.sources.base import Dialogue, Fault, QuestionPool
 
 CHUNK = 1 << 22
 BOM = b"\xef\xbb\xbf"
@@ -25,10 +25,11 @@ TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # whole strin
 
 
 class Records:
-    """The records of ``file``. ``spans`` [N, 2] are where each begins and ends, in bytes."""
+    """The records of ``file``: its lines, its list, or, where ``key`` is given, the list under that key of its object."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, key: str | None = None) -> None:
         self.file = file
+        self.blank: list[int] = []
         try:
             self._file = os.open(file, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -37,8 +38,8 @@ class Records:
             raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
         head = os.pread(self._file, 4096, 0)
         self._start = len(BOM) if head.startswith(BOM) else 0
-        self.is_list = head[self._start :].lstrip()[:1] == b"["
-        starts, ends = self._index_list() if self.is_list else self._index_lines()
+        self.is_list = key is not None or head[self._start :].lstrip()[:1] == b"["
+        starts, ends = self._index_list(key) if self.is_list else self._index_lines()
         self._starts, self.sizes = starts, (ends - starts).astype(np.uint32)
 
     def __del__(self) -> None:
@@ -64,6 +65,10 @@ class Records:
             for place, size in zip(places, self.sizes[first:last].tolist(), strict=True):
                 yield chunk[place : place + size]
             first = last
+
+    def place(self, index: int) -> str:
+        """Line or record, without reading the file again; behind a blank line it is the record's number."""
+        return f", line {index + 1}" if not self.is_list and not self.blank else f": record {index + 1}"
 
     def origin(self, index: int) -> str:
         """File and line (or record) for messages; counted in the file, so only for what is told."""
@@ -110,14 +115,17 @@ class Records:
         edges = np.concatenate(breaks)
         starts, ends = edges[:-1] + 1, edges[1:]
         short = np.flatnonzero(ends - starts <= 2)  # few bytes may be a blank line
-        blank = [i for i in short if not os.pread(self._file, int(ends[i] - starts[i]), int(starts[i])).strip()]
+        blank = self.blank = [int(i) for i in short if not os.pread(self._file, int(ends[i] - starts[i]), int(starts[i])).strip()]
         return np.delete(starts, blank), np.delete(ends, blank)
 
-    def _index_list(self) -> tuple[np.ndarray, np.ndarray]:
+    def _index_list(self, key: str | None) -> tuple[np.ndarray, np.ndarray]:
         starts: list[int] = []
         ends: list[int] = []
+        level = 1 if key is None else 2  # how deep the list's elements are
+        wanted = None if key is None else json.dumps(key).encode()
         depth, element, place, rest = 0, 0, self._start, b""
-        closed = False
+        last = b""  # the string before a bracket: its key
+        inside = closed = False
         while (chunk := os.pread(self._file, CHUNK, place + len(rest))) or rest:
             text, more = rest + chunk, bool(chunk)
             rest = b""
@@ -129,18 +137,21 @@ class Records:
                     rest = text[match.start() :]
                     break
                 at = place + match.start()
-                if token in b"[{":
+                if token[:1] == b'"':
+                    last = token if depth == level - 1 else last
+                elif token in b"[{":
                     depth += 1
-                    if depth == 1:
-                        element = at + 1
-                elif token in b"]}" or (token == b"," and depth == 1):
-                    if depth == 1:
-                        if closed or token == b"}":
+                    if depth == level and token == b"[" and not closed and (wanted is None or last == wanted):
+                        inside, element = True, at + 1
+                elif token in b"]}" or (token == b"," and depth == level):
+                    if inside and depth == level:
+                        if token == b"}":
                             raise self._not_json()
                         starts.append(element)
                         ends.append(at)
                         element = at + 1
-                        closed = token == b"]"
+                        if token == b"]":
+                            inside, closed = False, True
                     if token != b",":
                         depth -= 1
                         if depth < 0:
@@ -148,8 +159,10 @@ class Records:
             place += len(text) - len(rest)
             if not more:
                 break
-        if depth or not closed:
+        if depth or (not closed and key is None):
             raise self._not_json()
+        if not closed:
+            raise DataError(f"{self.file}: no list under {key!r} in it.")
         if len(starts) == 1 and not os.pread(self._file, ends[0] - starts[0], starts[0]).strip():
             starts, ends = [], []  # []
         return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
@@ -191,6 +204,15 @@ class Dialogues(Sequence[Dialogue]):
         return (self[i] for i in range(len(self)))
 
 
+def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
+    """Those that could be too long: the ones with most text (bytes of their records, where they are read by place)."""
+    if len(pool) <= count:
+        return list(pool.dialogues)
+    if isinstance(pool.dialogues, Dialogues):
+        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
+    return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
+
+
 def dialogues(
     records: Records, parse: Parse, identify: Callable[[Any], object] | None = None, limit: int | None = None
 ) -> tuple[Dialogues, list[Fault]]:
@@ -210,7 +232,7 @@ def dialogues(
             ids[number] = hash(raw if identify is None else identify(record))
             continue
         except DataError as error:
-            faults.append(Fault("broken line" if "not JSON" in str(error) or "not UTF-8" in str(error) else "bad record", str(error)))
+            faults.append(broken(records, number, error))
         except ValueError as error:
             faults.append(Fault("bad record", f"{named(records, number)}: {error}"))
         except KeyError as error:
@@ -226,6 +248,14 @@ def dialogues(
         lost.append(number)
     kept = np.delete(np.arange(count), lost) if lost else range(count)
     return Dialogues(records, parse, kept), faults
+
+
+def broken(records: Records, number: int, error: DataError) -> Fault:
+    """A record that is no JSON, which says its line itself, or one that names a picture outside its folder."""
+    told = str(error)
+    if told.startswith(str(records.file)):
+        return Fault("broken line", told)
+    return Fault("path that climbs out", f"{named(records, number)}: {told}")
 
 
 def _again(ids: np.ndarray) -> list[int]:

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter.errors import DataError
 from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, PixelBox, QuestionPool, Region, settled
 from lcl_adapter.sources.llava_json import named_once, picture
-from lcl_adapter.sources.records import Records, dialogues, named
+from lcl_adapter.sources.records import Records, broken, dialogues, named
 from lcl_adapter.templates import phrase
 
 CAPTION = "Describe the image in one sentence."
@@ -55,6 +56,8 @@ def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str 
         try:
             record = records[number]
             found.setdefault(str(record["expression"]).strip().lower(), {})[picture(images, archive, record["img_path"])] = pixel_box(record["bbox"])
+        except DataError as error:
+            faults.append(broken(records, number, error))
         except (ValueError, KeyError, TypeError) as error:
             faults.append(Fault("bad record", f"{named(records, number)}: {error!r}"))
     enough = {n: b for n, b in found.items() if len(b) >= min_pictures}

@@ -1,6 +1,6 @@
-"""A folder or an archive (zip, tar) as one list of names, so that a reader need not know which it has.
+"""A folder or a zip archive as one list of names, so that a reader need not know which it has.
 
-Names that climb out (``../``), absolute names and links that leave or circle are refused before anything is read.
+Names that climb out (``../``), absolute names and circles of links are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -37,18 +37,27 @@ class Tree:
         return frozenset(self.files)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._known
+        """A single name is looked up in a folder without listing all of it, which may hold a million files."""
+        return name in self._known if self.archive else (self.root / name).is_file()
+
+    @cached_property
+    def _by_folder(self) -> dict[str, list[str]]:
+        table: dict[str, list[str]] = {}
+        for name in self.files:
+            folder, slash, _ = name.rpartition("/")
+            table.setdefault(folder + slash, []).append(name)
+        return table
 
     def folders(self, under: str = "") -> list[str]:
         """Names of the folders right below ``under`` that hold a file somewhere, and, on disk, empty ones too."""
-        found = {n[len(under) :].split("/")[0] for n in self.files if n.startswith(under) and "/" in n[len(under) :]}
+        found = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
         if not self.archive and (self.root / under).is_dir():
             found |= {p.name for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
         return sorted(found)
 
     def within(self, folder: str) -> list[str]:
         """Files right inside a folder (``a/b/``), sorted."""
-        return [n for n in self.files if n.startswith(folder) and "/" not in n[len(folder) :]]
+        return self._by_folder.get(folder, [])
 
     def picture(self, name: str, hand: str | None = None) -> Picture:
         """A reference to one file. Raises DataError for a name that climbs out."""
@@ -81,10 +90,14 @@ class Tree:
         with os.scandir(folder) as scanned:
             entries = list(scanned)
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:
+                raise DataError(f"{entry.path}: a link that leads nowhere ({error.strerror}). Remove the link.") from error
+            if is_folder:
                 if not entry.name.startswith("."):
                     names += self._walk(Path(entry.path), f"{prefix}{entry.name}/", above | {real})
-            elif entry.is_file():
+            elif is_file:
                 names.append(prefix + entry.name)
         return names
 

@@ -7,7 +7,6 @@ POPE    {"question_id", "image", "text", "label": "yes"|"no"}
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from lcl_adapter.errors import DataError
 from lcl_adapter.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
 from lcl_adapter.sources.llava_json import named_once, picture
-from lcl_adapter.sources.records import Records, dialogues, named
+from lcl_adapter.sources.records import Records, broken, dialogues, named
 
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's suffix for VQA
 
@@ -24,7 +23,8 @@ def read_llava_questions(
     file: Path, answers: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None, closed: tuple[str, ...] = ()
 ) -> QuestionPool:
     """LLaVA's questions, joined with their answers by ``question_id``. ``closed``: the only answers there may be."""
-    records, told = Records(file), _by_id(answers)
+    records = Records(file)
+    told, broken_answers = _by_id(answers)
     archive = images.suffix.lower() == ".zip"
 
     def parse(record: Any, number: int) -> Dialogue:
@@ -37,22 +37,29 @@ def read_llava_questions(
         return Dialogue((Exchange(_bare(record["text"]), answer, shown),), named_once(records, number, record))
 
     found, faults = dialogues(records, parse, lambda r: r["question_id"], limit)
-    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256 + Records(answers).sha256), on_fault)
+    sums = records.sha256 + Records(answers).sha256
+    return settled(QuestionPool(name or file.stem, found, {}, (*broken_answers, *faults), sums), on_fault)
 
 
-def _by_id(file: Path) -> dict[str, str]:
-    """question_id -> answer. Raises DataError: a broken line, an id that is there twice."""
+def _by_id(file: Path) -> tuple[dict[str, str], list[Fault]]:
+    """question_id -> answer; a broken line, a missing key and an id that is there twice are faults."""
     records, found = Records(file), {}
-    for number in range(len(records)):
-        record = records[number]
+    faults: list[Fault] = []
+    for number, raw in enumerate(records.scan(len(records))):
         try:
+            record = records.read(number, raw)
             key, text = str(record["question_id"]), str(record["text"])
+        except DataError as error:
+            faults.append(broken(records, number, error))
+            continue
         except (KeyError, TypeError) as error:
-            raise DataError(f"{records.origin(number)}: question_id and text are expected ({error}).") from error
+            faults.append(Fault("bad record", f"{records.origin(number)}: question_id and text are expected ({error})"))
+            continue
         if key in found:
-            raise DataError(f"{named(records, number)}: the question_id was there before.")
-        found[key] = text
-    return found
+            faults.append(Fault("duplicate id", f"{named(records, number)}: the question_id was there before; the first answer is kept"))
+        else:
+            found[key] = text
+    return found, faults
 
 
 def _bare(text: str) -> str:
@@ -66,44 +73,26 @@ def read_vqav2(
 
     Each question carries its ten answers, for the soft score; what is learned is ``multiple_choice_answer``.
     """
-    asked = _list(questions, "questions")
-    told = {str(a["question_id"]): a for a in _list(annotations, "annotations")}
+    asked, told = Records(questions, "questions"), Records(annotations, "annotations")
+    places: dict[str, int] = {}
+    for place, raw in enumerate(told.scan(len(told))):
+        places[str(told.read(place, raw)["question_id"])] = place
     archive = images.suffix.lower() == ".zip"
     form = pattern or f"COCO_{'train' if 'train' in questions.name else 'val'}2014_{{image_id:012}}.jpg"
-    found, faults, seen = [], [], set()
-    for number, record in enumerate(asked[:limit], 1):
-        where = f"{questions}: question {number} (question_id {record.get('question_id')!r})"
-        key = str(record.get("question_id"))
-        if key in seen:
-            faults.append(Fault("duplicate id", f"{where}: its id was there before; give each question its own"))
-            continue
-        seen.add(key)
-        try:
-            annotation = told.get(key)
-            if annotation is None:
-                raise ValueError(f"no annotation with this question_id in {annotations}")
-            answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
-            shown = picture(images, archive, form.format(image_id=record["image_id"]))
-            text = f"{record['question']}\n{SHORT}"
-            found.append(Dialogue((Exchange(text, str(annotation["multiple_choice_answer"]), shown, answers=answers),), where))
-        except (KeyError, TypeError, ValueError) as error:
-            why = f"no key {error}" if isinstance(error, KeyError) else str(error)
-            faults.append(Fault("bad record", f"{where}: {why}"))
-    sums = Records(questions).sha256 + Records(annotations).sha256
-    return settled(QuestionPool(name or questions.stem, tuple(found), {}, tuple(faults), sums), on_fault)
 
+    def parse(record: Any, number: int) -> Dialogue:
+        place = places.get(str(record["question_id"]))
+        if place is None:
+            raise ValueError(f"no annotation with this question_id in {annotations}")
+        annotation = told[place]
+        answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
+        shown = picture(images, archive, form.format(image_id=record["image_id"]))
+        text = f"{record['question']}\n{SHORT}"
+        exchange = Exchange(text, str(annotation["multiple_choice_answer"]), shown, answers=answers)
+        return Dialogue((exchange,), f"{questions}: question {number + 1} (question_id {record['question_id']!r})")
 
-def _list(file: Path, key: str) -> list[dict[str, Any]]:
-    try:
-        told = json.loads(file.read_bytes().decode("utf-8-sig"))
-        listed: list[dict[str, Any]] = told[key]
-        return listed
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: VQAv2's form is expected, an object with {key!r} ({error!r}).") from error
+    found, faults = dialogues(asked, parse, lambda r: r["question_id"], limit)
+    return settled(QuestionPool(name or questions.stem, found, {}, tuple(faults), asked.sha256 + told.sha256), on_fault)
 
 
 def read_pope(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:

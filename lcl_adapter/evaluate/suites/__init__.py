@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lcl_adapter.batches import Encoder
-from lcl_adapter.conversations import WORDINGS
+from lcl_adapter.conversations import WORDINGS, Turn, from_dialogues
 from lcl_adapter.errors import EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
 from lcl_adapter.mixture import Mixture
-from lcl_adapter.recipe import Recipe, presets
+from lcl_adapter.recipe import Recipe, packaged, presets
 from lcl_adapter.recipe.suites import (
     ImageNet100Suite,
     InspectionSuite,
@@ -25,11 +26,14 @@ from lcl_adapter.recipe.suites import (
     SuiteOptions,
     VqaSuite,
 )
-from lcl_adapter.sources import ClassPool, InspectionPool, Picture, open_reader
+from lcl_adapter.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
 from lcl_adapter.sources.base import names_of, pictures_of
+from lcl_adapter.sources.records import longest_dialogues
 from lcl_adapter.templates import Wording
 
-__all__ = ["build_cells", "check_held_out", "check_suites"]
+__all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
+
+LONGEST = 200  # questions of a suite, the longest ones, that are checked before training
 
 
 def build_cells(recipe: Recipe, limit: int | None = None, only: tuple[str, ...] = (), seed: int | None = None) -> Iterator[Cell]:
@@ -57,7 +61,7 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, seed: int, limi
         case IsekaiSuite():
             yield from published.isekai(name, options, wording, seed, limit)
         case InspectionSuite():
-            yield from inspection.cells(name, options, wording, limit)
+            yield from inspection.cells(name, options, wording, seed, limit)
         case ProductSuite():
             yield from product.cells(name, options, wording, seed, limit)
         case LocateSuite():
@@ -72,11 +76,14 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, seed: int, limi
             yield questions.instruct(name, options, limit)
 
 
+ABOUT_CLASSES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
+
+
 def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     """No class or category that is evaluated may be trained on: neither under its name in a source of the same type, nor by any picture.
 
-    Plain questions are asked about training classes too (what must be kept), so only suites about classes are checked.
-    Raises RecipeError that lists the classes in common.
+    Plain questions are asked about training classes too (what must be kept); there the same file on both sides is refused.
+    Raises RecipeError that lists what is in common.
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
@@ -85,32 +92,72 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
         pictures |= {_key(p) for p in pictures_of(trained)}
     faults = []
     for name, options in recipe.evaluate.suites.items():
-        if not isinstance(options, LclSuite | InspectionSuite | ProductSuite | LocateSuite):
-            continue
-        reader: Any = options.source
-        common = sorted(_common(open_reader(name, reader), reader.type, names, pictures))
-        if common:
-            shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
-            faults.append(f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both sides)")
+        if isinstance(options, ABOUT_CLASSES):
+            common = sorted({n for kind, n, shown in _asked_about(name, options) if (kind, n) in names or any(_key(p) in pictures for p in shown)})
+            faults += [_in_common(name, common)] if common else []
+        else:
+            files = _files(options.source)
+            same = [s for s, o in mixture.options.items() if files & _files(o)]
+            faults += [f"evaluate.suites.{name}: source {same[0]} trains on the same file; measure on another"] if same else []
     if faults:
         raise RecipeError(faults)
 
 
-def _common(pool: ClassPool | InspectionPool, kind: str, names: set[tuple[str, str]], pictures: set[tuple[str, str | None]]) -> set[str]:
-    parts = pool.classes if isinstance(pool, ClassPool) else pool.parts
-    return {one.name for one in parts if (kind, one.name) in names or any(_key(p) in pictures for p in one.pictures)}
+def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: tuple[str, ...]) -> None:
+    """The same for an adapter that is measured later, by what its manifest says it was trained on. Raises RecipeError."""
+    names = {(recipe.sources[source].type, n) for source, trained in held_in.items() if source in recipe.sources for n in trained}
+    faults = []
+    for name, options in recipe.evaluate.suites.items():
+        if isinstance(options, ABOUT_CLASSES) and (not only or name in only):
+            common = sorted({n for kind, n, _ in _asked_about(name, options) if (kind, n) in names})
+            faults += [_in_common(name, common)] if common else []
+    if faults:
+        raise RecipeError(faults)
 
 
-def check_suites(recipe: Recipe, encoder: Encoder, new_tokens: int = 24) -> None:
-    """Draw a few cases of every cell: what cannot be drawn or does not fit the context is said before training, not after.
+def _files(options: Any) -> set[Path]:
+    return {file for key in ("file", "questions") if (file := getattr(options, key, None)) is not None}
+
+
+def _asked_about(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
+    """What a suite asks about: the type of source, a class's or a category's name, its pictures."""
+    if isinstance(options, ImageNet100Suite):
+        for pair in read_test_pairs(packaged(options.pairs), packaged(options.images)):
+            for side, one in enumerate(pair.names):
+                yield "imagenet-lcl", one, (*pair.shown[side], *pair.asked[side])
+        return
+    reader: Any = options.source
+    pool: ClassPool | InspectionPool = open_reader(name, reader)
+    for part in pool.classes if isinstance(pool, ClassPool) else pool.parts:
+        yield reader.type, part.name, part.pictures
+
+
+def _in_common(name: str, common: Sequence[str]) -> str:
+    shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
+    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both sides)"
+
+
+def check_suites(recipe: Recipe, encoder: Encoder) -> None:
+    """Draw a few cases of every cell, and the longest questions of every question suite: what cannot be drawn or does not fit the
+    context is said before training, not after.
 
     Raises RecipeError, DataError, EpisodeError.
     """
     for cell in build_cells(recipe, limit=4):
         for case in cell.cases:
-            length = len(encoder.turns([*case.support, case.query], opened=True)[0]) + new_tokens
-            if length > encoder.context:
-                raise EpisodeError(f"evaluate.suites.{cell.suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`.")
+            _fits(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
+    for name, options in recipe.evaluate.suites.items():
+        if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
+            pool = open_reader(name, options.source)
+            new_tokens = options.new_tokens if isinstance(options, InstructSuite) else Cell.new_tokens
+            for dialogue in longest_dialogues(pool, LONGEST):
+                _fits(encoder, name, from_dialogues((dialogue,)).branches[0][:-1], new_tokens)
+
+
+def _fits(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
+    length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
+    if length > encoder.context:
+        raise EpisodeError(f"evaluate.suites.{suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`.")
 
 
 def _key(picture: Picture) -> tuple[str, str | None]:

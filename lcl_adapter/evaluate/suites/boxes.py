@@ -14,11 +14,13 @@ from lcl_adapter.sources import InspectionPool, open_reader
 from lcl_adapter.sources.boxes import parse
 from lcl_adapter.templates import Wording
 
+BOX_TOKENS = 40  # four numbers of three decimals are 25 tokens where digits stand alone
+
 
 def rec(name: str, options: RecSuite, limit: int | None) -> Cell:
     cases = asked(name, options.source, limit)
     boxed = tuple(Case(c.support, c.query, (), (), c.gold, c.group, truth=parse(c.gold)) for c in cases)
-    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.boxed)
+    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.boxed, new_tokens=BOX_TOKENS)
 
 
 def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
@@ -30,4 +32,16 @@ def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: 
         made = [episodes.draw(pool, drawn, seed, 4, index) for index in range(count)]
         names = list(pool.regions)
         cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in made)
-        yield Cell(name, f"{name}-{shots}shot", "locate", "IoU > 0.5", 0.0, cases, judges.boxed, baseline="copied", policy="locate", shots=shots)
+        yield Cell(
+            name,
+            f"{name}-{shots}shot",
+            "locate",
+            "IoU > 0.5",
+            0.0,
+            cases,
+            judges.boxed,
+            baseline="copied",
+            policy="locate",
+            shots=shots,
+            new_tokens=BOX_TOKENS,
+        )

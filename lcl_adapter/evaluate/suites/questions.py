@@ -26,11 +26,11 @@ def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
 
 
 def pope(name: str, options: PopeSuite, limit: int | None) -> Cell:
-    return Cell(name, name, "pope", "accuracy", 0.5, asked(name, options.source, limit), judges.pope)
+    return Cell(name, name, "pope", "accuracy", 0.5, asked(name, options.source, limit), judges.pope, published=published.POPE)
 
 
 def instruct(name: str, options: InstructSuite, limit: int | None) -> Cell:
-    return Cell(name, name, "instruct", "ROUGE-L", 0.0, asked(name, options.source, limit), judges.instructed)
+    return Cell(name, name, "instruct", "ROUGE-L", 0.0, asked(name, options.source, limit), judges.instructed, new_tokens=options.new_tokens)
 
 
 def asked(name: str, reader: QuestionReader, limit: int | None) -> tuple[Case, ...]:
@@ -40,7 +40,8 @@ def asked(name: str, reader: QuestionReader, limit: int | None) -> tuple[Case, .
     for dialogue in (pool.dialogues[i] for i in range(min(len(pool), limit or len(pool)))):
         turns = from_dialogues((dialogue,)).branches[0]
         before = tuple(replace(t, learn=False) for t in turns[:-2])
-        cases.append(Case(before, turns[-2], (), (), turns[-1].text, turns[-1].text, truth=dialogue.exchanges[-1].answers))
+        picture = str(turns[-2].picture or dialogue.origin)  # answers about one picture go together in the interval
+        cases.append(Case(before, turns[-2], (), (), turns[-1].text, picture, truth=dialogue.exchanges[-1].answers))
     return tuple(cases)
 
 
