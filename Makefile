@@ -27,6 +27,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.data
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.data            # rows a second with 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
 
-Loader: rows of ``recipes/mix-pocket.yaml``, every picture opened as training opens it, against the steps of a short training of the same
-rows. Large file: LLaVA instruction records as JSON Lines, opened and drawn from at random, each in a process of its own.
+Loader: rows of ``recipes/mix-pocket.yaml``, every picture opened as training opens it, against the steps of a short training of the
+same rows (whose order by length is worked out in the trainer's own process, and is part of its pace). Large file: LLaVA instruction
+records as JSON Lines, opened and drawn from at random, each in a process of its own.
 """
 
 from __future__ import annotations

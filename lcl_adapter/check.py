@@ -13,9 +13,22 @@ from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.mixture import Mixture, open_options
 from lcl_adapter.model import load_encoder
-from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import SourceOptions
-from lcl_adapter.sources import Fault, InspectionPool, Picture, Pool, QuestionPool, Region, open_reader, read_image
+from lcl_adapter.recipe.suites import ImageNet100Suite
+from lcl_adapter.sources import (
+    ClassPool,
+    Fault,
+    InspectionPool,
+    Picture,
+    PictureClass,
+    Pool,
+    QuestionPool,
+    Region,
+    open_reader,
+    read_image,
+    read_test_pairs,
+)
 from lcl_adapter.sources.base import pictures_of
 from lcl_adapter.sources.boxes import located
 from lcl_adapter.terminal import console
@@ -40,8 +53,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             pools[name] = pool
             sources[name] = _looked_through(name, pool, opened, told)
     for name, suite in recipe.evaluate.suites.items():
-        reader = getattr(suite, "source", None)
-        pool = _opened(f"suite {name}", reader, told) if reader is not None else None
+        pool = _paired(name, suite, told) if isinstance(suite, ImageNet100Suite) else _opened(f"suite {name}", suite.source, told)
         if pool is not None:
             sources[f"suite {name}"] = _looked_through(f"suite {name}", pool, opened, told)
     rows: dict[str, Any] | None = None
@@ -98,6 +110,16 @@ def _opened(name: str, options: Any, told: list[tuple[str, Fault]]) -> Pool | No
         return None
     told += [(name, fault) for fault in pool.faults]
     return pool
+
+
+def _paired(name: str, suite: ImageNet100Suite, told: list[tuple[str, Fault]]) -> ClassPool | None:
+    """The pictures of the published test as classes, to be opened like any other's."""
+    try:
+        pairs = read_test_pairs(packaged(suite.pairs), packaged(suite.images))
+    except DataError as error:
+        told.append((f"suite {name}", Fault("source", str(error))))
+        return None
+    return ClassPool(name, tuple(PictureClass(p.names[s], (*p.shown[s], *p.asked[s])) for p in pairs for s in (0, 1)))
 
 
 def _looked_through(name: str, pool: Pool, opened: set[tuple[str, str | None]], told: list[tuple[str, Fault]]) -> dict[str, Any]:

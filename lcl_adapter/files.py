@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explained(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none, there is nothing to remove, and the error above says so
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -30,14 +30,14 @@ from lcl_adapter import adapter
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignment
 from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.episodes import draw
-from lcl_adapter.errors import DataError, RunError
+from lcl_adapter.errors import DataError, EpisodeError, RunError
 from lcl_adapter.files import disk_is_full, write_json, write_text
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
-from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import Picture, QuestionPool, read_image
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, QuestionReader
+from lcl_adapter.sources import InspectionPool, Picture, QuestionPool, read_image
 from lcl_adapter.sources.base import names_of
 from lcl_adapter.sources.records import longest_dialogues
 from lcl_adapter.terminal import console
@@ -325,19 +325,24 @@ def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
     So what does not fit is refused before training starts; the first row's alignment is checked too.
     """
     mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
-    check_alignment(encoder, collator.conversation(0))
+    check_alignment(encoder, collator.usable(0)[0])
     lengths: dict[str, list[int]] = {name: [] for name in mixture.options}
     for index in range(count):
         lengths[mixture.slot(index).source].append(len(collator.row(index)))
     for name, pool in mixture.pools.items():
         options = mixture.options[name]
         if isinstance(pool, QuestionPool):
+            assert isinstance(options, QuestionReader)
             for dialogue in longest_dialogues(pool, LONGEST):
                 try:
                     encoder.conversation(speak((dialogue,), wording))
                 except DataError:
                     if collator.on_fault == "refuse":
                         raise
+                except EpisodeError as error:
+                    if options.on_fault == "refuse":
+                        raise
+                    console.print(f"left out: {error}", style="yellow", markup=False, highlight=False)
             continue
         assert isinstance(options, EpisodeOptions | InspectionOptions)
         for longest in longest_options(options):
@@ -368,14 +373,13 @@ def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict
     realised = mixture.realised(range(total))
     passes = mixture.repeats(total)
     for name in mixture.options:
-        size, found = len(mixture.pools[name]), lengths[name]
+        pool, found = mixture.pools[name], lengths[name]
+        photos = f" ({pool.photos})" if isinstance(pool, InspectionPool) else ""
         average = f", {sum(found) / len(found):.0f} tokens a row, up to {max(found)}" if found else ""
         again = f", gone through {passes[name]:.1f} times" if name in passes else ""
         ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
-        console.print(
-            f"{name:>15}: share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised, {size:,} entries{again}{ended}{average}",
-            highlight=False,
-        )
+        share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
+        console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{again}{ended}{average}", highlight=False)
     known = [length for found in lengths.values() for length in found]
     console.print(f"{'rows':>15}: {total:,} of {min(known)} to {max(known)} tokens", highlight=False)
 

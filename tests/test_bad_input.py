@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections import Counter
@@ -15,14 +16,14 @@ from click.testing import CliRunner
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcl_adapter import recipe
+from lcl_adapter import episodes, recipe
 from lcl_adapter.check import check
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
 from lcl_adapter.evaluate import check_held_out
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.sources import TaggedSource
+from lcl_adapter.recipe.sources import InspectionOptions, TaggedSource
 from lcl_adapter.sources import open_reader
 from lcl_adapter.trainer import train
 from tests.conftest import paint
@@ -313,3 +314,178 @@ def test_data_check_on_the_command_line(tmp_path: Path, photos: Path, pocket_tin
     assert faulty.exit_code == 1
     assert json.loads(faulty.stdout)["faults"][0]["kind"] == "empty image"
     assert "good/0.png" in faulty.stderr.replace("\n", "")
+
+
+def test_parts_without_any_mask_are_judged_and_not_located(parts: Path, pocket_tiny: Path) -> None:
+    for category in parts.iterdir():
+        shutil.rmtree(category / "ground_truth")
+    pool = read(SOURCES["mvtec"], path=parts)
+    assert [len(p.defects["hole"]) for p in pool.parts] == [3, 3, 3]
+    drawn = [episodes.draw(pool, InspectionOptions(shots=[1], queries=4), 0, 0, i) for i in range(60)]
+    share = np.mean([q.label == "good" for e in drawn for q in e.queries])
+    assert 0.35 < share < 0.65
+    with pytest.raises(EpisodeError, match="no defect has a mask"):
+        episodes.draw(pool, InspectionOptions(forms={"localise": 1}), 0, 0, 0)
+
+
+def test_parts_with_one_side_alone_teach_nothing(parts: Path) -> None:
+    for category in parts.iterdir():
+        shutil.rmtree(category / "test" / "good")
+    with pytest.raises(EpisodeError, match=r"no category has both good and defective photos \(0 good and 18 defective"):
+        episodes.draw(read(SOURCES["mvtec"], path=parts), InspectionOptions(), 0, 0, 0)
+
+
+@pytest.mark.parametrize("options", [{"hold_out": 0.4}, {"held_out": ["screw"]}])
+def test_what_is_held_out_without_a_split_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="without `split` holds nothing out"):
+        read(SOURCES["mvtec"], **options)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "photos") + b"/sch\xe4fer"
+    os.makedirs(folder)  # noqa: PTH103
+    Path(os.fsdecode(folder + b"/0.png")).write_bytes(paint(tmp_path / "x.png", (1, 2, 3)).read_bytes())
+    refused({"type": "class-folder", "path": tmp_path / "photos"}, "is not UTF-8. Rename it")
+
+
+def test_a_record_that_is_too_long_is_left_out_or_refused(pocket_tiny: Path, tmp_path: Path, questions: Path) -> None:
+    records = json.loads((questions / "instruct.json").read_text())[:6]
+    records[2]["conversations"][1]["value"] = "long " * 3000
+    (questions / "instruct.json").write_text(json.dumps(records))
+    source = {**SOURCES["llava-json"], "file": questions / "instruct.json"}
+    made = {"base": str(pocket_tiny), "train": {"max_steps": 2, "per_device_train_batch_size": 3}}
+    with pytest.raises(EpisodeError, match=r"record 3 \(id '2'\).*set `on_fault: skip` for its source"):
+        train(Recipe.model_validate({**made, "output": tmp_path / "a", "sources": {"long": source}}))
+    facts = train(Recipe.model_validate({**made, "output": tmp_path / "b", "sources": {"long": {**source, "on_fault": "skip"}}}))
+    assert facts["tokens"]["long"]["rows"] == 6
+
+
+def test_a_run_is_measured_where_its_data_has_moved(pocket_tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(P / "images", tmp_path / "here" / "photos")
+    (tmp_path / "mine.yaml").write_text(
+        f"base: {pocket_tiny}\noutput: {tmp_path / 'run'}\ndata: {{root: {tmp_path / 'here'}}}\n"
+        "sources: {photos: {type: class-folder, path: photos, shots: 1, split: train, hold_out: 0.4}}\ntrain: {max_steps: 1}\n"
+        "evaluate: {suites: {mine: {kind: lcl, source: {type: class-folder, path: photos, split: held_out, hold_out: 0.4}, shots: 1, episodes: 4}}}\n"
+    )
+    assert CliRunner().invoke(main, ["train", str(tmp_path / "mine.yaml")]).exit_code == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert CliRunner().invoke(main, ["eval", str(tmp_path / "run"), "--fresh"]).exit_code == 2
+    moved = CliRunner().invoke(main, ["eval", str(tmp_path / "run"), f"data.root={tmp_path / 'there'}", "--fresh", "--json"])
+    assert moved.exit_code == 0, moved.output
+    assert json.loads(moved.stdout)["suites"][0]["n"] == 4
+
+
+def test_a_later_measurement_of_trained_classes_is_refused(pocket_tiny: Path, tmp_path: Path) -> None:
+    source = {**SOURCES["mvtec"], "split": "train", "held_out": ["screw"], "shots": 1}
+    run = tmp_path / "run"
+    train(Recipe.model_validate({"base": str(pocket_tiny), "output": run, "sources": {"parts": source}, "train": {"max_steps": 1}}))
+    result = CliRunner().invoke(main, ["eval", str(run), "--suite", "mvtec-all", f"data.root={FIXTURES}"])
+    assert result.exit_code == 2
+    assert "metal nut, tile are trained on too" in result.stderr
+
+
+@pytest.mark.parametrize(("kind", "said"), [("encrypted", "cannot be read"), ("nested", "its only folder 'photos' holds folders itself")])
+def test_odd_archives(tmp_path: Path, kind: str, said: str) -> None:
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("bolt", "nut"):
+            for k in range(2):
+                archive.write(P / "images" / "ring" / f"{k}.png", f"{'photos/' if kind == 'nested' else ''}{name}/{k}.png")
+    if kind == "nested":
+        refused({"type": "class-folder", "path": path}, said)
+        return
+    raw = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the bit that says a member has a password
+        start = raw.find(mark)
+        while start >= 0:
+            raw[start + place] |= 1
+            start = raw.find(mark, start + 4)
+    path.write_bytes(bytes(raw))
+    found = check(Recipe.model_validate({"base": "pocket", "sources": {"a": {"type": "class-folder", "path": path, "shots": 1}}}))
+    assert any("encrypted" in f["message"] for f in found["faults"])
+
+
+def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path) -> None:
+    lines = (P / "products.csv").read_text().splitlines()
+    lines[5] = '"' + lines[5]
+    (tmp_path / "products.csv").write_text("\n".join(lines))
+    refused(SOURCES["manifest-csv"], "line 6: a quote that is not closed", file=tmp_path / "products.csv")
+
+
+def test_a_misspelt_column_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"photo": "ring/0.png", "sku": "ring"}\n{"photo": "bar/0.png", "sku": "bar"}\n')
+    columns = {"image": "photo", "class": "sku", "group": "famly"}
+    options = {"type": "manifest", "file": tmp_path / "p.jsonl", "images": P / "images", "columns": columns}
+    refused(options, "no column 'famly'; there are 'photo', 'sku'")
+
+
+def test_neighbours_of_no_class(photos: Path) -> None:
+    (photos / "neighbours.json").write_text('{"bad ones": ["scratchd", "dented"]}')
+    refused({"type": "class-folder", "path": photos}, "names 'scratchd' (did you mean 'scratched'?)", skipped={"unknown class": 1})
+    (photos / "neighbours.json").write_text('{"bad ones": "scratched"}')
+    refused({"type": "class-folder", "path": photos}, "a list of classes is expected")
+
+
+def test_boxes_of_some_pictures_only(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FIXTURES / "boxes", tmp_path / "boxes"))
+    (folder / "boxes.jsonl").write_text('{"image": "circle/0.png", "bbox": [1, 1, 20, 20]}\n\n{"image": "circle/1.png", "bbox": [1, 1, 20, 20]}\n')
+    pool = read({"type": "class-folder", "path": folder})
+    assert [len(c.pictures) for c in pool.classes] == [4, 4, 4], "no picture is lost for want of a box"
+    assert {n: len(r) for n, r in pool.regions.items()} == {"circle": 2}
+
+
+def test_a_huge_picture_with_a_box(tmp_path: Path) -> None:
+    from tests.test_sources import huge_png
+
+    folder = Path(shutil.copytree(FIXTURES / "boxes", tmp_path / "boxes"))
+    huge_png(folder / "circle" / "0.png")
+    made = Recipe.model_validate({"base": "pocket", "sources": {"a": {"type": "class-folder", "path": folder, "policy": "locate", "shots": 1}}})
+    assert {f["kind"] for f in check(made)["faults"]} == {"image too large"}
+
+
+@pytest.mark.parametrize(
+    ("suites", "said"),
+    [
+        ("{mvtec: {preset: mvtec, source: plant}}", "`source` is a mapping of keys"),
+        ("{mvtec: {preset: [mvtec]}}", "no suite named ['mvtec']"),
+        ("{rec: {kind: rec, source: {type: shikra, kind: caption, file: a, images: b}}}", "has `kind: caption`"),
+        ("{'../../out': {preset: mvtec}}", "may hold letters, digits"),
+        ("{'[/b] x': {preset: mvtec}}", "may hold letters, digits"),
+    ],
+)
+def test_suites_that_cannot_be(tmp_path: Path, suites: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: pocket\nsources: {{a: {{type: pocket}}}}\nevaluate: {{suites: {suites}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(tmp_path / "mine.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path, parts: Path) -> None:
+    from lcl_adapter.evaluate import build_cells
+    from lcl_adapter.evaluate.runner import measure
+    from lcl_adapter.model import load_base
+    from lcl_adapter.predict import Predictor
+
+    (parts / "tile" / "test" / "hole" / "000.png").write_bytes(b"")
+    suite = {"kind": "inspection", "source": {**SOURCES["mvtec"], "path": parts}, "references": 1}
+    made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": suite}}})
+    row = measure(next(iter(build_cells(made))), Predictor(load_base(str(pocket_tiny)), max_new_tokens=2))["row"]
+    assert (row["n"], row["left_out"]) == (26, 1)
+
+
+def test_a_folder_that_is_changed_is_another_folder(tmp_path: Path) -> None:
+    """A resumed run notices other boxes, groups and phrasings, not only other pictures."""
+    folder = Path(shutil.copytree(FIXTURES / "boxes", tmp_path / "boxes"))
+    own = tmp_path / "mine.yaml"
+    own.write_text('locate: {en: [{question: "Where?", query: "And where?"}]}')
+    made = Recipe.model_validate(
+        {"base": "pocket", "sources": {"a": {"type": "class-folder", "path": folder, "policy": "locate", "shots": 1, "templates": own}}}
+    )
+    seen = {Mixture(made).hashes()["a"]}
+    appended(folder / "boxes.jsonl", '{"image": "circle/0.png", "bbox": [1, 1, 9, 9]}')
+    seen.add(Mixture(made).hashes()["a"])
+    (folder / "neighbours.json").write_text('{"round": ["circle"]}')
+    seen.add(Mixture(made).hashes()["a"])
+    own.write_text('locate: {en: [{question: "Where?", query: "Where now?"}]}')
+    seen.add(Mixture(made).hashes()["a"])
+    assert len(seen) == 4

@@ -108,8 +108,19 @@ def test_japanese_is_drawn_where_it_is_asked_for() -> None:
     assert 60 < said["良品"] < 240
 
 
+def test_names_that_hold_each_other_are_renamed_whole() -> None:
+    pool = InspectionPool("cut", (made_part("lead", 3, 3, {"cut": 3, "cut lead": 3, "is": 3}),))
+    for index in range(40):
+        episode = episodes.draw(pool, options("naming", random_names=1.0), 0, 0, index)
+        assert episode.wording is not None
+        asked = episode.wording.query
+        assert "\0" not in asked
+        assert "cut" not in asked
+        assert all(label in asked for label in episode.labels)
+
+
 def test_what_an_inspection_lacks_is_said() -> None:
-    bare = InspectionPool("bare", (made_part("nut", 1, 0, {"hole": 1}),))
+    bare = InspectionPool("bare", (made_part("nut", 1, 1, {"hole": 1}),))
     with pytest.raises(EpisodeError, match="'nut' has 1 references, 2 are needed"):
         episodes.draw(bare, options("one-class", shots=[2]), 0, 0, 0)
     with pytest.raises(EpisodeError, match="no kind of defect has 2 photos"):
@@ -272,6 +283,9 @@ def test_a_users_own_phrasings(tmp_path: Path) -> None:
         ("inspection.plain: {en: [{question: x}]}", "needs a `query`"),
         ("inspection.plain: {en: [{query: x, ansver: y}]}", "did you mean 'answer'"),
         ("inspection.plain: [x", "cannot be read"),
+        ('inspection.plain: {en: [{query: x, answer: "It is so."}]}', "lacks {name}"),
+        ("inspection.plain: {en: [{query: x, good: ok, bad: ok}]}", "are both 'ok'"),
+        ('inspection.plain: {en: [{query: "Is this {thng} good?"}]}', r"unknown \{thng\} \(did you mean 'thing'\?\)"),
     ):
         other = tmp_path / f"{abs(hash(text))}.yaml"
         other.write_text(text)

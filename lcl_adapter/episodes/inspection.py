@@ -39,8 +39,12 @@ def inspection(pool: InspectionPool, options: InspectionOptions, rng: Rng, origi
     turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
     turned = 0 if form == "localise" else turned  # its answers are places in the picture as it is
 
+    able = pool.two_sided if 0 < options.defective < 1 and form != "localise" else tuple(range(len(pool)))
+    if not able:
+        raise EpisodeError(f"{pool.name}: no category has both good and defective photos ({pool.photos}): half of the answers could not be learned.")
+
     def attempt() -> Episode:
-        index = int(rng.integers(len(pool)))
+        index = able[int(rng.integers(len(able)))]
         part = pool.parts[index]
         own = words.filled(thing=part.name)
         match form:

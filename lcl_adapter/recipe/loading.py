@@ -30,6 +30,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     places: Places = {}
     data = _read(find_recipe(path), places, [])
+    before = data.get("data", {}).get("root") if isinstance(data.get("data"), dict) else None
     faults = _override(data, places, overrides)
     try:
         recipe = Recipe.model_validate(data)
@@ -37,7 +38,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([*faults, *_explain(error, places)]) from None
     if faults:
         raise RecipeError(faults)
-    return _absolute(recipe)
+    return _absolute(recipe, Path(before).expanduser().resolve() if isinstance(before, str) else None)
 
 
 def save(recipe: Recipe, path: Path) -> None:
@@ -211,9 +212,9 @@ def _members(kind: Any) -> dict[str, Any]:
     """The members of a tagged union by tag."""
     tags = {}
     for member in get_args(kind) if get_origin(kind) in {Union, UnionType} else ():
-        for name in ("type", "kind"):
-            if _is_model(member) and name in member.model_fields:
-                tags.update(dict.fromkeys(get_args(member.model_fields[name].annotation), member))
+        name = next((n for n in ("type", "kind") if _is_model(member) and n in member.model_fields), None)
+        if name is not None:
+            tags.update(dict.fromkeys(get_args(member.model_fields[name].annotation), member))
     return tags
 
 
@@ -225,9 +226,12 @@ def _step(kind: Any, part: int | str) -> Any:
     return None
 
 
-def _absolute(recipe: Recipe) -> Recipe:
-    """Paths of sources, suites and the base folder, relative to ``data.root``, made absolute."""
-    root = recipe.data.root.resolve()
+def _absolute(recipe: Recipe, before: Path | None) -> Recipe:
+    """Paths of sources, suites and the base folder, relative to ``data.root``, made absolute.
+
+    A resolved recipe has absolute paths; those under the root it was resolved with (``before``) move with an overridden one.
+    """
+    root = recipe.data.root.expanduser().resolve()
 
     def visit(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -236,7 +240,10 @@ def _absolute(recipe: Recipe) -> Recipe:
         if isinstance(value, dict):
             return {name: visit(inner) for name, inner in value.items()}
         if isinstance(value, Path):
-            return value if str(value).startswith(PACKAGED) else root / value
+            if str(value).startswith(PACKAGED):
+                return value
+            moved = before is not None and before != root and value.is_absolute() and value.is_relative_to(before)
+            return root / value.relative_to(before) if moved and before is not None else root / value.expanduser()
         return value
 
     base = Path(recipe.base).expanduser()

@@ -6,6 +6,7 @@ Names under ``train`` are SFTConfig's own where SFTConfig has them. An unknown k
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -56,7 +57,7 @@ class TrainOptions(Options):
     feature_noise: float = Field(0.0, ge=0, le=2, description="noise on frozen vision features, in their own standard deviations")
     save_total_limit: int = Field(2, ge=2, description="one would be deleted before the next is complete")
     dataloader_num_workers: int = Field(0, ge=0, le=16)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     bucket: int = Field(8, ge=1, description="batches drawn together and sorted by length, so that little is padding")
     feature_cache: str = Field("1GB", pattern=r"^\d+(\.\d+)? ?(MB|GB|MiB|GiB)$", description="memory for frozen vision features")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores where left out")
@@ -71,7 +72,7 @@ class EvaluateOptions(Options):
     during: list[str] = Field([], description="suites measured every so many steps, beside those under `keep`; all where neither names any")
     during_limit: int = Field(200, ge=1, description="queries of each line during the run")
     batch_size: int = Field(32, ge=1)
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _names_suites(self) -> Self:
@@ -106,6 +107,10 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
+        for key, names in (("sources", self.sources), ("evaluate.suites", self.evaluate.suites)):
+            odd = [name for name in names if not re.fullmatch(r"\w[\w .+-]*", name)]
+            if odd:
+                raise ValueError(f"`{key}`: the name {odd[0]!r} may hold letters, digits, spaces and . _ + - only: files are named after it")
         for begins, shares in self.shares.items():
             for name in shares:
                 if name not in self.sources:

@@ -34,6 +34,12 @@ class HeldOut(Reader):
     split: Split = "all"
     hold_out: Share = 0.2
 
+    @model_validator(mode="after")
+    def _split_is_said(self) -> Self:
+        if self.split == "all" and self.hold_out != HeldOut.model_fields["hold_out"].default:
+            raise ValueError("`hold_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
+        return self
+
 
 # --- readers of classes of pictures
 
@@ -110,6 +116,12 @@ class Parts(HeldOut):
 
     path: Path
     held_out: Annotated[list[str], BeforeValidator(as_list)] = []
+
+    @model_validator(mode="after")
+    def _named_for_a_split(self) -> Self:
+        if self.split == "all" and self.held_out:
+            raise ValueError("`held_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
+        return self
 
 
 class Mvtec(Parts):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import IntList, Options, Share, as_list
@@ -109,6 +109,12 @@ class RecSuite(Options):
     kind: Literal["rec"]
     source: Annotated[Shikra, Field()]
 
+    @model_validator(mode="after")
+    def _asks_for_boxes(self) -> Self:
+        if self.source.kind != "rec":
+            raise ValueError(f"a rec suite asks for boxes; its source has `kind: {self.source.kind}`, which has none")
+        return self
+
 
 class LocateSuite(Words):
     """Few-shot detection: boxes are shown, the same thing's box is asked; right if its IoU is over 0.5."""
@@ -153,18 +159,22 @@ def presets() -> dict[str, dict[str, Any]]:
 def filled(suites: object) -> object:
     """A list of preset names, or a mapping in which ``preset: NAME`` stands for that suite's keys."""
     if isinstance(suites, list):
-        suites = {name: {"preset": name} for name in suites}
+        suites = {str(name): {"preset": name} for name in suites}
     if not isinstance(suites, dict):
         return suites
     known, made = presets(), {}
     for name, own in suites.items():
         if isinstance(own, dict) and "preset" in own:
             rest = {k: v for k, v in own.items() if k != "preset"}
-            if own["preset"] not in known:
+            if not isinstance(own["preset"], str) or own["preset"] not in known:
                 raise ValueError(f"no suite named {own['preset']!r}{did_you_mean(str(own['preset']), list(known))}; there are {', '.join(known)}")
             preset = known[own["preset"]]
-            source = {"source": {**preset["source"], **rest.pop("source", {})}} if "source" in preset else {}
-            made[name] = {**preset, **rest, **source}
+            source = rest.pop("source", {})
+            if not isinstance(source, dict):
+                raise ValueError(f"suite {name!r}: `source` is a mapping of keys, for instance {{path: mine}}")
+            other = source.get("type", preset.get("source", {}).get("type")) != preset.get("source", {}).get("type")
+            sources = {} if "source" not in preset else {"source": source if other else {**preset["source"], **source}}
+            made[name] = {**preset, **rest, **sources}
         else:
             made[name] = own
     return made

@@ -98,6 +98,8 @@ def write_preview(
     collator: Collator, each: int, title: str, out: Path, png: bool, sources: Sequence[str] = (), policies: Sequence[str] = ()
 ) -> list[Path]:
     """The page, and with ``png`` a picture of the same; returns what was written. Raises RecipeError where nothing is left to show."""
+    if png and out.suffix == ".png":
+        raise RecipeError([f"--out {out}: the page is HTML, and its picture goes beside it; give a name that ends in .html"])
     shown = strips(collator, each, sources, policies)
     if not shown:
         there = ", ".join(f"{n} ({policy_of(collator, n)})" for n in collator.mixture.options)

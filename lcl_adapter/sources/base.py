@@ -197,6 +197,18 @@ class InspectionPool:
         return len(self.parts)
 
     @cached_property
+    def two_sided(self) -> tuple[int, ...]:
+        """Categories with both good and defective photos to ask about."""
+        return tuple(i for i, part in enumerate(self.parts) if part.good and any(part.defects.values()))
+
+    @property
+    def photos(self) -> str:
+        """How many good and defective photos there are, in words."""
+        good = sum(len(part.good) for part in self.parts)
+        bad = sum(len(found) for part in self.parts for found in part.defects.values())
+        return f"{good:,} good and {bad:,} defective photos to ask about"
+
+    @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
         """Where the defects are, by kind and part."""
         return {
@@ -281,6 +293,7 @@ def settled(pool: AnyPool, on_fault: str) -> AnyPool:
         listed = "\n  ".join([f"{pool.name}: {count} (mend, or set `on_fault: skip`):", *(f.message for f in pool.faults[:SHOWN])])
         raise DataError(listed + more)
     if not len(pool):
-        first = f": {pool.faults[0].message}" if pool.faults else "."
-        raise DataError(f"{pool.name}: nothing of use in it{first}")
+        reasons = [f.message for f in pool.faults[:1]] or [f"{count} x {reason}" for reason, count in pool.skipped.items()]
+        why = f": {', '.join(reasons)}." if reasons else "; nothing is left for this split, or the file is empty."
+        raise DataError(f"{pool.name}: nothing of use in it{why}")
     return replace(pool, skipped={**pool.skipped, **Counter(f.kind for f in pool.faults)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lcl_adapter.errors import DataError
 from lcl_adapter.sources.base import Picture, PixelBox, Region
-from lcl_adapter.sources.images import read, read_bytes
+from lcl_adapter.sources.images import MAX_PIXELS, read, read_bytes
 
 PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")
 
@@ -77,10 +78,13 @@ def located(region: Region) -> Box:
 def picture_size(picture: Picture) -> tuple[int, int]:
     """Width and height, upright, from the file's head. Raises DataError."""
     try:
-        with Image.open(io.BytesIO(read_bytes(picture))) as opened:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as opened:
+            warnings.simplefilter("ignore")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
             turned = opened.getexif().get(0x0112, 1) in {5, 6, 7, 8}
             return (opened.height, opened.width) if turned else opened.size
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture}: not an image that can be read ({error}).") from error
 
 

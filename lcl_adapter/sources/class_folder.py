@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import DataError, did_you_mean
 from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, settled
 from lcl_adapter.sources.images import SUFFIXES
 from lcl_adapter.sources.tree import Tree
@@ -43,8 +43,15 @@ def read_class_folders(
             raise DataError(f"{root}: no class falls into split {split!r} with `hold_out: {hold_out}`; add classes or change `hold_out`.")
     if not found:
         raise DataError(f"{root}: no class folders in it: put the photos of each class into a folder of its own, photos/<class>/*.jpg.")
+    only = next(iter(found))
+    if len(found) == 1 and not found[only] and tree.folders(f"{only}/"):
+        raise DataError(f"{root}: its only folder {only!r} holds folders itself; give {root / only} as the path, or pack what is in it.")
     groups, ranked = neighbours(tree)
     boxes, faults = _boxes(tree)
+    unknown = sorted({*groups, *ranked} - set(tree.folders()))
+    if unknown:
+        told = ", ".join(f"{n!r}{did_you_mean(n, list(found))}" for n in unknown[:5])
+        faults.append(Fault("unknown class", f"{root}: {NEIGHBOURS} names {told}, which is no folder here"))
     classes = []
     for one, names in found.items():
         if not names:
@@ -73,6 +80,8 @@ def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[
     try:
         told = json.loads(tree.text(NEIGHBOURS))
         ranked = told.pop("ranked", {}) if isinstance(told.get("ranked"), dict) else {}
+        if any(isinstance(members, str) for members in (*told.values(), *ranked.values())):
+            raise TypeError("a list of classes is expected")
         groups: dict[str, tuple[str, ...]] = {member: (str(group),) for group, members in told.items() for member in members}
         return groups, {one: tuple(map(str, near)) for one, near in ranked.items()}
     except (ValueError, AttributeError, TypeError) as error:

@@ -71,7 +71,7 @@ def read_bytes(picture: Picture) -> bytes:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
         raise DataError(f"{picture}: no such member in the archive.") from error
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # the last two: a password, a packing
         raise DataError(f"{picture}: cannot be read ({error}).") from error
     if not data:
         raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")

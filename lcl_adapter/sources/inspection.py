@@ -76,8 +76,12 @@ def read_mvtec(
 
 def _defective(tree: Tree, category: str, kind: str, names: Sequence[str], faults: list[Fault]) -> list[Specimen]:
     found = []
+    masked = bool(tree.folders(f"{category}/ground_truth/"))  # without any, good and defective can still be told apart
     for n in names:
         mask = f"{category}/ground_truth/{kind}/{Path(n).stem}_mask.png"
+        if not masked:
+            found.append(Specimen(tree.picture(n), spaced(kind)))
+            continue
         if mask not in tree:
             faults.append(Fault("missing mask", f"{tree.root}: {n} has no mask {mask}"))
             continue

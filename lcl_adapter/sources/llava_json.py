@@ -51,6 +51,8 @@ def _dialogue(record: Any, number: int, records: Records, images: Path, archive:
             raise ValueError(f"more <image> than its {len(pictures)} images")
         shown = pictures[used : used + marks]
         used += marks
+        if MARK in gpt["value"]:
+            raise ValueError("an answer with <image> in it; images belong to the questions")
         if not gpt["value"].strip():
             raise ValueError("an empty answer: nothing to learn")
         text = human["value"] if marks > 1 else human["value"].replace(MARK, "")

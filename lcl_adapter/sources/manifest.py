@@ -50,12 +50,14 @@ def read_manifest(
     tree = Tree(images)
     paths = _lookup(lookup) if lookup else None
     found: dict[str, dict[str, tuple[str | None, PixelBox | None]]] = {}
+    seen: set[str] = set()
     groups: dict[str, str] = {}
     faults: list[Fault] = []
     for origin, row in _rows(files, columns):
         if "fault" in row:
             faults.append(Fault("broken line", f"{origin}: {row['fault']}"))
             continue
+        seen |= row.keys()
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
             continue
         label = _value(row, columns["class"])
@@ -85,6 +87,9 @@ def read_manifest(
             found.setdefault(label, {})[path] = (_value(row, columns.get("hand", ())) or None, box)
         if group := _value(row, columns.get("group", ())):
             groups[label] = group
+    missing = sorted({c for several in columns.values() for c in several}.union(where or ()) - seen) if seen else []
+    if missing:
+        raise DataError(f"{files}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, sorted(seen)))}.")
     if split != "all":
         found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
     classes, skipped = [], 0
@@ -142,12 +147,19 @@ def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Itera
     missing = [c for several in columns.values() for c in several if c not in there]
     if missing:
         raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there))}. Set `columns` in the recipe.")
-    for row in reader:
-        origin = f"{file}, line {reader.line_num}"
-        if None in row or None in row.values():
-            yield origin, {"fault": f"{len(there)} columns are expected ({', '.join(there)}), this line has another number"}
-        else:
-            yield origin, dict(row)
+    wanted = {c for several in columns.values() for c in several}
+    try:
+        before = 1
+        for row in reader:
+            origin, before = f"{file}, line {before + 1}", reader.line_num
+            if any("\n" in str(row.get(c)) for c in wanted):
+                yield origin, {"fault": f"a quote that is not closed: the row runs to line {reader.line_num}"}
+            elif None in row or None in row.values():
+                yield origin, {"fault": f"{len(there)} columns are expected ({', '.join(there)}), this line has another number"}
+            else:
+                yield origin, dict(row)
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: not a table that can be read ({error}); is a quote not closed?") from error
 
 
 def _json_lines(file: Path, text: str) -> Iterator[Row]:

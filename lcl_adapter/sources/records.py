@@ -32,6 +32,8 @@ class Records:
         self.blank: list[int] = []
         try:
             self._file = os.open(file, os.O_RDONLY)
+            if file.is_dir():
+                raise DataError(f"{file}: a folder; the file with the records is expected.")
         except FileNotFoundError as error:
             raise DataError(f"{file}: no such file.") from error
         except OSError as error:
@@ -229,7 +231,7 @@ def dialogues(
         try:
             record = records.read(number, raw)
             parse(record, number)
-            ids[number] = hash(raw if identify is None else identify(record))
+            ids[number] = hash(raw.strip() if identify is None else identify(record))
             continue
         except DataError as error:
             faults.append(broken(records, number, error))

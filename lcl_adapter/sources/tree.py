@@ -30,6 +30,9 @@ class Tree:
     def files(self) -> tuple[str, ...]:
         """Every file's name, sorted; hidden ones left out. Raises DataError for a name that climbs out or a circle of links."""
         names = self._members() if self.archive else self._walk(self.root, "", frozenset())
+        for name in names:
+            if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+                raise DataError(f"{self.root}: the name {name!r} is not UTF-8. Rename it.")
         return tuple(sorted(n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))))
 
     @cached_property
@@ -38,7 +41,10 @@ class Tree:
 
     def __contains__(self, name: str) -> bool:
         """A single name is looked up in a folder without listing all of it, which may hold a million files."""
-        return name in self._known if self.archive else (self.root / name).is_file()
+        try:
+            return name in self._known if self.archive else (self.root / name).is_file()
+        except OSError:  # a name too long for any file
+            return False
 
     @cached_property
     def _by_folder(self) -> dict[str, list[str]]:
@@ -87,8 +93,11 @@ class Tree:
         if real in above:
             raise DataError(f"{folder}: a link that leads back to a folder above it. Remove the link.")
         names = []
-        with os.scandir(folder) as scanned:
-            entries = list(scanned)
+        try:
+            with os.scandir(folder) as scanned:
+                entries = list(scanned)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
         for entry in entries:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()

@@ -76,7 +76,10 @@ def read_vqav2(
     asked, told = Records(questions, "questions"), Records(annotations, "annotations")
     places: dict[str, int] = {}
     for place, raw in enumerate(told.scan(len(told))):
-        places[str(told.read(place, raw)["question_id"])] = place
+        try:
+            places[str(told.read(place, raw)["question_id"])] = place
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{told.origin(place)}: an annotation with question_id is expected ({error!r}).") from error
     archive = images.suffix.lower() == ".zip"
     form = pattern or f"COCO_{'train' if 'train' in questions.name else 'val'}2014_{{image_id:012}}.jpg"
 
@@ -86,7 +89,10 @@ def read_vqav2(
             raise ValueError(f"no annotation with this question_id in {annotations}")
         annotation = told[place]
         answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
-        shown = picture(images, archive, form.format(image_id=record["image_id"]))
+        try:
+            shown = picture(images, archive, form.format(image_id=record["image_id"]))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"`image_name` {form!r} does not fit: it may hold {{image_id}} ({error!r})") from error
         text = f"{record['question']}\n{SHORT}"
         exchange = Exchange(text, str(annotation["multiple_choice_answer"]), shown, answers=answers)
         return Dialogue((exchange,), f"{questions}: question {number + 1} (question_id {record['question_id']!r})")

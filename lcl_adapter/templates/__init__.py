@@ -6,6 +6,7 @@ randomness, so that the model learns the task and not one sentence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.recipe import packaged
 
 SHIPPED = Path(__file__).parent / "phrases.yaml"
-LANGUAGES = ("en", "ja")
+PLACES = frozenset({"name", "thing", "labels", "a", "b"})
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,13 @@ def _wording(one: Any, where: str, faults: list[str]) -> Wording | None:
     if not one.get("query"):
         faults.append(f"{where}: a phrasing needs a `query`")
         return None
-    return Wording(**one)
+    made = Wording(**one)
+    if "{name}" not in made.answer:
+        faults.append(f"{where}: its `answer` lacks {{name}}, so that every label would be said alike")
+    if len({made.good, made.bad}) < 2:
+        faults.append(f"{where}: `good` and `bad` are both {made.good!r}")
+    odd = {word for text in one.values() for word in re.findall(r"\{(\w*)\}", text)} - PLACES
+    if odd:
+        near = did_you_mean(min(odd), sorted(PLACES))
+        faults.append(f"{where}: unknown {{{min(odd)}}}{near}; there are {', '.join(sorted(PLACES))}")
+    return made
