@@ -92,7 +92,7 @@ def _tried(where: str, step: Any, told: list[tuple[str, Fault]], notes: list[str
     try:
         step()
     except ModelError as error:
-        notes.append(f"lengths are not checked: {error}")
+        notes.append(f"lengths are not checked, and training would stop here: {error}")
     except RecipeError as error:
         told += [(where, Fault("recipe", fault)) for fault in error.faults]
     except EpisodeError as error:

@@ -275,6 +275,8 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         bar.bar.stop()
     done = trainer.tally.so_far(vision)
     console.print(f"{'images':>15}: {done['shown']:,} shown, {done['computed']:,} passed the frozen tower", highlight=False)
+    for name, (rows, tokens, learned) in done["sources"].items():
+        console.print(f"{name:>15}: {rows:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
     facts = facts_now()
     adapter.save_adapter(base, output, recipe.base, facts)

@@ -489,3 +489,46 @@ def test_a_folder_that_is_changed_is_another_folder(tmp_path: Path) -> None:
     own.write_text('locate: {en: [{question: "Where?", query: "Where now?"}]}')
     seen.add(Mixture(made).hashes()["a"])
     assert len(seen) == 4
+
+
+def test_a_suite_passes_over_masks_that_cannot_be_used(parts: Path, pocket_tiny: Path) -> None:
+    from lcl_adapter.evaluate import build_cells
+
+    for number in range(2):
+        Image.new("L", (9, 9), 255).save(parts / "tile" / "ground_truth" / "hole" / f"{number:03}_mask.png")
+    suite = {"kind": "locate", "source": {**SOURCES["mvtec"], "path": parts}, "shots": 1, "episodes": 40}
+    for fault, count in (("skip", 40), ("refuse", 0)):
+        source = {**suite["source"], "on_fault": fault}  # type: ignore[dict-item]
+        made = Recipe.model_validate(
+            {"base": "pocket", "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": {**suite, "source": source}}}}
+        )
+        if count:
+            assert [len(c.cases) for c in build_cells(made)] == [count]
+        else:
+            with pytest.raises(DataError, match="the mask is 9 x 9 pixels, its picture 48 x 40"):
+                list(build_cells(made))
+
+
+def test_too_few_classes_are_held_out(photos: Path) -> None:
+    from lcl_adapter.evaluate import build_cells
+
+    source = {"type": "class-folder", "path": photos, "split": "held_out", "hold_out": 0.3}
+    made = Recipe.model_validate(
+        {"base": "pocket", "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": {"kind": "lcl", "source": source, "shots": 1}}}}
+    )
+    with pytest.raises(RecipeError, match=r"1 class to measure on, 2 ways are asked; raise `hold_out`"):
+        list(build_cells(made))
+
+
+def test_yes_and_no_are_words(questions: Path) -> None:
+    assert TypeAdapter(TaggedSource).validate_python({**SOURCES["llava-questions"], "closed": [True, False, "maybe"]}).closed == [
+        "yes",
+        "no",
+        "maybe",
+    ]
+
+
+def test_an_alias_that_holds_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: pocket\nsources: &s {a: *s}\n")
+    with pytest.raises(RecipeError, match="an alias that holds itself"):
+        recipe.load(tmp_path / "mine.yaml")

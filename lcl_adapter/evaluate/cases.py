@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lcl_adapter import episodes
 from lcl_adapter.conversations import Turn, from_episode
 from lcl_adapter.episodes import Episode
+from lcl_adapter.errors import DataError
 from lcl_adapter.predict import Reply
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
+from lcl_adapter.sources import ClassPool, InspectionPool
 from lcl_adapter.templates import Wording
 
 
@@ -60,6 +64,25 @@ class Cell:
     control: str | None = None
     published: tuple[tuple[str, float], ...] = ()
     new_tokens: int = 24
+
+
+def drawn(
+    pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, count: int, on_fault: str
+) -> list[Episode]:
+    """The first ``count`` episodes; with "skip", those with a mask or box that cannot be used are passed over.
+
+    Raises DataError with "refuse", and where nearly all are faulty.
+    """
+    made: list[Episode] = []
+    for index in range(4 * count + 20):
+        if len(made) == count:
+            return made
+        try:
+            made.append(episodes.draw(pool, options, seed, epoch, index))
+        except DataError:
+            if on_fault == "refuse" or index == 4 * count + 19:
+                raise
+    return made
 
 
 def case_of(episode: Episode, wording: Wording, group: str, place: int = 0, truth: Any = None) -> Case:

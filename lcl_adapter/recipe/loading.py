@@ -74,7 +74,10 @@ def _read(path: Path, places: Places, chain: list[Path]) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         raise RecipeError([f"{path}: a recipe is a mapping of keys; this is {type(data).__name__}"])
     own: Places = {}
-    _mark(node, (), path, own)
+    try:
+        _mark(node, (), path, own)
+    except RecursionError as error:
+        raise RecipeError([f"{path}: an alias that holds itself; write the value out"]) from error
     parent = data.pop("extends", None)
     merged: dict[str, Any] = {}
     if parent is not None:

@@ -18,6 +18,13 @@ InspectionForm = Literal["plain", "one-class", "two-way", "naming", "localise"]
 Names = Literal["random", "real", "mixed"]
 Split = Literal["all", "train", "held_out"]
 Language = Literal["en", "ja"]
+
+
+def _words(value: object) -> object:
+    """YAML reads a bare yes or no as true or false; in a list of answers the words are meant."""
+    return [{True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v for v in value] if isinstance(value, list) else value
+
+
 Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Languages = Annotated[list[Language], BeforeValidator(as_list), Field(min_length=1)]
 
@@ -155,7 +162,7 @@ class LlavaQuestions(Reader):
     file: Path
     answers: Path
     images: Path
-    closed: list[str] = []
+    closed: Annotated[list[str], BeforeValidator(_words)] = []
     limit: int | None = Field(None, ge=1)
 
 

@@ -72,7 +72,7 @@ def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": line["cell"],
         "index": line["index"],
-        "class_name": line["class"],
+        "class_name": line["class"] if line["support"] or line["labels"] else line["question"],
         "defect": line.get("defect"),
         "gold": line["gold"],
         "said": said,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lcl_adapter import episodes
 from lcl_adapter.evaluate import judges
-from lcl_adapter.evaluate.cases import Case, Cell, case_of
+from lcl_adapter.evaluate.cases import Case, Cell, case_of, drawn
 from lcl_adapter.evaluate.suites.questions import asked
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.suites import LocateSuite, RecSuite
@@ -28,8 +27,8 @@ def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: 
     count = min(options.episodes, limit or options.episodes)
     for shots in options.shots:
         kind = InspectionOptions if isinstance(pool, InspectionPool) else EpisodeOptions
-        drawn = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
-        made = [episodes.draw(pool, drawn, seed, 4, index) for index in range(count)]
+        asked_for = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
+        made = drawn(pool, asked_for, seed, 4, count, getattr(options.source, "on_fault", "refuse"))
         names = list(pool.regions)
         cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in made)
         yield Cell(

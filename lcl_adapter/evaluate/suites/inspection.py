@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lcl_adapter import episodes
 from lcl_adapter.episodes import judged
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
-from lcl_adapter.evaluate.cases import Case, Cell, case_of
+from lcl_adapter.evaluate.cases import Case, Cell, case_of, drawn
 from lcl_adapter.evaluate.suites.boxes import BOX_TOKENS
 from lcl_adapter.recipe.sources import InspectionForm, InspectionOptions
 from lcl_adapter.recipe.suites import InspectionSuite
@@ -34,9 +33,9 @@ def _drawn_cell(
     name: str, form: InspectionForm, shots: int, options: InspectionSuite, pool: InspectionPool, wording: Wording, seed: int, limit: int | None
 ) -> Cell:
     """What is wrong with it, or where: episodes drawn as in training, on these categories."""
-    drawn = InspectionOptions(forms={form: 1.0}, shots=[shots], templates=options.templates, languages=options.languages[:1])
+    asked_for = InspectionOptions(forms={form: 1.0}, shots=[shots], templates=options.templates, languages=options.languages[:1])
     count = min(options.episodes, limit or options.episodes)
-    made = [episodes.draw(pool, drawn, seed, 5, index) for index in range(count)]
+    made = drawn(pool, asked_for, seed, 5, count, options.source.on_fault)
     groups = [pool.parts[e.queries[0].class_index].name for e in made]
     if form == "localise":
         cases = tuple(case_of(e, wording, g, 0, parse(e.queries[0].label)) for e, g in zip(made, groups, strict=True))

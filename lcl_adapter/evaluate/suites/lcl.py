@@ -23,6 +23,9 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
     # Shipped classes with five drawings or more in every suite, so that all cells are about the same classes.
     wanted = 4 if isinstance(options.source, PocketClasses) else 1 if options.further_views else max(options.shots)
     pool = open_reader(name, options.source, 1 + wanted)
+    if len(pool) < options.ways:
+        where = f"evaluate.suites.{name}: {len(pool)} class{'es' if len(pool) > 1 else ''} to measure on, {options.ways} ways are asked"
+        raise RecipeError([f"{where}; raise `hold_out` on both sides, add classes, or lower `ways`"])
     if options.neighbours and "hard" in options.neighbours and not pool.grouped:
         raise RecipeError([f"evaluate.suites.{name}: nothing tells which classes are near; set `neighbours: easy`, or add neighbours.json"])
     for shots in options.shots:
