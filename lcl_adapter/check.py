@@ -63,7 +63,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             mixture = Mixture(recipe, pools)
             rows = {"requested": mixture.requested, "realised": mixture.realised(range(mixture.total)), "ended": mixture.ended}
             rows["passes"] = mixture.repeats(mixture.total)
-            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture))):
+            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture, told))):
                 _tried("recipe", step, told, notes)
         except (RecipeError, DataError, EpisodeError) as error:
             told.append(("recipe", Fault("recipe", str(error))))
@@ -182,7 +182,9 @@ def _key(region: Region) -> tuple[str, str | None]:
     return f"region {shown.path} {region.box}", shown.member
 
 
-def _lengths(recipe: Recipe, mixture: Mixture) -> dict[str, Any]:
+def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:
     collator = Collator(mixture, load_encoder(recipe.base), on_fault="skip")
-    found = check_rows(collator, min(mixture.total, CHECKED))
+    too_long: list[str] = []
+    found = check_rows(collator, min(mixture.total, CHECKED), too_long)
+    told += [("recipe", Fault("does not fit", why)) for why in too_long]
     return {"longest": {n: max(lengths) for n, lengths in found.items() if lengths}, "context": collator.encoder.context}

@@ -80,7 +80,8 @@ class Mixture:
             phase = max(i for i, b in enumerate(begins) if b <= block)
             shares = {n: s for n, s in phases[phase][1].items() if s > 0 and n not in over}
             if not shares:
-                given = f"every source ends: together they give {sum(self.limits.values()):,} rows, and the run asks for {self.total:,}"
+                ends = [n for n, s in phases[phase][1].items() if s > 0]
+                given = f"{', '.join(ends)}: all that have a share end, after {sum(self.limits[n] for n in ends):,} rows of {self.total:,}"
                 raise RecipeError([f"{given} in blocks of {BLOCK}: set `at_end: repeat`, raise `cap`, or train less"])
             counts = _largest_remainder(shares)
             whole = {n: (self.limits[n] - drawn[n]) // c for n, c in counts.items() if n in self.limits and c}

@@ -40,6 +40,7 @@ from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, Questi
 from lcl_adapter.sources import InspectionPool, Picture, QuestionPool, read_image
 from lcl_adapter.sources.base import names_of
 from lcl_adapter.sources.records import longest_dialogues
+from lcl_adapter.templates import load as load_phrases
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures, memory_bytes
 
@@ -321,10 +322,11 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
         raise RunError(f"{recipe.output}: the data of {', '.join(moved)} changed since the run began; start a new run with another output=….")
 
 
-def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
+def check_rows(collator: Collator, count: int, too_long: list[str] | None = None) -> dict[str, list[int]]:
     """Lengths of the first ``count`` rows, of the longest episodes of each source, and of the longest questions, by source.
 
-    So what does not fit is refused before training starts; the first row's alignment is checked too.
+    So what does not fit is refused before training starts; the first row's alignment is checked too. ``too_long``, where given,
+    takes what would be refused or left out of the question sources.
     """
     mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
     check_alignment(encoder, collator.usable(0)[0])
@@ -342,6 +344,9 @@ def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
                     if collator.on_fault == "refuse":
                         raise
                 except EpisodeError as error:
+                    if too_long is not None:
+                        too_long.append(str(error))
+                        continue
                     if options.on_fault == "refuse":
                         raise
                     console.print(f"left out: {error}", style="yellow", markup=False, highlight=False)
@@ -358,10 +363,12 @@ def check_rows(collator: Collator, count: int) -> dict[str, list[int]]:
 
 
 def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
-    """The same with the most of everything, once for each form and language that it may draw."""
-    most: list[dict[str, Any]] = [{"shots": [max(options.shots)], "languages": [language]} for language in options.languages]
+    """The same with the most of everything, once for each form, and for each language it is phrased in."""
+    most: list[dict[str, Any]] = [{"shots": [max(options.shots)]}]
     if isinstance(options, InspectionOptions):
-        most = [{**one, "forms": {form: 1.0}} for one in most for form, weight in options.forms.items() if weight]
+        table = load_phrases(options.templates)
+        spoken = {f: [x for x in options.languages if table[f"inspection.{f}"].get(x)] or options.languages for f, w in options.forms.items() if w}
+        most = [{**one, "forms": {form: 1.0}, "languages": [x]} for one in most for form, several in spoken.items() for x in several]
     else:
         most = [{**one, "ways": [max(options.ways)], "tiles": [max(options.tiles)]} for one in most]
         if options.policy == "product" and 0 < options.plain < 1:

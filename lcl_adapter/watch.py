@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base
+from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base, readable
 from lcl_adapter.files import write_json
 from lcl_adapter.model import Base
 from lcl_adapter.predict import Predictor
@@ -37,7 +37,8 @@ class Watch(TrainerCallback):
         # Features kept for predictions are inference tensors, which training cannot use: a store of its own.
         vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache) // 4)
         self.predictor = Predictor(base, vision, recipe.evaluate.batch_size)
-        self.cells = list(build_cells(recipe, recipe.evaluate.during_limit, tuple(recipe.evaluate.watched)))
+        drawn = build_cells(recipe, recipe.evaluate.during_limit, tuple(recipe.evaluate.watched))
+        self.cells = [readable(cell, vision)[0] for cell in drawn]
         self.told: dict[str, Any] = self._earlier()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -532,3 +532,96 @@ def test_an_alias_that_holds_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: pocket\nsources: &s {a: *s}\n")
     with pytest.raises(RecipeError, match="an alias that holds itself"):
         recipe.load(tmp_path / "mine.yaml")
+
+
+def test_data_check_tells_of_what_is_too_long(pocket_tiny: Path, questions: Path) -> None:
+    records = json.loads((questions / "instruct.json").read_text())
+    records[2]["conversations"][1]["value"] = "long " * 3000
+    (questions / "instruct.json").write_text(json.dumps(records))
+    made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {**SOURCES["llava-json"], "file": questions / "instruct.json"}}})
+    assert [f["kind"] for f in check(made)["faults"]] == ["does not fit"]
+
+
+def test_only_a_runs_own_paths_move_with_its_root(tmp_path: Path) -> None:
+    own_path = tmp_path / "photos"
+    sources = f"{{a: {{type: class-folder, path: {own_path}}}, b: {{type: class-folder, path: b}}}}"
+    (tmp_path / "mine.yaml").write_text(f"base: pocket\ndata: {{root: {tmp_path}}}\nsources: {sources}\n")
+    other = f"sources.b.path={tmp_path / 'other'}"
+    plain = recipe.load(tmp_path / "mine.yaml", ["data.root=/data", other]).sources
+    assert [s.path for s in plain.values()] == [tmp_path / "photos", tmp_path / "other"]  # type: ignore[union-attr]
+    own = recipe.load(tmp_path / "mine.yaml", ["data.root=/data", other], resolved=True).sources
+    assert [s.path for s in own.values()] == [Path("/data/photos"), tmp_path / "other"]  # type: ignore[union-attr]
+
+
+def test_a_visa_row_that_is_cut_short(tmp_path: Path) -> None:
+    tree = Path(shutil.copytree(FIXTURES / "visa", tmp_path / "visa"))
+    appended(tree / "split_csv" / "1cls.csv", "pcb1,test,anomaly,pcb1/Data/Images/Anomaly/000.JPG", "pcb1,test,normal,../out.JPG,")
+    refused(SOURCES["visa"], "line 20", path=tree, skipped={"missing mask": 1, "missing image": 1})
+
+
+def test_other_forms_of_one_name_are_one_picture(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("photo,sku\nring/0.png,ring\n./ring//0.png,ring\nbar/0.png,bar\n")
+    options = {"type": "manifest", "file": tmp_path / "p.csv", "images": P / "images", "columns": {"image": "photo", "class": "sku"}}
+    refused(options, "line 3: the image 'ring/0.png' is listed twice", skipped={"duplicate record": 1})
+    with pytest.raises(ValueError, match="only `image` may be several"):
+        read(options, columns={"image": "photo", "class": ["sku", "photo"]})
+
+
+def test_a_rec_suite_passes_over_a_box_outside_its_picture(pocket_tiny: Path, questions: Path) -> None:
+    from lcl_adapter.evaluate import build_cells, check_suites
+    from lcl_adapter.model import load_encoder
+
+    image = json.loads((questions / "REC_val.jsonl").read_text().splitlines()[0])["img_path"]
+    file = appended(questions / "REC_val.jsonl", json.dumps({"img_path": image, "expression": "it", "bbox": [1, 1, 500, 500]}))
+    for fault in ("skip", "refuse"):
+        source = {**SOURCES["shikra-rec"], "file": file, "on_fault": fault}
+        suites = {"rec": {"kind": "rec", "source": source}}
+        made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": suites}})
+        if fault == "skip":
+            check_suites(made, load_encoder(str(pocket_tiny)))
+            assert [len(c.cases) for c in build_cells(made)] == [12]
+        else:
+            with pytest.raises(DataError, match="out of range"):
+                list(build_cells(made))
+
+
+def test_a_broken_picture_does_not_end_a_watched_training(pocket_tiny: Path, tmp_path: Path, parts: Path) -> None:
+    from lcl_adapter.watch import Watch
+
+    (parts / "screw" / "test" / "hole" / "000.png").write_bytes(b"")
+    held = {**SOURCES["mvtec"], "path": parts, "held_out": ["screw"]}
+    made = Recipe.model_validate({
+        "base": str(pocket_tiny),
+        "output": tmp_path / "run",
+        "sources": {"parts": {**held, "split": "train", "shots": 1}},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 2},
+        "evaluate": {"every": 1, "suites": {"m": {"kind": "inspection", "source": {**held, "split": "held_out"}, "references": 1}}},
+    })  # fmt: skip
+    train(made, watching=lambda base, save: Watch(made, base, save))
+    told = json.loads((tmp_path / "run" / "watched.json").read_text())
+    assert [s["step"] for s in told["steps"]] == [1, 2]
+
+
+def test_phrasings_in_one_language_of_two(pocket_tiny: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text('inspection.one-class: {en: [{question: "Ok?", query: "And this?"}]}')
+    source = {**SOURCES["mvtec"], "templates": own, "languages": ["en", "ja"], "shots": 1}
+    train(Recipe.model_validate({"base": str(pocket_tiny), "output": tmp_path / "run", "sources": {"parts": source}, "train": {"max_steps": 1}}))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_records_are_found_whatever_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Strings that hold brackets, commas, quotes and backslashes, cut anywhere."""
+    from lcl_adapter.sources import records
+
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    values = [{"a": 'x"],[{\\'}, {"b": [1, {"c": []}]}, {}, {"é": "日本\n"}, {"e": "\\"}, {"f": "{"}]
+    for name, text, key in (
+        ("list.json", json.dumps(values, indent=1, ensure_ascii=False), None),
+        ("key.json", json.dumps({"other": [9, "rows"], "rows": values, "more": {"rows": [1]}}, ensure_ascii=False), "rows"),
+        ("lines.jsonl", "\r\n".join(json.dumps(v, ensure_ascii=False) for v in values) + "\n\n", None),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = records.Records(tmp_path / name, key)
+        assert [found[i] for i in range(len(found))] == values
+        assert [json.loads(raw) for raw in found.scan(len(found))] == values

@@ -125,7 +125,7 @@ def test_a_source_that_ends_gives_every_question_once() -> None:
 
 
 def test_when_all_have_ended_it_is_said_before_training() -> None:
-    with pytest.raises(RecipeError, match=r"together they give 14 rows, and the run asks for 300"):
+    with pytest.raises(RecipeError, match=r"a, b: all that have a share end, after 14 rows of 300"):
         scheduled(300, a={"share": 0.5, "at_end": "end"}, b={"share": 0.5, "at_end": "end"})
 
 

@@ -47,10 +47,10 @@ def evaluate(
     Raises AdapterError, RecipeError, DataError.
     """
     base, manifest = load_adapter(run, base_name)
-    recipe = load(run / "recipe.yaml", overrides)
+    recipe = load(run / "recipe.yaml", overrides, resolved=True)
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
-        recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)])
+        recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache))
@@ -90,7 +90,8 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
 
     Raises DataError where none is left.
     """
-    cell, broken = readable(cell, predictor.vision)
+    asked = len(cell.cases)
+    cell, _ = readable(cell, predictor.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -106,7 +107,7 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
-        "left_out": len(broken),
+        "left_out": asked - len(cases),
         "chance": round(cell.chance, 4),
         "baseline": baseline,
         "published": [{"who": who, "value": value} for who, value in cell.published],

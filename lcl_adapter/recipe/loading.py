@@ -23,14 +23,16 @@ Places = dict[Key, str]  # where each key was written: "file, line 3" or "overri
 PACKAGED = "pocket:"  # a path that starts so is a file of the shipped data
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> Recipe:
     """Read a recipe file (or a shipped recipe's name), apply overrides, check everything.
 
+    resolved: the file is a run's own, with absolute paths; those under its ``data.root`` move with an overridden one.
     Raises RecipeError with all faults together.
     """
     places: Places = {}
     data = _read(find_recipe(path), places, [])
-    before = data.get("data", {}).get("root") if isinstance(data.get("data"), dict) else None
+    if resolved:
+        data = _unrooted(data)
     faults = _override(data, places, overrides)
     try:
         recipe = Recipe.model_validate(data)
@@ -38,7 +40,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([*faults, *_explain(error, places)]) from None
     if faults:
         raise RecipeError(faults)
-    return _absolute(recipe, Path(before).expanduser().resolve() if isinstance(before, str) else None)
+    return _absolute(recipe)
 
 
 def save(recipe: Recipe, path: Path) -> None:
@@ -229,11 +231,20 @@ def _step(kind: Any, part: int | str) -> Any:
     return None
 
 
-def _absolute(recipe: Recipe, before: Path | None) -> Recipe:
-    """Paths of sources, suites and the base folder, relative to ``data.root``, made absolute.
+def _unrooted(data: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe's values with the paths below its ``data.root`` relative to it again."""
+    root = str(data.get("data", {}).get("root", ""))
 
-    A resolved recipe has absolute paths; those under the root it was resolved with (``before``) move with an overridden one.
-    """
+    def visit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(inner) for key, inner in value.items()}
+        return value.removeprefix(root + "/") if isinstance(value, str) and root not in {"", "/"} else value
+
+    return {key: visit(value) if key in {"sources", "evaluate"} else value for key, value in data.items()}
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Paths of sources, suites and the base folder, relative to ``data.root``, made absolute."""
     root = recipe.data.root.expanduser().resolve()
 
     def visit(value: Any) -> Any:
@@ -245,8 +256,7 @@ def _absolute(recipe: Recipe, before: Path | None) -> Recipe:
         if isinstance(value, Path):
             if str(value).startswith(PACKAGED):
                 return value
-            moved = before is not None and before != root and value.is_absolute() and value.is_relative_to(before)
-            return root / value.relative_to(before) if moved and before is not None else root / value.expanduser()
+            return root / value.expanduser()
         return value
 
     base = Path(recipe.base).expanduser()

@@ -78,6 +78,9 @@ class Manifest(HeldOut):
     @model_validator(mode="after")
     def _mapped(self) -> Self:
         missing = [c for c in ("image", "class") if c not in self.columns]
+        several = [c for c, names in self.columns.items() if c != "image" and len(names) > 1]
+        if several:
+            raise ValueError(f"`columns`: {several[0]} is one column; only `image` may be several")
         if missing:
             raise ValueError(f"`columns` must say which column is {' and which is '.join(missing)}")
         return self

@@ -172,8 +172,10 @@ def filled(suites: object) -> object:
             source = rest.pop("source", {})
             if not isinstance(source, dict):
                 raise ValueError(f"suite {name!r}: `source` is a mapping of keys, for instance {{path: mine}}")
-            other = source.get("type", preset.get("source", {}).get("type")) != preset.get("source", {}).get("type")
-            sources = {} if "source" not in preset else {"source": source if other else {**preset["source"], **source}}
+            own_source = preset.get("source", {})
+            other = source.get("type", own_source.get("type")) != own_source.get("type")
+            merged = source if other else {**own_source, **source}
+            sources = {"source": merged} if merged else {}
             made[name] = {**preset, **rest, **sources}
         else:
             made[name] = own

@@ -42,6 +42,7 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
     for row in rows:
         if row["shots"] is not None and row["control"] is None:
             title = f"{row['ways']}-way, {row['neighbours']}" if row["kind"] == "lcl" else row["suite"]
+            title += {"naming": ", naming", "locate": ", boxes"}.get(row["kind"], "")
             panels.setdefault(title, []).append(row)
     if not panels:
         return False

@@ -87,10 +87,9 @@ def strips(collator: Collator, each: int, sources: Sequence[str] = (), policies:
             break
         source = mixture.slot(index).source
         if source in found and len(found[source]) < each:
-            encoded = collator.row(index)
+            conversation, encoded = collator.usable(index)
             learned = sum(label != IGNORED for label in encoded.labels)
-            origin = collator.conversation(index).origin
-            found[source].append(Strip(source, policy_of(collator, source), origin, len(encoded), learned, pieces_of(encoded, collator)))
+            found[source].append(Strip(source, policy_of(collator, source), conversation.origin, len(encoded), learned, pieces_of(encoded, collator)))
     return [strip for group in found.values() for strip in group]
 
 

@@ -4,7 +4,7 @@ A column map says which column is which, so that any product catalogue fits:
 
     Stanford Online Products   {image: path, class: class_id, group: super_class_id}, Ebay_train.txt
     Products-10K               {image: name, class: class, group: group}, train.csv
-    ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, listings/*.json.gz, with `lookup`
+    ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, with `lookup`
     RPC                        {image: image, class: class, group: group, box: box}: COCO JSON, whose parts go by these names
 """
 
@@ -15,7 +15,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcl_adapter.errors import DataError
@@ -61,7 +61,7 @@ def read_manifest(
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
             continue
         label = _value(row, columns["class"])
-        named = [image for column in columns["image"] for image in _values(row, (column,))]
+        named = list(dict.fromkeys(_values(row, columns["image"])))
         if not named or not label:
             faults.append(Fault("bad record", f"{origin}: no value for {', '.join(map(repr, columns['class'] if named else columns['image']))}"))
             continue
@@ -74,7 +74,7 @@ def read_manifest(
             if paths is not None and image not in paths:
                 faults.append(Fault("missing image", f"{origin}: the image id {image!r} is not in {lookup}"))
                 continue
-            path = paths[image] if paths is not None else image
+            path = PurePosixPath(paths[image] if paths is not None else image).as_posix()  # a/./b is a/b
             fault = _misplaced(path, tree, origin)
             if fault is None and path in found.get(label, {}):
                 if box is None:  # one picture may show a thing twice, with a box each: the first is kept
@@ -149,9 +149,9 @@ def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Itera
         raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there))}. Set `columns` in the recipe.")
     wanted = {c for several in columns.values() for c in several}
     try:
-        before = 1
         for row in reader:
-            origin, before = f"{file}, line {before + 1}", reader.line_num
+            inside = sum(str(value).count("\n") for value in row.values())
+            origin = f"{file}, line {reader.line_num - inside}"
             if any("\n" in str(row.get(c)) for c in wanted):
                 yield origin, {"fault": f"a quote that is not closed: the row runs to line {reader.line_num}"}
             elif None in row or None in row.values():
@@ -187,7 +187,12 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
 
 
 def _lookup(file: Path) -> dict[str, str]:
-    return {str(row["image_id"]): str(row["path"]) for _, row in _rows(file, {"id": ["image_id"], "path": ["path"]})}
+    found = {}
+    for origin, row in _rows(file, {"id": ["image_id"], "path": ["path"]}):
+        if "fault" in row:
+            raise DataError(f"{origin}: {row['fault']}")
+        found[str(row["image_id"])] = str(row["path"])
+    return found
 
 
 def _value(row: Mapping[str, Any], columns: Sequence[str]) -> str:

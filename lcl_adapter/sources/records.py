@@ -1,6 +1,6 @@
 """Records of a JSON Lines file or of a JSON list, read one at a time by their place in the file.
 
-What is kept in memory is twelve bytes a record, so that of a file of a million lines is flat. Reading is by ``pread``:
+What is kept in memory is twelve bytes a record: where it begins and how long it is. Reading is by ``pread``:
 workers that were forked share no file position.
 """
 
@@ -20,6 +20,8 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.sources.base import Dialogue, Fault, QuestionPool
 
 CHUNK = 1 << 22
+KEPT = 8  # files whose index is kept: a run opens the same one for training, checks and suites
+INDEXED: dict[tuple[Path, str | None, int, int], tuple[np.ndarray, np.ndarray, list[int]]] = {}
 BOM = b"\xef\xbb\xbf"
 TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # whole strings, brackets, commas; a lone quote is a string cut by the chunk
 
@@ -41,8 +43,14 @@ class Records:
         head = os.pread(self._file, 4096, 0)
         self._start = len(BOM) if head.startswith(BOM) else 0
         self.is_list = key is not None or head[self._start :].lstrip()[:1] == b"["
-        starts, ends = self._index_list(key) if self.is_list else self._index_lines()
-        self._starts, self.sizes = starts, (ends - starts).astype(np.uint32)
+        told = os.fstat(self._file)
+        known = (file, key, told.st_mtime_ns, told.st_size)
+        if known not in INDEXED:
+            starts, ends = self._index_list(key) if self.is_list else self._index_lines()
+            if len(INDEXED) >= KEPT:
+                INDEXED.pop(next(iter(INDEXED)))
+            INDEXED[known] = (starts, (ends - starts).astype(np.uint32), self.blank)
+        self._starts, self.sizes, self.blank = INDEXED[known]
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -41,9 +41,12 @@ class Tree:
 
     def __contains__(self, name: str) -> bool:
         """A single name is looked up in a folder without listing all of it, which may hold a million files."""
+        if self.archive or not isinstance(name, str) or not name:
+            return name in self._known
         try:
-            return name in self._known if self.archive else (self.root / name).is_file()
-        except OSError:  # a name too long for any file
+            check_inside(name, str(self.root))
+            return (self.root / name).is_file()
+        except (OSError, DataError):  # too long for any file, or outside
             return False
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcl_adapter.batches import Encoder
 from lcl_adapter.conversations import WORDINGS, Turn, from_dialogues
-from lcl_adapter.errors import EpisodeError, RecipeError, did_you_mean
+from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
 from lcl_adapter.mixture import Mixture
@@ -116,15 +116,15 @@ def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: t
 
 
 def _files(options: Any) -> set[Path]:
-    return {file for key in ("file", "questions") if (file := getattr(options, key, None)) is not None}
+    return {file for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
 
 
 def _asked_about(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
     """What a suite asks about: the type of source, a class's or a category's name, its pictures."""
     if isinstance(options, ImageNet100Suite):
         for pair in read_test_pairs(packaged(options.pairs), packaged(options.images)):
-            for side, one in enumerate(pair.names):
-                yield "imagenet-lcl", one, (*pair.shown[side], *pair.asked[side])
+            for side, one in enumerate(pair.names):  # told apart by pictures: two classes of ImageNet may go by one name
+                yield "", one, (*pair.shown[side], *pair.asked[side])
         return
     reader: Any = options.source
     pool: ClassPool | InspectionPool = open_reader(name, reader)
@@ -149,15 +149,23 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
             pool = open_reader(name, options.source)
-            new_tokens = options.new_tokens if isinstance(options, InstructSuite) else Cell.new_tokens
+            new_tokens = options.new_tokens if isinstance(options, InstructSuite) else boxes.BOX_TOKENS
             for dialogue in longest_dialogues(pool, LONGEST):
-                _fits(encoder, name, from_dialogues((dialogue,)).branches[0][:-1], new_tokens)
+                try:
+                    turns = from_dialogues((dialogue,)).branches[0][:-1]
+                except DataError:
+                    if options.source.on_fault == "refuse":
+                        raise
+                    continue
+                _fits(encoder, name, turns, new_tokens)
 
 
 def _fits(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
     length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
     if length > encoder.context:
-        raise EpisodeError(f"evaluate.suites.{suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`.")
+        raise EpisodeError(
+            f"evaluate.suites.{suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`, or shorten the question."
+        )
 
 
 def _key(picture: Picture) -> tuple[str, str | None]:

@@ -38,10 +38,17 @@ def asked(name: str, reader: QuestionReader, limit: int | None) -> tuple[Case, .
     pool = open_reader(name, reader)
     cases = []
     for dialogue in (pool.dialogues[i] for i in range(min(len(pool), limit or len(pool)))):
-        turns = from_dialogues((dialogue,)).branches[0]
+        try:
+            turns = from_dialogues((dialogue,)).branches[0]
+        except DataError:  # a box that cannot be: its picture is broken, or too small for it
+            if reader.on_fault == "refuse":
+                raise
+            continue
         before = tuple(replace(t, learn=False) for t in turns[:-2])
         picture = str(turns[-2].picture or dialogue.origin)  # answers about one picture go together in the interval
         cases.append(Case(before, turns[-2], (), (), turns[-1].text, picture, truth=dialogue.exchanges[-1].answers))
+    if not cases:
+        raise DataError(f"evaluate.suites.{name}: no record of it can be asked about.")
     return tuple(cases)
 
 
