@@ -224,17 +224,20 @@ def recipes(ctx: click.Context, as_json: bool) -> None:
 
 @recipes.command("copy")
 @click.argument("name")
-@click.option("--to", type=PATH, default=Path(), help="File or folder to write [default: here].")
+@click.option("--to", type=click.Path(), default=".", help="File to write, or folder (made where it ends in /) [default: here].")
 @json_option
-def copy(name: str, to: Path, as_json: bool) -> None:
+def copy(name: str, to: str, as_json: bool) -> None:
     """Copy a shipped recipe here, to edit.
 
     \b
     lcl-adapter recipes copy pocket --to mine.yaml
     """
-    from lcl_adapter.recipe.shipped import copy_recipe
+    from lcl_adapter.recipe.shipped import copy_recipe, find_recipe
 
-    written = copy_recipe(name, to)
+    find_recipe(name)
+    if to.endswith("/"):
+        Path(to).mkdir(parents=True, exist_ok=True)
+    written = copy_recipe(name, Path(to))
     click.echo(f"wrote {written}", err=True)
     emit({"written": str(written)}, as_json)
 

@@ -157,6 +157,8 @@ def test_recipes_lists_and_copies(tmp_path: Path) -> None:
     assert "pocket " in listed.output
     assert json.loads(call("recipes", "--json").stdout)["pocket"]
     assert call("recipes", "copy", "pocket", "--to", tmp_path / "mine.yaml").exit_code == 0
+    assert call("recipes", "copy", "pocket", "--to", f"{tmp_path}/new/").exit_code == 0
+    assert (tmp_path / "new" / "pocket.yaml").is_file()
     assert (tmp_path / "mine.yaml").exists()
 
 
