@@ -35,6 +35,7 @@ from lcl_adapter.terminal import console
 from lcl_adapter.trainer import CHECKED, check_rows
 
 THREADS = 4
+Look = tuple[str, Picture, Region | None]  # the record that names it, the picture, and where in it something is
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     told: list[tuple[str, Fault]] = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
-    opened: set[tuple[str, str | None]] = set()
+    opened: set[str] = set()
     for name, options in recipe.sources.items():
         pool = _opened(name, options, told)
         if pool is not None:
@@ -122,42 +123,51 @@ def _paired(name: str, suite: ImageNet100Suite, told: list[tuple[str, Fault]]) -
     return ClassPool(name, tuple(PictureClass(p.names[s], (*p.shown[s], *p.asked[s])) for p in pairs for s in (0, 1)))
 
 
-def _looked_through(name: str, pool: Pool, opened: set[tuple[str, str | None]], told: list[tuple[str, Fault]]) -> dict[str, Any]:
+def _looked_through(name: str, pool: Pool, opened: set[str], told: list[tuple[str, Fault]]) -> dict[str, Any]:
     """Open every picture of a pool once, and every mask and box."""
-    waiting: list[tuple[Picture, Region | None]] = []
-    for picture in pictures_of(pool):
-        key = (str(picture.path), picture.member)
-        if key not in opened:
-            opened.add(key)
-            waiting.append((picture, None))
-    pictures = len(waiting)
-    waiting += [(region.picture, region) for region in _regions(pool) if _key(region) not in opened and not opened.add(_key(region))]  # type: ignore[func-returns-value]
+    waiting: dict[str, Look] = {}
+    for origin, picture in _pictures(pool):
+        waiting.setdefault(str(picture), (origin, picture, None))
+    pictures = len(waiting.keys() - opened)
+    for region in _regions(pool):
+        waiting.setdefault(f"{region.mask or region.picture} {region.box}", ("", region.picture, region))
+    fresh = [look for key, look in waiting.items() if key not in opened]
+    opened.update(waiting)
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(THREADS) as threads,
     ):
-        task = bar.add_task(name, total=len(waiting))
-        for fault in threads.map(_looked_at, waiting, chunksize=32):
+        task = bar.add_task(name, total=len(fresh))
+        for fault in threads.map(_looked_at, fresh, chunksize=32):
             bar.advance(task)
             if fault is not None:
                 told.append((name, fault))
     return {"entries": len(pool), "pictures": pictures, "left_out": pool.skipped}
 
 
-def _looked_at(one: tuple[Picture, Region | None]) -> Fault | None:
-    picture, region = one
+def _pictures(pool: Pool) -> Iterator[tuple[str, Picture]]:
+    """Every picture, and the record that names it where one does."""
+    if isinstance(pool, QuestionPool):
+        yield from ((d.origin, picture) for d in pool.dialogues for picture in d.pictures)
+    else:
+        yield from (("", picture) for picture in pictures_of(pool))
+
+
+def _looked_at(look: Look) -> Fault | None:
+    origin, picture, region = look
     try:
         if region is None:
             read_image(picture)
-            return None
-        located(region)
+        else:
+            located(region)
     except DataError as error:
         message = str(error)
         if region is None:
             kind = next((k for k, sign in KINDS if sign in message), "broken image")
         else:
             kind = "box out of range" if "out of range" in message else "bad mask" if "mask" in message else ""
-        return Fault(kind, message) if kind else None  # a picture that cannot be read was told of as such
+        told = f"{origin}: {message}" if origin else message
+        return Fault(kind, told) if kind else None  # a picture that cannot be read was told of as such
     return None
 
 
@@ -175,11 +185,6 @@ def _regions(pool: Pool) -> Iterator[Region]:
         yield from (e.region for d in pool.dialogues for e in d.exchanges if e.region is not None)
     elif isinstance(pool, InspectionPool) or pool.regions:
         yield from (r for found in pool.regions.values() for r in found)
-
-
-def _key(region: Region) -> tuple[str, str | None]:
-    shown = region.mask or region.picture
-    return f"region {shown.path} {region.box}", shown.member
 
 
 def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:

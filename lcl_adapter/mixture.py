@@ -19,7 +19,7 @@ import numpy as np
 
 from lcl_adapter import episodes
 from lcl_adapter.episodes import Episode
-from lcl_adapter.errors import RecipeError
+from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, PocketSource, QuestionOptions, SourceOptions
 from lcl_adapter.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
@@ -55,7 +55,7 @@ class Mixture:
         self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
         used = {n for _, shares in recipe.phases() for n, share in shares.items() if share > 0}
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
-        self.pools = {n: pools[n] if pools is not None else open_options(n, s) for n, s in self.options.items()}
+        self.pools = _opened(self.options) if pools is None else {n: pools[n] for n in self.options}
         phases = [(begins, {n: s for n, s in shares.items() if n in used}) for begins, shares in recipe.phases()]
         self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
         self.ended: dict[str, str] = {}
@@ -220,6 +220,20 @@ def _largest_remainder(shares: Mapping[str, float], places: int = BLOCK) -> dict
     for name in by_remainder[: places - sum(counts.values())]:
         counts[name] += 1
     return counts
+
+
+def _opened(sources: Mapping[str, SourceOptions]) -> dict[str, Pool]:
+    """Every source's pool. Raises DataError that tells of all that cannot be read, by the source's name."""
+    pools: dict[str, Pool] = {}
+    faults: list[str] = []
+    for name, options in sources.items():
+        try:
+            pools[name] = open_options(name, options)
+        except DataError as error:
+            faults.append(f"sources.{name}: {error}")
+    if faults:
+        raise DataError("\n".join(faults))
+    return pools
 
 
 def open_options(name: str, options: SourceOptions) -> Pool:

@@ -300,6 +300,8 @@ def test_fifty_planted_faults_of_twelve_kinds_are_all_found(tmp_path: Path) -> N
     assert Counter(f["kind"] for f in found["faults"]) == planted
     assert len({f["message"] for f in found["faults"]}) == 50, "each with its own place"
     assert all(str(tmp_path) in f["message"] for f in found["faults"])
+    listed = [f["message"] for f in found["faults"] if f["kind"] == "missing image"]
+    assert all("pope.jsonl, line 1" in message for message in listed), "the record that names the picture"
 
 
 def test_data_check_on_the_command_line(tmp_path: Path, photos: Path, pocket_tiny: Path) -> None:
@@ -625,3 +627,11 @@ def test_records_are_found_whatever_the_chunk(tmp_path: Path, monkeypatch: pytes
         found = records.Records(tmp_path / name, key)
         assert [found[i] for i in range(len(found))] == values
         assert [json.loads(raw) for raw in found.scan(len(found))] == values
+
+
+def test_every_source_that_cannot_be_read_is_told_at_once(tmp_path: Path) -> None:
+    made = recipe.load("mix", [f"data.root={tmp_path}", "base=pocket"])
+    with pytest.raises(DataError) as caught:
+        Mixture(made)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [f"sources.{n}" for n in made.sources]
+    assert str(caught.value).count(str(tmp_path)) == len(made.sources)

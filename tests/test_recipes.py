@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +129,26 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
     assert {r["suite"] for r in told["suites"]} == set(recipe.load(name).evaluate.suites)
     assert all(r["published"] for r in told["suites"] if r["suite"] == "mvtec" and r["shots"] in {0, 1, 4})
     assert (tmp_path / "run" / "best" / "lcl_adapter.json").exists()
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands of a recipe's header, as a shell would read them; a line that ends in a backslash goes on."""
+    head = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    joined = "\n".join(head).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in joined if line.startswith("lcl-adapter ")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_headers_commands_are_understood(path: Path) -> None:
+    """Parsed by click itself, and every override of a command on a recipe taken by that recipe."""
+    commands = commands_of(path)
+    assert commands
+    for words in commands:
+        here, rest = main, words[1:]
+        while rest and rest[0] in getattr(here, "commands", {}):
+            here, rest = here.commands[rest[0]], rest[1:]  # type: ignore[attr-defined, assignment]
+        context = here.make_context("lcl-adapter", list(rest), resilient_parsing=False)
+        if "recipe" in context.params:
+            overrides = [o for o in context.params["overrides"] if not o.startswith("resume=")]
+            assert recipe.load(context.params["recipe"], overrides).sources, words
+        context.close()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lcl_adapter.errors import DataError
 
@@ -67,6 +67,20 @@ class Picture:
 
 
 PixelBox = tuple[float, float, float, float]
+
+
+def pixel_box(value: Any) -> PixelBox:
+    """A box as a file gives it: four numbers, or text with them. What a picture's size allows is checked when it is read.
+
+    Raises ValueError for a box without extent, or left of or above the picture.
+    """
+    numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
+    if len(numbers) != 4:
+        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels")
+    x0, y0, x1, y1 = (float(v) for v in numbers)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
+    return x0, y0, x1, y1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lcl_adapter.errors import DataError, did_you_mean
-from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, settled
+from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
 from lcl_adapter.sources.images import SUFFIXES
 from lcl_adapter.sources.tree import Tree
 
@@ -99,13 +99,15 @@ def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
         where = f"{tree.root}: {BOXES}, line {number}"
         try:
             record = json.loads(line)
-            x0, y0, x1, y1 = (float(v) for v in record["bbox"])
-            if record["image"] not in tree:
-                faults.append(Fault("missing image", f"{where}: no image {record['image']!r}"))
-            elif not (0 <= x0 < x1 and 0 <= y0 < y1):
-                faults.append(Fault("box out of range", f"{where}: the box {record['bbox']} has no extent; x0 < x1 and y0 < y1 in pixels"))
-            else:
-                found[record["image"]] = (x0, y0, x1, y1)
+            image, box = record["image"], record["bbox"]
         except (ValueError, KeyError, TypeError) as error:
             faults.append(Fault("broken line", f'{where}: not of the form {{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}} ({error})'))
+            continue
+        if image not in tree:
+            faults.append(Fault("missing image", f"{where}: no image {image!r}"))
+            continue
+        try:
+            found[image] = pixel_box(box)
+        except ValueError as error:
+            faults.append(Fault("box out of range", f"{where}: {error}"))
     return found, faults

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, settled
+from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
 from lcl_adapter.sources.class_folder import is_held_out
 from lcl_adapter.sources.tree import Tree
 
@@ -66,7 +66,7 @@ def read_manifest(
             faults.append(Fault("bad record", f"{origin}: no value for {', '.join(map(repr, columns['class'] if named else columns['image']))}"))
             continue
         try:
-            box = _box(row.get(columns["box"][0])) if "box" in columns else None
+            box = pixel_box(row.get(columns["box"][0])) if "box" in columns else None
         except ValueError as error:
             faults.append(Fault("box out of range", f"{origin}: {error}"))
             continue
@@ -210,11 +210,3 @@ def _values(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
             if told is not None and str(told).strip():
                 found.append(str(told).strip())
     return found
-
-
-def _box(value: Any) -> PixelBox:
-    numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
-    x0, y0, x1, y1 = (float(v) for v in numbers)
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {value} has no extent; x0 < x1 and y0 < y1 in pixels")
-    return x0, y0, x1, y1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, PixelBox, QuestionPool, Region, settled
+from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, PixelBox, QuestionPool, Region, pixel_box, settled
 from lcl_adapter.sources.llava_json import named_once, picture
 from lcl_adapter.sources.records import Records, broken, dialogues, named
 from lcl_adapter.templates import phrase
@@ -64,11 +64,3 @@ def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str 
     classes = tuple(PictureClass(n, tuple(b), boxes=tuple(b.values())) for n, b in sorted(enough.items()))
     skipped = {f"expression with fewer than {min_pictures} pictures": len(found) - len(enough)} if len(enough) < len(found) else {}
     return settled(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
-
-
-def pixel_box(value: Any) -> PixelBox:
-    """Raises ValueError for a box without extent, or left of or above the picture."""
-    x0, y0, x1, y1 = (float(v) for v in value)
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
-    return x0, y0, x1, y1
