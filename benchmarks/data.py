@@ -84,7 +84,7 @@ def loader_pace() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
         mixture = Mixture(made)
-        collator = Collator(mixture, load_encoder(made.base), check=read_image)
+        collator = Collator(mixture, load_encoder(made.base, **made.pictures), check=read_image)
         rows = [{"index": i} for i in range(mixture.total)]
         batch = made.train.per_device_train_batch_size
         began = time.perf_counter()

@@ -89,6 +89,7 @@ def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
 
 
 def stock(name: str) -> dict[str, float]:
+    from transformers import AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
     from datasets import Dataset
@@ -119,7 +120,7 @@ def stock(name: str) -> dict[str, float]:
             save_strategy="no",
         )
         data = Dataset.from_dict({"index": range(episodes * QUERIES * steps)}).with_transform(rows)
-        trainer = SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=base.processor)
+        trainer = SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=AutoProcessor.from_pretrained(base.path))
         return measured(trainer, loaded, episodes * QUERIES * (steps - 1))
 
 

@@ -1,7 +1,7 @@
 """An adapter on disk: PEFT's own files, so that plain PEFT loads it, and a manifest that says what it belongs to.
 
     adapter_config.json, adapter_model.safetensors   as PEFT writes them
-    lcl_adapter.json                                 base and its fingerprint, family, prompt version, classes, versions
+    lcl_adapter.json                                 base and its hash, family, prompt version, layout, classes, versions
     recipe.yaml                                      the resolved recipe
 
 The manifest is written last and lists the files' hashes: without it, or with others, a folder is no adapter.
@@ -20,27 +20,15 @@ from typing import Any
 from peft import PeftModel
 
 from lcl_adapter.errors import AdapterError, RunError
+from lcl_adapter.families import Family
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
+from lcl_adapter.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.model import Base, check_adapted, load_base
 from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "lcl-adapter")
-EDGE = 1 << 20  # bytes read at each end of a weight file for the fingerprint
-
-
-def fingerprint(base: Path) -> str:
-    """What tells one base from another: its config and the size, first and last MiB of every weight file; sha256."""
-    digest = hashlib.sha256((base / "config.json").read_bytes())
-    for file in sorted(base.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(EDGE))
-            opened.seek(max(0, size - EDGE))
-            digest.update(opened.read(EDGE))
-    return digest.hexdigest()
 
 
 def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
@@ -50,21 +38,45 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any]) 
     """
     assert isinstance(base.model, PeftModel)
     with scratch_folder(folder / "adapter") as partial:
-        base.model.save_pretrained(partial, safe_serialization=True)
+        save_plain(base.model, partial)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
-    manifest = {
+    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
+    write_json(folder / MANIFEST, manifest_of(folder, base.checkpoint, base.family, name, {**own, **facts}))
+
+
+def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What says which base the adapter in ``folder`` belongs to; ``name`` is what the base was called."""
+    return {
         "base": name,
-        "base_fingerprint": fingerprint(base.path),
-        "family": base.family.name,
-        "prompt_version": base.family.version,
-        "precision": base.precision,
+        "base_hash": checkpoint.hash(),
+        "layout": checkpoint.layout,
+        "vision_tower": _text(checkpoint.tower),
+        "family": family.name,
+        "prompt_version": family.version,
+        "precision": "auto",
+        "compute_dtype": "float32",
+        "tiles": False,
         **facts,
         "libraries": {library: _version(library) for library in LIBRARIES},
         "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES},
     }
-    write_json(folder / MANIFEST, manifest)
+
+
+def keep_start(model: PeftModel, folder: Path) -> None:
+    """Where a PiSSA adapter began, which is subtracted from it when it is saved; a resumed run keeps the first one."""
+    model.peft_config["default"].init_lora_weights = True  # what is saved is no PiSSA any more
+    if not (folder / "adapter_model.safetensors").exists():
+        model.save_pretrained(folder, safe_serialization=True)
+    model.started_from = folder
+
+
+def save_plain(model: PeftModel, folder: Path) -> None:
+    """PEFT's files. PiSSA's changed base is subtracted, so that what is saved belongs to the base as it was (PEFT, `init_lora_weights`)."""
+    started = getattr(model, "started_from", None)
+    more = {} if started is None else {"path_initial_model_for_weight_conversion": str(started)}
+    model.save_pretrained(folder, safe_serialization=True, **more)
 
 
 def _version(library: str) -> str | None:
@@ -90,8 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not a manifest of this tool ({error}).") from error
+    if "base_hash" not in manifest:
+        raise AdapterError(f"{path}: written by a version before 0.3, which knew bases by their files and not by their weights; train it again.")
     for file, digest in files.items():
         if not (folder / file).exists():
             raise AdapterError(f"{folder}: {file} is missing; copy the whole folder again.")
@@ -101,24 +115,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_adapter(
-    folder: Path, base_name: str | None = None, precision: Precision | None = None, device: str | None = None
+    folder: Path, base_name: str | None = None, precision: Precision | None = None, device: str | None = None, tower: str | None = None
 ) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter on it, ready to predict; and its manifest.
 
-    ``base_name`` stands in for the manifest's base when that has moved; its fingerprint must be the same.
+    ``base_name`` and ``tower`` stand in for the manifest's where those have moved; either layout will do, the hash must be the same.
 
     Raises AdapterError where the base is another one.
     """
     manifest = read_manifest(folder)
-    base = load_base(base_name or manifest["base"], precision or manifest["precision"], device)
-    if fingerprint(base.path) != manifest["base_fingerprint"]:
-        raise AdapterError(f"{folder}: trained on another base than {base.path} (the fingerprints differ). Give the right one with --base.")
+    checkpoint = base_of(folder, manifest, base_name, tower)
+    base = load_base(str(checkpoint.folder), precision or manifest["precision"], device, _text(checkpoint.tower), manifest["tiles"])
     if (base.family.name, base.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
     model = PeftModel.from_pretrained(base.llava, str(folder), is_trainable=False)
     check_adapted(model)
     model.eval()
-    return Base(model, base.processor, base.family, base.path, base.precision), manifest
+    return base.with_model(model), manifest
+
+
+def base_of(folder: Path, manifest: Mapping[str, Any], base_name: str | None = None, tower: str | None = None) -> Checkpoint:
+    """The checkpoint that an adapter was trained on, in either layout.
+
+    Raises AdapterError where its hash is another's: the base is another one, or was changed since.
+    """
+    given = base_name or manifest["base"]
+    checkpoint = open_checkpoint(given, tower or (manifest["vision_tower"] if _is_there(manifest["vision_tower"]) else None))
+    if checkpoint.hash() != manifest["base_hash"]:
+        raise AdapterError(
+            f"{folder}: trained on another base than {checkpoint.folder}, or that was changed since (the hashes of the weights differ). "
+            "Give the right one with --base."
+        )
+    return checkpoint
+
+
+def _is_there(tower: str | None) -> bool:
+    return tower is not None and Path(tower).exists()
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def claim_run_folder(folder: Path, resume: bool) -> None:

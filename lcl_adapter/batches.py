@@ -24,6 +24,7 @@ from lcl_adapter.recipe.sources import QuestionOptions
 from lcl_adapter.sources import Picture
 
 IGNORED = -100
+Position = int | tuple[int, int, int]  # a place, or one in time, row and column for models that turn images by them
 ATTEMPTS = 200  # with one photo in five broken, an episode of eight is whole one time in six
 
 
@@ -34,7 +35,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     branch: list[int]
-    positions: list[int]
+    positions: list[Position]
     pictures: tuple[Picture, ...]
 
     def __len__(self) -> int:
@@ -44,20 +45,46 @@ class Encoded:
 class Encoder:
     """Tokenises rendered turns for one base.
 
-    The text is split at ``<image>`` and each part tokenised, as upstream LLaVA does; an image becomes
-    ``tokens_an_image`` copies of its token.
+    The text is split at ``<image>`` and each part tokenised, as upstream LLaVA does; an image becomes the tokens in
+    ``image``, most of them ``image_token_id``. grid: rows and columns that an image's features stand in, for models
+    whose positions count them.
     """
 
-    def __init__(self, family: Family, tokenizer: Any, image_token_id: int, tokens_an_image: int, context: int) -> None:
+    def __init__(
+        self, family: Family, tokenizer: Any, image_token_id: int, image: Sequence[int], context: int, grid: tuple[int, int] | None = None
+    ) -> None:
         self.family = family
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
-        self.tokens_an_image = tokens_an_image
+        self.image = list(image)
         self.context = context
+        self.grid = grid
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: int = tokenizer.convert_tokens_to_ids(family.end)
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._part = lru_cache(maxsize=8192)(self._tokenise)
+
+    @property
+    def tokens_an_image(self) -> int:
+        return len(self.image)
+
+    def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
+        """Where each token stands, and where the next one would; an image in a grid takes as many places as its longer side."""
+        if self.grid is None:
+            return list(range(start, start + len(ids))), start + len(ids)
+        rows, columns = self.grid
+        found: list[Position] = []
+        inside = 0
+        for token in ids:
+            if token == self.image_token_id:
+                found.append((start, start + inside // columns, start + inside % columns))
+                inside += 1
+                if inside == rows * columns:
+                    start, inside = start + max(rows, columns), 0
+            else:
+                found.append((start, start, start))
+                start += 1
+        return found, start
 
     def turns(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of turns; with ``first=False``, of turns that go on after an answer's end."""
@@ -79,13 +106,14 @@ class Encoder:
         first = not conversation.shared
         ids, labels = ([], []) if first else self.turns(conversation.shared)
         shared = len(ids)
-        branch, positions = [0] * shared, list(range(shared))
+        branch = [0] * shared
+        positions, begins = self.positions(ids)
         for number, turns in enumerate(conversation.branches, 1):
             more_ids, more_labels = self.turns(turns, first=first)
             ids, labels = ids + more_ids, labels + more_labels
             branch += [number] * len(more_ids)
-            positions += range(shared, shared + len(more_ids))
-        longest = 1 + max(positions, default=0)
+            positions += self.positions(more_ids, begins)[0]
+        longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
         if longest > self.context:
             what = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the context of {self.context}"
             alone = "Shorten it, or set `on_fault: skip` for its source."
@@ -101,8 +129,8 @@ class Encoder:
         start = 0
         for number, part in enumerate(rendered.text.split(IMAGE)):
             if number:
-                ids += [self.image_token_id] * self.tokens_an_image
-                labels += [IGNORED] * self.tokens_an_image
+                ids += self.image
+                labels += [IGNORED] * len(self.image)
                 start += len(IMAGE)
             part_ids, ends = self._part(part)
             ids += part_ids
@@ -150,6 +178,14 @@ def attention(branch: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
 
 
+def position_ids(rows: Sequence[Sequence[Position]], length: int, left: bool = False) -> torch.Tensor:
+    """[B, T], or [3, B, T] where positions are time, row and column; padded with 0 on the right, or on the left."""
+    fill: Position = (0, 0, 0) if any(isinstance(p, tuple) for row in rows for p in row[:1]) else 0
+    pads = [[fill] * (length - len(row)) for row in rows]
+    made = torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads, strict=True)])
+    return made.permute(2, 0, 1).contiguous() if made.ndim == 3 else made
+
+
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
     """Right-padded tensors [B, T]; a block mask only where a row has several branches. ``pictures`` stay references."""
     length = pad_to(max(len(row) for row in rows))
@@ -164,7 +200,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
         "input_ids": stacked("ids", pad),
         "labels": stacked("labels", IGNORED),
         "attention_mask": padding.long() if single else attention(branch, padding),
-        "position_ids": stacked("positions", 0),
+        "position_ids": position_ids([row.positions for row in rows], length),
         "pictures": [picture for row in rows for picture in row.pictures],
     }
 

@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         except (RecipeError, DataError, EpisodeError) as error:
             told.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites:
-        _tried("suites", lambda: check_suites(recipe, load_encoder(recipe.base)), told, notes)
+        _tried("suites", lambda: check_suites(recipe, load_encoder(recipe.base, **recipe.pictures)), told, notes)
     known: dict[str, tuple[str, Fault]] = {}
     for source, fault in told:  # a suite may read what a source has read
         known.setdefault(fault.message, (source, fault))
@@ -188,7 +188,7 @@ def _regions(pool: Pool) -> Iterator[Region]:
 
 
 def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:
-    collator = Collator(mixture, load_encoder(recipe.base), on_fault="skip")
+    collator = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault="skip")
     too_long: list[str] = []
     found = check_rows(collator, min(mixture.total, CHECKED), too_long)
     told += [("recipe", Fault("does not fit", why)) for why in too_long]

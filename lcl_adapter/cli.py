@@ -41,6 +41,29 @@ def emit(result: Any, as_json: bool) -> None:
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, all else on standard error.")
 
 
+class Memory(click.ParamType[int]):
+    """``16GB``, ``16 GiB``, or 16, which is gigabytes; in bytes."""
+
+    name = "memory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from lcl_adapter.files import memory_bytes
+
+        try:
+            return value if isinstance(value, int) else memory_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
+LAYOUT = click.Choice(["hf", "original"])
+tower_option = click.option("--vision-tower", "tower", help="Where the vision tower is, if not where an original config says.")
+shard_option = click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Largest file of weights.")
+tower_as_option = click.option(
+    "--tower-as", help="What an original config made here names as its vision tower [default: a folder written beside the weights]."
+)
+
+
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="lcl-adapter")
 def main() -> None:
@@ -112,10 +135,13 @@ def evaluate(
 @click.option("--base", "base_name", help="The base to ask (default: the adapter's own, or pocket).")
 @click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
 @click.option("--question", help="Ask this about the query instead of the recipe's question.")
+@tower_option
+@click.option("--precision", type=PRECISION, help="Of the base [default: the adapter's own, or auto].")
 @json_option
 def ask(
-    support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None, as_json: bool
-) -> None:
+    support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None,
+    tower: str | None, precision: Any, as_json: bool,
+) -> None:  # fmt: skip
     """Judge QUERIES by labelled photos: SUPPORT holds a folder of photos a class.
 
     \b
@@ -123,24 +149,124 @@ def ask(
     """
     from lcl_adapter import run
 
-    emit(run.ask(support, queries, adapter, base_name, shots, question), as_json)
+    emit(run.ask(support, queries, adapter, base_name, shots, question, tower, precision), as_json)
 
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The folder to write; it must not exist.")
 @click.option("--base", "base_name", help="Where the base is now, if it has moved.")
+@tower_option
 @click.option("--dtype", type=click.Choice(["base", "fp32", "bf16", "fp16"]), default="base", show_default=True, help="Type of the merged weights.")
+@click.option("--to", type=LAYOUT, help="Layout to write [default: the base's own].")
+@click.option(
+    "--onto",
+    type=click.Choice(["base", "trained"]),
+    default="base",
+    show_default=True,
+    help="Add to the stored weights, or to what QLoRA made of them.",
+)
+@click.option("--add", "more", multiple=True, metavar="RUN=WEIGHT", help="A further adapter of the same base; may be given several times.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="How much of RUN's adapter counts.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "layers", "full"]),
+    default="auto",
+    show_default=True,
+    help="Ask whole episodes where memory allows, never, or always.",
+)
+@shard_option
+@tower_as_option
 @json_option
-def merge(run_folder: Path, out: Path, base_name: str | None, dtype: str, as_json: bool) -> None:
-    """Merge RUN's adapter into its 16-bit base: a plain Hugging Face checkpoint, checked before it is kept.
+def merge(
+    run_folder: Path,
+    out: Path,
+    base_name: str | None,
+    tower: str | None,
+    dtype: str,
+    to: str | None,
+    onto: str,
+    more: tuple[str, ...],
+    weight: float,
+    verify: str,
+    shard_size: int,
+    tower_as: str | None,
+    as_json: bool,
+) -> None:
+    """Merge RUN's adapter into its 16-bit base, shard by shard: a plain checkpoint, checked before it is kept.
 
     \b
     lcl-adapter merge runs/pocket --out merged/
+    lcl-adapter merge runs/mix --out llava-merged/ --to original --dtype bf16
+    lcl-adapter merge runs/a --out both/ --weight 0.5 --add runs/b=0.5
+    """  # fmt: skip
+    from lcl_adapter import run
+
+    options = {"base_name": base_name, "tower": tower, "dtype": dtype, "to": to, "onto": onto, "verify": verify, "tower_as": tower_as}
+    emit(run.merge(run_folder, out, more=[_weighted(one) for one in more], weight=weight, shard_size=shard_size, **options), as_json)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    folder, _, part = text.rpartition("=")
+    try:
+        return Path(folder or text), float(part) if folder else 1.0
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: RUN=WEIGHT is expected, for instance runs/b=0.5", param_hint="--add") from None
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=PATH)
+@click.option("--to", type=LAYOUT, help="Layout to write [default: the other one].")
+@tower_option
+@shard_option
+@tower_as_option
+@json_option
+def convert(source: str, out: Path, to: str | None, tower: str | None, shard_size: int, tower_as: str | None, as_json: bool) -> None:
+    """Write the base SOURCE in the other layout into OUT, shard by shard; every tensor is verified. What was stopped goes on.
+
+    \b
+    lcl-adapter convert /models/llava-v1.5-7b llava-1.5-7b-hf
+    lcl-adapter convert llava-1.5-7b-hf llava-v1.5-7b --to original
     """
     from lcl_adapter import run
 
-    emit(run.merge(run_folder, out, base_name, dtype), as_json)
+    emit(run.convert(source, out, to=to, tower=tower, shard_size=shard_size, tower_as=tower_as), as_json)
+
+
+@main.command()
+@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The folder to write; upstream wants `llava` and `lora` in its name.")
+@click.option("--to", type=click.Choice(["original"]), default="original", expose_value=False, help="Whose adapter it is to be.")
+@click.option("--base", "base_name", help="The base in the original layout, if the run was trained on the same one in Hugging Face's.")
+@tower_option
+@json_option
+def export(run_folder: Path, out: Path, base_name: str | None, tower: str | None, as_json: bool) -> None:
+    """Write RUN's adapter for upstream LLaVA's own loader, with a script that asks it there.
+
+    \b
+    lcl-adapter export runs/mix --to original -o llava-lora-mix
+    """
+    from lcl_adapter import run
+
+    emit(run.export(run_folder, out, base_name, tower), as_json)
+
+
+@main.command("import")
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The run's folder to write.")
+@click.option("--base", "base_name", help="The base it was trained on, in either layout [default: what its adapter_config.json names].")
+@tower_option
+@json_option
+def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, as_json: bool) -> None:
+    """Take over an ADAPTER that was trained upstream, or by plain PEFT, as a run: eval, ask and merge take it.
+
+    \b
+    lcl-adapter import llava-v1.5-7b-lora -o runs/theirs --base /models/vicuna-llava
+    """
+    from lcl_adapter import run
+
+    emit(run.adopt(adapter, out, base_name, tower), as_json)
 
 
 @main.group()

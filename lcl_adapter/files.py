@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,9 +14,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lcl_adapter.errors import RunError
+from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 10**9}
+
+
+def memory_bytes(text: str) -> int:
+    """``1.5 GB`` -> 1500000000; a bare number is gigabytes. Raises ValueError for what is no amount of memory."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB|MiB|GiB|TiB|)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB, 16GB or 16 GiB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 @contextmanager
@@ -56,6 +66,43 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with scratch_folder(path) as partial:
         yield partial
         os.replace(partial, path)
+
+
+PLAN = "plan.json"
+
+
+@contextmanager
+def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[Path]:
+    """Yields a partial folder that becomes ``path`` when the block ends well; one that a stop left behind is gone on with.
+
+    plan: what is being made; a partial folder of another plan is begun anew. needed: bytes, checked against the disk first.
+    Raises RunError: ``path`` exists, the disk is too small or full, the place cannot be written.
+    """
+    if path.exists():
+        raise RunError(f"{path}: exists already; nothing is overwritten. Give another --out.")
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        if not (partial / PLAN).exists() or json.loads((partial / PLAN).read_text(encoding="utf-8")) != plan:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        free = shutil.disk_usage(partial).free
+        if needed - there > free:
+            if not there:
+                partial.rmdir()
+            gigabytes = f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free there"
+            raise RunError(f"{path}: {gigabytes}. Free some room or give another place.")
+        write_json(partial / PLAN, plan)
+        yield partial
+        (partial / PLAN).unlink()
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # what was written stays, so that the command goes on where it stopped
+        raise _explained(path, error) from error
+    except RunError:  # the disk, told by a writer inside: what was written stays
+        raise
+    except LclError:  # what was made is wrong
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

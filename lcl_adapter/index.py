@@ -47,7 +47,7 @@ def index(folder: Path, base_name: str, out: Path | None = None) -> dict[str, An
                 console.print(f"left out: {error}", style="yellow", markup=False)
         if not readable:
             raise DataError(f"{folder}: class {one.name!r} has no picture that can be read.")
-        rows.append(vision.raw(readable).mean(1).float())
+        rows.append(vision.patches(readable).mean(1).float())
         owners += [number] * len(readable)
     found = torch.cat(rows)
     vectors = functional.normalize((found - found.mean(0)) / (found.std(0) + 1e-6), dim=1)

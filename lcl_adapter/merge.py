@@ -1,123 +1,248 @@
-"""Merge an adapter into its 16-bit base: a plain Hugging Face checkpoint, kept only if it answers as the adapter does.
+"""Merge adapters into their base, shard by shard: a plain checkpoint in either layout, kept only if it answers as the adapter does.
 
-The product is computed in fp32 on the base's own stored weights, whatever the adapter was trained on: merging in place
-into 4-bit weights loses the adapter's effect (peft#2586). For a QLoRA adapter the merged model therefore differs a
-little from the one that was trained; by how much is measured and printed.
+A weight is read, the adapter's product is added in fp32, the result is rounded once and written; the whole model is never
+in memory for it. What is added to can be the base as it is stored (``onto="base"``), or what a QLoRA adapter was trained
+on, the 4-bit weights made whole again (``onto="trained"``): merging in place into 4-bit weights loses the adapter's effect
+(peft#2586).
+
+Two checks decide whether the result is kept. Every changed layer is asked with random inputs beside PEFT's own layer; and
+where the model fits into memory, whole episodes are asked of both.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial as bound
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
+from peft.tuners.lora import LoraLayer
 
-from lcl_adapter import episodes
-from lcl_adapter.adapter import load_adapter, read_manifest
-from lcl_adapter.conversations import WORDINGS, Turn, from_episode
-from lcl_adapter.errors import MergeError, RunError
-from lcl_adapter.files import whole_folder
-from lcl_adapter.model import Base, load_base
-from lcl_adapter.predict import Predictor
+from lcl_adapter.adapter import base_of, read_manifest
+from lcl_adapter.convert import SPARE, tower_of, write, writing_of
+from lcl_adapter.deltas import Adapter, added, check_fits, distance, refuse_together, whole_of
+from lcl_adapter.errors import AdapterError, MergeError
+from lcl_adapter.files import resumable_folder
+from lcl_adapter.layouts import Checkpoint, Layout, Writing
+from lcl_adapter.layouts.writing import Change
+from lcl_adapter.model import TYPES, Base, load_base
+from lcl_adapter.probe import Answers, Probes, probe, probe_turns, room_for
 from lcl_adapter.recipe import load
-from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import read_pocket
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.weights import Stored, stored_in
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROBES = 8
 SLACK = 32  # how many roundings of the largest logit the merged model may differ by ...
 LEAST = 1e-3  # a difference that no answer depends on
 SHARE = 0.1  # ... and at most this share of what the adapter changes, so that one that was lost cannot pass
+LAYER_SLACK = 64  # roundings of what a layer answers with
+
+Onto = Literal["base", "trained"]
+Verify = Literal["auto", "layers", "full"]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model says to the probes: greedy text, and the logits after each prompt, [probes, V] in fp32."""
+class Job:
+    """Adapters on one base, and what their merging is to be."""
 
-    texts: list[str]
-    logits: torch.Tensor
+    adapters: tuple[Adapter, ...]
+    checkpoint: Checkpoint
+    manifest: dict[str, Any]
+    onto: Onto
 
-    def distance(self, other: Answers) -> float:
-        return float((self.logits - other.logits).abs().max())
+    def onto_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the adapter is added to: the weight, or what QLoRA made of it."""
+        if self.onto == "base" or not _is_quantised(name):
+            return weight
+        return trained_on(weight, getattr(torch, self.manifest["compute_dtype"]))
+
+    def changes(self) -> dict[str, Change]:
+        changed: dict[str, Change] = {}
+        modules = {module for one in self.adapters for module in one.layers}
+        if self.onto == "trained":
+            changed |= {name: bound(self.onto_weight, name) for name in self.checkpoint.weights if _is_quantised(name)}
+        changed |= {f"{module}.weight": bound(self._added, module) for module in modules}
+        for name in {name for one in self.adapters for name in one.whole}:
+            changed[name] = bound(whole_of, name, self.adapters)
+        return changed
+
+    def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        return added(module, self.onto_weight(f"{module}.weight", weight), self.adapters)
 
 
-def merge(run: Path, out: Path, base_name: str | None = None, dtype: str = "base") -> dict[str, Any]:
-    """Write ``out``; returns the largest logit difference on the probes, and for QLoRA what leaving 4 bits cost.
+def merge(
+    run: Path,
+    out: Path,
+    base_name: str | None = None,
+    dtype: str = "base",
+    to: Layout | None = None,
+    onto: Onto = "base",
+    shard_size: int = 5 * 10**9,
+    more: Sequence[tuple[Path, float]] = (),
+    weight: float = 1.0,
+    tower: str | None = None,
+    tower_as: str | None = None,
+    verify: Verify = "auto",
+) -> dict[str, Any]:
+    """Write ``out``; returns how far it answers from the adapter, in layers and on probes, and for QLoRA what it cost.
 
-    dtype: "base" keeps the stored weights' own type.
+    dtype: "base" keeps the stored weights' own types. to: a layout, the base's own where left out. more: further adapters
+    of the same base with their weights; ``weight`` is the first one's. verify: "full" asks the probes whatever memory
+    there is, "layers" never does. A merge that was stopped goes on.
 
-    Raises RunError where ``out`` exists; MergeError, with nothing left behind, where the saved model answers otherwise.
+    Raises RunError for the place; AdapterError for adapters that do not belong together or to the base; MergeError, with
+    nothing left behind, where what was saved answers otherwise.
     """
-    if out.exists():
-        raise RunError(f"{out}: exists already; merging never overwrites. Give another --out.")
     manifest = read_manifest(run)
-    probes = probe_turns(load(run / "recipe.yaml").wording)
-    trained = None
-    if manifest["precision"] == "nf4":
-        trained = probe(load_adapter(run, base_name, "nf4")[0], probes)
-    adapted, _ = load_adapter(run, base_name, "fp32", "cpu")  # fp32 weights of a 7B fit no 16 GB GPU
+    checkpoint = base_of(run, manifest, base_name, tower)
+    adapters = (Adapter(run, weight), *(Adapter(folder, part) for folder, part in more))
+    for folder, _ in more:
+        if read_manifest(folder)["base_hash"] != manifest["base_hash"]:
+            raise AdapterError(f"{folder}: trained on another base than {run}; only adapters of one base can be added up.")
+    refuse_together(adapters)
+    check_fits(adapters, {name: w.shape for name, w in checkpoint.weights.items()})
+    if onto == "trained" and manifest["precision"] != "nf4":
+        raise AdapterError(f"{run}: trained in {manifest['precision']}, so what it was trained on is the base itself; leave --onto trained out.")
+    job = Job(adapters, checkpoint, manifest, onto)
+    to = to or checkpoint.layout
+    target = None if dtype == "base" else TYPES[dtype]
+    writing = writing_of(checkpoint, to, job.changes(), target, shard_size, tower_as)
+    plan = {
+        "merge": [[read_manifest(a.folder)["files"], a.weight] for a in adapters],
+        "base": checkpoint.hash(), "to": to, "onto": onto, "dtype": dtype, "shard_size": shard_size, "tower": tower_as,
+    }  # fmt: skip
+    with resumable_folder(out, plan, writing.size + SPARE) as partial:
+        write(writing, partial, out)
+        layers = _check_layers(job, writing, partial, out)
+        asked, told = _can_ask(job, verify)
+        found = _check_answers(job, run, partial, out, to, writing) if asked else {"probes": told}
+    return {
+        "out": str(out),
+        "layout": to,
+        "onto": onto,
+        "dtype": _named(writing),
+        "bytes": writing.size,
+        "shards": len(writing.shards.files),
+        **layers,
+        **found,
+    }
+
+
+def trained_on(weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """What a QLoRA adapter saw in place of a weight: nf4 with double quantisation, made whole again, in fp32."""
+    from bitsandbytes import functional as bnb
+
+    kept, state = bnb.quantize_4bit(weight.to(compute).contiguous(), quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(kept, state).reshape(weight.shape).float()
+
+
+def _is_quantised(name: str) -> bool:
+    """The language model's linear layers."""
+    return re.search(r"\.(language_model|text_model)\.layers\..+_proj\.weight$", name) is not None
+
+
+def _named(writing: Writing) -> str:
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in writing.shards.planned})
+    return " and ".join(kinds)
+
+
+def _check_layers(job: Job, writing: Writing, partial: Path, out: Path) -> dict[str, Any]:
+    """Every merged layer, read from the disk, beside PEFT's own with the adapter on it."""
+    on_disk = stored_in(partial)
+    key_of = {name: key for key, name in writing.names.items()}
+    worst, effect, where = 0.0, 0.0, ""
+    modules = sorted({module for one in job.adapters for module in one.layers})
+    for module in modules:
+        name = f"{module}.weight"
+        stored: Stored = on_disk[key_of[name]]
+        weight = job.onto_weight(name, job.checkpoint.weights[name].read())
+        merged = stored.read()
+        gap, changed = distance(module, weight, merged, job.adapters)
+        largest = float(merged.float().abs().sum(1).max())  # what a row can answer to inputs of about one
+        allowed = max(1e-5, LAYER_SLACK * torch.finfo(stored.dtype).eps * largest / merged.shape[1] ** 0.5)
+        if gap > allowed:
+            raise MergeError(
+                f"{out}: layer {module} answers {gap:.3g} away from the adapter on random inputs, {allowed:.3g} is allowed (the adapter's own "
+                f"effect there is {changed:.3g}). Not kept; --dtype fp32 rounds less."
+            )
+        effect = max(effect, changed)
+        if gap >= worst:
+            worst, where = gap, module
+    if effect == 0.0 and not any(one.whole for one in job.adapters):
+        raise MergeError(f"{out}: the adapter changes nothing: all its products are zero. Not kept.")
+    return {"layers": len(modules), "largest_layer_difference": worst, "in_layer": where, "largest_layer_effect": effect}
+
+
+def _can_ask(job: Job, verify: Verify) -> tuple[bool, str]:
+    if verify == "layers":
+        return False, "not asked (--verify layers)"
+    if (len(job.adapters) > 1 and any(one.whole for one in job.adapters)) or any(one.whole and one.weight != 1 for one in job.adapters):
+        return False, "not asked: PEFT cannot hold a part of a projector that was trained in full"
+    fits, needed, free = room_for(job.checkpoint)
+    if fits or verify == "full":
+        return True, ""
+    return False, f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free; --verify full asks them all the same"
+
+
+def _adapted(job: Job, precision: Literal["fp32", "nf4"]) -> Base:
+    """The base with all adapters beside it, as PEFT holds them."""
+    tower = None if job.checkpoint.tower is None else str(job.checkpoint.tower)
+    base = load_base(str(job.checkpoint.folder), precision, "cpu" if precision == "fp32" else None, tower, job.manifest["tiles"])
+    if job.onto == "trained" and precision == "fp32":
+        with torch.no_grad():
+            for name, parameter in base.llava.named_parameters():
+                if _is_quantised(name):
+                    parameter.copy_(trained_on(parameter, getattr(torch, job.manifest["compute_dtype"])))
+    names = [f"adapter{n}" for n in range(len(job.adapters))]
+    model = PeftModel.from_pretrained(base.llava, str(job.adapters[0].folder), adapter_name=names[0])
+    for name, one in zip(names[1:], job.adapters[1:], strict=True):
+        model.load_adapter(str(one.folder), name)
+    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, one in zip(names, job.adapters, strict=True):
+                if name in module.scaling:
+                    module.scaling[name] *= one.weight
+    return base.with_model(model.eval())
+
+
+def _check_answers(job: Job, run: Path, partial: Path, out: Path, to: Layout, writing: Writing) -> dict[str, Any]:
+    """Whole episodes, asked of the adapter on its base and of what was written."""
+    wording = load(run / "recipe.yaml").wording if (run / "recipe.yaml").exists() else "lcl"
+    probes = probe_turns(wording)
+    adapted = _adapted(job, "fp32")
     expected = probe(adapted, probes)
     with adapted.without_adapter():
         effect = expected.distance(probe(adapted, probes))
-    stored = AutoConfig.from_pretrained(adapted.path).dtype or torch.float32
-    target = stored if dtype == "base" else DTYPES[dtype]
-
-    assert isinstance(adapted.model, PeftModel)
-    merged = adapted.model.merge_and_unload(safe_merge=True).to(target)
-    with whole_folder(out) as partial:
-        merged.save_pretrained(partial)
-        adapted.processor.save_pretrained(partial)
-        del merged, adapted  # one copy of the weights in memory at a time
-        found = probe(load_base(str(partial), "fp32", "cpu"), probes)
-        difference = expected.distance(found)
-        rounding = SLACK * torch.finfo(target).eps * float(expected.logits.abs().max())
-        allowed = max(LEAST, min(rounding, SHARE * effect))
-        changed = [(a, b) for a, b in zip(expected.texts, found.texts, strict=True) if a != b]
-        if difference > allowed or (changed and target is torch.float32):
-            said = f"; for instance {changed[0][0]!r} became {changed[0][1]!r}" if changed else ""
-            raise MergeError(
-                f"{out}: the merged model differs from the adapter by {difference:.3g} in a logit, {allowed:.3g} is allowed "
-                f"(the adapter's own effect is {effect:.3g}){said}. Not kept; --dtype fp32 rounds less."
-            )
-    result = {
-        "out": str(out),
-        "dtype": str(target).removeprefix("torch."),
+    del adapted  # one copy of the weights in memory at a time
+    tower = tower_of(job.checkpoint, partial, to)
+    merged = load_base(str(partial), "fp32", "cpu", None if tower is None else str(tower), job.manifest["tiles"])
+    found = probe(merged, probes)
+    del merged
+    difference = expected.distance(found)
+    eps = max(torch.finfo(p.dtype).eps for p in writing.shards.planned)
+    rounding = SLACK * eps * float(expected.logits.abs().max())
+    allowed = max(LEAST, min(rounding, SHARE * effect))
+    changed = [(a, b) for a, b in zip(expected.texts, found.texts, strict=True) if a != b]
+    if difference > allowed or (changed and eps <= torch.finfo(torch.float32).eps):
+        said = f"; for instance {changed[0][0]!r} became {changed[0][1]!r}" if changed else ""
+        raise MergeError(
+            f"{out}: the merged model differs from the adapter by {difference:.3g} in a logit, {allowed:.3g} is allowed "
+            f"(the adapter's own effect is {effect:.3g}){said}. Not kept; --dtype fp32 rounds less."
+        )
+    return {
         "largest_logit_difference": difference,
         "allowed": allowed,
         "adapter_effect": effect,
-        "greedy_equal": len(probes) - len(changed),
+        "greedy_equal": expected.greedy_equal(found),
         "probes": len(probes),
+        **({"from_4_bit": _cost(job, found, probes)} if job.manifest["precision"] == "nf4" else {}),
     }
-    if trained is not None:
-        result["qlora_to_16_bit"] = {
-            "largest_logit_difference": trained.distance(found),
-            "greedy_equal": sum(a == b for a, b in zip(trained.texts, found.texts, strict=True)),
-        }
-    return result
 
 
-def probe_turns(wording: Literal["short", "lcl"]) -> list[tuple[tuple[Turn, ...], Turn]]:
-    """Support sets and queries of shipped held-out drawings: real pictures that every installation has."""
-    pool = read_pocket("held_out", "probe", 3)
-    drawn = (episodes.draw(pool, EpisodeOptions(shots=[1, 2]), 0, 0, i) for i in range(PROBES))
-    spoken = [from_episode(e, WORDINGS[wording]) for e in drawn]
-    return [(c.shared, c.branches[0][0]) for c in spoken]
-
-
-@torch.inference_mode()
-def probe(base: Base, probes: Sequence[tuple[tuple[Turn, ...], Turn]]) -> Answers:
-    """Ask the probes plainly, without a cache: the merged checkpoint must be right for anyone's code, not for ours alone."""
-    encoder, vision = base.encoder(), VisionFeatures(base)
-    logits = []
-    for support, query in probes:
-        ids = encoder.turns([*support, query], opened=True)[0]
-        pictures = [t.picture for t in (*support, query) if t.picture is not None]
-        outputs = base.model(input_ids=torch.tensor([ids], device=base.device), pixel_values=vision.pixels(pictures), logits_to_keep=1)
-        logits.append(outputs.logits[0, -1].float().cpu())
-    texts = [r.text for r in Predictor(base, vision).run([(s, q, ()) for s, q in probes])]
-    return Answers(texts, torch.stack(logits))
+def _cost(job: Job, found: Answers, probes: Probes) -> dict[str, Any]:
+    """How far what was written answers from the 4-bit model that was trained."""
+    trained = probe(_adapted(job, "nf4"), probes)
+    return {"largest_logit_difference": trained.distance(found), "greedy_equal": trained.greedy_equal(found)}

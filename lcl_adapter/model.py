@@ -1,52 +1,72 @@
-"""Load a base, freeze it, attach the adapter. The one place that knows about precisions and module paths."""
+"""Load a base of either layout, freeze it, attach the adapter. The one place that knows about precisions and module paths."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from lcl_adapter.batches import Encoder
 from lcl_adapter.errors import ModelError
-from lcl_adapter.families import Family, detect
-from lcl_adapter.pocket import BASE as POCKET_BASE
+from lcl_adapter.families import FAMILIES, LLAVA_TYPES, Family, chat_template, detect
+from lcl_adapter.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.layouts.keys import DROPPED, skeleton
 from lcl_adapter.recipe.schema import AdapterOptions, Precision
+from lcl_adapter.terminal import console
 
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
-# transformers 5: giving any list drops the automatic skip of lm_head, and bare names match nothing.
-NOT_QUANTISED = ["lm_head", ".*vision_tower.*", ".*multi_modal_projector.*"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # precisions that quantise, and the layer each makes
 
 
 @dataclass(frozen=True)
 class Base:
     """A loaded base with everything that belongs to its prompt and pixels."""
 
-    model: LlavaForConditionalGeneration | PeftModel
-    processor: LlavaProcessor
+    model: Any
+    checkpoint: Checkpoint
     family: Family
-    path: Path
     precision: Precision
+    tiles: bool = False
 
     @property
-    def llava(self) -> LlavaForConditionalGeneration:
+    def llava(self) -> Any:
         """The LLaVA itself, under an adapter's wrapper or not."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
+    def path(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.checkpoint.tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        return self.checkpoint.image_processor
+
+    @property
+    def own_projector(self) -> bool:
+        """Whether vision tower and projector are apart, as in every LLaVA; other models are one vision module."""
+        return self.llava.config.model_type in LLAVA_TYPES
+
+    @property
     def tokens_an_image(self) -> int:
-        return tokens_an_image(self.llava.config)
+        return self.encoder().tokens_an_image
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +74,15 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type activations have: the vision tower's, which is never quantised."""
-        return next(self.llava.model.vision_tower.parameters()).dtype
+        """The type activations have: that of the embedding, which is never quantised."""
+        kind: torch.dtype = self.llava.get_input_embeddings().weight.dtype
+        return kind
 
     def encoder(self) -> Encoder:
-        return _encoder(self.family, self.processor.tokenizer, self.llava.config)
+        return _encoder(self.checkpoint, self.family, self.tiles)
+
+    def with_model(self, model: Any) -> Base:
+        return replace(self, model=model)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -70,100 +94,179 @@ class Base:
             yield
 
 
-def tokens_an_image(config: Any) -> int:
-    """How many places an image takes in a prompt: its patches, and the class token where that is kept."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return int(side * side + (config.vision_feature_select_strategy == "full"))
+def side_of(config: Any) -> int:
+    """Of the square that a picture is made before the processor sees it, in pixels; 448 where the model takes any size."""
+    side = getattr(config.vision_config, "image_size", None)
+    return int(side) if side else 448
 
 
-def load_encoder(name: str) -> Encoder:
+def tokens_an_image(config: Any, tiles: bool = False) -> int:
+    """How many places an image takes in a prompt of a LLaVA.
+
+    Its patches, the class token where that is kept, and in NeXT and OneVision a line-break vector; with ``tiles``, two
+    by two tiles of the picture at twice the size behind it, a line break a row.
+    """
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    classed = "clip" in vision.model_type
+    base = side * side + classed - (config.vision_feature_select_strategy == "default")
+    lined = config.model_type in {"llava_next", "llava_onevision"}
+    return int(base + (2 * side * (2 * side + 1) if tiles else lined))
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """Raises ModelError for a model that has neither a family nor a chat template."""
+    if checkpoint.config.model_type in LLAVA_TYPES and (family := detect(checkpoint.config, checkpoint.tokenizer)):
+        return family
+    if checkpoint.config.model_type in LLAVA_TYPES:
+        raise ModelError(
+            f"base {checkpoint.folder}: a {checkpoint.config.model_type!r} on {checkpoint.config.text_config.model_type!r} with end token "
+            f"{checkpoint.tokenizer.eos_token!r} is of no family known here. Supported families: {', '.join(FAMILIES)}."
+        )
+    return chat_template.read(checkpoint, side_of(checkpoint.config))
+
+
+def load_encoder(name: str, tower: str | None = None, tiles: bool = False) -> Encoder:
     """The prompt side of a base, without its weights: for lengths, masks and previews.
 
     Raises ModelError as :func:`load_base` does.
     """
-    path = find_base(name)
-    config, tokenizer = _config(path), _tokenizer(path)
-    return _encoder(detect(config, tokenizer), tokenizer, config)
+    checkpoint = open_checkpoint(name, tower)
+    return _encoder(checkpoint, family_of(checkpoint), tiles)
 
 
-def _encoder(family: Family, tokenizer: Any, config: Any) -> Encoder:
-    return Encoder(family, tokenizer, config.image_token_id, tokens_an_image(config), config.text_config.max_position_embeddings)
+def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    grid = None
+    if isinstance(family, chat_template.ChatTemplate):
+        image = tokenizer(family.expanded, add_special_tokens=False)["input_ids"]
+        if "mrope" in str(getattr(config.text_config, "rope_parameters", None)):  # positions in rows and columns, as Qwen2-VL has
+            side = math.isqrt(image.count(config.image_token_id))
+            grid = (side, side)
+    else:
+        image = [config.image_token_id] * tokens_an_image(config, tiles)
+    return Encoder(family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid)
 
 
-def find_base(name: str) -> Path:
-    """``pocket``, a folder, or a name in the local Hugging Face cache. Nothing is downloaded.
+def load_base(name: str, precision: Precision = "fp32", device: str | None = None, tower: str | None = None, tiles: bool = False) -> Base:
+    """Load a base of either layout, frozen, in the precision asked; on ``device``, else on the GPU where there is one.
 
-    Raises ModelError where there is none.
+    nf4 and int8 quantise the linear layers of the language model alone, nf4 with double quantisation; ``auto`` chooses.
+    tower: the vision tower's folder, where the original layout's config names one that is elsewhere.
+    tiles: LLaVA-NeXT's and OneVision's pictures at twice the size in tiles, not whole alone.
+
+    Raises ModelError: no such base, no image-text model, weights that do not fit their config.
     """
-    if name == "pocket":
-        return POCKET_BASE
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # what it raises differs from version to version
-        raise ModelError(
-            f"base {name!r}: no such folder, and not in the local Hugging Face cache. Give a folder, or fetch it first: `hf download {name}`."
-        ) from error
-
-
-def load_base(name: str, precision: Precision = "fp32", device: str | None = None) -> Base:
-    """Load a LLaVA in Hugging Face layout, frozen, in the precision asked; on ``device``, else on the GPU where there is one.
-
-    nf4 quantises the linear layers of the language model alone, with double quantisation.
-
-    Raises ModelError: no such base, no LLaVA, weights that do not fit their config.
-    """
-    path = find_base(name)
-    config, tokenizer = _config(path), _tokenizer(path)
-    family = detect(config, tokenizer)
-    processor = _processor(path, tokenizer, config)
+    checkpoint = open_checkpoint(name, tower)
+    config, family = checkpoint.config, family_of(checkpoint)
+    if tiles and config.model_type not in {"llava_next", "llava_onevision"}:
+        raise ModelError(f"base {name}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Leave it out.")
+    _ = checkpoint.image_processor  # what is wrong with it is told before any weight is read
+    if config.model_type in LLAVA_TYPES:
+        _ = checkpoint.weights  # and so is a shard that is missing, cut short, or another's
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if precision == "fp32" or (precision == "nf4" and device == "cpu") else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
-    if precision == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=NOT_QUANTISED,
-        )
+    if precision == "auto":
+        precision, why = choose_precision(config, device)
+        console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
+    dtype = TYPES.get(precision) or _half(device)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
+    if precision in BITS:
+        options["quantization_config"] = _quantised(precision, dtype, outside_language(config))
         options["device_map"] = {"": device}
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(path, config=config, output_loading_info=True, **options)
+        if checkpoint.layout == "hf":
+            # Its own reader takes pickles with tensors alone, and never runs code from a checkpoint.
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.folder, output_loading_info=True, trust_remote_code=False, **options
+            )
+        else:
+            state = {weight_name: weight.read().to(dtype) for weight_name, weight in checkpoint.weights.items()}
+            kind: Any = type(skeleton(config))
+            model, report = kind.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
+            del state
     except ImportError as error:
-        raise ModelError('precision nf4 needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: fp32` or bf16.') from error
+        raise ModelError(f'precision {precision} needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: bf16`.') from error
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"base {path}: the weights cannot be loaded ({error}).") from error
-    for fault in ("missing_keys", "mismatched_keys"):
-        if report.get(fault):
-            raise ModelError(f"base {path}: {fault.replace('_', ' ')} in the weights, for instance {sorted(map(str, report[fault]))[0]}.")
-    if precision == "nf4":
-        _check_quantised(model)
-    model = model if precision == "nf4" else model.to(device)
+        raise ModelError(f"base {checkpoint.folder}: the weights cannot be loaded ({error}).") from error
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        found = [k for k in map(str, report.get(fault) or ()) if not DROPPED.search(k)]
+        if found:
+            raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {sorted(found)[0]}.")
+    if precision in BITS:
+        _check_quantised(model, BITS[precision])
+    model = model if precision in BITS else model.to(device)
     model.requires_grad_(False).eval()
-    return Base(model, processor, family, path, precision)
+    return Base(model, checkpoint, family, precision, tiles)
+
+
+def choose_precision(config: Any, device: str) -> tuple[Precision, str]:
+    """What ``auto`` is, and why: the widest that fits with a third of room, on a CPU whole numbers of 32 bits where they fit."""
+    count = sum(p.numel() for p in skeleton(config).parameters())
+    if device == "cpu":
+        free = psutil.virtual_memory().available
+        fits = 1.3 * 4 * count < free
+        return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
+    free = torch.cuda.mem_get_info()[0]
+    half: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if 1.35 * 2 * count < free:
+        return half, f"{2 * count / 1e9:.1f} GB of weights in 16 bits, {free / 1e9:.1f} GB free on the GPU"
+    return "nf4", f"{2 * count / 1e9:.1f} GB of weights in 16 bits and {free / 1e9:.1f} GB free on the GPU: too tight"
+
+
+def _half(device: str) -> torch.dtype:
+    """What a quantised base computes in: 16 bits on a GPU, which on a CPU would be slower and no smaller."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def language_path(model: nn.Module) -> str:
+    """The module path of the language model inside a model, for instance ``model.language_model``.
+
+    Raises ModelError where it has none of its own.
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    for path, module in model.named_modules():
+        if module is decoder and path:
+            return path
+    raise ModelError("this model has no language model apart from its vision part; it cannot be adapted here.")
+
+
+def outside_language(config: Any) -> list[str]:
+    """Patterns of what is never quantised. transformers 5: giving any list drops the automatic skip of lm_head, and bare names match nothing."""
+    model = skeleton(config)
+    language = language_path(model)
+    parent = language.rpartition(".")[0]
+    siblings = [name for name, _ in model.get_submodule(parent).named_children() if f"{parent}.{name}".lstrip(".") != language]
+    return ["lm_head", *(f".*{name}.*" for name in siblings)]
+
+
+def lora_targets(model: nn.Module) -> str:
+    """The language model's attention and MLP projections, as a pattern of full module paths."""
+    return rf".*{re.escape(language_path(model).rpartition('.')[2])}\.layers\.\d+\.{PROJECTIONS}"
 
 
 def attach(base: Base, options: AdapterOptions) -> Base:
-    """A fresh LoRA on the language model, and the projector as a trained copy where asked."""
+    """A fresh LoRA on the language model, and the projector as a trained copy where asked.
+
+    Raises ModelError where a projector is to be trained and the model has none of its own.
+    """
+    if options.projector and not base.own_projector:
+        raise ModelError(f"`adapter.projector` is for LLaVAs; a {base.llava.config.model_type!r} model has no projector apart from its vision part.")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        target_modules=LORA_TARGETS,
+        init_lora_weights="pissa" if options.pissa else True,
+        target_modules=lora_targets(base.llava),
         modules_to_save=[PROJECTOR] if options.projector else None,
         base_model_name_or_path=str(base.path),
     )
     model = get_peft_model(base.llava, config)
     check_adapted(model)
-    return Base(model, base.processor, base.family, base.path, base.precision)
+    return base.with_model(model)
 
 
 def check_adapted(model: PeftModel) -> None:
@@ -171,8 +274,9 @@ def check_adapted(model: PeftModel) -> None:
 
     Raises ModelError otherwise.
     """
+    inside = rf"{re.escape(language_path(model.get_base_model()))}\.layers\.\d+\."
     adapted = [n for n, _ in model.named_modules() if n.endswith(".lora_A")]
-    stray = [n for n in adapted if not re.search(r"language_model\.layers\.\d+\.", n)]
+    stray = [n for n in adapted if not re.search(inside, n)]
     layers = {match.group(1) for n in adapted if (match := re.search(r"layers\.(\d+)\.", n))}
     count = model.get_base_model().config.text_config.num_hidden_layers
     if stray or len(layers) != count:
@@ -180,10 +284,12 @@ def check_adapted(model: PeftModel) -> None:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{"vision tower" | "projector" | "language model": {"total", "trained"}}; 4-bit weights counted as what they stand for."""
+    """{"vision tower" | "projector" | "language model": {"total", "trained"}}; quantised weights counted as what they stand for."""
     table = {part: {"total": 0, "trained": 0} for part in ("vision tower", "projector", "language model")}
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    language = language_path(inside).rpartition(".")[2]
     for name, parameter in model.named_parameters():
-        part = "vision tower" if "vision_tower" in name else "projector" if PROJECTOR in name else "language model"
+        part = "projector" if PROJECTOR in name else "language model" if f"{language}." in name or "lm_head" in name else "vision tower"
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else parameter.numel()
         table[part]["total"] += count
@@ -191,51 +297,21 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
     return table
 
 
-def _config(path: Path) -> Any:
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"base {path}: no config.json in it, so it is no checkpoint.") from error
-    except ValueError as error:
-        raise ModelError(f"base {path}: config.json is not JSON ({error}).") from error
-    if "mm_vision_tower" in raw and "vision_config" not in raw:
-        raise ModelError(f"base {path}: this is the original LLaVA layout; give the same checkpoint in Hugging Face layout (llava-hf/…).")
-    if raw.get("model_type") != "llava":
-        raise ModelError(f"base {path}: a {raw.get('model_type')!r} model, not a LLaVA (model_type 'llava').")
-    return AutoConfig.from_pretrained(path)
-
-
-def _tokenizer(path: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"base {path}: its tokenizer cannot be loaded ({error}).") from error
-
-
-def _processor(path: Path, tokenizer: Any, config: Any) -> LlavaProcessor:
-    try:
-        images = AutoImageProcessor.from_pretrained(path, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"base {path}: its image processor cannot be loaded ({error}).") from error
-    settings = {}
-    for name in ("processor_config.json", "chat_template.jinja"):
-        if (path / name).exists():
-            text = (path / name).read_text(encoding="utf-8")
-            settings[name] = json.loads(text) if name.endswith(".json") else text
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-        chat_template=settings.get("chat_template.jinja"),
+def _quantised(precision: Precision, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 
-def _check_quantised(model: nn.Module) -> None:
-    import bitsandbytes as bnb
-
-    four_bit = [n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
-    stray = [n for n in four_bit if "language_model" not in n]
-    if not four_bit or stray:
-        raise ModelError(f"4-bit loading quantised {len(four_bit)} modules, {len(stray)} of them outside the language model: {stray[:1]}.")
+def _check_quantised(model: nn.Module, kind: str) -> None:
+    inside = language_path(model)
+    quantised = [n for n, m in model.named_modules() if type(m).__name__ == kind]
+    stray = [n for n in quantised if not n.startswith(inside)]
+    if not quantised or stray:
+        raise ModelError(f"quantised loading changed {len(quantised)} modules, {len(stray)} of them outside the language model: {stray[:1]}.")

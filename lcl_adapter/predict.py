@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import DynamicCache
 
+from lcl_adapter.batches import Position, position_ids
 from lcl_adapter.conversations import Turn
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.model import Base
@@ -59,10 +60,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Support sets in the model's memory: a cache of [S, ...] and, in ``mask`` [S, P], 1 where a token is real."""
+    """Support sets in the model's memory: a cache of [S, ...], in ``mask`` [S, P] 1 where a token is real, in ``next`` [S] the position behind."""
 
     cache: DynamicCache
     mask: torch.Tensor
+    next: torch.Tensor
 
     @property
     def empty(self) -> bool:
@@ -77,18 +79,19 @@ class Row:
     ids: Ids = field(default_factory=list)
     segment: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
+    position: list[Position] = field(default_factory=list)  # behind the support set
     ends: list[int] = field(default_factory=list)  # where each query's last token is
-    lengths: list[int] = field(default_factory=list)  # and how many tokens it has
+    places: list[int] = field(default_factory=list)  # and the position behind it
     tails: list[list[tuple[list[int], Ids]]] = field(default_factory=list)  # of each query: (where logits are read, what they must say)
+    longest: int = 0  # tokens of the longest query with an answer
 
-    def add(self, ids: Ids, parent: int, start: int) -> int:
-        """Append a segment that begins at position ``start`` behind the support set; returns where it begins in the row."""
+    def add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
+        """Append a segment that stands at ``positions`` behind the support set; returns where it begins in the row."""
         begins, number = len(self.ids), 1 + max(self.segment, default=NOBODY)
         self.ids += ids
         self.segment += [number] * len(ids)
         self.parent += [parent] * len(ids)
-        self.position += range(start, start + len(ids))
+        self.position += positions
         return begins
 
 
@@ -120,13 +123,16 @@ class Predictor:
         longest = max(len(row) for row in rows)
         if longest >= self.encoder.context:
             raise EpisodeError(f"a support set of {longest} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
-        cache = DynamicCache(config=self.base.llava.config)
+        cache = DynamicCache(config=self.base.llava.config.get_text_config())
+        following = [0] * len(rows)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
         if longest:
             ids = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            placed = [self.encoder.positions(row) for row in rows]
+            following = [begins for _, begins in placed]
+            positions = position_ids([row for row, _ in placed], longest, left=True).to(self.device)
             self._forward(ids, mask, positions, cache, [t for turns in supports for t in turns], keep=1)
-        return Prefilled(cache, mask)
+        return Prefilled(cache, mask, torch.tensor(following, device=self.device))
 
     @torch.inference_mode()
     def ask(self, ready: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
@@ -175,8 +181,8 @@ class Predictor:
         """Up to ``pack`` questions behind each support set: one forward for queries and labels, one for each new token."""
         rows = [self._row(questions, ready.empty) for questions in asked]
         length = max(len(row.ids) for row in rows)
-        prefix = ready.mask.sum(1, keepdim=True)
-        furthest = int((prefix[:, 0] + torch.tensor([max(r.position, default=0) for r in rows], device=self.device)).max()) + 1
+        prefix = ready.next[:, None]
+        furthest = int((ready.mask.sum(1) + torch.tensor([r.longest for r in rows], device=self.device)).max())
         if furthest + self.max_new_tokens > self.encoder.context:
             raise EpisodeError(f"support set and query are {furthest} tokens, the context is {self.encoder.context}: show fewer photos.")
         segment = self._padded([r.segment for r in rows], length, NOBODY)
@@ -192,7 +198,7 @@ class Predictor:
         logits = self._forward(
             self._padded([r.ids for r in rows], length, self.encoder.pad),
             torch.cat([seen, visible], 2)[:, None],
-            prefix + self._padded([r.position for r in rows], length, 0),
+            prefix + position_ids([r.position for r in rows], length).to(self.device),
             ready.cache,
             [q.turn for questions in asked for q in questions],
             keep=wanted,
@@ -227,16 +233,19 @@ class Predictor:
         row = Row()
         for question in questions:
             prompt = self.encoder.turns([question.turn], opened=True, first=alone)[0]
-            begins = row.add(prompt, NOBODY - 1, 0)
+            placed, following = self.encoder.positions(prompt)
+            begins = row.add(prompt, NOBODY - 1, placed)
             query, end = row.segment[-1], begins + len(prompt) - 1
             tails = []
             for answer in question.answers:
                 whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=alone)[0]
                 says = whole[len(prompt) :]  # check_alignment holds: the prompt is a prefix
-                at = row.add(says[:-1], query, len(prompt))
+                at = row.add(says[:-1], query, self.encoder.positions(says[:-1], following)[0])
+                row.longest = max(row.longest, len(whole) - 1)
                 tails.append(([end, *range(at, at + len(says) - 1)], says))
             row.ends.append(end)
-            row.lengths.append(len(prompt))
+            row.places.append(following)
+            row.longest = max(row.longest, len(prompt))
             row.tails.append(tails)
         return row
 
@@ -247,7 +256,9 @@ class Predictor:
         width = max(len(f) for f in first)
         queries = self._padded([[r.segment[end] for end in r.ends] for r in rows], width, NOBODY - 1)  # [S, K]
         current = self._padded(first, width, self.encoder.eos)
-        position = prefix + self._padded([r.lengths for r in rows], width, 0)
+        position = prefix + self._padded([r.places for r in rows], width, 0)
+        if self.encoder.grid is not None:
+            position = position.expand(3, -1, -1)
         own_query = queries[:, :, None] == segment[:, None, :]
         seen = torch.cat([ready.mask.bool()[:, None, :].expand(-1, width, -1), own_query], 2)
         itself = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)

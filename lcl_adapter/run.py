@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from lcl_adapter import check as checking
+from lcl_adapter import convert as converting
+from lcl_adapter import exchange, report
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
-from lcl_adapter import report
 from lcl_adapter import trainer as training
 from lcl_adapter.adapter import load_adapter
 from lcl_adapter.batches import Collator
@@ -24,6 +25,7 @@ from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import load_base, load_encoder
 from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
+from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.sources import Picture, read_class_folders, read_image
 from lcl_adapter.terminal import console
 from lcl_adapter.watch import BEST, Watch, best_of
@@ -38,7 +40,7 @@ def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     recipe = load(recipe_path, kept)
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
-    check_suites(recipe, load_encoder(recipe.base))
+    check_suites(recipe, load_encoder(recipe.base, **recipe.pictures))
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
     facts = training.train(recipe, resume, watching, mixture)
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
@@ -90,15 +92,18 @@ def ask(
     base_name: str | None = None,
     shots: int | None = None,
     question: str | None = None,
+    tower: str | None = None,
+    precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Judge pictures by class folders; the support set is read once for all queries.
 
     Raises DataError: a broken picture, one class only, an empty class.
     """
     if adapter is None:
-        base, wording = load_base(base_name or "pocket"), WORDINGS["short"]
+        base = load_base(base_name or "pocket", precision or "auto", tower=tower)
+        wording = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
     else:
-        base, _ = load_adapter(adapter, base_name)
+        base, _ = load_adapter(adapter, base_name, precision, tower=tower)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
     pool = read_class_folders(support)
     if len(pool) < 2:
@@ -135,20 +140,59 @@ def ask(
     return {"support": {c.name: len(c.pictures[:shots]) for c in pool.classes}, "answers": results}
 
 
-def merge(run: Path, out: Path, base_name: str | None = None, dtype: str = "base") -> dict[str, Any]:
-    """Merge, and say how equal the result is."""
-    result = merging.merge(run, out, base_name, dtype)
-    console.print(
-        f"{out}: {result['dtype']}, largest logit difference {result['largest_logit_difference']:.2g} on {result['probes']} probes, "
-        f"greedy answers equal on {result['greedy_equal']}",
-        highlight=False,
-    )
-    if "qlora_to_16_bit" in result:
-        cost = result["qlora_to_16_bit"]
+def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Merge, and say how equal the result is. Options: those of ``lcl_adapter.merge.merge``."""
+    result = merging.merge(run, out, **options)
+    written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
+    console.print(f"{out}: {written}", highlight=False)
+    gap, effect = result["largest_layer_difference"], result["largest_layer_effect"]
+    console.print(f"{result['layers']} layers, none further from the adapter's than {gap:.2g}; its own effect is up to {effect:.2g}", highlight=False)
+    _say_probes(result)
+    if "from_4_bit" in result:
+        cost = result["from_4_bit"]
         console.print(
             f"against the 4-bit model that was trained: {cost['largest_logit_difference']:.2g}, greedy equal on {cost['greedy_equal']}",
             highlight=False,
         )
+    return result
+
+
+def _say_probes(result: dict[str, Any]) -> None:
+    if isinstance(result["probes"], int):
+        told = (
+            f"largest logit difference {result['largest_logit_difference']:.2g} on {result['probes']} probes, greedy answers equal on "
+            f"{result['greedy_equal']}"
+        )
+    else:
+        told = f"probes {result['probes']}"
+    console.print(told, highlight=False, markup=False)
+
+
+def convert(source: str, out: Path, **options: Any) -> dict[str, Any]:
+    """Convert, and say how equal the result is. Options: those of ``lcl_adapter.convert.convert``."""
+    result = converting.convert(source, out, **options)
+    console.print(
+        f"{out}: {result['from']} -> {result['to']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s), "
+        f"all {result['tensors_equal']} tensors read again and equal",
+        highlight=False,
+    )
+    _say_probes(result)
+    return result
+
+
+def export(run: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+    """An adapter for upstream, and how to ask it there."""
+    result = exchange.export_adapter(run, out, base_name, tower)
+    told = f"{result['layers']} layers{' and the projector' if result['projector'] else ''}, read again and equal"
+    console.print(f"{out}: {told}; ask it in upstream's environment with {out / 'ask_upstream.py'}", highlight=False, markup=False)
+    return result
+
+
+def adopt(folder: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+    """An adapter trained elsewhere, as a run."""
+    result = exchange.import_adapter(folder, out, base_name, tower)
+    dropped = f"; {result['dropped']} weights left out that change nothing" if result["dropped"] else ""
+    console.print(f"{out}: {result['layers']} layers{' and the projector' if result['projector'] else ''}{dropped}", highlight=False, markup=False)
     return result
 
 
@@ -161,7 +205,7 @@ def preview(
     if unknown:
         known = list(recipe.sources)
         raise RecipeError([f"no source {name!r}{did_you_mean(name, known)}; the recipe has {', '.join(known)}" for name in unknown])
-    collator = Collator(Mixture(recipe), load_encoder(recipe.base), check=read_image)
+    collator = Collator(Mixture(recipe), load_encoder(recipe.base, **recipe.pictures), check=read_image)
     written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png, sources, policies)
     for path in written:
         console.print(f"wrote {path}", highlight=False)

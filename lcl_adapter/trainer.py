@@ -31,7 +31,7 @@ from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignmen
 from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.episodes import draw
 from lcl_adapter.errors import DataError, EpisodeError, RunError
-from lcl_adapter.files import disk_is_full, write_json, write_text
+from lcl_adapter.files import disk_is_full, memory_bytes, write_json, write_text
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
@@ -42,7 +42,7 @@ from lcl_adapter.sources.base import names_of
 from lcl_adapter.sources.records import longest_dialogues
 from lcl_adapter.templates import load as load_phrases
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures, memory_bytes
+from lcl_adapter.vision import VisionFeatures
 
 COMPLETE = "complete"  # marks a checkpoint, written last
 PROGRESS = "progress.json"
@@ -82,7 +82,7 @@ class LclTrainer(SFTTrainer):
             args=sft_config(recipe),
             data_collator=collator,
             train_dataset=Dataset.from_dict({"index": range(total)}),
-            processing_class=base.processor.tokenizer,
+            processing_class=base.tokenizer,
         )
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base; a CPU is slow in it, Adam imprecise
@@ -236,9 +236,11 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
     total = mixture.total
-    unread = Collator(mixture, load_encoder(recipe.base), on_fault=recipe.data.on_fault)
+    unread = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault)
     lengths = check_rows(unread, min(total, CHECKED))  # before any weight is loaded
-    base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
+    base = attach(load_base(recipe.base, recipe.precision, **recipe.pictures), recipe.adapter)
+    if recipe.adapter.pissa:
+        adapter.keep_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache))
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
     write_json(output / DATA, mixture.hashes())

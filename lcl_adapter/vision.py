@@ -6,7 +6,7 @@ are read by a few threads, and pass the tower in batches.
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +16,9 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lcl_adapter.model import Base
+from lcl_adapter.families.chat_template import process
+from lcl_adapter.model import Base, side_of
 from lcl_adapter.sources import Picture, read_image
-
-UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-
-
-def memory_bytes(text: str) -> int:
-    """``1.5 GB`` -> 1500000000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text)
-    if match is None:
-        raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB or 2GB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _weight_type(projector: Any) -> torch.dtype:
@@ -63,7 +54,7 @@ class _CaughtError(Exception):
 
 
 class VisionFeatures:
-    """Pictures -> what the projector reads, [N, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
+    """Pictures -> what the projector reads, [N, tiles, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
 
     def __init__(self, base: Base, limit: int = 10**9, batch: int = 32) -> None:
         self.base = base
@@ -73,15 +64,37 @@ class VisionFeatures:
         self.bytes = 0
         self.asked = self.computed = 0
 
-    def pixels(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """[N, 3, H, W] as the base's own image processor makes them, after padding to a square. Raises DataError for a broken picture."""
+    def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """What the model's ``get_image_features`` takes, ``pixel_values`` first among it, by the base's own image processor.
+
+        Pictures are padded to a square first. Raises DataError for a broken picture.
+        """
         with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(lambda p: squared(read_image(p), self.base.processor.image_processor.image_mean), pictures))
-        processed = self.base.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return processed.to(self.base.device, self.base.dtype)
+            images = list(pool.map(self._square, pictures))
+        processor, config = self.base.image_processor, self.base.llava.config
+        if not self.base.own_projector:
+            made = {k: v for k, v in process(processor, images).items() if isinstance(v, torch.Tensor)}
+        elif config.model_type == "llava":
+            made = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+        else:
+            side = side_of(config)
+            grid = {} if self.base.tiles else {"image_grid_pinpoints": [[side, side]]}
+            found = processor(images, return_tensors="pt", **grid)  # [N, tiles, 3, H, W], the whole picture first
+            made = {"pixel_values": found["pixel_values"] if self.base.tiles else found["pixel_values"][:, :1], "image_sizes": found["image_sizes"]}
+        return {k: v.to(self.base.device, self.base.dtype if v.is_floating_point() else None) for k, v in made.items()}
+
+    def _square(self, picture: Picture) -> Image.Image:
+        processor = self.base.image_processor
+        image = squared(read_image(picture), (1, 1, 1) if self.base.family.padding == "white" else processor.image_mean)
+        side = side_of(self.base.llava.config) * (2 if self.base.tiles else 1)
+        # Where the number of tokens follows the picture's size, every picture is made the same.
+        return image.resize((side, side), Image.Resampling.BICUBIC) if self.base.tiles or not self.base.own_projector else image
 
     def raw(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """The projector's input for each picture, in order; [N, tokens, width], no gradient."""
+        """The projector's input for each picture, in order; [N, tiles, tokens, width], no gradient.
+
+        Of a model without a projector of its own, what its whole vision part says; [N, 1, tokens, width].
+        """
         self.asked += len(pictures)
         fresh = list(dict.fromkeys(p for p in pictures if p not in self.kept))
         local: dict[Picture, torch.Tensor] = {}
@@ -100,6 +113,10 @@ class VisionFeatures:
             self._keep(picture, features)
         return torch.stack(rows)
 
+    def patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """:meth:`raw` as one list of patches a picture, [N, tiles * tokens, width]: for comparing pictures without the language model."""
+        return self.raw(pictures).flatten(1, 2)
+
     def projected(self, pictures: Sequence[Picture], noise: float = 0.0) -> dict[str, BaseModelOutputWithPooling]:
         """``mm_encoder_outputs`` for the model's forward. Without noise, each different picture passes the projector once.
 
@@ -108,34 +125,62 @@ class VisionFeatures:
         """
         if not pictures:
             return {}
-        projector = self.base.llava.model.multi_modal_projector
-        kind = _weight_type(projector)
+        different = list(dict.fromkeys(pictures))
+        if noise:  # each showing has noise of its own
+            different = list(pictures)
+        raw = self.raw(different)
+        projector = self.base.llava.model.multi_modal_projector if self.base.own_projector else None
+        raw = raw.to(self.base.dtype if projector is None else _weight_type(projector))
         if noise:
-            raw = self.raw(pictures).to(kind)
-            features = projector(raw + noise * raw.std((0, 1)) * torch.randn_like(raw))
-        else:
-            different = list(dict.fromkeys(pictures))
+            raw = raw + noise * raw.std((0, 1, 2)) * torch.randn_like(raw)
+        features = self._packed(raw if projector is None else projector(raw))
+        if not noise:
             places = {picture: i for i, picture in enumerate(different)}
-            features = projector(self.raw(different).to(kind))
             features = features[torch.tensor([places[p] for p in pictures], device=features.device)]
         features = features.to(self.base.dtype)  # a trained projector is fp32, whatever the base is
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
 
+    def _packed(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, tiles, tokens, width] -> [N, tokens an image, width], with line breaks where the model has them."""
+        llava = self.base.llava
+        newline = getattr(llava.model, "image_newline", None)
+        if newline is None:
+            return features[:, 0]
+        side = side_of(llava.config) * 2
+        sizes = torch.tensor([[side, side]] * len(features))
+        chosen = {"vision_feature_select_strategy": llava.config.vision_feature_select_strategy} if llava.config.model_type == "llava_next" else {}
+        packed, _ = llava.model.pack_image_features(list(features), sizes, image_newline=newline, **chosen)
+        return torch.stack(packed)
+
     @torch.no_grad()
     def _tower(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Run the model's own feature code up to the projector, so that no choice of layers is repeated here."""
+        made = self.pixels(pictures)
+        if not self.base.own_projector:
+            return self._whole(made, len(pictures))
 
         def catch(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             raise _CaughtError(inputs[0])
 
+        pixels = made["pixel_values"]
+        sizes = {"image_sizes": made["image_sizes"]} if "image_sizes" in made else {}
         hook = self.base.llava.model.multi_modal_projector.register_forward_pre_hook(catch)
         try:
-            self.base.llava.get_image_features(self.pixels(pictures), return_dict=True)
+            self.base.llava.get_image_features(pixels.flatten(0, -4), return_dict=True, **sizes)
         except _CaughtError as caught:
-            return caught.features
+            return caught.features.unflatten(0, (len(pictures), -1))
         finally:
             hook.remove()
         raise AssertionError("the model read no features")
+
+    def _whole(self, made: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """A model whose vision part is one: what it says of each picture, [N, 1, tokens, width]."""
+        known = inspect.signature(self.base.llava.model.get_image_features).parameters
+        found = self.base.llava.get_image_features(**{k: v for k, v in made.items() if k in known}, return_dict=True).pooler_output
+        stacked = torch.stack([f.reshape(-1, f.shape[-1]) for f in found])
+        if len(stacked) != count:
+            raise AssertionError(f"{count} pictures gave {len(stacked)} sets of features")
+        return stacked[:, None]
 
     def _keep(self, picture: Picture, features: torch.Tensor) -> None:
         size = features.numel() * features.element_size()

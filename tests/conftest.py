@@ -19,6 +19,10 @@ from tests.tiny import save_tiny
 
 torch.set_num_threads(2)
 FAMILIES = ("pocket", "llava-1.5")
+EVERY = (
+    "pocket", "llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision", "llava-interleave",
+    "qwen2-vl", "smolvlm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_plain_peft_loads_it(run: Path) -> None:
 
 def test_another_base_is_refused_by_its_weights(run: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "base", seed=1)
-    with pytest.raises(AdapterError, match="fingerprints differ"):
+    with pytest.raises(AdapterError, match="hashes of the weights differ"):
         load_adapter(run, str(other))
 
 
@@ -75,8 +75,8 @@ def test_bases_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_base(str(tmp_path / "bare"))
     for text, said in (
-        ('{"model_type": "bert"}', "'bert' model, not a LLaVA"),
-        ('{"model_type": "llava", "mm_vision_tower": "x"}', "original LLaVA layout"),
+        ('{"model_type": "bert"}', "'bert' model without a vision tower"),
+        ('{"model_type": "llava", "mm_vision_tower": "x"}', "its config says 'x', which is not here"),
         ("{", "not JSON"),
     ):
         (tmp_path / "bare" / "config.json").write_text(text)
@@ -85,7 +85,7 @@ def test_bases_that_are_none(tmp_path: Path) -> None:
     truncated = save_tiny(tmp_path / "cut")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="longer than the file"):
         load_base(str(truncated))
 
 
@@ -113,8 +113,10 @@ def test_merging_never_overwrites(run: Path, tmp_path: Path) -> None:
 def test_a_merge_that_answers_otherwise_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = merging.load_base
 
-    def spoiled(*args: object) -> object:
-        base = plain(*args)  # type: ignore[arg-type]
+    def spoiled(name: str, *args: object) -> object:
+        base = plain(name, *args)  # type: ignore[arg-type]
+        if not name.endswith(".partial"):
+            return base
         with torch.no_grad():
             base.llava.model.language_model.layers[0].mlp.up_proj.weight.mul_(-1)
         return base
@@ -130,7 +132,7 @@ def test_a_qlora_merge_tells_its_cost(tmp_path: Path) -> None:
     trainer.train(small(base, tmp_path / "q", max_steps=2).model_copy(update={"precision": "nf4"}))
     result = merging.merge(tmp_path / "q", tmp_path / "merged", dtype="fp32")
     assert result["largest_logit_difference"] < 1e-4
-    assert result["qlora_to_16_bit"]["largest_logit_difference"] > 10 * result["largest_logit_difference"]
+    assert result["from_4_bit"]["largest_logit_difference"] > 10 * result["largest_logit_difference"]
 
 
 def test_the_card_and_manifest_tell_what_was_done(run: Path) -> None:

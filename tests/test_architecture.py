@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lcl_adapter"
 # From left to right; a module imports its own layer and those before it.
 ORDER = [
-    "errors", "terminal", "files", "pocket", "recipe", "templates", "sources", "episodes", "mixture", "conversations", "families", "batches",
-    "model", "vision", "index", "adapter", "trainer", "predict", "evaluate", "watch", "check", "merge", "report", "run", "cli",
+    "errors", "terminal", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture", "conversations",
+    "families", "batches", "model", "vision", "index", "adapter", "trainer", "predict", "evaluate", "watch", "check", "deltas", "probe",
+    "convert", "merge", "exchange", "report", "run", "cli",
 ]  # fmt: skip
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +15,11 @@ from lcl_adapter.batches import IGNORED, check_alignment
 from lcl_adapter.conversations import WORDINGS, Conversation, Turn, from_episode
 from lcl_adapter.episodes import Episode, Example, LearnedAnswers
 from lcl_adapter.errors import DataError, ModelError
-from lcl_adapter.families import FAMILIES, detect
-from lcl_adapter.model import Base
+from lcl_adapter.families import FAMILIES, chat_template
+from lcl_adapter.model import Base, load_base, tokens_an_image
 from lcl_adapter.sources import Picture
+from lcl_adapter.vision import VisionFeatures
+from tests.conftest import EVERY, paint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,7 +89,7 @@ def test_training_ids_are_inference_ids(tiny_base: Base, wording: str) -> None:
 
 
 def test_our_prompt_is_the_pocket_chat_template(pocket_tiny: Path) -> None:
-    from lcl_adapter.model import load_base
+    from transformers import AutoProcessor
 
     base = load_base(str(pocket_tiny))
     spoken = conversation("short")
@@ -96,34 +101,114 @@ def test_our_prompt_is_the_pocket_chat_template(pocket_tiny: Path) -> None:
         }
         for t in turns
     ]
-    templated = base.processor.apply_chat_template(messages)
+    processor = AutoProcessor.from_pretrained(base.path)
+    templated = processor.apply_chat_template(messages)
     assert templated == "<s>" + base.family.render(turns).text
-    opened = base.processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    opened = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
     assert opened == "<s>" + base.family.render(turns[:-1], opened=True).text
 
 
 def test_ids_are_the_processors_own(tiny_base: Base) -> None:
     """What a user's own code gets from the processor for the same text is what we train and ask on."""
     from PIL import Image
+    from transformers import AutoProcessor
 
     spoken = conversation("short")
     turns = [*spoken.shared, *spoken.branches[0][:1]]
     text = tiny_base.family.render(turns, opened=True).text
     images = [Image.new("RGB", (32, 32))] * 5
-    theirs = tiny_base.processor(text="<s>" + text, images=images, add_special_tokens=False)["input_ids"][0]
+    theirs = AutoProcessor.from_pretrained(tiny_base.path)(text="<s>" + text, images=images, add_special_tokens=False)["input_ids"][0]
     ours = tiny_base.encoder().turns(turns, opened=True)[0]
     assert list(theirs) == ours
 
 
-@pytest.mark.parametrize("forged", ["<image>", "x</s>", "<|user|>"])
-def test_a_label_cannot_forge_a_mark(tiny_base: Base, forged: str) -> None:
-    with pytest.raises(DataError, match="reads as a mark"):
-        tiny_base.family.render([Turn("user", forged)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_label_cannot_forge_a_mark(family: str) -> None:
+    for mark in ("<image>", FAMILIES[family].end, *FAMILIES[family].marks):
+        with pytest.raises(DataError, match="reads as a mark"):
+            FAMILIES[family].render([Turn("user", f"x{mark}")])
 
 
-def test_a_base_that_is_no_llava_is_refused(tiny_base: Base) -> None:
-    class Other:
-        model_type = "qwen2_vl"
+@pytest.mark.parametrize("family", EVERY)
+def test_every_family_is_told_apart_and_its_prompt_holds(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Training ids are inference ids, pieces make up the whole, one image's tokens a picture, the mask has answers and ends alone."""
+    base = load_base(str(tiny_folder(family)))
+    assert base.family.name == {"qwen2-vl": "chat-template:qwen2_vl", "smolvlm": "chat-template:smolvlm"}.get(family, family)
+    encoder = base.encoder()
+    spoken = conversation("short")
+    check_alignment(encoder, spoken)
+    ids, labels = encoder.turns([*spoken.shared, *spoken.branches[0]])
+    assert ids.count(encoder.image_token_id) == 5 * encoder.image.count(encoder.image_token_id)
+    text = base.family.render([*spoken.shared, *spoken.branches[0]]).text
+    for part, label in zip(text.split("<image>")[1:], ["good", "qxv", "qxv", "good", "qxv"], strict=True):
+        assert label in part, "an image stands in the turn whose answer names it"
+    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORED])
+    assert learned.replace(" ", "") == "".join(f"{answer}{base.family.end}" for answer in ("qxv", "good", "qxv"))
 
-    with pytest.raises(ModelError, match="not a LLaVA"):
-        detect(Other(), tiny_base.processor.tokenizer)
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("family", [f for f in EVERY if f.startswith(("llava-next", "llava-onevision"))])
+def test_tiles_cost_what_is_said(family: str, tiles: bool, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(str(tiny_folder(family)), tiles=tiles)
+    picture = Picture(paint(tmp_path / "wide.png", (200, 40, 40), size=(90, 50)))
+    features = VisionFeatures(base).projected([picture])["image"].pooler_output[0]
+    assert len(features) == base.tokens_an_image == (4 + 4 * 5 if tiles else 5)
+
+
+def test_tiles_are_for_those_that_have_them(pocket_tiny: Path) -> None:
+    with pytest.raises(ModelError, match="LLaVA-NeXT and OneVision"):
+        load_base(str(pocket_tiny), tiles=True)
+
+
+def test_published_sizes_cost_what_their_papers_say() -> None:
+    """576 tokens an image for LLaVA-1.5, 256 for v1 and LCL, 729 and a line break for OneVision, up to 2,880 and its line breaks for NeXT."""
+
+    def config(kind: str, tower: str, side: int, patch: int, strategy: str) -> SimpleNamespace:
+        vision = SimpleNamespace(image_size=side, patch_size=patch, model_type=tower)
+        return SimpleNamespace(model_type=kind, vision_config=vision, vision_feature_select_strategy=strategy)
+
+    assert tokens_an_image(config("llava", "clip_vision_model", 336, 14, "default")) == 576
+    assert tokens_an_image(config("llava", "clip_vision_model", 224, 14, "default")) == 256
+    assert tokens_an_image(config("llava_onevision", "siglip_vision_model", 384, 14, "full")) == 730
+    assert tokens_an_image(config("llava_next", "clip_vision_model", 336, 14, "default"), tiles=True) == 576 + 48 * 49
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "pocket"])
+def test_the_chat_template_is_the_prompt(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """What a merged checkpoint brings for transformers and vLLM says the same."""
+    base = load_base(str(tiny_folder(family)))
+    spoken = conversation("lcl")
+    turns = [*spoken.shared, *spoken.branches[0]]
+    messages = [chat_template.message(t) for t in turns]
+    template = FAMILIES[family].chat_template()
+
+    def said(part: list[dict[str, object]], opened: bool) -> str:
+        return str(base.tokenizer.apply_chat_template(part, chat_template=template, tokenize=False, add_generation_prompt=opened))
+
+    assert said(messages, False) == base.family.render(turns).text
+    assert said(messages[:-1], True) == base.family.render(turns[:-1], opened=True).text
+
+
+def test_several_images_in_a_turn_stand_where_its_text_says() -> None:
+    pictures = (Picture(Path("a.png")), Picture(Path("b.png")))
+    turn = Turn("user", "Compare <image> with <image>.", pictures[0], further=pictures[1:])
+    assert FAMILIES["llava-v1"].render([turn]).text.endswith("Compare <im_start><image><im_end> with <im_start><image><im_end>. ")
+    assert [p["type"] for p in chat_template.message(turn)["content"]] == ["text", "image", "text", "image", "text"]
+
+
+def test_a_base_of_no_family_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A LLaVA on a language model whose prompt is not written down; a model without a chat template."""
+    strange = tmp_path / "strange"
+    shutil.copytree(tiny_folder("llava-1.5"), strange)
+    settings = json.loads((strange / "tokenizer_config.json").read_text())
+    (strange / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<unk>"}))
+    with pytest.raises(ModelError, match="of no family known here"):
+        load_base(str(strange))
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder("qwen2-vl"), bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="there is none"):
+        load_base(str(bare))
+    (bare / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(ModelError, match="answered question does not begin"):
+        load_base(str(bare))

@@ -37,9 +37,9 @@ def test_the_base_is_small_and_real() -> None:
     assert (BASE / "model.safetensors").stat().st_size < 25_000_000
     base = load_base("pocket")
     assert type(base.llava).__name__ == "LlavaForConditionalGeneration"
-    assert base.processor.image_processor.__class__.__name__.startswith("CLIPImageProcessor")
+    assert base.image_processor.__class__.__name__.startswith("CLIPImageProcessor")
     assert parameters_by_part(base.model)["vision tower"]["total"] > 1_000_000
-    tokenizer = base.processor.tokenizer
+    tokenizer = base.tokenizer
     for name in ("qxvz", "日本語", "🙂", "naïve café", 'a"b'):
         assert tokenizer.decode(tokenizer.encode(name, add_special_tokens=False)) == name
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from lcl_adapter import episodes
 from lcl_adapter.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.model import Base
+from lcl_adapter.model import Base, load_base
 from lcl_adapter.predict import Predictor, Question, Reply
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_pocket
+from tests.conftest import EVERY, FAMILIES
 
 SHORT = WORDINGS["short"]
 Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
@@ -27,6 +31,11 @@ def requests(count: int, shots: list[int], queries: int = 1) -> list[Request]:
     return made
 
 
+def kinds(base: Base, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Qwen2-VL wants to be told which tokens are images."""
+    return {"mm_token_type_ids": torch.tensor([[int(i == base.encoder().image_token_id) for i in ids]])} if base.encoder().grid else {}
+
+
 @torch.no_grad()
 def plainly(base: Base, request: Request) -> Reply:
     """One request without cache, padding or batch."""
@@ -37,12 +46,13 @@ def plainly(base: Base, request: Request) -> Reply:
     totals = []
     for answer in answers:
         ids = encoder.turns([*support, query, Turn("assistant", answer)])[0]
-        likely = base.model(input_ids=torch.tensor([ids]), pixel_values=images).logits[0].log_softmax(-1)
+        likely = base.model(input_ids=torch.tensor([ids]), **images, **kinds(base, ids)).logits[0].log_softmax(-1)
         totals.append(sum(float(likely[k - 1, ids[k]]) for k in range(len(prompt), len(ids))))
     made = base.model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        pixel_values=images,
+        **images,
+        **kinds(base, prompt),
         do_sample=False,
         max_new_tokens=24,
         eos_token_id=encoder.eos,
@@ -94,3 +104,14 @@ def test_a_support_set_beyond_the_context_is_refused(tiny_base: Base) -> None:
     predictor.encoder.context = 30
     with pytest.raises(EpisodeError, match="does not fit the context of 30"):
         predictor.prefill([requests(1, [3])[0][0]])
+
+
+@pytest.mark.parametrize("family", [f for f in EVERY if f not in FAMILIES])
+def test_every_family_answers_as_transformers_does(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Prefilled and packed, against the model's own forward and generate on its own pixels; tiles where the model has no other way."""
+    base = load_base(str(tiny_folder(family)), tiles=family.startswith(("llava-next", "llava-onevision")))
+    asked = requests(2, [1, 2], 2)
+    for one, reply in zip(asked, Predictor(base, pack=2).run(asked), strict=True):
+        expected = plainly(base, one)
+        assert reply.log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-3)
+        assert reply.text == expected.text

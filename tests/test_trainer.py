@@ -14,12 +14,13 @@ from lcl_adapter import adapter, recipe, trainer
 from lcl_adapter.batches import IGNORED, Collator, collate
 from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.errors import EpisodeError, RunError
+from lcl_adapter.files import memory_bytes
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import Base, attach, load_base, parameters_by_part
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.sources import Picture, read_image
-from lcl_adapter.vision import VisionFeatures, memory_bytes
+from lcl_adapter.vision import VisionFeatures
 
 
 def small(base: Path, output: Path, **train: Any) -> Recipe:
@@ -102,8 +103,8 @@ def test_resuming_under_another_recipe_is_refused(pocket_tiny: Path, tmp_path: P
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"feature_noise": 0.5}])
 def test_other_ways_to_train(pocket_tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """bf16 with a trained fp32 projector, checkpointing, noise: each trains, saves and answers."""
-    from lcl_adapter.merge import probe_turns
     from lcl_adapter.predict import Predictor
+    from lcl_adapter.probe import probe_turns
 
     train = {k: v for k, v in change.items() if k != "precision"}
     made = small(pocket_tiny, tmp_path / "run", max_steps=2, **train)
@@ -151,7 +152,7 @@ def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path
     single = [type(c)(c.shared, c.branches[:1], c.origin) for c in rows]
     batch = collate([collator.encoder.conversation(c) for c in single], collator.encoder.pad)
     ours = lcl.compute_loss(base.model, batch)
-    pixels = VisionFeatures(base).pixels(batch["pictures"])
+    pixels = VisionFeatures(base).pixels(batch["pictures"])["pixel_values"]
     plain = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels, labels=batch["labels"]).loss
     assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
     assert (batch["labels"] != IGNORED).any(1).all()
@@ -186,7 +187,7 @@ def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:
     assert torch.equal(first[:-1], again)
     assert torch.equal(first[0], first[-1])
     assert (vision.asked, vision.computed) == (2 * len(pictures) + 1, len(set(pictures)))
-    direct = tiny_base.llava.get_image_features(vision.pixels(pictures), return_dict=True).pooler_output
+    direct = tiny_base.llava.get_image_features(**vision.pixels(pictures), return_dict=True).pooler_output
     looked_up = vision.projected(pictures)["image"].pooler_output
     assert max(float((a - b).abs().max()) for a, b in zip(direct, looked_up, strict=True)) < 1e-5
 

@@ -49,7 +49,7 @@ def measure(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, 
 def _vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
     """Unit vectors [N, width]: the mean patch, standardised by the mean and spread of these pictures."""
     different = list(dict.fromkeys(pictures))
-    found = torch.cat([vision.raw(different[i : i + CHUNK]).mean(1).float() for i in range(0, len(different), CHUNK)])
+    found = torch.cat([vision.patches(different[i : i + CHUNK]).mean(1).float() for i in range(0, len(different), CHUNK)])
     vectors = functional.normalize((found - found.mean(0)) / (found.std(0) + 1e-6), dim=1)
     return vectors, {picture: i for i, picture in enumerate(different)}
 
@@ -98,12 +98,12 @@ def patch_distances(cases: Sequence[Case], vision: VisionFeatures) -> list[float
         groups.setdefault(tuple(p for t in case.support for p in t.pictures), []).append(index)
     found = [0.0] * len(cases)
     for references, members in groups.items():
-        shown = vision.raw(references).float()
+        shown = vision.patches(references).float()
         mean_patch, spread = shown.mean((0, 1)), shown.std((0, 1)) + 1e-6
         known = ((shown - mean_patch) / spread).flatten(0, 1)
         for start in range(0, len(members), CHUNK):
             part = members[start : start + CHUNK]
-            queries = (vision.raw([p for i in part for p in cases[i].query.pictures]).float() - mean_patch) / spread
+            queries = (vision.patches([p for i in part for p in cases[i].query.pictures]).float() - mean_patch) / spread
             nearest = torch.cdist(queries.flatten(0, 1), known).min(1).values.view(len(part), -1)
             for index, distance in zip(part, nearest.max(1).values.tolist(), strict=True):
                 found[index] = distance

@@ -18,12 +18,12 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.suites import build_cells, check_measured
-from lcl_adapter.files import write_json, write_text
+from lcl_adapter.files import memory_bytes, write_json, write_text
 from lcl_adapter.predict import Predictor, Reply
 from lcl_adapter.recipe import Recipe, load, presets
 from lcl_adapter.sources import Picture, read_image
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures, memory_bytes
+from lcl_adapter.vision import VisionFeatures
 
 CACHE = "evaluation"
 

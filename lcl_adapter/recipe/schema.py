@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,7 +17,7 @@ from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.recipe.suites import TaggedSuite, filled
 
-Precision = Literal["fp32", "bf16", "nf4"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 
 
 class DataOptions(Options):
@@ -36,6 +36,13 @@ class AdapterOptions(Options):
     projector: bool = Field(False, description="train the projector too, in full")
     rslora: bool = False
     dora: bool = False
+    pissa: bool = Field(False, description="start from the weights' own principal directions; saved as plain LoRA of twice the rank")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.pissa and (self.dora or self.rslora):
+            raise ValueError("`pissa` stands alone: leave `dora` and `rslora` out")
+        return self
 
 
 class TrainOptions(Options):
@@ -93,7 +100,9 @@ class Recipe(Options):
     """One run, whole: base, precision, adapter, sources with shares, training, evaluation."""
 
     base: str
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="auto chooses by device and memory; int8 and nf4 quantise the language model alone")
+    vision_tower: str | None = Field(None, description="the vision tower's folder, where a base in the original layout names one elsewhere")
+    tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: pictures at twice the size in tiles; about five times the tokens")
     wording: Literal["short", "lcl"] = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()
@@ -116,6 +125,10 @@ class Recipe(Options):
                 if name not in self.sources:
                     known = list(self.sources)
                     raise ValueError(f"`shares` from {begins:g} on: no source {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        if self.adapter.pissa and (self.precision in {"int8", "nf4"} or self.evaluate.every):
+            raise ValueError(
+                "`adapter.pissa` changes the base's weights while it trains: set a precision of 16 bits or more, and no `evaluate.every`"
+            )
         for begins, at in self.phases():
             if sum(at.values()) <= 0:
                 raise ValueError("all shares are 0: nothing would be trained" + (f" from {begins:g} of the run on" if self.shares else ""))
@@ -126,3 +139,8 @@ class Recipe(Options):
         own = {n: s.share for n, s in self.sources.items()}
         steps = [(begins, {**own, **shares}) for begins, shares in sorted(self.shares.items())]
         return steps if steps and steps[0][0] == 0 else [(0.0, own), *steps]
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """How a base reads pictures, as ``load_base`` and ``load_encoder`` take it."""
+        return {"tower": self.vision_tower, "tiles": self.tiles}

@@ -16,20 +16,33 @@ def write_card(run: Path) -> Path:
     manifest = read_manifest(run)
     report = json.loads((run / "report.json").read_text(encoding="utf-8")) if (run / "report.json").exists() else None
     sections = [
-        f"# {run.name}\n\nA LoRA adapter for `{manifest['base']}` (family {manifest['family']}, {manifest['precision']}), trained on "
-        "Link-Context-Learning episodes by lcl-adapter.",
+        _head(run.name, manifest),
         _results(report),
         "## Use\n\n```\nlcl-adapter ask photos/ query.png --adapter "
         + run.name
         + "\n```\n\nWith plain PEFT:\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import LlavaForConditionalGeneration\n\n"
-        f'model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(BASE), "{run.name}")\n```',
-        _training(manifest),
+        "from transformers import AutoModelForImageTextToText\n\n"
+        f'model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), "{run.name}")\n```\n\n'
+        "PEFT takes the base in Hugging Face's layout: `lcl-adapter convert` writes it from the original one.",
+        _training(manifest) if "training_seconds" in manifest else "",
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in manifest["libraries"].items()),
         "## Recipe\n\n```yaml\n" + (run / "recipe.yaml").read_text(encoding="utf-8").strip() + "\n```",
     ]
     write_text(run / "README.md", "\n\n".join(s for s in sections if s) + "\n")
     return run / "README.md"
+
+
+def _head(name: str, manifest: dict[str, Any]) -> str:
+    made = "trained on Link-Context-Learning episodes" if "training_seconds" in manifest else f"imported from `{manifest['imported_from']}`"
+    held = {n: len(names) for n, names in manifest.get("held_in", {}).items()}
+    facts = {
+        "base": f"`{manifest['base']}`, hash `{manifest['base_hash'][:16]}`",
+        "layout, family": f"{manifest['layout']}, {manifest['family']} (prompt v{manifest['prompt_version']})",
+        "precision": manifest["precision"],
+        "classes seen": ", ".join(f"{n}: {count}" for n, count in held.items()),
+    }
+    lines = "\n".join(f"- {what}: {told}" for what, told in facts.items() if told)
+    return f"# {name}\n\nA LoRA adapter for a LLaVA, {made} by lcl-adapter.\n\n{lines}"
 
 
 def _results(report: dict[str, Any] | None) -> str:

@@ -1,0 +1,124 @@
+"""A checkpoint in the other layout: shard by shard, verified tensor by tensor, and on probes where memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lcl_adapter.errors import MergeError, ModelError
+from lcl_adapter.files import resumable_folder
+from lcl_adapter.layouts import Checkpoint, Layout, Writing, open_checkpoint, tower_name
+from lcl_adapter.layouts.writing import TOWER, Change
+from lcl_adapter.model import family_of, load_base
+from lcl_adapter.probe import Answers, probe, probe_turns, room_for
+from lcl_adapter.terminal import console
+from lcl_adapter.weights import stored_in
+
+SPARE = 64 * 2**20  # configs, tokenizer, and what a file system needs
+ROUNDING = 1e-4  # of a logit in fp32, between two layouts of the same weights
+
+
+def convert(
+    source: str, out: Path, to: Layout | None = None, tower: str | None = None, shard_size: int = 5 * 10**9, tower_as: str | None = None
+) -> dict[str, Any]:
+    """Write ``source`` into ``out`` in the other layout, or the one named; a conversion that was stopped goes on.
+
+    tower: where the source's vision tower is. tower_as: what ``mm_vision_tower`` says in an original config made here; left
+    out, the tower lies beside the weights.
+
+    Raises ModelError for a source that is wrong; RunError for the place; MergeError, with nothing left, where what was
+    written differs.
+    """
+    checkpoint = open_checkpoint(source, tower)
+    to = to or ("original" if checkpoint.layout == "hf" else "hf")
+    writing = writing_of(checkpoint, to, {}, None, shard_size, tower_as)
+    plan = {"convert": checkpoint.hash(), "to": to, "shard_size": shard_size, "tower": tower_as}
+    with resumable_folder(out, plan, writing.size + SPARE) as partial:
+        write(writing, partial, out)
+        compared = _same_tensors(writing, partial)
+        found = _same_answers(checkpoint, partial, to, out)
+    return {
+        "out": str(out),
+        "from": checkpoint.layout,
+        "to": to,
+        "bytes": writing.size,
+        "shards": len(writing.shards.files),
+        "tensors_equal": compared,
+        **found,
+    }
+
+
+def writing_of(
+    checkpoint: Checkpoint, to: Layout, changes: dict[str, Change], dtype: torch.dtype | None, shard_size: int, tower_as: str | None = None
+) -> Writing:
+    """What is to be written. Raises ModelError for a family that the other layout cannot be."""
+    family = family_of(checkpoint)
+    if to != checkpoint.layout and (checkpoint.config.model_type not in {"llava", "llava_next"} or family.name == "pocket"):
+        raise ModelError(f"base {checkpoint.folder}: a {family.name} model has no original layout of haotian-liu/LLaVA; leave --to out.")
+    token = checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id) if checkpoint.config.model_type else ""
+    template = family.chat_template(str(token)) if family.user else None
+    return Writing(checkpoint, to, changes, dtype, shard_size, tower_as, family.name, template)
+
+
+def write(writing: Writing, partial: Path, out: Path) -> None:
+    """All of it, with a bar."""
+    with _bar(f"writing {out.name}", writing.size) as step:
+        for size in writing.write(partial, out):
+            step(size)
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn(text), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def _same_tensors(writing: Writing, folder: Path) -> int:
+    """Every tensor read again and compared; MergeError names the first that differs."""
+    on_disk = stored_in(folder)
+    for key, name in writing.names.items():
+        expected, found = writing.expected(name, key), on_disk[key].read()
+        if not torch.equal(expected, found):
+            gap = float((expected.double() - found.double()).abs().max())
+            raise MergeError(f"{folder}: {key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
+    return len(writing.names)
+
+
+def _same_answers(checkpoint: Checkpoint, partial: Path, to: Layout, out: Path) -> dict[str, Any]:
+    fits, needed, free = room_for(checkpoint)
+    if not fits:
+        told = f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free"
+        return {"probes": told}
+    probes = probe_turns("lcl")[:2]
+    before = probe(load_base(str(checkpoint.folder), "fp32", "cpu", None if checkpoint.tower is None else str(checkpoint.tower)), probes)
+    after = probe(load_base(str(partial), "fp32", "cpu", str(tower_of(checkpoint, partial, to)) if to == "original" else None), probes)
+    return {"probes": len(probes), **agreed(before, after, out)}
+
+
+def tower_of(checkpoint: Checkpoint, partial: Path, to: Layout) -> Path | None:
+    """Where the vision tower of a checkpoint that is not in its place yet is."""
+    if (partial / TOWER).exists():
+        return partial / TOWER
+    if checkpoint.tower is not None or to == "hf":
+        return checkpoint.tower
+    # A published tower by name: its weights are the source's own as far as this can be told here.
+    name = tower_name(checkpoint.config)
+    return None if name is None else Path(name)
+
+
+def agreed(before: Answers, after: Answers, out: Path) -> dict[str, Any]:
+    """How far two answers of the same weights are apart. Raises MergeError beyond rounding."""
+    gap, equal = before.distance(after), before.greedy_equal(after)
+    allowed = ROUNDING * max(1.0, float(before.logits.abs().max()) / 10)
+    if gap > allowed:
+        pair = next(((a, b) for a, b in zip(before.texts, after.texts, strict=True) if a != b), None)
+        said = f"; for instance {pair[0]!r} became {pair[1]!r}" if pair else ""
+        raise MergeError(f"{out}: differs from its source by {gap:.3g} in a logit, {allowed:.3g} is allowed{said}. Not kept.")
+    return {"largest_logit_difference": gap, "greedy_equal": equal}

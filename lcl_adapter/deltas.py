@@ -1,0 +1,186 @@
+"""What an adapter's files add to the weights of its base, a weight at a time, by PEFT's own layers.
+
+So LoRA, rsLoRA, DoRA and a start such as PiSSA's merge exactly as PEFT merges them, and the whole model is never there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from lcl_adapter.errors import AdapterError
+from lcl_adapter.weights import stored_in_file
+
+PREFIX = "base_model.model."
+PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as PEFT writes it, and how much of it counts."""
+
+    folder: Path
+    weight: float = 1.0
+
+    @cached_property
+    def config(self) -> LoraConfig:
+        """Raises AdapterError where it is no LoRA."""
+        try:
+            config = LoraConfig.from_pretrained(str(self.folder))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise AdapterError(f"{self.folder}: its adapter_config.json is none of PEFT's ({error}).") from error
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            raise AdapterError(f"{self.folder}: a {config.peft_type} adapter; LoRA and its kin are merged here.")
+        return config
+
+    @cached_property
+    def _parts(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        file = self.folder / "adapter_model.safetensors"
+        if not file.exists():
+            raise AdapterError(f"{self.folder}: no adapter_model.safetensors in it.")
+        stored_in_file(file)  # one that was cut short is told of with its name
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        whole = {}
+        for key, value in load_file(file).items():
+            bare = key.removeprefix(PREFIX)
+            module, _, part = bare.rpartition(".lora_")
+            if module:
+                if f"lora_{part}" not in PARTS:
+                    raise AdapterError(f"{self.folder}: {key} is a kind of adapter weight that is not known here.")
+                layers.setdefault(module, {})[PARTS[f"lora_{part}"]] = value
+            else:
+                whole[bare] = value
+        return layers, whole
+
+    @property
+    def layers(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Module -> "A" [r, in], "B" [out, r], and of DoRA "magnitude" [out]."""
+        return self._parts[0]
+
+    @property
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Weights that were trained in full, such as the projector's, by the model's own names."""
+        return self._parts[1]
+
+    @property
+    def modules(self) -> list[str]:
+        """What it changes, by the model's own names of weights."""
+        return [f"{module}.weight" for module in self.layers] + list(self.whole)
+
+    def put_on(self, layer: Linear, module: str, name: str) -> None:
+        """Its values for ``module``, in a PEFT layer that has an adapter of this name."""
+        parts = self.layers[module]
+        layer.lora_A[name].weight.data = parts["A"].float()
+        layer.lora_B[name].weight.data = parts["B"].float()
+        if "magnitude" in parts:
+            layer.lora_magnitude_vector[name].weight.data = parts["magnitude"].float()
+        layer.scaling[name] *= self.weight
+
+    def rank_and_alpha(self, module: str) -> tuple[int, float]:
+        config = self.config
+        pattern = get_pattern_key((config.alpha_pattern or {}).keys(), module)
+        return self.layers[module]["A"].shape[0], (config.alpha_pattern or {}).get(pattern, config.lora_alpha)
+
+
+def refuse_together(adapters: Sequence[Adapter]) -> None:
+    """Raises AdapterError: adapters that cannot be added up."""
+    if len(adapters) < 2:
+        return
+    for one in adapters:
+        if one.config.use_dora:
+            raise AdapterError(f"{one.folder}: DoRA changes a weight's length and cannot be added to another adapter; merge it alone.")
+    trained = [one for one in adapters if one.whole]
+    if len(trained) > 1:
+        raise AdapterError(f"{trained[0].folder} and {trained[1].folder} have both trained {next(iter(trained[0].whole))} in full; only one may.")
+
+
+def layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter]) -> Linear:
+    """PEFT's layer of a weight [out, in] in fp32, with the adapters that change it.
+
+    Raises AdapterError where an adapter is of another width.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    layer: Linear | None = None
+    for number, one in enumerate(a for a in adapters if module in a.layers):
+        down, up = one.layers[module]["A"], one.layers[module]["B"]
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            raise AdapterError(
+                f"{one.folder}: changes {module} of {down.shape[1]} to {up.shape[0]}, the base's is {weight.shape[1]} to {weight.shape[0]}; "
+                "it belongs to a base of another size."
+            )
+        rank, alpha = one.rank_and_alpha(module)
+        config = copy.copy(one.config)
+        # A start from the weight itself, as PiSSA's, is made again; any other is overwritten at once.
+        starts = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
+        config.init_lora_weights = config.init_lora_weights if starts else False
+        config.lora_dropout = 0.0
+        name = f"adapter{number}"
+        if layer is None:
+            layer = Linear(linear, name, config, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
+        else:
+            layer.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[arg-type]
+        one.put_on(layer, module, name)
+    assert layer is not None
+    layer.set_adapter(list(layer.lora_A.keys()))
+    layer.requires_grad_(False)
+    return layer.eval()
+
+
+def added(module: str, weight: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+    """The weight with its adapters in it, computed in fp32. Raises AdapterError where what comes out is not finite."""
+    layer = layer_of(module, weight.float(), adapters)
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError as error:
+        raise AdapterError(f"{module}: {error}") from error
+    merged: torch.Tensor = layer.get_base_layer().weight.data
+    return merged
+
+
+@torch.no_grad()
+def distance(module: str, weight: torch.Tensor, merged: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[float, float]:
+    """How far a merged weight answers from the adapter beside it, and what the adapter changes: largest values on random inputs."""
+    inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    beside = layer_of(module, weight.float(), adapters)(inputs)
+    found, plain = functional.linear(inputs, merged.float()), functional.linear(inputs, weight.float())
+    return float((found - beside).abs().max()), float((beside - plain).abs().max())
+
+
+def whole_of(name: str, adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:
+    """A weight that an adapter trained in full; with a weight of less than one, that much of the way."""
+    one = next(a for a in adapters if name in a.whole)
+    if one.whole[name].shape != weight.shape:
+        raise AdapterError(f"{one.folder}: {name} is {list(one.whole[name].shape)}, the base's {list(weight.shape)}; it belongs to another base.")
+    return torch.lerp(weight.float(), one.whole[name].float(), one.weight)
+
+
+def check_fits(adapters: Sequence[Adapter], base: Mapping[str, tuple[int, ...]]) -> None:
+    """Before anything is written. Raises AdapterError: a weight the base does not have, or of another width."""
+    for one in adapters:
+        for module in one.layers:
+            shape = base.get(f"{module}.weight")
+            if shape is None:
+                raise AdapterError(f"{one.folder}: changes {module}, which the base does not have.")
+            up, down = one.layers[module].get("B"), one.layers[module].get("A")
+            if up is None or down is None:
+                raise AdapterError(f"{one.folder}: {module} has only one half of its two; copy the adapter again.")
+            if (up.shape[0], down.shape[1]) != shape:
+                raise AdapterError(
+                    f"{one.folder}: changes {module} of {down.shape[1]} to {up.shape[0]}, the base's is {shape[1]} to {shape[0]}; "
+                    "it belongs to a base of another size."
+                )
+        for name in one.whole:
+            if name not in base:
+                raise AdapterError(f"{one.folder}: trained {name} in full, which the base does not have.")

@@ -1,0 +1,158 @@
+"""An adapter that was trained upstream, or by plain PEFT on Hugging Face's layout, as a run of this project."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from lcl_adapter.adapter import FILES, manifest_of
+from lcl_adapter.deltas import Adapter, check_fits
+from lcl_adapter.errors import AdapterError, ModelError, RunError
+from lcl_adapter.exchange import names
+from lcl_adapter.files import whole_folder, write_json, write_text
+from lcl_adapter.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.layouts.keys import skeleton
+from lcl_adapter.model import PROJECTOR, family_of, lora_targets
+from lcl_adapter.weights import stored_in_file
+
+RECIPE = """# An adapter trained elsewhere; these suites measure it. Add sources to train on from here.
+base: {base}
+{tower}precision: auto
+wording: lcl
+output: {output}
+sources:
+  lcl: {{type: pocket}}
+evaluate:
+  suites:
+    2way: {{kind: lcl, source: {{type: pocket, split: held_out}}, shots: [2], episodes: 200}}
+"""
+
+
+@dataclass
+class Upstream:
+    """What an adapter folder of upstream's holds, by this project's names."""
+
+    layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    projector: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+
+def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+    """Write ``out`` as a run that eval, ask and merge take.
+
+    Raises AdapterError for a folder that is no LoRA adapter, of another base's size, or changes the vision tower.
+    """
+    config = _config(folder)
+    if out.exists():
+        raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
+    named = base_name or config.get("base_model_name_or_path")
+    if not named:
+        raise AdapterError(f"{folder}: does not say what base it was trained on; give it with --base.")
+    try:
+        checkpoint = open_checkpoint(str(named), tower)
+    except ModelError as error:
+        raise AdapterError(f"{folder}: its base cannot be opened, give it with --base. {error}") from error
+    found = read_upstream(folder, checkpoint)
+    rank = int(config["r"])
+    made = LoraConfig(
+        r=rank,
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config.get("lora_dropout", 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+        target_modules=lora_targets(skeleton(checkpoint.config)),
+        modules_to_save=[PROJECTOR] if found.projector else None,
+        base_model_name_or_path=str(checkpoint.folder),
+        inference_mode=True,
+    )
+    state = {f"{names.PREFIX}{module}.lora_{half}.weight": parts[half].float() for module, parts in found.layers.items() for half in ("A", "B")}
+    state |= {names.PREFIX + name: value.float() for name, value in found.projector.items()}
+    with whole_folder(out) as partial:
+        made.save_pretrained(str(partial))
+        save_file({k: v.contiguous() for k, v in state.items()}, partial / FILES[1], metadata={"format": "pt"})
+        check_fits([Adapter(partial)], {name: w.shape for name, w in checkpoint.weights.items()})
+        told = "" if checkpoint.tower is None else f"vision_tower: {json.dumps(str(checkpoint.tower))}\n"
+        recipe = RECIPE.format(base=json.dumps(str(checkpoint.folder)), tower=told, output=json.dumps(str(out)))
+        write_text(partial / "recipe.yaml", recipe)
+        write_json(partial / "lcl_adapter.json", manifest_of(partial, checkpoint, family_of(checkpoint), str(named), {"imported_from": folder.name}))
+    return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped)}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder.")
+    file = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder}: no adapter_config.json in it, as in upstream's intermediate checkpoints; it is no whole adapter."
+        ) from error
+    except ValueError as error:
+        raise AdapterError(f"{file}: not JSON ({error}).") from error
+    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
+        raise AdapterError(f"{file}: a {config.get('peft_type')!r} adapter; LoRA can be imported.")
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise AdapterError(f"{file}: DoRA and ranks that differ from layer to layer are not imported.")
+    return config
+
+
+def read_upstream(folder: Path, checkpoint: Checkpoint) -> Upstream:
+    """Its weights by this project's names.
+
+    Raises AdapterError: no weights, one half missing, a vision tower that was adapted, a key that is not known.
+    """
+    found = Upstream()
+    for key, value in _state(folder).items():
+        place = names.from_anywhere(key)
+        if place is not None:
+            module, half = place
+            found.layers.setdefault(module, {})[half[5]] = value
+        elif "vision_tower" in key or "vision_model" in key:
+            # Upstream's suffixes also reach the tower in 1.6, where nothing was trained: such a product is zero.
+            if "lora_B" in key and bool(value.any()):
+                raise AdapterError(f"{folder}: {key} adapts the vision tower; the towers here are frozen and shared, so it cannot be taken over.")
+            found.dropped.append(key)
+        elif "multi_modal_projector" in key:
+            bare = key.removeprefix(names.PREFIX)
+            found.projector[bare if bare.startswith("model.") else f"model.{bare}"] = value
+        else:
+            raise AdapterError(f"{folder}: {key!r} is no weight of a LLaVA adapter that is known here.")
+    if not found.layers:
+        raise AdapterError(f"{folder}: no LoRA weights of the language model in it.")
+    halves = [module for module, parts in found.layers.items() if parts.keys() != {"A", "B"}]
+    if halves:
+        raise AdapterError(f"{folder}: {halves[0]} has only one half of its two; copy the adapter again.")
+    extra = folder / "non_lora_trainables.bin"
+    if extra.exists():
+        trained = {key: stored.read() for key, stored in stored_in_file(extra).items()}
+        found.projector |= names.projector_from_upstream({k: v for k, v in trained.items() if "mm_projector" in k})
+        for key, value in trained.items():
+            if "mm_projector" not in key:
+                _same_as_base(folder, key, value, checkpoint)
+                found.dropped.append(key)
+    return found
+
+
+def _state(folder: Path) -> dict[str, torch.Tensor]:
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if safe.exists():
+        stored_in_file(safe)
+        state: dict[str, torch.Tensor] = load_file(safe)
+        return state
+    if pickled.exists():
+        return {key: stored.read() for key, stored in stored_in_file(pickled).items()}
+    raise AdapterError(f"{folder}: neither adapter_model.safetensors nor adapter_model.bin in it.")
+
+
+def _same_as_base(folder: Path, key: str, value: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """Upstream also writes what it left as it was, such as 1.6's line break."""
+    name = key.removeprefix("base_model.model.")
+    weight = checkpoint.weights.get(name)
+    if weight is None or not torch.allclose(weight.read().float(), value.float(), atol=1e-3, rtol=1e-2):
+        raise AdapterError(f"{folder}: {key} was trained in full; of such only the projector can be taken over. Merge it upstream and convert that.")

@@ -1,0 +1,26 @@
+"""What differs between LLaVA families, a file each: prompt, end mark, image tokens, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lcl_adapter.families.base import IMAGE, Family, Rendered
+from lcl_adapter.families.llava_15 import LLAVA_15
+from lcl_adapter.families.llava_next import LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_VICUNA
+from lcl_adapter.families.llava_qwen import LLAVA_INTERLEAVE, LLAVA_ONEVISION
+from lcl_adapter.families.llava_v1 import LLAVA_V1
+from lcl_adapter.families.pocket import POCKET
+
+# In the order they are tried: a narrower one before a wider one.
+FAMILIES = {
+    family.name: family
+    for family in (POCKET, LLAVA_V1, LLAVA_15, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_VICUNA, LLAVA_ONEVISION, LLAVA_INTERLEAVE)
+}
+LLAVA_TYPES = ("llava", "llava_next", "llava_onevision")  # transformers' model types that have a family of their own
+
+__all__ = ["FAMILIES", "IMAGE", "LLAVA_TYPES", "Family", "Rendered", "detect"]
+
+
+def detect(config: Any, tokenizer: Any) -> Family | None:
+    """The family of a base by its config and tokenizer, None where it has no prompt written down here."""
+    return next((family for family in FAMILIES.values() if family.matches(config, tokenizer)), None)

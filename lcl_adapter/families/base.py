@@ -1,0 +1,96 @@
+"""What a family is: how turns become text, and what a picture becomes before the processor sees it.
+
+A family renders turns to text in which ``<image>`` stands where an image is, and says which characters are learned.
+Tokenising that text is ``batches.Encoder``'s work. One prompt path for training and inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import DataError
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Text, and the learned parts of it as (start, end) in characters."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A prompt format and its pixels. ``learned`` text is the answer and ``end``, so that the model also learns to stop.
+
+    system: text before the first turn. user: with {image} and {text}. answer: with {text}.
+    matches: whether (config, tokenizer) are of this family. marks: text that the model reads as a mark of its own.
+    image: what stands before the text of a turn with a picture; ``<image>`` in it becomes the image's tokens.
+    padding: the colour a picture is padded to a square with, the processor's mean or white.
+    """
+
+    name: str
+    matches: Callable[[Any, Any], bool]
+    system: str
+    user: str
+    assistant: str
+    answer: str
+    end: str
+    marks: tuple[str, ...] = ()
+    image: str = IMAGE + "\n"
+    padding: Literal["mean", "white"] = "mean"
+    version: int = 1
+
+    def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
+        """Turns as text; ``opened`` ends with the assistant's mark, ready for an answer; ``first`` begins with the system text.
+
+        Raises DataError where a turn's text holds a special mark, which would be read as one.
+        """
+        text, learned = self.system if first else "", []
+        for turn in turns:
+            refuse_marks(turn, (self.end, *self.marks))
+            if turn.role == "user":
+                image = self.image if turn.picture and not turn.further else ""
+                # Where a turn has several images, its text says where each of them stands.
+                words = turn.text.replace(IMAGE, self.image.rstrip("\n")) if turn.further else turn.text
+                text += self.user.format(text=words, image=image)
+            else:
+                text += self.assistant
+                start = len(text)
+                text += self.answer.format(text=turn.text) + self.end
+                if turn.learn:
+                    learned.append((start, len(text)))
+        return Rendered(text + self.assistant if opened else text, tuple(learned))
+
+    def chat_template(self, image_token: str = IMAGE) -> str:
+        """The same prompt as a Jinja template, for transformers and vLLM; without the beginning mark, which tokenizers add."""
+
+        def said(text: str) -> str:
+            return "{{ " + repr(text) + " }}" if text else ""
+
+        before, rest = self.user.split("{image}")
+        after = rest.split("{text}")[1]
+        opening, closing = self.answer.split("{text}")
+        texts = "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+        image = said(self.image.replace(IMAGE, image_token))
+        images = "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "{% endif %}{% endfor %}"
+        return (
+            f"{said(self.system)}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{said(before)}{images}{texts}{said(after)}"
+            f"{{% else %}}{said(self.assistant + opening)}{texts}{said(closing + self.end)}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{said(self.assistant)}{{% endif %}}"
+        )
+
+
+def refuse_marks(turn: Turn, marks: Sequence[str]) -> None:
+    """Raises DataError where a turn's text holds a mark, or another number of ``<image>`` than it has pictures."""
+    several = bool(turn.further)
+    for mark in (*(() if several else (IMAGE,)), *marks):
+        if mark and mark in turn.text:
+            raise DataError(f"the text {turn.text!r} holds {mark!r}, which the model reads as a mark: change it.")
+    if several and turn.text.count(IMAGE) != len(turn.pictures):
+        raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, there are {len(turn.pictures)} images.")

@@ -1,0 +1,16 @@
+"""LLaVA-1.5 on Vicuna: upstream's ``vicuna_v1`` conversation (llava/conversation.py), pictures padded with the mean colour."""
+
+from __future__ import annotations
+
+from lcl_adapter.families.base import Family
+
+LLAVA_15 = Family(
+    "llava-1.5",
+    lambda config, tokenizer: config.model_type == "llava" and tokenizer.eos_token == "</s>",
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    user="USER: {image}{text} ",
+    assistant="ASSISTANT:",
+    answer=" {text}",
+    end="</s>",
+)

@@ -1,0 +1,26 @@
+"""LLaVA-OneVision and LLaVA-Interleave on Qwen2: ``qwen_1_5`` of LLaVA-VL/LLaVA-NeXT (llava/conversation.py).
+
+Hugging Face's own template for them leaves the system text and the line breaks out; this is how they were trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lcl_adapter.families.base import Family
+
+LLAVA_ONEVISION = Family(
+    "llava-onevision",
+    lambda config, tokenizer: config.model_type == "llava_onevision" and "<|im_end|>" in tokenizer.get_vocab(),
+    system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
+    user="\n<|im_start|>user\n{image}{text}<|im_end|>",
+    assistant="\n<|im_start|>assistant\n",
+    answer="{text}",
+    end="<|im_end|>",
+    marks=("<|im_start|>",),
+)
+LLAVA_INTERLEAVE = replace(
+    LLAVA_ONEVISION,
+    name="llava-interleave",
+    matches=lambda config, tokenizer: config.model_type == "llava" and "<|im_end|>" in tokenizer.get_vocab(),
+)

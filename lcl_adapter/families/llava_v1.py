@@ -1,0 +1,23 @@
+"""LLaVA v1 and the published LCL model: LLaVA-1.5's conversation, each image between two tokens of its own, white padding.
+
+A linear projector tells it apart (Hugging Face's LLaVA has two layers; here the second is the identity). LCL pads with
+white (mllm/dataset/utils/transform.py of isekai-portal/Link-Context-Learning); v1 itself crops, which would cut an edge off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lcl_adapter.families.base import IMAGE
+from lcl_adapter.families.llava_15 import LLAVA_15
+
+START, PATCH, END = "<im_start>", "<im_patch>", "<im_end>"
+
+LLAVA_V1 = replace(
+    LLAVA_15,
+    name="llava-v1",
+    matches=lambda config, tokenizer: config.model_type == "llava" and config.projector_hidden_act == "linear" and START in tokenizer.get_vocab(),
+    marks=(START, PATCH, END),
+    image=START + IMAGE + END + "\n",
+    padding="white",
+)

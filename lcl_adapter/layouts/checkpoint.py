@@ -1,0 +1,278 @@
+"""A base on disk in either layout, its weights by the model's own names, read one by one.
+
+original          haotian-liu's: `mm_vision_tower` in config.json, the vision tower a folder of its own (inside in 1.6)
+hugging face      transformers': `vision_config` in config.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaTokenizer,
+    LlavaNextImageProcessorPil,
+)
+
+from lcl_adapter.errors import ModelError, did_you_mean
+from lcl_adapter.layouts import configs, keys
+from lcl_adapter.pocket import BASE as POCKET_BASE
+from lcl_adapter.weights import Stored, digest, stored_in
+
+Layout = Literal["hf", "original"]
+MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them
+WHOLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the model: its type and shape, where it is stored if it is, and how it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    stored: Stored | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base that was found and understood; nothing is loaded until it is asked for. ``tower``: the folder outside, where there is one."""
+
+    folder: Path
+    layout: Layout
+    raw: dict[str, Any]
+    tower: Path | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As the checkpoint's own code tokenises. Raises ModelError where it cannot be loaded."""
+        try:
+            if self.layout == "hf":
+                return AutoTokenizer.from_pretrained(self.folder)
+            # AutoTokenizer takes `llava` for another model and gives wrong ids.
+            named = {"image_token": MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
+            tokenizer = LlamaTokenizer.from_pretrained(self.folder, extra_special_tokens=named)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"base {self.folder}: its tokenizer cannot be loaded ({error}).") from error
+        if self.raw.get("mm_use_im_start_end"):
+            tokenizer.add_tokens([t for t in MARKED_IMAGE if t not in tokenizer.get_vocab()], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token
+        return tokenizer
+
+    @cached_property
+    def config(self) -> Any:
+        """In Hugging Face's terms, whatever the layout. Raises ModelError for what they cannot say."""
+        if self.layout == "hf":
+            return AutoConfig.from_pretrained(self.folder)
+        assert self.tower is not None
+        try:
+            return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._rows, self._image_token_id)
+        except ModelError as error:
+            raise ModelError(f"base {self.folder}: {error}") from error
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The Pillow one. Raises ModelError where it cannot be loaded."""
+        try:
+            if self.layout == "hf":
+                return AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+            clip = CLIPImageProcessorPil.from_pretrained(self.tower)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"base {self.folder}: its image processor cannot be loaded ({error}).") from error
+        if not configs.is_next(self.raw):
+            return clip
+        same = {name: getattr(clip, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")}
+        return LlavaNextImageProcessorPil(**same, image_grid_pinpoints=self.config.image_grid_pinpoints)
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The folder's own tensors by the model's names. Raises ModelError: a key of another layout or kind."""
+        on_disk = stored_in(self.folder)
+        kinds = {_layout_of_key(key) for key in on_disk} - {None}
+        if len(kinds) > 1:
+            raise ModelError(f"{self.folder}: weights of both layouts lie mixed in it; keep one checkpoint a folder.")
+        if kinds and kinds != {self.layout}:
+            raise ModelError(f"{self.folder}: config.json is of the {self.layout} layout, the weights are of the other; one of them is another's.")
+        if self.layout == "original":
+            try:
+                named = {key: keys.from_original(key) for key in on_disk}
+            except ModelError as error:
+                raise ModelError(f"{self.folder}: {error}") from error
+            return {name: on_disk[key] for key, name in named.items() if name is not None}
+        return {name: on_disk[key] for key, name in keys.from_hugging_face(on_disk, keys.skeleton(self.config)).items()}
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """Every weight of the model by its own name, from the folder, the tower, or made (v1's second layer, the image token's row).
+
+        Raises ModelError: a weight missing, of another shape, unknown, or already quantised.
+        """
+        found = {name: Weight(s.dtype, s.shape, s.read, s) for name, s in self.stored.items()}
+        if self.layout == "original":
+            found |= self._tower_weights(inside=any(name.startswith(keys.TOWER) for name in found))
+            found |= self._made(found)
+        self._check(found)
+        return found
+
+    def hash(self) -> str:
+        """What tells one base from another, the same in both layouts, for any sharding and type: shapes and edges of all weights.
+
+        Of the embedding and the head only the first row counts: layouts differ in how many rows they add.
+        """
+        lone = {keys.EMBEDDING, keys.HEAD}
+        marks = {n: w.stored.mark(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second}
+        return digest(marks)
+
+    @property
+    def _second(self) -> set[str]:
+        """v1's second projector layer, which is the identity where it is stored and nowhere in the original layout."""
+        linear = getattr(self.config, "projector_hidden_act", None) == "linear"
+        return {keys.PROJECTOR + "linear_2.weight", keys.PROJECTOR + "linear_2.bias"} if linear else set()
+
+    @cached_property
+    def _rows(self) -> int:
+        return max(self.stored[keys.EMBEDDING].shape[0], self._image_token_id + 1) if keys.EMBEDDING in self.stored else self._image_token_id + 1
+
+    @cached_property
+    def _image_token_id(self) -> int:
+        token: int = self.tokenizer.convert_tokens_to_ids(MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>")
+        return token
+
+    def _tower_weights(self, inside: bool) -> dict[str, Weight]:
+        if inside:
+            return {}
+        assert self.tower is not None
+        found = {}
+        for key, stored in stored_in(self.tower).items():
+            bare = key.removeprefix("vision_model.")
+            if bare.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")) and not keys.DROPPED.search(key):
+                found[keys.TOWER + bare] = Weight(stored.dtype, stored.shape, stored.read, stored)
+        return found
+
+    def _made(self, found: dict[str, Weight]) -> dict[str, Weight]:
+        made = {}
+        for name in (keys.EMBEDDING, keys.HEAD):
+            if name in found and found[name].shape[0] < self._rows:
+                made[name] = _grown(found[name], self._rows, self.tokenizer.unk_token_id or 0)
+        if configs.projector_type(self.raw) == "linear":
+            first = found.get(keys.PROJECTOR + "linear_1.weight")
+            if first is not None:
+                width, kind = first.shape[0], first.dtype
+                made[keys.PROJECTOR + "linear_2.weight"] = Weight(kind, (width, width), lambda: torch.eye(width, dtype=kind))
+                made[keys.PROJECTOR + "linear_2.bias"] = Weight(kind, (width,), lambda: torch.zeros(width, dtype=kind))
+        return made
+
+    def _check(self, found: dict[str, Weight]) -> None:
+        model = keys.skeleton(self.config)
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if self.config.tie_word_embeddings else set()
+        missing = sorted(wanted.keys() - found.keys() - tied)
+        if missing:
+            raise ModelError(f"base {self.folder}: {len(missing)} weights are missing, for instance {missing[0]}.")
+        extra = sorted(found.keys() - wanted.keys())
+        if extra:
+            raise ModelError(f"base {self.folder}: {extra[0]!r} is no weight of this model{did_you_mean(extra[0], list(wanted))}.")
+        for name, weight in found.items():
+            if weight.shape != wanted[name]:
+                raise ModelError(f"base {self.folder}: mismatched keys: {name} is {list(weight.shape)}, its config says {list(wanted[name])}.")
+            if weight.dtype not in WHOLE:
+                raise ModelError(f"base {self.folder}: {name} is {weight.dtype}, not a float; give the base before it was quantised.")
+
+
+def _grown(weight: Weight, rows: int, like: int) -> Weight:
+    """With rows for added tokens, equal to the unknown token's: the model never reads them, and never prefers them."""
+
+    def read() -> torch.Tensor:
+        value = weight.read()
+        return torch.cat([value, value[like].expand(rows - value.shape[0], -1)])
+
+    return replace(weight, shape=(rows, *weight.shape[1:]), read=read)
+
+
+def _layout_of_key(key: str) -> Layout | None:
+    if key.startswith(("model.mm_projector.", "model.vision_tower.vision_tower.", "model.layers.", "model.embed_tokens.")):
+        return "original"
+    return "hf" if "language_model." in key or "multi_modal_projector." in key else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises ModelError where there is none, or it is not JSON."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"base {folder}: no config.json in it, so it is no checkpoint.") from error
+    except ValueError as error:
+        raise ModelError(f"base {folder}: config.json is not JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"base {folder}: config.json is not a JSON object.")
+    return raw
+
+
+def layout_of(raw: dict[str, Any]) -> Layout | None:
+    """By the config's own fields; its ``model_type`` differs between upstream's versions. None for what is neither."""
+    if raw.get("mm_vision_tower") and "vision_config" not in raw:
+        return "original"
+    return "hf" if "vision_config" in raw else None
+
+
+def find_base(name: str) -> Path:
+    """``pocket``, a folder, or a name in the local Hugging Face cache. Nothing is downloaded.
+
+    Raises ModelError where there is none.
+    """
+    if name == "pocket":
+        return POCKET_BASE
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # what it raises differs from version to version
+        raise ModelError(
+            f"base {name!r}: no such folder, and not in the local Hugging Face cache. Give a folder, or fetch it first: `hf download {name}`."
+        ) from error
+
+
+def open_checkpoint(name: str, tower: str | None = None) -> Checkpoint:
+    """Find a base and tell its layout; ``tower``: where its vision tower is, if it is not where the config says.
+
+    Raises ModelError: no such base, no image-text model, a vision tower that is not here.
+    """
+    folder = find_base(name)
+    raw = read_config(folder)
+    layout = layout_of(raw)
+    if layout is None:
+        raise ModelError(f"base {folder}: a {raw.get('model_type')!r} model without a vision tower, not a LLaVA.")
+    if layout == "hf":
+        return Checkpoint(folder, layout, raw)
+    return Checkpoint(folder, layout, raw, _find_tower(folder, str(raw["mm_vision_tower"]), tower))
+
+
+def _find_tower(folder: Path, named: str, given: str | None) -> Path:
+    for place in [given] if given else [named, str(folder / named), str(folder.parent / Path(named).name)]:
+        if (Path(place).expanduser() / "config.json").exists():
+            return Path(place).expanduser().resolve()
+    if given is None and not Path(named).is_absolute():
+        try:
+            return find_base(named)
+        except ModelError:
+            pass
+    fetch = f"`hf download {named}`" if named.count("/") == 1 else "the tower it was trained with, for LCL openai/clip-vit-large-patch14"
+    where = f"{given!r} is no folder with a config.json" if given else f"its config says {named!r}, which is not here"
+    raise ModelError(
+        f"base {folder}: the original layout keeps its vision tower in a folder of its own; {where}. Give it with vision_tower=FOLDER "
+        f"(--vision-tower FOLDER), or fetch it: {fetch}."
+    )

@@ -1,0 +1,251 @@
+"""Write a checkpoint in either layout, shard by shard: the weights of another one, changed or not, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcessor
+
+from lcl_adapter.errors import ModelError
+from lcl_adapter.files import write_json
+from lcl_adapter.layouts import configs, keys
+from lcl_adapter.layouts.checkpoint import MARKED_IMAGE, Checkpoint, Layout, Weight
+from lcl_adapter.weights import Planned, Shards
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
+TOWER = "vision_tower"  # the folder beside the weights that holds it, in the original layout
+KNOWN_TOWERS = {  # (width, layers, patch, side) of the published ones
+    (1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
+    (1024, 24, 14, 224): "openai/clip-vit-large-patch14",
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is to be written: ``source`` in layout ``to``, its weights passed through ``changes`` by the model's own names.
+
+    dtype: of every weight, None to keep each one's own. tower: what ``mm_vision_tower`` will say in a config that is made
+    here; None puts the tower's weights beside the others. family, chat_template: the base's, by name and as Jinja.
+    """
+
+    source: Checkpoint
+    to: Layout
+    changes: dict[str, Change]
+    dtype: torch.dtype | None = None
+    shard_size: int = 5 * 10**9
+    tower: str | None = None
+    family: str = ""
+    chat_template: str | None = None
+
+    @property
+    def same_layout(self) -> bool:
+        return self.source.layout == self.to
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Key to be written -> the model's own name of the weight, in the order of the source's files."""
+        found: dict[str, str] = {}
+        for name, weight in self._ordered():
+            if self.to == "hf":
+                key = weight.stored.key if self.same_layout and weight.stored is not None else keys.to_hugging_face(name)
+            elif self.same_layout:
+                if weight.stored is None or weight.stored.file.parent != self.source.folder:
+                    if keys.DROPPED.search(name) or name.startswith((keys.TOWER, keys.PROJECTOR)):
+                        continue  # the tower's own folder, and v1's second layer, which is none
+                    key = keys.to_original(name, self._linear)
+                else:
+                    key = weight.stored.key
+            else:
+                if name.startswith(keys.TOWER) and not self._is_next:
+                    continue
+                if self._linear and name.startswith(keys.PROJECTOR + "linear_2"):
+                    continue
+                key = keys.to_original(name, self._linear)
+            found[key] = name
+        if self.to == "original" and keys.HEAD not in found:
+            found[keys.HEAD] = keys.EMBEDDING  # tied
+        return found
+
+    @cached_property
+    def shards(self) -> Shards:
+        return Shards([self._planned(key, name) for key, name in self.names.items()], self.shard_size)
+
+    @cached_property
+    def tower_shards(self) -> Shards | None:
+        """The vision tower as a folder of its own, where none was named; upstream reads it from there first, in 1.6 too."""
+        if self.to != "original" or self.same_layout or self.tower is not None:
+            return None
+        named = {name: weight for name, weight in self.source.weights.items() if name.startswith(keys.TOWER)}
+        return Shards([self._planned("vision_model." + n.removeprefix(keys.TOWER), n) for n in named], self.shard_size)
+
+    @property
+    def size(self) -> int:
+        return self.shards.size + (self.tower_shards.size if self.tower_shards else 0)
+
+    def expected(self, name: str, key: str = "") -> torch.Tensor:
+        """A weight as it is to be written, in the type it is written in."""
+        return self._planned(key or name, name).make()
+
+    def write(self, folder: Path, final: Path, resume: bool = True) -> Iterator[int]:
+        """Everything, into ``folder`` that will be ``final``; yields bytes as they are written. Raises RunError, ModelError."""
+        if self.same_layout:
+            copy_beside(self.source.folder, folder, self.dtype)
+        else:
+            self.write_beside(folder, final)
+        for _, size in self.shards.write(folder, resume):
+            yield size
+        if self.tower_shards is not None:
+            for _, size in self.tower_shards.write(folder / TOWER, resume):
+                yield size
+
+    def write_beside(self, folder: Path, final: Path) -> None:
+        """Config, tokenizer and processor in the other layout. Raises ModelError for what it cannot say."""
+        source = self.source
+        if self.to == "hf":
+            config = source.config
+            config.architectures = [type(keys.skeleton(config)).__name__]
+            if self.dtype is not None:
+                config.dtype = self.dtype
+            config.save_pretrained(folder)
+            kind = LlavaNextProcessor if config.model_type == "llava_next" else LlavaProcessor
+            kind(
+                source.image_processor,
+                source.tokenizer,
+                patch_size=config.vision_config.patch_size,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                num_additional_image_tokens=1,
+                chat_template=self.chat_template,
+            ).save_pretrained(folder)
+            slow = source.folder / "tokenizer.model"
+            if slow.exists():
+                shutil.copyfile(slow, folder / slow.name)  # for the way back
+            write_json(folder / "generation_config.json", cleaned(_read(source.folder / "generation_config.json")))
+            return
+        if not (source.folder / "tokenizer.model").exists():
+            raise ModelError(
+                f"base {source.folder}: has no tokenizer.model, which upstream's slow tokenizer reads. Copy it beside the checkpoint "
+                "(llava-hf's have it; Vicuna's and Mistral's own will do) and run the command again."
+            )
+        tower = self.tower
+        if tower is None:
+            write_json(folder / TOWER / "config.json", {**source.config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]})
+            tower = str((final / TOWER).absolute())
+            self._tower_processor().save_pretrained(folder / TOWER)
+        write_json(folder / "config.json", configs.to_original(source.config, tower, self._rows, self.family))
+        for name in ("tokenizer.model", "special_tokens_map.json"):
+            if (source.folder / name).exists() and name.endswith(".model"):
+                shutil.copyfile(source.folder / name, folder / name)
+        write_json(folder / "tokenizer_config.json", _slow_tokenizer(source.tokenizer))
+        if self.family == "llava-v1":
+            write_json(folder / "added_tokens.json", {token: source.tokenizer.convert_tokens_to_ids(token) for token in MARKED_IMAGE})
+        write_json(folder / "generation_config.json", cleaned(_read(source.folder / "generation_config.json")))
+
+    @property
+    def _linear(self) -> bool:
+        return bool(self.source.config.projector_hidden_act == "linear")
+
+    @property
+    def _is_next(self) -> bool:
+        return bool(self.source.config.model_type == "llava_next")
+
+    @property
+    def _rows(self) -> int:
+        """Of the embedding in the original layout: without the image token, which upstream never reads, and what was padded behind it."""
+        rows = self.source.weights[keys.EMBEDDING].shape[0]
+        return rows if self.family == "llava-v1" else min(rows, self.source.config.image_token_id)
+
+    def _ordered(self) -> list[tuple[str, Weight]]:
+        def place(item: tuple[str, Weight]) -> tuple[str, int]:
+            stored = item[1].stored
+            return ("", 0) if stored is None else (str(stored.file), stored.begin)
+
+        return sorted(self.source.weights.items(), key=place)
+
+    def _planned(self, key: str, name: str) -> Planned:
+        weight, change = self.source.weights[name], self.changes.get(name)
+        dtype = self.dtype or weight.dtype
+        shape = weight.shape
+        if self.to == "original" and name in {keys.EMBEDDING, keys.HEAD}:
+            rows = weight.stored.shape[0] if self.same_layout and weight.stored is not None else self._rows
+            shape = (rows, *shape[1:])
+
+        def make() -> torch.Tensor:
+            if self._folded(name):
+                return self._one_layer(name).to(dtype)
+            value = weight.read()
+            value = value if change is None else change(value)
+            return value[: shape[0]].to(dtype) if shape != weight.shape else value.to(dtype)
+
+        return Planned(key, dtype, shape, make)
+
+    def _folded(self, name: str) -> bool:
+        return self.to == "original" and name.startswith(keys.PROJECTOR + "linear_1") and self._linear
+
+    def _one_layer(self, name: str) -> torch.Tensor:
+        """v1 has one layer: two without anything between them are one again."""
+        one = {n: self._changed(keys.PROJECTOR + n).double() for n in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")}
+        if name.endswith("weight"):
+            return (one["linear_2.weight"] @ one["linear_1.weight"]).float()
+        return (one["linear_2.weight"] @ one["linear_1.bias"] + one["linear_2.bias"]).float()
+
+    def _changed(self, name: str) -> torch.Tensor:
+        value = self.source.weights[name].read()
+        return self.changes[name](value) if name in self.changes else value
+
+    def _tower_processor(self) -> Any:
+        images = self.source.image_processor
+        side = self.source.config.vision_config.image_size
+        same = {name: getattr(images, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **same)
+
+
+def tower_name(config: Any) -> str | None:
+    """The published vision tower of this shape, None where there is none."""
+    vision = config.vision_config
+    return KNOWN_TOWERS.get((vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size))
+
+
+def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """All but the weights, byte for byte; the config's type where it changes, and a generation config that can be saved again."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    if (folder / "generation_config.json").exists():
+        read = _read(folder / "generation_config.json")
+        if cleaned(read) != read:
+            write_json(folder / "generation_config.json", cleaned(read))
+    if dtype is not None:
+        config = _read(folder / "config.json")
+        write_json(folder / "config.json", {**config, "dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def cleaned(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what only sampling reads, where nothing is sampled: transformers refuses to save such a one again."""
+    return config if config.get("do_sample") else {k: v for k, v in config.items() if k not in {"temperature", "top_p", "top_k", "do_sample"}}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+        "pad_token": tokenizer.unk_token,
+        "model_max_length": 4096,
+        "padding_side": "right",
+    }

@@ -1,0 +1,253 @@
+"""Weights on disk, one tensor at a time: sharded safetensors and pickles read, safetensors written shard by shard.
+
+Whole shards are never in memory: a tensor is read, changed, written, dropped. The format is safetensors' own (eight
+bytes of length, a JSON header, raw bytes), whose library maps or holds a whole file at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lcl_adapter.errors import ModelError
+from lcl_adapter.files import whole_file, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {kind: name for name, kind in TYPES.items()}
+EDGE = 1024  # values at each end of a tensor that its mark is made of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: a file, the key in it, its type and shape; for safetensors its first byte in the file."""
+
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int = -1
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize * _count(self.shape)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        if self.begin < 0:
+            return _pickled(self.file)[self.key].clone()
+        with self.file.open("rb") as opened:
+            opened.seek(self.begin)
+            data = bytearray(self.size)
+            if opened.readinto(data) != self.size:
+                raise ModelError(f"{self.file}: ends in the middle of {self.key}; the file was cut short, copy it again.")
+        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape) if data else torch.empty(self.shape, dtype=self.dtype)
+
+    def mark(self, rows: int | None = None) -> bytes:
+        """Shape and the values at both ends, rounded to fp16: enough to tell one checkpoint's tensor from another's, whatever type it is kept in.
+
+        rows: of the first rows alone.
+        """
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        count = _count(shape)
+        ends = [self._part(0, min(EDGE, count)), self._part(max(0, count - EDGE), count)]
+        return str(list(shape)).encode() + b"".join(values.to(torch.float16).numpy().tobytes() for values in ends)
+
+    def _part(self, first: int, last: int) -> torch.Tensor:
+        """Elements of the flattened tensor."""
+        if self.begin < 0:
+            return _pickled(self.file)[self.key].contiguous().flatten()[first:last]
+        with self.file.open("rb") as opened:
+            opened.seek(self.begin + first * self.dtype.itemsize)
+            data = bytearray(opened.read((last - first) * self.dtype.itemsize))
+        return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder by its key on disk.
+
+    Raises ModelError: no weights, an index that names a file which is missing or outside the folder, a file cut short, a
+    key in two files or in none, a pickle with anything but tensors in it.
+    """
+    files = _files(folder)
+    found: dict[str, Stored] = {}
+    for file in files:
+        for key, one in stored_in_file(file).items():
+            if key in found:
+                raise ModelError(f"{folder}: {key} is in both {found[key].file.name} and {file.name}; two checkpoints lie mixed in one folder.")
+            found[key] = one
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    for index in (folder / INDEX, folder / "pytorch_model.bin.index.json"):
+        if index.exists():
+            try:
+                placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{index}: not an index of weights ({error}).") from error
+            for name in set(placed.values()):
+                if Path(name).name != name:
+                    raise ModelError(f"{index}: names {name!r}, which is outside its folder. Not read.")
+            missing = sorted(name for name in set(placed.values()) if not (folder / name).exists())
+            if missing:
+                raise ModelError(f"{folder}: {len(missing)} of {len(set(placed.values()))} shards are missing, for instance {missing[0]}; copy them.")
+            files = sorted({folder / name for name in placed.values()})
+            there = {key for file in files for key in stored_in_file(file)}
+            for fault, keys in (("in the index and in no shard", placed.keys() - there), ("in a shard and not in the index", there - placed.keys())):
+                if keys:
+                    raise ModelError(f"{folder}: {sorted(keys)[0]} is {fault}; the index is another checkpoint's.")
+            return files
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        files = sorted(p for p in folder.glob(pattern) if not p.name.startswith(("adapter_model", "mm_projector")))
+        if files:
+            return files
+    raise ModelError(f"{folder}: no weights in it (*.safetensors or pytorch_model*.bin).")
+
+
+def stored_in_file(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, by key. Raises ModelError as :func:`stored_in`."""
+    if file.suffix != ".safetensors":
+        return {key: Stored(file, key, value.dtype, tuple(value.shape)) for key, value in _pickled(file).items()}
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0]
+            if length > min(size, 1 << 28):
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = {key: Stored(file, key, TYPES[one["dtype"]], tuple(one["shape"]), 8 + length + one["data_offsets"][0]) for key, one in header.items()}
+        ends = {key: 8 + length + one["data_offsets"][1] for key, one in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: not a safetensors file that can be read ({error}); copy it again.") from error
+    for key, one in found.items():
+        if ends[key] > size or one.begin + one.size != ends[key]:
+            raise ModelError(f"{file}: {key} should end at byte {ends[key]:,}, the file has {size:,}; it was cut short, copy it again.")
+    return found
+
+
+_OPEN: dict[Path, tuple[float, dict[str, torch.Tensor]]] = {}
+
+
+def _pickled(file: Path) -> dict[str, torch.Tensor]:
+    """A pickle's tensors, mapped and not read; the last one asked for is kept open. Raises ModelError where anything else is in it."""
+    stamp = file.stat().st_mtime
+    if _OPEN.get(file, (None,))[0] != stamp:
+        _OPEN.clear()
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # unpickling raises whatever the file makes it raise
+            what = re.search(r"(?:GLOBAL|Unsupported global:) (?:GLOBAL )?([\w.]+)", str(error))
+            named = f"it holds {what[1]}, which is no tensor" if what else str(error).splitlines()[0]
+            raise ModelError(f"{file}: refused, {named}. A checkpoint is tensors alone; nothing else of a pickle is ever run.") from error
+        odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else ["all of it"]
+        if odd:
+            raise ModelError(f"{file}: {odd[0]} is no tensor. A checkpoint is tensors alone.")
+        _OPEN[file] = (stamp, state)
+    return _OPEN[file][1]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its key, its type and shape, and what makes it when its turn comes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        return Stored(Path(), self.key, self.dtype, self.shape).size
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Tensors cut into files of at most ``limit`` bytes, in their order; a larger tensor has a file of its own."""
+
+    planned: Sequence[Planned]
+    limit: int
+
+    @cached_property
+    def files(self) -> dict[str, list[Planned]]:
+        cut: list[list[Planned]] = [[]]
+        for one in self.planned:
+            if cut[-1] and sum(p.size for p in cut[-1]) + one.size > self.limit:
+                cut.append([])
+            cut[-1].append(one)
+        if len(cut) == 1:
+            return {SINGLE: cut[0]}
+        return {f"model-{n:05d}-of-{len(cut):05d}.safetensors": part for n, part in enumerate(cut, 1)}
+
+    @property
+    def size(self) -> int:
+        return sum(one.size for one in self.planned)
+
+    def write(self, folder: Path, resume: bool = False) -> Iterator[tuple[str, int]]:
+        """Writes file after file, then the index; yields each tensor's key and bytes as it is done.
+
+        resume: files that are there with exactly the planned tensors are kept; each is written whole or not at all.
+        Raises RunError where the disk is full.
+        """
+        for name, part in self.files.items():
+            if not (resume and _is(folder / name, part)):
+                with whole_file(folder / name) as partial, partial.open("wb") as opened:
+                    yield from ((one.key, one.size) for one in _write(opened, part))
+            else:
+                yield name, sum(one.size for one in part)
+        if len(self.files) > 1:
+            placed = {one.key: name for name, part in self.files.items() for one in part}
+            write_json(folder / INDEX, {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(placed.items()))})
+
+
+def _is(file: Path, part: Sequence[Planned]) -> bool:
+    if not file.exists():
+        return False
+    found = stored_in_file(file)
+    return {k: (s.dtype, s.shape) for k, s in found.items()} == {p.key: (p.dtype, tuple(p.shape)) for p in part}
+
+
+def _write(opened: BinaryIO, part: Sequence[Planned]) -> Iterator[Planned]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for one in part:
+        header[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [offset, offset + one.size]}
+        offset += one.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    opened.write(struct.pack("<Q", len(text)) + text)
+    for one in part:
+        value = one.make().to(one.dtype).contiguous()
+        if tuple(value.shape) != tuple(one.shape):
+            raise AssertionError(f"{one.key}: made {tuple(value.shape)}, planned {tuple(one.shape)}")
+        opened.write(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+        yield one
+
+
+def digest(marks: Mapping[str, bytes]) -> str:
+    """One sha256 over named marks, whatever their order."""
+    found = hashlib.sha256()
+    for name in sorted(marks):
+        found.update(name.encode() + b"\0" + hashlib.sha256(marks[name]).digest())
+    return found.hexdigest()
