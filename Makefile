@@ -1,6 +1,7 @@
 # make quickstart   set-up, then the main job: train on the shipped base, measure base against adapter
 # make test         set-up, then the whole suite
 # make check        lint, format, types
+# make interop      upstream LLaVA in an environment of its own: both directions, all families
 # make bench        the side-by-side measurements under benchmarks/
 
 PYTHON ?= python3
@@ -10,7 +11,9 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart test check bench clean
+UPSTREAM := interop/.venv
+
+.PHONY: quickstart test check interop bench clean
 
 quickstart: $(READY)
 	rm -rf runs/quickstart
@@ -24,10 +27,22 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+interop: $(READY) $(UPSTREAM)/ready
+	$(BIN)/python -m interop.check
+
+$(UPSTREAM)/ready: interop/requirements.txt
+	$(PYTHON) -m venv $(UPSTREAM)
+	$(UPSTREAM)/bin/pip install --quiet torch==2.13.0
+	$(UPSTREAM)/bin/pip install --quiet -r interop/requirements.txt
+	$(UPSTREAM)/bin/pip install --quiet --no-deps llava-torch==1.2.2.post1
+	touch $(UPSTREAM)/ready
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.plan
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +51,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build merged
+	rm -rf $(VENV) $(UPSTREAM) runs build merged

@@ -80,7 +80,9 @@ def train(job):
     from peft import LoraConfig, get_peft_model
 
     _, model, _ = load(job)
-    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "vision_tower" not in n and "mm_projector" not in n}
+    names = {
+        n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "vision_tower" not in n and "mm_projector" not in n
+    }
     config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(names - {"lm_head"}), lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     torch.manual_seed(3)

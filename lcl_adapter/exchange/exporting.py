@@ -38,9 +38,7 @@ def export_adapter(run: Path, out: Path, base_name: str | None = None, tower: st
             "(its weights must be the same), or write it: `lcl-adapter convert BASE OUT --to original`."
         )
     if checkpoint.raw.get("model_type") == "llava_mistral":
-        raise AdapterError(
-            f"{run}: upstream loads adapters on Llama alone, this base is Mistral. Merge it: `lcl-adapter merge --to original`."
-        )
+        raise AdapterError(f"{run}: upstream loads adapters on Llama alone, this base is Mistral. Merge it: `lcl-adapter merge --to original`.")
     names.check_folder_name(out, adapter=True)
     if out.exists():
         raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
@@ -77,9 +75,7 @@ def _refuse_what_upstream_lacks(adapter: Adapter) -> None:
         ("weights trained in full outside the projector", [n for n in adapter.whole if "multi_modal_projector" not in n]),
     ):
         if there:
-            raise AdapterError(
-                f"{adapter.folder}: has {what}, which upstream's PEFT cannot load. Merge it: `lcl-adapter merge --to original`."
-            )
+            raise AdapterError(f"{adapter.folder}: has {what}, which upstream's PEFT cannot load. Merge it: `lcl-adapter merge --to original`.")
 
 
 def _scaling(adapter: Adapter) -> float:

@@ -90,9 +90,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise AdapterError(
-            f"{folder}: no adapter_config.json in it, as in upstream's intermediate checkpoints; it is no whole adapter."
-        ) from error
+        raise AdapterError(f"{folder}: no adapter_config.json in it, as in upstream's intermediate checkpoints; it is no whole adapter.") from error
     except ValueError as error:
         raise AdapterError(f"{file}: not JSON ({error}).") from error
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
