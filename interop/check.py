@@ -1,4 +1,4 @@
-"""Interop with upstream LLaVA, both directions, all of its families, on tiny random checkpoints: prints a table, exits with 1 where a bound is broken.
+"""Interop with upstream LLaVA, both directions, all families, on tiny random checkpoints: a table, and exit code 1 where a bound is broken.
 
     make interop        # builds upstream's environment in interop/.venv, then runs this
 

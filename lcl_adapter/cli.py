@@ -47,7 +47,7 @@ class Memory(click.ParamType[int]):
     name = "memory"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from lcl_adapter.files import memory_bytes
+        from lcl_adapter.memory import memory_bytes
 
         try:
             return value if isinstance(value, int) else memory_bytes(value)
@@ -80,8 +80,9 @@ def main() -> None:
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
+@click.option("--force", is_flag=True, help="Begin although the forecast says that memory will not do.")
 @json_option
-def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Train RECIPE's adapter, then measure it against its base. OVERRIDES are key=value.
 
     \b
@@ -92,7 +93,7 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from lcl_adapter import run
 
-    found = run.train(recipe, overrides)
+    found = run.train(recipe, overrides, force)
     emit(found, as_json)
     if not found["kept"]:
         click.get_current_context().exit(3)
@@ -267,6 +268,44 @@ def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, 
     from lcl_adapter import run
 
     emit(run.adopt(adapter, out, base_name, tower), as_json)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--memory", type=Memory(), help="What there is, for instance 16GB [default: what is free on this machine's device].")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where it will run [default: cuda where --memory is given or there is one, else cpu]."
+)
+@click.option("--probe", is_flag=True, help="Load the base after all and time three steps.")
+@json_option
+def plan(recipe: str, overrides: tuple[str, ...], memory: int | None, device: str | None, probe: bool, as_json: bool) -> None:
+    """Forecast RECIPE's memory before any weight is loaded, and say what to change where it is too much. Exits with 1 where it does not fit.
+
+    \b
+    lcl-adapter plan recipes/mix.yaml base=/models/llava-v1.5-7b data.root=/data --memory 16GB
+    """
+    from lcl_adapter import run
+
+    found = run.plan(recipe, overrides, memory, device or ("cuda" if memory and not probe else None), probe)
+    emit(found, as_json)
+    if not found["fits"]:
+        click.get_current_context().exit(1)
+
+
+@main.command()
+@click.argument("path")
+@tower_option
+@json_option
+def inspect(path: str, tower: str | None, as_json: bool) -> None:
+    """Say what PATH is: a base, an adapter or a run; its layout, family, prompt, parameters, types, hash.
+
+    \b
+    lcl-adapter inspect /models/llava-v1.5-7b
+    """
+    from lcl_adapter import run
+
+    emit(run.inspect(path, tower), as_json)
 
 
 @main.group()

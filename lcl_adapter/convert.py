@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import resumable_folder
-from lcl_adapter.layouts import Checkpoint, Layout, Writing, open_checkpoint, tower_name
+from lcl_adapter.layouts import Checkpoint, Layout, Writing, find_base, open_checkpoint
 from lcl_adapter.layouts.writing import TOWER, Change
 from lcl_adapter.model import family_of, load_base
 from lcl_adapter.probe import Answers, probe, probe_turns, room_for
@@ -40,8 +40,8 @@ def convert(
     plan = {"convert": checkpoint.hash(), "to": to, "shard_size": shard_size, "tower": tower_as}
     with resumable_folder(out, plan, writing.size + SPARE) as partial:
         write(writing, partial, out)
-        compared = _same_tensors(writing, partial)
-        found = _same_answers(checkpoint, partial, to, out)
+        compared = same_tensors(writing, partial)
+        found = _same_answers(checkpoint, partial, to, out, tower_as)
     return {
         "out": str(out),
         "from": checkpoint.layout,
@@ -80,37 +80,44 @@ def _bar(text: str, total: int) -> Iterator[Any]:
         yield lambda size: bar.advance(task, size)
 
 
-def _same_tensors(writing: Writing, folder: Path) -> int:
-    """Every tensor read again and compared; MergeError names the first that differs."""
-    on_disk = stored_in(folder)
-    for key, name in writing.names.items():
-        expected, found = writing.expected(name, key), on_disk[key].read()
+def same_tensors(writing: Writing, folder: Path, skipped: frozenset[str] = frozenset()) -> int:
+    """Every tensor but the ``skipped`` weights read again and compared; MergeError names the first that differs."""
+    written = [(one, folder) for one in writing.shards.planned if writing.names[one.key] not in skipped]
+    if writing.tower_shards is not None:
+        written += [(one, folder / TOWER) for one in writing.tower_shards.planned]
+    on_disk = {place: stored_in(place) for place in {place for _, place in written}}
+    for one, place in written:
+        expected, found = one.make(), on_disk[place][one.key].read()
         if not torch.equal(expected, found):
             gap = float((expected.double() - found.double()).abs().max())
-            raise MergeError(f"{folder}: {key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
-    return len(writing.names)
+            raise MergeError(f"{place}: {one.key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
+    return len(written)
 
 
-def _same_answers(checkpoint: Checkpoint, partial: Path, to: Layout, out: Path) -> dict[str, Any]:
+def _same_answers(checkpoint: Checkpoint, partial: Path, to: Layout, out: Path, tower_as: str | None) -> dict[str, Any]:
     fits, needed, free = room_for(checkpoint)
     if not fits:
         told = f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free"
         return {"probes": told}
     probes = probe_turns("lcl")[:2]
+    tower = tower_of(checkpoint, partial, to, tower_as)
+    if to == "original" and tower is None:
+        return {"probes": f"not asked: {tower_as} is not here; upstream will fetch it"}
     before = probe(load_base(str(checkpoint.folder), "fp32", "cpu", None if checkpoint.tower is None else str(checkpoint.tower)), probes)
-    after = probe(load_base(str(partial), "fp32", "cpu", str(tower_of(checkpoint, partial, to)) if to == "original" else None), probes)
+    after = probe(load_base(str(partial), "fp32", "cpu", str(tower) if to == "original" else None), probes)
     return {"probes": len(probes), **agreed(before, after, out)}
 
 
-def tower_of(checkpoint: Checkpoint, partial: Path, to: Layout) -> Path | None:
-    """Where the vision tower of a checkpoint that is not in its place yet is."""
+def tower_of(checkpoint: Checkpoint, partial: Path, to: Layout, tower_as: str | None) -> Path | None:
+    """Where the vision tower of a checkpoint that is not in its place yet is; None where it was named and is not here."""
     if (partial / TOWER).exists():
         return partial / TOWER
     if checkpoint.tower is not None or to == "hf":
         return checkpoint.tower
-    # A published tower by name: its weights are the source's own as far as this can be told here.
-    name = tower_name(checkpoint.config)
-    return None if name is None else Path(name)
+    try:
+        return None if tower_as is None else find_base(tower_as)
+    except ModelError:
+        return None
 
 
 def agreed(before: Answers, after: Answers, out: Path) -> dict[str, Any]:

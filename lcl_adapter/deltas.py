@@ -184,3 +184,7 @@ def check_fits(adapters: Sequence[Adapter], base: Mapping[str, tuple[int, ...]])
         for name in one.whole:
             if name not in base:
                 raise AdapterError(f"{one.folder}: trained {name} in full, which the base does not have.")
+            if tuple(one.whole[name].shape) != base[name]:
+                raise AdapterError(
+                    f"{one.folder}: {name} is {list(one.whole[name].shape)}, the base's {list(base[name])}; it belongs to another base."
+                )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +16,6 @@ from safetensors import SafetensorError
 from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 10**9}
-
-
-def memory_bytes(text: str) -> int:
-    """``1.5 GB`` -> 1500000000; a bare number is gigabytes. Raises ValueError for what is no amount of memory."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB|MiB|GiB|TiB|)", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB, 16GB or 16 GiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 @contextmanager
@@ -71,6 +61,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 PLAN = "plan.json"
 
 
+def _planned(partial: Path) -> Any:
+    """What a partial folder was to become, None where that cannot be told."""
+    try:
+        return json.loads((partial / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[Path]:
     """Yields a partial folder that becomes ``path`` when the block ends well; one that a stop left behind is gone on with.
@@ -82,7 +80,7 @@ def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[
         raise RunError(f"{path}: exists already; nothing is overwritten. Give another --out.")
     partial = path.with_name(path.name + PARTIAL)
     try:
-        if not (partial / PLAN).exists() or json.loads((partial / PLAN).read_text(encoding="utf-8")) != plan:
+        if _planned(partial) != plan:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())

@@ -23,7 +23,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from lcl_adapter.adapter import base_of, read_manifest
-from lcl_adapter.convert import SPARE, tower_of, write, writing_of
+from lcl_adapter.convert import SPARE, same_tensors, tower_of, write, writing_of
 from lcl_adapter.deltas import Adapter, added, check_fits, distance, refuse_together, whole_of
 from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
@@ -116,8 +116,10 @@ def merge(
     with resumable_folder(out, plan, writing.size + SPARE) as partial:
         write(writing, partial, out)
         layers = _check_layers(job, writing, partial, out)
-        asked, told = _can_ask(job, verify)
-        found = _check_answers(job, run, partial, out, to, writing) if asked else {"probes": told}
+        same_tensors(writing, partial, frozenset(f"{module}.weight" for one in adapters for module in one.layers))
+        tower_there = tower_of(checkpoint, partial, to, tower_as)
+        asked, told = _can_ask(job, verify, to == "original" and tower_there is None)
+        found = _check_answers(job, run, partial, out, tower_there, writing) if asked else {"probes": told}
     return {
         "out": str(out),
         "layout": to,
@@ -175,11 +177,13 @@ def _check_layers(job: Job, writing: Writing, partial: Path, out: Path) -> dict[
     return {"layers": len(modules), "largest_layer_difference": worst, "in_layer": where, "largest_layer_effect": effect}
 
 
-def _can_ask(job: Job, verify: Verify) -> tuple[bool, str]:
+def _can_ask(job: Job, verify: Verify, blind: bool) -> tuple[bool, str]:
     if verify == "layers":
         return False, "not asked (--verify layers)"
     if (len(job.adapters) > 1 and any(one.whole for one in job.adapters)) or any(one.whole and one.weight != 1 for one in job.adapters):
         return False, "not asked: PEFT cannot hold a part of a projector that was trained in full"
+    if blind:
+        return False, "not asked: the vision tower that was named is not here"
     fits, needed, free = room_for(job.checkpoint)
     if fits or verify == "full":
         return True, ""
@@ -208,7 +212,7 @@ def _adapted(job: Job, precision: Literal["fp32", "nf4"]) -> Base:
     return base.with_model(model.eval())
 
 
-def _check_answers(job: Job, run: Path, partial: Path, out: Path, to: Layout, writing: Writing) -> dict[str, Any]:
+def _check_answers(job: Job, run: Path, partial: Path, out: Path, tower: Path | None, writing: Writing) -> dict[str, Any]:
     """Whole episodes, asked of the adapter on its base and of what was written."""
     wording = load(run / "recipe.yaml").wording if (run / "recipe.yaml").exists() else "lcl"
     probes = probe_turns(wording)
@@ -217,7 +221,6 @@ def _check_answers(job: Job, run: Path, partial: Path, out: Path, to: Layout, wr
     with adapted.without_adapter():
         effect = expected.distance(probe(adapted, probes))
     del adapted  # one copy of the weights in memory at a time
-    tower = tower_of(job.checkpoint, partial, to)
     merged = load_base(str(partial), "fp32", "cpu", None if tower is None else str(tower), job.manifest["tiles"])
     found = probe(merged, probes)
     del merged

@@ -22,6 +22,7 @@ from lcl_adapter.errors import ModelError
 from lcl_adapter.families import FAMILIES, LLAVA_TYPES, Family, chat_template, detect
 from lcl_adapter.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.layouts.keys import DROPPED, skeleton
+from lcl_adapter.memory import give_back
 from lcl_adapter.recipe.schema import AdapterOptions, Precision
 from lcl_adapter.terminal import console
 
@@ -168,6 +169,7 @@ def load_base(name: str, precision: Precision = "fp32", device: str | None = Non
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
+    give_back()
     dtype = TYPES.get(precision) or _half(device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
     if precision in BITS:
@@ -184,9 +186,10 @@ def load_base(name: str, precision: Precision = "fp32", device: str | None = Non
             kind: Any = type(skeleton(config))
             model, report = kind.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
             del state
+            model.name_or_path = str(checkpoint.folder)  # what PEFT writes into an adapter as its base
     except ImportError as error:
         raise ModelError(f'precision {precision} needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: bf16`.') from error
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"base {checkpoint.folder}: the weights cannot be loaded ({error}).") from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         found = [k for k in map(str, report.get(fault) or ()) if not DROPPED.search(k)]

@@ -10,15 +10,17 @@ import numpy as np
 
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
+from lcl_adapter import describe as describing
 from lcl_adapter import exchange, report
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
+from lcl_adapter import plan as planning
 from lcl_adapter import trainer as training
 from lcl_adapter.adapter import load_adapter
 from lcl_adapter.batches import Collator
 from lcl_adapter.conversations import WORDINGS, Turn
 from lcl_adapter.episodes.base import clash
-from lcl_adapter.errors import DataError, RecipeError, did_you_mean
+from lcl_adapter.errors import DataError, RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
@@ -31,8 +33,10 @@ from lcl_adapter.terminal import console
 from lcl_adapter.watch import BEST, Watch, best_of
 
 
-def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
     """Train, then evaluate where the recipe has suites. ``resume=true`` among the overrides goes on with a stopped run.
+
+    What the forecast says will not fit is not begun, unless ``force``.
 
     ``kept`` in the result is false where a suite under ``keep`` fell further than it may.
     """
@@ -41,6 +45,13 @@ def train(recipe_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
     check_suites(recipe, load_encoder(recipe.base, **recipe.pictures))
+    forecast = planning.make(recipe, mixture=mixture)
+    if not forecast["fits"]:
+        report.show_plan(forecast)
+        if not force:
+            raise RunError(
+                f"{recipe_path}: the forecast is more than this machine's free memory; change what is shown above, or insist with --force."
+            )
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
     facts = training.train(recipe, resume, watching, mixture)
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
@@ -216,6 +227,24 @@ def check(recipe_path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Open everything a recipe names; the faults are in the result."""
     found = checking.check(load(recipe_path, overrides))
     report.show_check(found)
+    return found
+
+
+def plan(recipe_path: str, overrides: Sequence[str], memory: int | None = None, device: str | None = None, probe: bool = False) -> dict[str, Any]:
+    """Forecast what a recipe takes, before any weight is loaded; ``probe`` loads them after all and times a step."""
+    recipe = load(recipe_path, overrides)
+    mixture = Mixture(recipe)
+    found = planning.make(recipe, memory, device, mixture)
+    if probe:
+        found["probe"] = planning.probe(recipe, mixture)
+    report.show_plan(found)
+    return found
+
+
+def inspect(name: str, tower: str | None = None) -> dict[str, Any]:
+    """Say what a path is."""
+    found = describing.describe(name, tower)
+    report.show_facts(found)
     return found
 
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
 from lcl_adapter import adapter
-from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, check_alignment
+from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, check_alignment, collate
 from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.episodes import draw
 from lcl_adapter.errors import DataError, EpisodeError, RunError
-from lcl_adapter.files import disk_is_full, memory_bytes, write_json, write_text
+from lcl_adapter.files import disk_is_full, write_json, write_text
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
@@ -215,6 +217,37 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+class LongestFirst(TrainerCallback):
+    """Runs a batch of the longest row forwards and backwards before the first step, so that memory fails in the first minute or never.
+
+    Nothing of it stays: gradients are dropped, random states and what was counted put back.
+    """
+
+    def __init__(self, trainer: LclTrainer, row: Encoded) -> None:
+        self.trainer, self.row = trainer, row
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        trainer, vision = self.trainer, self.trainer.vision
+        batch = collate([self.row] * args.per_device_train_batch_size, trainer.collator.encoder.pad)
+        counted = vision.asked, vision.computed
+        devices = [trainer.base.device] if trainer.base.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                model.train()
+                moved = {k: v.to(trainer.base.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                trainer.compute_loss(model, moved).backward()
+        except DataError:
+            pass  # a picture of it is broken; training replaces such a row
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the longest row, {len(self.row)} tokens, does not fit this device's memory ({str(error).splitlines()[0]}). "
+                "`lcl-adapter plan RECIPE` says what to change."
+            ) from error
+        finally:
+            model.zero_grad(set_to_none=True)
+            vision.asked, vision.computed = counted
+
+
 Watching = Callable[[Base, Callable[[Path, Mapping[str, Any]], None]], TrainerCallback]
 
 
@@ -254,6 +287,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
+    trainer.add_callback(LongestFirst(trainer, longest_row(unread)))
     checkpoint = last_complete_checkpoint(output / "checkpoints") if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
     longest = max(length for found in lengths.values() for length in found)
@@ -312,7 +346,9 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
     """
     began = load(recipe.output / "recipe.yaml")
     changed = [
-        key for key in ("base", "precision", "wording", "adapter", "sources", "shares", "train") if getattr(began, key) != getattr(recipe, key)
+        key
+        for key in ("base", "precision", "vision_tower", "tiles", "wording", "adapter", "sources", "shares", "train")
+        if getattr(began, key) != getattr(recipe, key)
     ]
     if changed:
         raise RunError(
@@ -362,6 +398,19 @@ def check_rows(collator: Collator, count: int, too_long: list[str] | None = None
                     if collator.on_fault == "refuse":
                         raise
     return lengths
+
+
+def longest_row(collator: Collator) -> Encoded:
+    """The longest row of the first ones, and of every source's longest episodes."""
+    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
+    found = [collator.row(index) for index in range(min(mixture.total, CHECKED))]
+    for name, pool in mixture.pools.items():
+        options = mixture.options[name]
+        if not isinstance(pool, QuestionPool) and isinstance(options, EpisodeOptions | InspectionOptions):
+            for most in longest_options(options):
+                with suppress(DataError):
+                    found += [encoder.conversation(speak(draw(pool, most, mixture.seed, 1, index), wording)) for index in range(8)]
+    return max(found, key=len)
 
 
 def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base, readable
-from lcl_adapter.files import memory_bytes, write_json
+from lcl_adapter.files import write_json
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.model import Base
 from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe

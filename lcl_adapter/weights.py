@@ -104,10 +104,12 @@ def _files(folder: Path) -> list[Path]:
         if index.exists():
             try:
                 placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+                    raise TypeError("weight_map is to name a file for every weight")
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{index}: not an index of weights ({error}).") from error
             for name in set(placed.values()):
-                if Path(name).name != name:
+                if Path(name).name != name or name in {"", ".", ".."}:
                     raise ModelError(f"{index}: names {name!r}, which is outside its folder. Not read.")
             missing = sorted(name for name in set(placed.values()) if not (folder / name).exists())
             if missing:
@@ -137,9 +139,14 @@ def stored_in_file(file: Path) -> dict[str, Stored]:
                 raise ValueError("its header is longer than the file")
             header: dict[str, Any] = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        found = {key: Stored(file, key, TYPES[one["dtype"]], tuple(one["shape"]), 8 + length + one["data_offsets"][0]) for key, one in header.items()}
-        ends = {key: 8 + length + one["data_offsets"][1] for key, one in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        found, ends = {}, {}
+        for key, one in header.items():
+            shape, (begin, end) = one["shape"], one["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                raise ValueError(f"{key} has shape {shape} at {begin} to {end}")
+            found[key] = Stored(file, key, TYPES[one["dtype"]], tuple(shape), 8 + length + begin)
+            ends[key] = 8 + length + end
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(f"{file}: not a safetensors file that can be read ({error}); copy it again.") from error
     for key, one in found.items():
         if ends[key] > size or one.begin + one.size != ends[key]:
@@ -164,7 +171,7 @@ def _pickled(file: Path) -> dict[str, torch.Tensor]:
         odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else ["all of it"]
         if odd:
             raise ModelError(f"{file}: {odd[0]} is no tensor. A checkpoint is tensors alone.")
-        _OPEN[file] = (stamp, state)
+        _OPEN[file] = (stamp, {k: v.detach() for k, v in state.items()})
     return _OPEN[file][1]
 
 
@@ -222,9 +229,10 @@ class Shards:
 
 
 def _is(file: Path, part: Sequence[Planned]) -> bool:
-    if not file.exists():
+    try:
+        found = stored_in_file(file)
+    except (OSError, ModelError):  # not there, or what a stop left of it
         return False
-    found = stored_in_file(file)
     return {k: (s.dtype, s.shape) for k, s in found.items()} == {p.key: (p.dtype, tuple(p.shape)) for p in part}
 
 

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lcl_adapter"
 # From left to right; a module imports its own layer and those before it.
 ORDER = [
-    "errors", "terminal", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture", "conversations",
-    "families", "batches", "model", "vision", "index", "adapter", "trainer", "predict", "evaluate", "watch", "check", "deltas", "probe",
-    "convert", "merge", "exchange", "report", "run", "cli",
+    "errors", "terminal", "memory", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture", "conversations",
+    "families", "batches", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict", "evaluate", "watch", "check",
+    "deltas", "probe",
+    "convert", "merge", "exchange", "describe", "report", "run", "cli",
 ]  # fmt: skip
 
 

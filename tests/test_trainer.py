@@ -14,7 +14,7 @@ from lcl_adapter import adapter, recipe, trainer
 from lcl_adapter.batches import IGNORED, Collator, collate
 from lcl_adapter.conversations import WORDINGS, speak
 from lcl_adapter.errors import EpisodeError, RunError
-from lcl_adapter.files import memory_bytes
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import Base, attach, load_base, parameters_by_part
 from lcl_adapter.recipe import Recipe

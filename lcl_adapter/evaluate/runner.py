@@ -18,7 +18,8 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.suites import build_cells, check_measured
-from lcl_adapter.files import memory_bytes, write_json, write_text
+from lcl_adapter.files import write_json, write_text
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.predict import Predictor, Reply
 from lcl_adapter.recipe import Recipe, load, presets
 from lcl_adapter.sources import Picture, read_image
@@ -206,7 +207,7 @@ def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe) -> str:
         return f"{turn.text} {' '.join(sizes)}"
 
     spoken = [[c.labels, c.gold, str(c.truth), told(c.query), [told(t) for t in c.support]] for c in cell.cases]
-    facts = json.dumps([manifest["files"], manifest["base_fingerprint"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken])
+    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken])
     return hashlib.sha256(facts.encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,15 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
         raise AdapterError(f"{folder}: its base cannot be opened, give it with --base. {error}") from error
     found = read_upstream(folder, checkpoint)
     rank = int(config["r"])
+    odd = next((module for module, parts in found.layers.items() if parts["A"].shape[0] != rank), None)
+    if odd:
+        raise AdapterError(f"{folder}: adapter_config.json says rank {rank}, {odd} has {found.layers[odd]['A'].shape[0]}; one of them is another's.")
     made = LoraConfig(
         r=rank,
         lora_alpha=config["lora_alpha"],
         lora_dropout=config.get("lora_dropout", 0.0),
         use_rslora=bool(config.get("use_rslora")),
-        target_modules=lora_targets(skeleton(checkpoint.config)),
+        target_modules=_targets(list(found.layers), skeleton(checkpoint.config)),
         modules_to_save=[PROJECTOR] if found.projector else None,
         base_model_name_or_path=str(checkpoint.folder),
         inference_mode=True,
@@ -83,6 +87,13 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
     return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped)}
 
 
+def _targets(modules: list[str], model: Any) -> str | list[str]:
+    """The usual pattern where every projection is there, else their names."""
+    pattern = lora_targets(model)
+    whole = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    return pattern if set(whole) == set(modules) else sorted(modules)
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder.")
@@ -93,6 +104,8 @@ def _config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: no adapter_config.json in it, as in upstream's intermediate checkpoints; it is no whole adapter.") from error
     except ValueError as error:
         raise AdapterError(f"{file}: not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: not a JSON object.")
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         raise AdapterError(f"{file}: a {config.get('peft_type')!r} adapter; LoRA can be imported.")
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -116,6 +129,8 @@ def read_upstream(folder: Path, checkpoint: Checkpoint) -> Upstream:
             if "lora_B" in key and bool(value.any()):
                 raise AdapterError(f"{folder}: {key} adapts the vision tower; the towers here are frozen and shared, so it cannot be taken over.")
             found.dropped.append(key)
+        elif "multi_modal_projector" in key and ".lora_" in key:
+            raise AdapterError(f"{folder}: {key} is LoRA on the projector; here a projector is trained in full or not at all.")
         elif "multi_modal_projector" in key:
             bare = key.removeprefix(names.PREFIX)
             found.projector[bare if bare.startswith("model.") else f"model.{bare}"] = value
@@ -129,7 +144,11 @@ def read_upstream(folder: Path, checkpoint: Checkpoint) -> Upstream:
     extra = folder / "non_lora_trainables.bin"
     if extra.exists():
         trained = {key: stored.read() for key, stored in stored_in_file(extra).items()}
-        found.projector |= names.projector_from_upstream({k: v for k, v in trained.items() if "mm_projector" in k})
+        linear = getattr(checkpoint.config, "projector_hidden_act", None) == "linear"
+        try:
+            found.projector |= names.projector_from_upstream({k: v for k, v in trained.items() if "mm_projector" in k}, linear)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
         for key, value in trained.items():
             if "mm_projector" not in key:
                 _same_as_base(folder, key, value, checkpoint)

@@ -42,14 +42,18 @@ def projector_to_upstream(weights: dict[str, torch.Tensor], linear: bool) -> dic
     }
 
 
-def projector_from_upstream(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The other way; a single layer is followed by an identity."""
+def projector_from_upstream(weights: dict[str, torch.Tensor], linear: bool) -> dict[str, torch.Tensor]:
+    """The other way; a single layer is followed by an identity. Raises AdapterError where the base's projector has another number of layers."""
     found: dict[str, torch.Tensor] = {}
     for key, value in weights.items():
         name = keys.from_original(re.sub(r"^(base_model\.)?(model\.)?(?=model\.mm_projector)", "", key))
         assert name is not None
         found[name] = value
-    if found and not any("linear_2" in name for name in found):
+    single = bool(found) and not any("linear_2" in name for name in found)
+    if found and single != linear:
+        layers = ("one layer", "two")
+        raise AdapterError(f"its projector has {layers[not single]}, the base's {layers[not linear]}; it belongs to another base.")
+    if single:
         width = found[f"{keys.PROJECTOR}linear_1.weight"].shape[0]
         found |= {f"{keys.PROJECTOR}linear_2.weight": torch.eye(width), f"{keys.PROJECTOR}linear_2.bias": torch.zeros(width)}
     return found

@@ -58,7 +58,7 @@ class Checkpoint:
         """As the checkpoint's own code tokenises. Raises ModelError where it cannot be loaded."""
         try:
             if self.layout == "hf":
-                return AutoTokenizer.from_pretrained(self.folder)
+                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             # AutoTokenizer takes `llava` for another model and gives wrong ids.
             named = {"image_token": MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
             tokenizer = LlamaTokenizer.from_pretrained(self.folder, extra_special_tokens=named)
@@ -74,7 +74,10 @@ class Checkpoint:
     def config(self) -> Any:
         """In Hugging Face's terms, whatever the layout. Raises ModelError for what they cannot say."""
         if self.layout == "hf":
-            return AutoConfig.from_pretrained(self.folder)
+            try:
+                return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"base {self.folder}: its config cannot be read ({error}).") from error
         assert self.tower is not None
         try:
             return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._rows, self._image_token_id)
@@ -86,7 +89,7 @@ class Checkpoint:
         """The Pillow one. Raises ModelError where it cannot be loaded."""
         try:
             if self.layout == "hf":
-                return AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+                return AutoImageProcessor.from_pretrained(self.folder, backend="pil", trust_remote_code=False)
             clip = CLIPImageProcessorPil.from_pretrained(self.tower)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"base {self.folder}: its image processor cannot be loaded ({error}).") from error
@@ -99,18 +102,26 @@ class Checkpoint:
     def stored(self) -> dict[str, Stored]:
         """The folder's own tensors by the model's names. Raises ModelError: a key of another layout or kind."""
         on_disk = stored_in(self.folder)
-        kinds = {_layout_of_key(key) for key in on_disk} - {None}
+        llava = self.layout == "original" or str(self.raw.get("model_type")).startswith("llava")
+        kinds = {_layout_of_key(key) for key in on_disk} - {None} if llava else set()
         if len(kinds) > 1:
             raise ModelError(f"{self.folder}: weights of both layouts lie mixed in it; keep one checkpoint a folder.")
         if kinds and kinds != {self.layout}:
             raise ModelError(f"{self.folder}: config.json is of the {self.layout} layout, the weights are of the other; one of them is another's.")
         if self.layout == "original":
             try:
-                named = {key: keys.from_original(key) for key in on_disk}
+                named: dict[str, str | None] = {key: keys.from_original(key) for key in on_disk}
             except ModelError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
-            return {name: on_disk[key] for key, name in named.items() if name is not None}
-        return {name: on_disk[key] for key, name in keys.from_hugging_face(on_disk, keys.skeleton(self.config)).items()}
+        else:
+            named = dict(keys.from_hugging_face(on_disk, keys.skeleton(self.config)))
+        found: dict[str, Stored] = {}
+        for key, name in named.items():
+            if name in found:
+                raise ModelError(f"{self.folder}: {found[name].key} and {key} are one and the same weight; two checkpoints lie mixed in it.")
+            if name is not None:
+                found[name] = on_disk[key]
+        return found
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
@@ -166,6 +177,8 @@ class Checkpoint:
             if name in found and found[name].shape[0] < self._rows:
                 made[name] = _grown(found[name], self._rows, self.tokenizer.unk_token_id or 0)
         if configs.projector_type(self.raw) == "linear":
+            if keys.PROJECTOR + "linear_2.weight" in found:
+                raise ModelError(f"base {self.folder}: its config says a linear projector, its weights have two layers; one of them is another's.")
             first = found.get(keys.PROJECTOR + "linear_1.weight")
             if first is not None:
                 width, kind = first.shape[0], first.dtype
@@ -178,11 +191,13 @@ class Checkpoint:
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         tied = set(getattr(model, "_tied_weights_keys", None) or ()) if self.config.tie_word_embeddings else set()
         missing = sorted(wanted.keys() - found.keys() - tied)
-        if missing:
-            raise ModelError(f"base {self.folder}: {len(missing)} weights are missing, for instance {missing[0]}.")
         extra = sorted(found.keys() - wanted.keys())
+        lacking = f"{len(missing)} weights are missing, for instance {missing[0]}" if missing else ""
         if extra:
-            raise ModelError(f"base {self.folder}: {extra[0]!r} is no weight of this model{did_you_mean(extra[0], list(wanted))}.")
+            near = did_you_mean(extra[0], missing or list(wanted))
+            raise ModelError(f"base {self.folder}: {extra[0]!r} is no weight of this model{near}{'; ' if lacking else ''}{lacking}.")
+        if missing:
+            raise ModelError(f"base {self.folder}: {lacking}.")
         for name, weight in found.items():
             if weight.shape != wanted[name]:
                 raise ModelError(f"base {self.folder}: mismatched keys: {name} is {list(weight.shape)}, its config says {list(wanted[name])}.")
@@ -262,7 +277,8 @@ def open_checkpoint(name: str, tower: str | None = None) -> Checkpoint:
 
 
 def _find_tower(folder: Path, named: str, given: str | None) -> Path:
-    for place in [given] if given else [named, str(folder / named), str(folder.parent / Path(named).name)]:
+    beside = [str(folder / "vision_tower"), str(folder / named), str(folder.parent / Path(named).name)]
+    for place in [given] if given else [named, *beside]:
         if (Path(place).expanduser() / "config.json").exists():
             return Path(place).expanduser().resolve()
     if given is None and not Path(named).is_absolute():

@@ -1,0 +1,132 @@
+"""Merging shard by shard against PEFT's `merge_and_unload` and `save_pretrained`: peak memory, time, and whether the weights are equal.
+
+python -m benchmarks.merge            # a random LLaVA of 1.1 B parameters in 5 shards; each side in a process of its own
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+
+from benchmarks.common import child, finish
+from lcl_adapter.adapter import save_adapter
+from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.merge import merge
+from lcl_adapter.model import attach, load_base
+from lcl_adapter.pocket import BASE
+from lcl_adapter.recipe.schema import AdapterOptions
+
+FOLDER = Path("build/merge")
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def base_of(kind: str) -> Path:
+    """1.1 B parameters, 22 layers of 2,048, in shards of at most a fifth; made once."""
+    folder = FOLDER / f"base-{kind}"
+    if (folder / "done").exists():
+        return folder
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=112, patch_size=14
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=19, num_attention_heads=32, num_key_value_heads=32,
+            max_position_embeddings=4096, tie_word_embeddings=False, **ids,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.set_default_dtype(KINDS[kind])
+    model = AutoModelForImageTextToText.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 5)
+    side = {"height": 112, "width": 112}
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(CLIPImageProcessorPil(size=side, crop_size=side), tokenizer, **settings).save_pretrained(folder)
+    (folder / "done").touch()
+    return folder
+
+
+def run_of(kind: str) -> Path:
+    """A random adapter of rank 64 on it."""
+    folder = FOLDER / f"run-{kind}"
+    if (folder / "lcl_adapter.json").exists():
+        return folder
+    base = attach(load_base(str(base_of(kind)), "bf16"), AdapterOptions(rank=64, alpha=128))
+    torch.manual_seed(1)
+    for name, parameter in base.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.02
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(base, folder, str(base_of(kind)), {})
+    return folder
+
+
+def ours(kind: str, out: Path) -> None:
+    merge(run_of(kind), out, verify="layers", shard_size=900 * 10**6)
+
+
+def theirs(kind: str, out: Path) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(base_of(kind), dtype=KINDS[kind])
+    merged: Any = PeftModel.from_pretrained(base, str(run_of(kind))).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out, max_shard_size="900MB")
+
+
+def measure(side: str, kind: str) -> dict[str, float]:
+    out = FOLDER / f"{side}-{kind}"
+    shutil.rmtree(out, ignore_errors=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    {"ours": ours, "theirs": theirs}[side](kind, out)
+    return {"seconds": time.perf_counter() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before * 1024}
+
+
+def largest_gap(kind: str) -> tuple[float, int]:
+    """Largest distance between the two results, in units of the last place; and how many tensors were compared."""
+    one, other = (open_checkpoint(str(FOLDER / f"{side}-{kind}")) for side in ("ours", "theirs"))
+    whole = {"fp32": torch.int32, "bf16": torch.int16}[kind]
+    worst = 0
+    for name, weight in one.stored.items():
+        a, b = weight.read(), other.stored[name].read()
+        if not torch.equal(a, b):
+            worst = max(worst, int((a.view(whole).long() - b.view(whole).long()).abs().max()))
+    return worst, len(one.stored)
+
+
+def main() -> None:
+    rows: list[tuple[str, ...]] = []
+    ratios: dict[str, float] = {}
+    for kind in KINDS:
+        run_of(kind)
+        found = {side: child("benchmarks.merge", "--child", side, kind) for side in ("theirs", "ours")}
+        # The config files that PEFT's side does not write, for reading the result.
+        for side in ("theirs",):
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(base_of(kind) / file, FOLDER / f"{side}-{kind}" / file)
+        gap, count = largest_gap(kind)
+        memory = found["ours"]["peak"] / found["theirs"]["peak"]
+        seconds = found["ours"]["seconds"] / found["theirs"]["seconds"]
+        ratios |= {f"{kind}: peak memory, ours / PEFT's": memory, f"{kind}: time, ours / PEFT's": seconds, f"{kind}: ulp": float(gap)}
+        told = [f"{found[s]['peak'] / 1e9:.2f} GB, {found[s]['seconds']:.0f} s" for s in ("theirs", "ours")]
+        rows.append((kind, *told, f"{memory:.2f}", f"{seconds:.2f}", f"{gap} ulp in {count} tensors"))
+    finish("merge", ("weights", "PEFT", "shard by shard, verified", "memory", "time", "difference"), rows, ratios)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(measure(*sys.argv[2:4])))
+    else:
+        main()

@@ -1,0 +1,191 @@
+"""Forecast against measured peak memory.
+
+    python -m benchmarks.plan             # on this machine's device: CPU resident memory, or torch.cuda.max_memory_allocated
+
+Each configuration is trained for two steps in a process of its own; the forecast is made from its config alone.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from benchmarks.common import THREADS, child, finish
+from lcl_adapter import budget, plan
+from lcl_adapter.batches import Collator
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import attach, load_base
+from lcl_adapter.pocket import BASE
+from lcl_adapter.recipe import Recipe, load
+from lcl_adapter.recipe.schema import AdapterOptions, TrainOptions
+from lcl_adapter.trainer import LclTrainer
+from lcl_adapter.vision import VisionFeatures
+
+FOLDER = Path("build/plan")
+# width, MLP, layers, heads
+SIZES = {"60M": (512, 1408, 8, 8), "150M": (896, 2432, 10, 14), "330M": (1280, 3456, 14, 20), "7B": (4096, 11008, 32, 32)}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: str
+    precision: str = "fp32"
+    shots: int = 1
+    rows: int = 1
+    queries: int = 1
+    checkpointing: bool = False
+    dropout: float = 0.0
+    projector: bool = False
+    rank: int = 16
+
+    @property
+    def name(self) -> str:
+        told = f"{self.size} {self.precision} {self.shots} shot(s) x {self.rows} row(s), rank {self.rank}"
+        return (
+            told
+            + (", checkpointing" if self.checkpointing else "")
+            + (", dropout" if self.dropout else "")
+            + (", projector" if self.projector else "")
+        )
+
+
+CASES = {
+    "a": Case("60M", shots=2, rows=4, queries=2),
+    "b": Case("150M", shots=2, rows=2),
+    "c": Case("150M", shots=2, rows=2, checkpointing=True),
+    "d": Case("150M", "bf16", shots=2, rows=1),
+    "e": Case("150M", "nf4", shots=4, rows=1),
+    "f": Case("330M", shots=1),
+    "g": Case("330M", shots=4, checkpointing=True),
+    "h": Case("330M", "nf4", shots=2, rank=64),
+    "i": Case("330M", "bf16", shots=2, checkpointing=True),
+    "j": Case("150M", shots=2, rows=2, dropout=0.05, projector=True),
+    "7b": Case("7B", "nf4", shots=2, rank=64, checkpointing=True, dropout=0.05),  # on a GPU alone
+}
+
+
+def config_of(size: str) -> LlavaConfig:
+    """64 tokens an image, and 32,000 words; of 7B, LLaVA-1.5's own tower and 576."""
+    width, mlp, layers, heads = SIZES[size]
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "image_size": 112, "patch_size": 14}
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+    vision = large if size == "7B" else small
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(
+            vocab_size=32_000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, max_position_embeddings=8192, tie_word_embeddings=False, **ids,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=(vision["image_size"] // 14) ** 2, tie_word_embeddings=False, dtype="float16",
+    )  # fmt: skip
+
+
+def model_of(size: str) -> Path:
+    """A random LLaVA in fp16 on the disk. Made once."""
+    folder = FOLDER / size
+    if (folder / "done").exists():
+        return folder
+    torch.manual_seed(0)
+    config = config_of(size)
+    torch.set_default_dtype(torch.float16)
+    model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    pixels = config.vision_config.image_size
+    side = {"height": pixels, "width": pixels}
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(CLIPImageProcessorPil(size=side, crop_size=side), AutoTokenizer.from_pretrained(BASE), **settings).save_pretrained(folder)
+    (folder / "done").touch()
+    return folder
+
+
+def recipe_of(case: Case, output: str) -> Recipe:
+    path = Path(output) / "recipe.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "base": str(model_of(case.size)), "precision": case.precision, "output": str(Path(output) / "run"),
+                "adapter": {"rank": case.rank, "alpha": 32, "dropout": case.dropout, "projector": case.projector},
+                "sources": {"lcl": {"type": "pocket", "shots": [case.shots], "queries": case.queries}},
+                "train": {"max_steps": 2, "per_device_train_batch_size": case.rows, "gradient_checkpointing": case.checkpointing,
+                          "logging_steps": 1, "threads": THREADS},
+            }
+        )
+    )  # fmt: skip
+    return load(str(path))
+
+
+def forecast(case: Case, device: str) -> budget.Forecast:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(case, folder)
+        return plan.Plan(recipe, device, Mixture(recipe)).training()
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str) -> dict[str, float]:
+    """Two steps; peaks so far after the imports, after loading and at the end."""
+    case = CASES[name]
+    started = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(case, folder)
+        base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
+        loaded = peak()
+        collator = Collator(Mixture(recipe), base.encoder())
+        trainer = LclTrainer(base, recipe, collator, VisionFeatures(base), 2 * case.rows)
+        trainer.train()
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"started": started, "loaded": loaded, "peak": peak(), "gpu": gpu}
+
+
+def main(names: Sequence[str]) -> None:
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    rows: list[tuple[str, ...]] = []
+    ratios: dict[str, float] = {}
+    for name in names or ([*CASES, "7b"] if gpu else [n for n in CASES if n != "7b"]):
+        case = CASES[name]
+        child("benchmarks.plan", "--make", case.size)
+        told = forecast(case, device)
+        found = child("benchmarks.plan", "--child", name)
+        real = found["gpu"] + budget.RUNTIME["cuda"] if gpu else found["peak"]
+        ratios[case.name] = told.total / real
+        rows.append((case.name, f"{told.total / 1e9:.2f} GB", f"{real / 1e9:.2f} GB", f"{told.total / real - 1:+.1%}"))
+    where = torch.cuda.get_device_name() if gpu else "CPU, resident memory"
+    finish(f"plan ({where})", ("training", "forecast", "measured peak", "error"), rows, ratios)
+    if not gpu:
+        case = CASES["7b"]
+        told = budget.training(budget.shape_of(config_of(case.size)), "nf4", "cuda", AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout),
+                               TrainOptions(gradient_checkpointing=True), budget.Work(1, 3120, 20, 5))  # fmt: skip
+        print(f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU: {told.total / 1e9:.1f} GB. A forecast: there is no GPU here.")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(measure(sys.argv[2])))
+    elif sys.argv[1:2] == ["--make"]:
+        model_of(sys.argv[2])
+        print("{}")
+    else:
+        main(sys.argv[1:])

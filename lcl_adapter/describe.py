@@ -1,0 +1,116 @@
+"""What a path is: a base in either layout, an adapter of this project's, of upstream's or of PEFT's, a run, a vision tower."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.adapter import MANIFEST, read_manifest
+from lcl_adapter.batches import Encoder
+from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import ModelError
+from lcl_adapter.families import LLAVA_TYPES
+from lcl_adapter.layouts import Checkpoint, find_base, open_checkpoint, read_config
+from lcl_adapter.layouts.keys import PROJECTOR, TOWER
+from lcl_adapter.model import family_of, load_encoder
+from lcl_adapter.weights import Stored, stored_in_file
+
+
+def describe(name: str, tower: str | None = None) -> dict[str, Any]:
+    """Facts by name, ``kind`` first. Nothing is loaded but configs, tokenizer and the headers of weights.
+
+    Raises ModelError for what is none of these; AdapterError for an adapter that is not whole.
+    """
+    folder = find_base(name)
+    if (folder / MANIFEST).exists():
+        return _run(folder)
+    if (folder / "adapter_config.json").exists():
+        return _adapter(folder)
+    if (folder / "recipe.yaml").exists():
+        return {"kind": "run without an adapter", "folder": str(folder), "checkpoints": len(list(folder.glob("checkpoints/checkpoint-*")))}
+    raw = read_config(folder)
+    if "vision_config" not in raw and "mm_vision_tower" not in raw and "patch_size" in raw:
+        return {
+            "kind": "vision tower",
+            "folder": str(folder),
+            **{k: raw.get(k) for k in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")},
+        }
+    return _base(open_checkpoint(name, tower), name, tower)
+
+
+def _base(checkpoint: Checkpoint, name: str, tower: str | None) -> dict[str, Any]:
+    family, encoder, config = family_of(checkpoint), load_encoder(name, tower), checkpoint.config
+    weights = checkpoint.weights if config.model_type in LLAVA_TYPES else {}
+    parts: dict[str, int] = {"vision tower": 0, "projector": 0, "language model": 0}
+    kinds: Counter[str] = Counter()
+    for weight_name, weight in weights.items():
+        count = 1
+        for side in weight.shape:
+            count *= side
+        part = "vision tower" if weight_name.startswith(TOWER) else "projector" if weight_name.startswith(PROJECTOR) else "language model"
+        parts[part] += count
+        kinds[str(weight.dtype).removeprefix("torch.")] += count
+    files = {weight.stored.file for weight in weights.values() if weight.stored is not None}
+    return {
+        "kind": "base",
+        "folder": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "family": family.name,
+        "model": config.model_type,
+        "language model": config.text_config.model_type,
+        "vision tower": str(checkpoint.tower or "inside"),
+        "parameters": parts,
+        "types": dict(kinds),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "hash": checkpoint.hash(),
+        **_prompt(encoder),
+    }
+
+
+def _prompt(encoder: Encoder) -> dict[str, Any]:
+    return {
+        "tokens an image": encoder.tokens_an_image,
+        "context": encoder.context,
+        "prompt": encoder.family.render([Turn("user", "What is this?"), Turn("assistant", "a cup")]).text,
+        "prompt version": encoder.family.version,
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8")) if (folder / "report.json").exists() else {"suites": []}
+    kept = ("base", "base_hash", "layout", "family", "prompt_version", "precision", "tiles", "vision_tower", "libraries")
+    return {
+        "kind": "run with its adapter",
+        "folder": str(folder),
+        **{name: manifest[name] for name in kept},
+        **_lora(folder, config),
+        "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
+        "results": {row["name"]: row["adapter"]["value"] for row in report["suites"]},
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    upstream = (folder / "non_lora_trainables.bin").exists()
+    return {
+        "kind": "adapter of upstream LLaVA" if upstream else "adapter of PEFT",
+        "folder": str(folder),
+        "base": config.get("base_model_name_or_path"),
+        **_lora(folder, config),
+        "next": f"lcl-adapter import {folder} -o runs/theirs",
+    }
+
+
+def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    file = next((folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).exists()), None)
+    if file is None:
+        raise ModelError(f"{folder}: adapter_config.json without weights beside it; copy the whole folder again.")
+    stored: dict[str, Stored] = stored_in_file(file)
+    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    counted = sum(s.size // s.dtype.itemsize for s in stored.values())
+    return {"adapter": f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}", "tensors": len(stored), "adapter parameters": counted}

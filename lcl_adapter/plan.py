@@ -1,0 +1,227 @@
+"""What a recipe will take, and what to change where that is too much: ``budget``'s formulas on the recipe's own longest rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from lcl_adapter import budget
+from lcl_adapter.batches import Collator, Encoded
+from lcl_adapter.errors import DataError, EpisodeError, RecipeError
+from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import attach, choose_precision, load_base, load_encoder
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
+from lcl_adapter.trainer import LclTrainer, longest_row
+from lcl_adapter.vision import VisionFeatures
+
+ENOUGH = 3  # ways to fit that are shown
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change in a recipe, as an override, and what it costs in words."""
+
+    override: str
+    cost: str
+    recipe: Recipe
+
+
+@dataclass
+class Plan:
+    """A recipe with what its forecasts need, read once."""
+
+    recipe: Recipe
+    device: str
+    mixture: Mixture
+
+    @cached_property
+    def config(self) -> Any:
+        return open_checkpoint(self.recipe.base, self.recipe.vision_tower).config
+
+    @cached_property
+    def shape(self) -> budget.Shape:
+        return budget.shape_of(self.config)
+
+    @cached_property
+    def precision(self) -> Precision:
+        return choose_precision(self.config, self.device)[0] if self.recipe.precision == "auto" else self.recipe.precision
+
+    @cached_property
+    def collator(self) -> Collator:
+        return Collator(self.mixture, load_encoder(self.recipe.base, **self.recipe.pictures), on_fault=self.recipe.data.on_fault)
+
+    @cached_property
+    def row(self) -> Encoded:
+        return longest_row(self.collator)
+
+    def training(self) -> budget.Forecast:
+        recipe = self.recipe
+        work = budget.longest(self.row, recipe.train.per_device_train_batch_size, recipe.tiles)
+        return budget.training(self.shape, self.precision, self.device, recipe.adapter, recipe.train, work)
+
+    def evaluation(self) -> budget.Forecast:
+        """Support sets as long as the longest row's, a batch of them at a time."""
+        support = self.row.branch.count(0) or len(self.row)
+        question = max(1, len(self.row) - support)
+        sets = self.recipe.evaluate.batch_size
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, budget.QUERIES * question, sets * 8)
+
+    def serving(self) -> budget.Forecast:
+        """One support set and its questions."""
+        support = self.row.branch.count(0) or len(self.row)
+        question = max(1, len(self.row) - support)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, budget.QUERIES * question, 8)
+
+
+def available(device: str) -> int:
+    """Bytes that a new process could take on this machine's device."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def make(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
+    """Forecasts for training, evaluation and serving; whether training fits ``memory``, and if not, ways to make it.
+
+    Nothing of the base's weights is loaded. Raises RecipeError, DataError, ModelError as training would.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(recipe, device, mixture or Mixture(recipe))
+    memory = memory or available(device)
+    forecasts = {"training": plan.training(), "evaluation": plan.evaluation(), "serving": plan.serving()}
+    told = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}
+    encoder = plan.collator.encoder
+    fits = forecasts["training"].total <= memory
+    size = budget.width(plan.precision, device)
+    a_set = budget.cache(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
+    return {
+        "device": device,
+        "memory": memory,
+        "precision": plan.precision,
+        "tokens_an_image": encoder.tokens_an_image,
+        "longest_row": len(plan.row),
+        "images_in_it": len(plan.row.pictures),
+        "context": encoder.context,
+        "forecasts": told,
+        "support_sets_beside": max(0, (memory - forecasts["serving"].total) // max(1, a_set)),
+        "fits": fits,
+        "ways": [] if fits else ways_to_fit(plan, memory),
+    }
+
+
+def ways_to_fit(plan: Plan, memory: int) -> list[dict[str, Any]]:
+    """The first few changes, alone or the fewest together, that bring training within ``memory``; cheapest first."""
+    found: list[dict[str, Any]] = []
+    known = [change.override for change in changes(plan.recipe, plan.device)]
+    for count in range(1, len(known) + 1):
+        for together in itertools.combinations(known, count):
+            if len({override.split("=")[0] for override in together}) < count:
+                continue
+            try:
+                changed, costs = applied(plan.recipe, plan.device, together)
+                total = Plan(changed, plan.device, _mixture(plan, changed)).training().total
+            except (DataError, EpisodeError, RecipeError):
+                continue
+            if total <= memory:
+                found.append({"overrides": list(together), "total": total, "cost": "; ".join(costs)})
+                if len(found) == ENOUGH:
+                    return found
+        if found:
+            return found
+    return found
+
+
+def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with several changes, and what each costs."""
+    costs = []
+    for override in overrides:
+        change = next(c for c in changes(recipe, device) if c.override == override)
+        recipe = change.recipe
+        costs.append(change.cost)
+    return recipe, costs
+
+
+def _mixture(plan: Plan, recipe: Recipe) -> Mixture:
+    """The same pools are not read again where only training changed."""
+    return plan.mixture if recipe.sources == plan.recipe.sources else Mixture(recipe)
+
+
+def changes(recipe: Recipe, device: str) -> Iterator[Change]:
+    """What can be made smaller, the cheapest first."""
+    train, base = recipe.train, recipe.base
+    if not train.gradient_checkpointing:
+        yield Change("train.gradient_checkpointing=true", "a third more time a step", _with(recipe, train={"gradient_checkpointing": True}))
+    if train.per_device_train_batch_size > 1:
+        steps = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        override = f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps={steps}"
+        smaller = _with(recipe, train={"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps})
+        yield Change(override, "less work at a time, the same gradient", smaller)
+    if recipe.precision in {"fp32", "auto"} and device == "cuda":
+        yield Change("precision=bf16", "none on a GPU", recipe.model_copy(update={"precision": "bf16"}))
+    if recipe.precision not in {"nf4", "int8"} and not recipe.adapter.pissa:
+        yield Change("precision=nf4", "a base that answers a little worse, and a slower step", recipe.model_copy(update={"precision": "nf4"}))
+    if recipe.tiles:
+        yield Change("tiles=false", f"{base} sees every picture at half the resolution", recipe.model_copy(update={"tiles": False}))
+    for name, options in recipe.sources.items():
+        if isinstance(options, EpisodeOptions | InspectionOptions) and options.queries > 1:
+            yield Change(f"sources.{name}.queries=1", "fewer questions learned from one support set", _source(recipe, name, {"queries": 1}))
+    if recipe.adapter.rank > 8:
+        half = recipe.adapter.rank // 2
+        smaller = _with(recipe, adapter={"rank": half, "alpha": recipe.adapter.alpha / 2})
+        yield Change(f"adapter.rank={half} adapter.alpha={recipe.adapter.alpha / 2:g}", "an adapter that can learn less", smaller)
+    for name, options in recipe.sources.items():
+        if isinstance(options, EpisodeOptions | InspectionOptions) and max(options.shots) > 1:
+            fewer = sorted({s for s in options.shots if s < max(options.shots)}) or [max(options.shots) - 1]
+            told = json.dumps(fewer).replace(" ", "")
+            yield Change(f"sources.{name}.shots={told}", "support sets of fewer photos", _source(recipe, name, {"shots": fewer}))
+
+
+def _with(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
+    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=new) for name, new in parts.items()})
+
+
+def _source(recipe: Recipe, name: str, new: dict[str, Any]) -> Recipe:
+    return recipe.model_copy(update={"sources": {**recipe.sources, name: recipe.sources[name].model_copy(update=new)}})
+
+
+class _Clock(TrainerCallback):
+    """Seconds of the steps after the first, which warms up."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+
+def probe(recipe: Recipe, mixture: Mixture | None = None) -> dict[str, float]:
+    """Load the base and train three steps in a folder that is thrown away: seconds a step, and the peak on a GPU."""
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        short = _with(recipe, train={"max_steps": 3, "save_steps": 1000}).model_copy(update={"output": scratch / "run"})
+        base = attach(load_base(short.base, short.precision, **short.pictures), short.adapter)
+        collator = Collator(mixture or Mixture(short), base.encoder(), on_fault=short.data.on_fault)
+        batch = short.train.per_device_train_batch_size * short.train.gradient_accumulation_steps
+        trainer = LclTrainer(base, short, collator, VisionFeatures(base), 3 * batch)
+        clock = _Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    told = {"seconds_a_step": (clock.marks[-1] - clock.marks[0]) / (len(clock.marks) - 1)}
+    return told | ({"peak": float(torch.cuda.max_memory_allocated())} if torch.cuda.is_available() else {})

@@ -1,0 +1,458 @@
+"""Adapters to and from upstream LLaVA: what comes out is what PEFT 0.7 loads, what goes in is taken whole or refused."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcl_adapter.adapter import load_adapter, read_manifest
+from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.convert import convert
+from lcl_adapter.deltas import Adapter
+from lcl_adapter.errors import AdapterError, RunError, UserError
+from lcl_adapter.exchange import export_adapter, import_adapter
+from lcl_adapter.exchange.exporting import SCRIPT
+from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.merge import merge
+from lcl_adapter.model import family_of, load_base
+from lcl_adapter.probe import probe, probe_turns
+from lcl_adapter.sources import Picture
+from tests.test_merge import WEIGHTS, adapter_on, delta, merged_in, rewritten
+from tests.tiny import VERSIONS, save_original
+
+# peft 0.7.1, src/peft/tuners/lora/config.py and src/peft/config.py
+FIELDS_OF_PEFT_07 = {
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules", "lora_alpha",
+    "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "megatron_config", "megatron_core", "loftq_config",
+}  # fmt: skip
+PREFIX = "base_model.model."
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Version -> its original folder."""
+    root = tmp_path_factory.mktemp("bases")
+    return {version: save_original(root / f"llava-{version}", version) for version in VERSIONS}
+
+
+@pytest.fixture(scope="module")
+def hf(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v1.5 in Hugging Face's layout."""
+    out = tmp_path_factory.mktemp("hf") / "base"
+    convert(str(bases["v1.5"]), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Version and options -> a run on the original base; made once, never changed."""
+    root, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(version: str = "v1.5", **options: Any) -> Path:
+        key = f"{version}{options}"
+        if key not in made:
+            made[key] = adapter_on(bases[version], root / str(len(made)), **options)
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(runs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with its projector, as upstream has it; copied before it is spoiled."""
+    out = tmp_path_factory.mktemp("exported") / "llava-lora"
+    export_adapter(runs(projector=True), out)
+    return out
+
+
+def foreign(exported: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object] | None = None, **config: Any) -> Path:
+    """A copy of an upstream adapter with other weights or another config."""
+    shutil.copytree(exported, folder)
+    state = torch.load(folder / "adapter_model.bin", weights_only=True)
+    if change is not None:
+        change(state)
+        torch.save(state, folder / "adapter_model.bin")
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"projector": True}, {"projector": True, "rslora": True}], ids=str)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_out_and_in_again_is_the_same_adapter(runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]) -> None:
+    """Every product and what the projector does, by the files alone; and the base that it belongs to."""
+    run = runs(version, **options)
+    told = export_adapter(run, tmp_path / "llava-lora")
+    assert (told["layers"], told["projector"]) == (14, "projector" in options)
+    assert told["largest_difference"] < 1e-6
+    import_adapter(tmp_path / "llava-lora", tmp_path / "back")
+    ours, back = Adapter(run), Adapter(tmp_path / "back")
+    assert ours.layers.keys() == back.layers.keys()
+    for module in ours.layers:
+        assert torch.allclose(delta(run, module), delta(tmp_path / "back", module), atol=1e-6)
+        assert float(delta(run, module).abs().max()) > 0.01
+    assert read_manifest(tmp_path / "back")["base_hash"] == read_manifest(run)["base_hash"]
+    assert ours.whole.keys() == back.whole.keys()
+    if version != "v1":
+        assert all(torch.equal(ours.whole[name], back.whole[name]) for name in ours.whole)
+    elif ours.whole:
+        inputs = torch.randn(5, 32)
+        assert torch.allclose(_projected(ours.whole, inputs), _projected(back.whole, inputs), atol=1e-5)
+
+
+def _projected(whole: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """v1's, which has nothing between its layers."""
+    for layer in "12":
+        at = f"model.multi_modal_projector.linear_{layer}"
+        inputs = inputs @ whole[f"{at}.weight"].T + whole[f"{at}.bias"]
+    return inputs
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_came_back_answers_and_merges_as_what_went_out(runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
+    """The run that an import makes is one for every command: loaded, merged, and exported again."""
+    run = runs(version, projector=True)
+    export_adapter(run, tmp_path / "llava-lora")
+    import_adapter(tmp_path / "llava-lora", tmp_path / "back")
+    one, other = (load_adapter(folder, precision="fp32", device="cpu")[0] for folder in (run, tmp_path / "back"))
+    expected = probe(one, probe_turns("lcl")[:3])
+    assert probe(other, probe_turns("lcl")[:3]).distance(expected) < 1e-4
+    merge(tmp_path / "back", tmp_path / "merged", dtype="fp32")
+    assert probe(load_base(str(tmp_path / "merged"), device="cpu"), probe_turns("lcl")[:3]).distance(expected) < 1e-4
+    export_adapter(tmp_path / "back", tmp_path / "llava-lora-again")
+    for name in ("adapter_model.bin", "non_lora_trainables.bin"):
+        first, again = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("llava-lora", "llava-lora-again"))
+        assert first.keys() == again.keys()
+        assert all(torch.allclose(first[key], again[key], atol=1e-6) for key in first)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("options", [{}, {"projector": True, "rslora": True}], ids=str)
+def test_upstreams_old_peft_finds_what_it_knows(runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]) -> None:
+    """Its config's fields and no others, its keys, rsLoRA's scaling in alpha, and both files of weights."""
+    run = runs(version, **options)
+    export_adapter(run, tmp_path / "llava-lora")
+    config = json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())
+    assert set(config) <= FIELDS_OF_PEFT_07
+    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / math.sqrt(4) if options else 8 / 4)
+    state = torch.load(tmp_path / "llava-lora" / "adapter_model.bin", weights_only=True)
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    assert set(state) == {f"{PREFIX}model.layers.{n}.{part}.lora_{half}.weight" for n in range(2) for part in parts for half in "AB"}
+    trained = torch.load(tmp_path / "llava-lora" / "non_lora_trainables.bin", weights_only=True)
+    layers = {"v1": ["weight", "bias"]}.get(version, ["0.weight", "0.bias", "2.weight", "2.bias"])
+    assert set(trained) == ({f"{PREFIX}model.mm_projector.{one}" for one in layers} if options else set())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_config_is_the_bases_own(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
+    """Byte for byte; an old one says ``llava``, which upstream's transformers takes for another model, and is told anew."""
+    export_adapter(runs(version), tmp_path / "llava-lora")
+    ours, base = (folder / "config.json" for folder in (tmp_path / "llava-lora", bases[version]))
+    if version == "v1":
+        assert json.loads(ours.read_text()) == {**json.loads(base.read_text()), "model_type": "llava_llama"}
+    else:
+        assert ours.read_bytes() == base.read_bytes()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that goes along, without upstream's own modules, which its prompt does not need."""
+    for name in ("llava", "llava.mm_utils", "llava.model", "llava.model.builder"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("expand2square", "process_anyres_image", "tokenizer_image_token"):
+        setattr(sys.modules["llava.mm_utils"], name, None)
+    sys.modules["llava.model.builder"].load_pretrained_model = None  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("ask_upstream", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("wording", ["short", "lcl"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_script_writes_the_familys_own_prompt(
+    bases: dict[str, Path], runs: Callable[..., Path], script: ModuleType, tmp_path: Path, version: str, wording: str
+) -> None:
+    """Letter by letter, whatever the labels hold; from the pieces that lie beside it."""
+    run = Path(shutil.copytree(runs(version), tmp_path / "run"))
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("wording: short", f"wording: {wording}"))
+    export_adapter(run, tmp_path / "llava-lora")
+    assert (tmp_path / "llava-lora" / "ask_upstream.py").read_bytes() == SCRIPT.read_bytes()
+    told = json.loads((tmp_path / "llava-lora" / "ask_upstream.json").read_text())
+    family, said, picture = family_of(open_checkpoint(str(bases[version]))), WORDINGS[wording], Picture(Path("a.png"))  # type: ignore[index]
+    for labels in (["good", "bad"], ["a {b} c", "{name}", "50% {text} \\n", "ü"]):
+        turns = []
+        for place, label in enumerate(labels):
+            turns += [Turn("user", said.support_question(place == 0), picture), Turn("assistant", said.answered(label))]
+        turns.append(Turn("user", said.query, picture))
+        assert script.prompt_of(told, labels) == family.render(turns, opened=True).text
+    assert told["padding"] == family.padding
+    assert told["next"] == (version == "v1.6")
+    assert told["end"] == family.end
+
+
+def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of twice the rank."""
+    from lcl_adapter.adapter import keep_start, save_adapter
+    from lcl_adapter.model import attach
+    from lcl_adapter.recipe.schema import AdapterOptions
+
+    made = attach(load_base(str(bases["v1.5"]), device="cpu"), AdapterOptions(rank=4, alpha=4, pissa=True))
+    keep_start(made.model, tmp_path / "start")
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.add_(0.05)
+    run = adapter_on(bases["v1.5"], tmp_path / "run")
+    save_adapter(made, run, str(bases["v1.5"]), {})
+    export_adapter(run, tmp_path / "llava-lora")
+    assert json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())["r"] == 8
+    import_adapter(tmp_path / "llava-lora", tmp_path / "back")
+    assert all(torch.allclose(delta(run, m), delta(tmp_path / "back", m), atol=1e-6) for m in Adapter(run).layers)
+
+
+def test_what_upstreams_peft_cannot_hold_is_not_exported(runs: Callable[..., Path], tmp_path: Path) -> None:
+    """DoRA, ranks that differ: told with the way out, and nothing is written."""
+    with pytest.raises(AdapterError, match=r"has DoRA, which upstream's PEFT cannot load\. Merge it: `lcl-adapter merge --to original`"):
+        export_adapter(runs(dora=True), tmp_path / "llava-lora")
+    run = rewritten(runs(), tmp_path / "run", lambda state: None, alpha_pattern={"q_proj": 2})
+    with pytest.raises(AdapterError, match="has ranks that differ from layer to layer, which upstream's PEFT cannot load"):
+        export_adapter(run, tmp_path / "llava-lora")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_path: Path) -> None:
+    """Trained on the other layout, the original one of the same weights may be given; another base may not."""
+    run = adapter_on(hf, tmp_path / "run")
+    with pytest.raises(AdapterError, match=r"in the original layout, .* is in Hugging Face's\. Give the original one with --base .*convert BASE OUT"):
+        export_adapter(run, tmp_path / "llava-lora")
+    with pytest.raises(AdapterError, match="the hashes of the weights differ"):
+        export_adapter(run, tmp_path / "llava-lora", str(bases["v1.6"]))
+    assert not (tmp_path / "llava-lora").exists()
+    told = export_adapter(run, tmp_path / "llava-lora", str(bases["v1.5"]))
+    assert told["layers"] == 14
+    assert json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bases["v1.5"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("my-lora", "this needs 'llava' in it; for instance llava-lora-mine"),
+        ("llava-mine", "this needs 'lora' in it; for instance llava-lora-mine"),
+        ("checkpoint-5", "upstream takes the parent's name for a folder called checkpoint-"),
+        ("llava-lora-mpt", "'mpt' in its name would make upstream load it as something else"),
+    ],
+)
+def test_a_name_that_upstream_would_misread_is_refused(runs: Callable[..., Path], tmp_path: Path, name: str, said: str) -> None:
+    """It tells what a folder is by its name alone."""
+    with pytest.raises(AdapterError, match=said):
+        export_adapter(runs(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(exported: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "llava-lora").mkdir()
+    with pytest.raises(RunError, match=r"llava-lora: exists already; nothing is overwritten\. Give another -o"):
+        export_adapter(runs(), tmp_path / "llava-lora")
+    with pytest.raises(RunError, match=r"llava-lora: exists already; nothing is overwritten\. Give another -o"):
+        import_adapter(exported, tmp_path / "llava-lora")
+    assert not list((tmp_path / "llava-lora").iterdir())
+
+
+def key_of(module: str, half: str) -> str:
+    return f"{PREFIX}{module}.lora_{half}.weight"
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "said"),
+    [
+        (None, {"peft_type": "IA3"}, r"adapter_config\.json: a 'IA3' adapter; LoRA can be imported"),
+        (None, {"peft_type": None}, r"a None adapter; LoRA can be imported"),
+        (None, {"use_dora": True}, "DoRA and ranks that differ from layer to layer are not imported"),
+        (None, {"rank_pattern": {"q_proj": 2}}, "DoRA and ranks that differ from layer to layer are not imported"),
+        (None, {"base_model_name_or_path": None}, "does not say what base it was trained on; give it with --base"),
+        (None, {"base_model_name_or_path": "no/such-base"}, "its base cannot be opened, give it with --base"),
+        (None, {"r": 8}, "rank"),
+        (lambda s: s.update({key_of(TOWER, "B"): torch.ones(32, 4)}), {}, "adapts the vision tower; the towers here are frozen and shared"),
+        (lambda s: s.pop(key_of(Q_PROJ, "B")), {}, r"layers\.0\.self_attn\.q_proj has only one half of its two; copy the adapter again"),
+        (lambda s: s.update({f"{PREFIX}lm_head.lora_A.weight": torch.ones(4, 64)}), {}, r"lm_head\.lora_A\.weight' is no weight of a LLaVA adapter"),
+        (lambda s: s.update({"what.is.this": torch.ones(1)}), {}, r"'what\.is\.this' is no weight of a LLaVA adapter that is known here"),
+        (lambda s: s.clear(), {}, "no LoRA weights of the language model in it"),
+        (lambda s: s.update({key_of(Q_PROJ, "A"): torch.ones(4, 96)}), {}, "of 96 to 64, the base's is 64 to 64; it belongs to a base"),
+        (lambda s: s.update({key_of(Q_PROJ.replace("0", "9"), half): torch.ones(4, 64).T if half == "B" else torch.ones(4, 64) for half in "AB"}), {},
+         r"changes model\.language_model\.layers\.9\.self_attn\.q_proj, which the base does not have"),
+        (lambda s: s.update({key_of("model.mm_projector.0", half): torch.ones(4, 32) if half == "A" else torch.ones(64, 4) for half in "AB"}), {},
+         "projector"),
+        (lambda s: s.update({key_of("multi_modal_projector.linear_1", h): torch.ones(4, 32) if h == "A" else torch.ones(64, 4) for h in "AB"}), {},
+         "projector"),
+    ],
+    ids=[
+        "IA3", "no type", "DoRA", "ranks", "no base", "base not here", "rank of config", "tower", "half", "head", "unknown key", "empty",
+        "another width", "another depth", "LoRA on the projector", "LoRA on the projector by PEFT",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taken_over_is_refused(exported: Path, tmp_path: Path, change: Any, config: dict[str, Any], said: str) -> None:
+    """With the key or the field, and no run is left."""
+    folder = foreign(exported, tmp_path / "theirs", change, **config)
+    with pytest.raises(AdapterError, match=said):
+        import_adapter(folder, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_folder_that_is_no_adapter_is_refused(exported: Path, tmp_path: Path) -> None:
+    """Absent, without a config as upstream's intermediate checkpoints are, with a broken one, or without weights."""
+    with pytest.raises(AdapterError, match="no such adapter folder"):
+        import_adapter(tmp_path / "nothing", tmp_path / "run")
+    folder = foreign(exported, tmp_path / "theirs")
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(AdapterError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin in it"):
+        import_adapter(folder, tmp_path / "run")
+    for text in ("{", "[]", "null"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+            import_adapter(folder, tmp_path / "run")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json in it, as in upstream's intermediate checkpoints; it is no whole adapter"):
+        import_adapter(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Command:
+    """What a hostile pickle has in it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_pickle_with_anything_else_in_it_is_refused_and_never_run(exported: Path, tmp_path: Path, file: str) -> None:
+    """Either of the two."""
+    folder, marker = foreign(exported, tmp_path / "theirs"), tmp_path / "ran"
+    state = torch.load(folder / file, weights_only=True)
+    for thing, said in ((Command(marker), r"(posix|os|nt)\.system"), (datetime.datetime(2024, 1, 1), r"datetime\.datetime")):
+        torch.save({**state, "more": thing}, folder / file)
+        with pytest.raises(UserError, match=rf"{file}: refused, it holds {said}, which is no tensor"):
+            import_adapter(folder, tmp_path / "run")
+        (folder / file).unlink()
+    assert not marker.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tower_that_was_adapted_by_nothing_is_dropped(exported: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
+    """Upstream's suffixes reach the tower in 1.6: products of zero, told as left out."""
+    nothing = {key_of(TOWER, "A"): torch.randn(4, 32), key_of(TOWER, "B"): torch.zeros(32, 4)}
+    told = import_adapter(foreign(exported, tmp_path / "theirs", lambda s: s.update(nothing)), tmp_path / "run")
+    assert (told["layers"], told["dropped"]) == (14, 2)
+    assert Adapter(tmp_path / "run").modules == Adapter(runs(projector=True)).modules
+    load_adapter(tmp_path / "run", precision="fp32", device="cpu")
+
+
+def test_weights_that_upstream_left_as_they_were_are_dropped(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path) -> None:
+    """It also writes 1.6's line break; one that was trained is refused."""
+    export_adapter(runs("v1.6"), tmp_path / "llava-lora")
+    newline = merged_in(bases["v1.6"])["model.image_newline"]
+    torch.save({f"{PREFIX}model.image_newline": newline}, tmp_path / "llava-lora" / "non_lora_trainables.bin")
+    assert import_adapter(tmp_path / "llava-lora", tmp_path / "run")["dropped"] == 1
+    torch.save({f"{PREFIX}model.image_newline": newline + 1}, tmp_path / "llava-lora" / "non_lora_trainables.bin")
+    with pytest.raises(AdapterError, match=r"image_newline was trained in full; of such only the projector can be taken over"):
+        import_adapter(tmp_path / "llava-lora", tmp_path / "other")
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.", "base_model.model."])
+def test_a_projector_is_found_under_each_of_upstreams_prefixes(exported: Path, runs: Callable[..., Path], tmp_path: Path, prefix: str) -> None:
+    """Its versions wrote them with and without the wrapper's."""
+    folder = foreign(exported, tmp_path / "theirs")
+    state = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    torch.save({prefix + key.removeprefix(PREFIX): value for key, value in state.items()}, folder / "non_lora_trainables.bin")
+    import_adapter(folder, tmp_path / "run")
+    ours, theirs = Adapter(runs(projector=True)).whole, Adapter(tmp_path / "run").whole
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_projector_of_another_width_is_refused(exported: Path, tmp_path: Path) -> None:
+    """Before a run is written that no command could take."""
+    folder = foreign(exported, tmp_path / "theirs")
+    state = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    torch.save({k: torch.ones(64, 48) if k.endswith("mm_projector.0.weight") else v for k, v in state.items()}, folder / "non_lora_trainables.bin")
+    with pytest.raises(AdapterError, match=r"linear_1\.weight"):
+        import_adapter(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_projector_of_one_layer_where_the_base_has_two_is_refused(exported: Path, tmp_path: Path) -> None:
+    """An adapter of v1 on a later base: the second layer would be taken for nothing."""
+    folder = foreign(exported, tmp_path / "theirs")
+    one = {f"{PREFIX}model.mm_projector.weight": torch.ones(64, 32), f"{PREFIX}model.mm_projector.bias": torch.ones(64)}
+    torch.save(one, folder / "non_lora_trainables.bin")
+    with pytest.raises(AdapterError, match="projector"):
+        import_adapter(folder, tmp_path / "run")
+
+
+def plain(run: Path, folder: Path, named: str, projector: str, keep: str = "_proj") -> Path:
+    """An adapter as plain PEFT saves one on Hugging Face's layout: the same weights under the names of one of transformers' versions."""
+    shutil.copytree(run, folder)
+    for name in ("lcl_adapter.json", "recipe.yaml"):
+        (folder / name).unlink()
+    renamed = {
+        key.replace("model.language_model.layers", named).replace("model.multi_modal_projector", projector): value
+        for key, value in load_file(run / WEIGHTS).items()
+        if keep in key or "projector" in key
+    }
+    assert len({k.partition("layers")[0] for k in renamed if "lora" in k}) == 1
+    save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("named", "projector"),
+    [("language_model.model.layers", "multi_modal_projector"), ("model.language_model.layers", "model.multi_modal_projector")],
+    ids=["transformers 4", "transformers 5"],
+)
+@pytest.mark.parametrize("options", [{"rslora": True}, {"projector": True}], ids=str)
+def test_plain_pefts_adapters_are_taken(
+    runs: Callable[..., Path], hf: Path, tmp_path: Path, named: str, projector: str, options: dict[str, bool]
+) -> None:
+    """By whichever names its version gave; onto a base in either layout."""
+    run = runs(**options)
+    folder = plain(run, tmp_path / "theirs", named, projector)
+    told = import_adapter(folder, tmp_path / "run", str(hf))
+    assert (told["layers"], told["projector"], told["dropped"]) == (14, "projector" in options, 0)
+    assert all(torch.allclose(delta(run, module), delta(tmp_path / "run", module), atol=1e-6) for module in Adapter(run).layers)
+    one, other = (load_adapter(place, precision="fp32", device="cpu")[0] for place in (run, tmp_path / "run"))
+    assert probe(one, probe_turns("lcl")[:2]).distance(probe(other, probe_turns("lcl")[:2])) < 1e-4
+
+
+def test_an_adapter_of_some_projections_is_taken(runs: Callable[..., Path], hf: Path, tmp_path: Path) -> None:
+    """Such as PEFT's common choice of q and v: loads without a warning, and the others are as they were."""
+    folder = plain(runs(), tmp_path / "theirs", "language_model.model.layers", "multi_modal_projector", keep="q_proj")
+    assert import_adapter(folder, tmp_path / "run", str(hf))["layers"] == 2
+    base, _ = load_adapter(tmp_path / "run", precision="fp32", device="cpu")
+    merge(tmp_path / "run", tmp_path / "out", dtype="fp32", verify="layers")
+    before, after = merged_in(hf), merged_in(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    assert changed == {f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
+    asked = probe_turns("lcl")[:2]
+    assert probe(load_base(str(tmp_path / "out"), device="cpu"), asked).distance(probe(base, asked)) < 1e-4

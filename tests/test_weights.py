@@ -1,0 +1,347 @@
+"""Weights on disk: read as they are or refused with the reason, written so that anyone's reader finds the same tensors."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import struct
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lcl_adapter.errors import ModelError
+from lcl_adapter.weights import INDEX, SINGLE, TYPES, Planned, Shards, stored_in, stored_in_file
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}
+
+
+def two_shards(folder: Path, **placed: str) -> Path:
+    """``a`` and ``b`` in a file each, and an index that says so; ``placed`` is what it says otherwise."""
+    for name, value in TENSORS.items():
+        save_file({name: value}, folder / f"{name}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors", **placed}}))
+    return folder
+
+
+def file_of(folder: Path, header: bytes, data: bytes = b"") -> Path:
+    """A file with a safetensors header of any kind."""
+    (folder / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return folder / SINGLE
+
+
+def raw(value: torch.Tensor) -> bytes:
+    """Bits, so that NaN equals itself."""
+    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def planned(tensors: dict[str, torch.Tensor]) -> list[Planned]:
+    return [Planned(key, value.dtype, tuple(value.shape), lambda v=value: v) for key, value in tensors.items()]  # type: ignore[misc]
+
+
+def test_shards_of_an_index_are_all_read(tmp_path: Path) -> None:
+    """Every tensor, whichever file it is in."""
+    found = stored_in(two_shards(tmp_path))
+    assert {key: one.file.name for key, one in found.items()} == {"a": "a.safetensors", "b": "b.safetensors"}
+    assert all(torch.equal(found[key].read(), value) and found[key].dtype == value.dtype for key, value in TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "b.safetensors").unlink(), r"1 of 2 shards are missing, for instance b\.safetensors"),
+        (lambda f: two_shards(f, c="a.safetensors"), "c is in the index and in no shard"),
+        (lambda f: save_file({**TENSORS, "odd": torch.ones(1)}, f / "b.safetensors"), "odd is in a shard and not in the index"),
+        (lambda f: save_file(TENSORS, f / "b.safetensors"), r"a is in both a\.safetensors and b\.safetensors"),
+        (lambda f: (f / INDEX).write_text("{"), "not an index of weights"),
+        (lambda f: (f / INDEX).write_text("{}"), "not an index of weights"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": ["a.safetensors"]}'), "not an index of weights"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), "not an index of weights"),
+    ],
+    ids=["missing", "key-in-no-shard", "key-not-in-index", "key-in-two", "no-json", "no-map", "list-for-map", "number-for-name"],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, spoil: Any, said: str) -> None:
+    """With the folder, and the shard or the key that is wrong."""
+    stored_in(two_shards(tmp_path))
+    spoil(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        stored_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x.safetensors", "sub/../../x.safetensors", ".."])
+def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Even where what it names is there and could be read."""
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "base").mkdir()
+    two_shards(tmp_path / "base", a=name)
+    with pytest.raises(ModelError, match=r"which is outside its folder\. Not read"):
+        stored_in(tmp_path / "base")
+
+
+def test_a_key_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "old.safetensors")
+    with pytest.raises(ModelError, match=r"a is in both model\.safetensors and old\.safetensors; two checkpoints lie mixed"):
+        stored_in(tmp_path)
+
+
+def test_an_empty_folder_has_no_weights(tmp_path: Path) -> None:
+    """An adapter or a projector beside it are none."""
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    torch.save(TENSORS, tmp_path / "mm_projector.bin")
+    with pytest.raises(ModelError, match="no weights in it"):
+        stored_in(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 4, 40, -1])
+def test_a_file_cut_short_is_refused(tmp_path: Path, left: int) -> None:
+    """In its length, its header or its data, before any tensor is read."""
+    save_file(TENSORS, tmp_path / SINGLE)
+    whole = (tmp_path / SINGLE).read_bytes()
+    (tmp_path / SINGLE).write_bytes(whole[:left])
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*copy it again"):
+        stored_in(tmp_path)
+
+
+def test_a_file_cut_short_after_it_was_opened_is_noticed_when_read(tmp_path: Path) -> None:
+    """No tensor is ever filled up with zeros."""
+    save_file({"a": torch.ones(1000)}, tmp_path / SINGLE)
+    found = stored_in(tmp_path)["a"]
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-8])
+    with pytest.raises(ModelError, match="ends in the middle of a"):
+        found.read()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff\xfe\x00garbage",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 6]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-999, -995]}}',
+        b'{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_that_is_garbage_is_refused(tmp_path: Path, header: bytes) -> None:
+    """Whatever it is, with the file's name and nothing of Python's own."""
+    file = file_of(tmp_path, header, b"\0" * 64)
+    with pytest.raises(ModelError, match=r"model\.safetensors: "):
+        stored_in_file(file)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.text(max_size=4) | st.sampled_from(["F32", "F16"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "data_offsets", "__metadata__"]), inner, max_size=4)
+        | st.fixed_dictionaries({"dtype": st.just("F32"), "shape": st.lists(inner, max_size=2), "data_offsets": st.lists(inner, max_size=3)})
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=JSON)
+def test_any_header_is_read_or_refused(tmp_path: Path, header: Any) -> None:
+    """One that is taken has tensors that can be read."""
+    file = file_of(tmp_path, json.dumps(header).encode(), b"\0" * 64)
+    try:
+        found = stored_in_file(file)
+    except ModelError:
+        return
+    for one in found.values():
+        assert tuple(one.read().shape) == one.shape
+
+
+def test_a_pickle_of_tensors_is_read(tmp_path: Path) -> None:
+    """Views, other types and parameters too, each in memory of its own."""
+    wide = torch.randn(4, 6)
+    state = OrderedDict(plain=wide, turned=wide.T, half=wide.half(), brain=wide.bfloat16(), parameter=torch.nn.Parameter(wide + 1))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = stored_in(tmp_path)
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        read = found[key].read()
+        assert (found[key].dtype, found[key].shape) == (value.dtype, tuple(value.shape))
+        assert torch.equal(read, value)
+        read.detach().fill_(0)
+        assert torch.equal(found[key].read(), value), "what was read is no part of the file"
+
+
+def test_a_tensor_has_one_mark_in_a_pickle_and_in_safetensors(tmp_path: Path) -> None:
+    """Parameters and views too: the mark is of values, not of how they were kept."""
+    state = {"plain": torch.randn(60, 60), "turned": torch.randn(70, 50).T, "scalar": torch.tensor(2.0), "none": torch.empty(0, 3)}
+    torch.save({k: torch.nn.Parameter(v) for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+    pickled = {key: one.mark() for key, one in stored_in(tmp_path).items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / SINGLE)
+    assert {key: one.mark() for key, one in stored_in(tmp_path).items()} == pickled
+
+
+class Command:
+    """What a hostile pickle has in it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (lambda marker: OrderedDict(a=torch.ones(2), b=Command(marker)), r"it holds (posix|os|nt)\.system, which is no tensor"),
+        (lambda marker: {"a": torch.ones(2), "when": datetime.datetime(2024, 1, 1)}, r"it holds datetime\.datetime, which is no tensor"),
+        (lambda marker: {"a": torch.ones(2), "b": "text"}, "b is no tensor"),
+        (lambda marker: {"model": {"a": torch.ones(2)}}, "model is no tensor"),
+        (lambda marker: [torch.ones(2)], "all of it is no tensor"),
+        (lambda marker: torch.nn.Linear(2, 2), r"it holds torch\.nn\.modules\.linear\.Linear, which is no tensor"),
+    ],
+    ids=["command", "datetime", "text", "nested", "list", "module"],
+)
+def test_a_pickle_with_anything_else_in_it_is_refused_and_never_run(tmp_path: Path, thing: Any, said: str) -> None:
+    """With the name of what it holds."""
+    marker = tmp_path / "ran"
+    torch.save(thing(marker), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=rf"pytorch_model\.bin: .*{said}"):
+        stored_in(tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 no archive"])
+def test_a_pickle_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: refused"):
+        stored_in(tmp_path)
+
+
+def test_a_pickle_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    """The last one asked for is kept open, and not longer than it is the one on disk."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(3)}, file)
+    assert torch.equal(stored_in(tmp_path)["a"].read(), torch.zeros(3))
+    torch.save({"a": torch.ones(3)}, tmp_path / "new")
+    os.replace(tmp_path / "new", file)
+    assert torch.equal(stored_in(tmp_path)["a"].read(), torch.ones(3))
+
+
+def test_files_are_cut_at_the_limit(tmp_path: Path) -> None:
+    """In order, none above it but one tensor that is larger alone, and an index of them all."""
+    state = {name: torch.randn(size) for name, size in {"a": 10, "b": 10, "c": 50, "d": 1, "e": 19}.items()}
+    shards = Shards(planned(state), 80)
+    assert [key for key, _ in shards.write(tmp_path)] == list(state)
+    found = {name: [p.key for p in part] for name, part in shards.files.items()}
+    assert list(found.values()) == [["a", "b"], ["c"], ["d", "e"]]
+    assert sorted(found) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == shards.size == 4 * 90
+    assert index["weight_map"] == {key: name for name, keys in found.items() for key in keys}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*found, INDEX]), "and nothing besides"
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_own_reader_finds_the_same(tmp_path: Path, kind: torch.dtype) -> None:
+    state = {name: (torch.randn(shape) * 100).to(kind) for name, shape in {"w": (5, 7), "b": (3,), "s": (), "none": (0, 4)}.items()}
+    list(Shards(planned(state), 40).write(tmp_path))
+    found = {}
+    for file in tmp_path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}, "transformers refuses a file without it"
+            found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    assert found.keys() == state.keys()
+    assert all(found[key].dtype == kind and torch.equal(found[key], value) for key, value in state.items())
+
+
+def never() -> torch.Tensor:
+    raise AssertionError("a shard that is complete was made again")
+
+
+def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """A shard that is whole is neither made nor touched again; the one that was stopped in is."""
+    state = {name: torch.randn(10) for name in "abcd"}
+
+    def stop() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    cut = [*planned(state)[:3], Planned("d", torch.float32, (10,), stop)]
+    with pytest.raises(KeyboardInterrupt):
+        list(Shards(cut, 80).write(tmp_path, resume=True))
+    first = tmp_path / "model-00001-of-00002.safetensors"
+    assert [p.name for p in tmp_path.iterdir()] == [first.name], "nothing half-written, and no index yet"
+    before = first.stat()
+    going_on = [Planned(key, torch.float32, (10,), never) for key in "ab"] + planned(state)[2:]
+    done = list(Shards(going_on, 80).write(tmp_path, resume=True))
+    assert sum(size for _, size in done) == 160, "what was there counts as done"
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert {key: raw(one.read()) for key, one in stored_in(tmp_path).items()} == {key: raw(value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("there", ["another shape", "another type", "another key", "cut short", "garbage"])
+def test_a_shard_that_is_not_the_planned_one_is_written_again(tmp_path: Path, there: str) -> None:
+    """Going on keeps only files with exactly the planned tensors."""
+    file = tmp_path / SINGLE
+    found = {"another shape": {"a": torch.zeros(3)}, "another type": {"a": torch.zeros(2).half()}, "another key": {"b": torch.zeros(2)}}
+    save_file(found.get(there, {"a": torch.zeros(2)}), file)
+    if there == "cut short":
+        file.write_bytes(file.read_bytes()[:-3])
+    if there == "garbage":
+        file.write_bytes(b"garbage that is no file at all")
+    list(Shards(planned({"a": torch.ones(2)}), 80).write(tmp_path, resume=True))
+    assert torch.equal(stored_in(tmp_path)["a"].read(), torch.ones(2))
+
+
+def test_without_resume_everything_is_written_again(tmp_path: Path) -> None:
+    list(Shards(planned({"a": torch.zeros(2)}), 80).write(tmp_path))
+    list(Shards(planned({"a": torch.ones(2)}), 80).write(tmp_path))
+    assert torch.equal(stored_in(tmp_path)["a"].read(), torch.ones(2))
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Of any type and small shape, of any bits, contiguous or not."""
+    kind = draw(st.sampled_from(list(TYPES.values())))
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    if kind is torch.bool:
+        made = torch.randint(0, 2, shape, generator=generator).bool()
+    else:
+        made = torch.randint(0, 256, (math.prod(shape) * kind.itemsize,), generator=generator, dtype=torch.uint8).view(kind).reshape(shape)
+    return made.T if made.ndim == 2 and draw(st.booleans()) else made
+
+
+@settings(max_examples=150, deadline=None)
+@given(state=st.dictionaries(st.text(min_size=1, max_size=6), tensors(), max_size=6), limit=st.integers(1, 400))
+def test_whatever_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor], limit: int) -> None:
+    """Any tensors, cut anywhere: by this reader and by safetensors' own, bit for bit."""
+    folder = tmp_path_factory.mktemp("any")
+    shards = Shards(planned(state), limit)
+    assert sum(size for _, size in shards.write(folder)) == shards.size
+    assert all(len(part) == 1 or sum(p.size for p in part) <= limit for part in shards.files.values() if part)
+    found = {key: one.read() for key, one in stored_in(folder).items()}
+    theirs = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            theirs |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    for read in (found, theirs):
+        assert read.keys() == state.keys()
+        assert all((read[k].dtype, read[k].shape, raw(read[k])) == (v.dtype, v.shape, raw(v)) for k, v in state.items())
