@@ -22,8 +22,8 @@ def memory_bytes(text: str) -> int:
 def give_back() -> None:
     """Large tensors return to the system when they are freed.
 
-    glibc moves the size from which it does so up to 32 MB by itself; on a CPU, training then holds up to two thirds more
-    than is alive (benchmarks/results/plan.txt). Elsewhere nothing happens.
+    glibc moves the size from which it does so up to 32 MB by itself; on a CPU, training then holds a third more than
+    is alive (benchmarks/results/plan.txt). Elsewhere nothing happens.
     """
     if sys.platform == "linux":
         setter = getattr(ctypes.CDLL(None), "mallopt", None)

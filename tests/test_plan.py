@@ -1,0 +1,237 @@
+"""The forecast against what is there, ways to fit, the stop before training; and what inspect says a path is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcl_adapter import adapter, budget, plan, recipe, run, trainer
+from lcl_adapter.batches import Collator
+from lcl_adapter.cli import main
+from lcl_adapter.errors import ModelError, RunError
+from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.memory import UNITS, memory_bytes
+from lcl_adapter.mixture import Mixture
+from lcl_adapter.model import attach, choose_precision, load_base, parameters_by_part
+from lcl_adapter.recipe.schema import AdapterOptions, TrainOptions
+from lcl_adapter.vision import VisionFeatures
+from tests.test_trainer import small
+from tests.tiny import save_original
+
+WORK = budget.Work(2, 512, 40, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16", 16 * 10**9), ("16GB", 16 * 10**9), ("16 GiB", 16 * 2**30), ("500MB", 5 * 10**8), (" 1.5 TB ", 1_500_000_000_000)]
+)
+def test_memory_as_people_write_it(text: str, size: int) -> None:
+    assert memory_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["many", "16gb", "-1GB", "", "0", "GB", "1e3", "16 G B"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="no amount of memory"):
+        memory_bytes(text)
+    said = CliRunner().invoke(main, ["plan", "recipes/pocket.yaml", "--memory", text])
+    assert said.exit_code == 2
+    assert "no amount of memory" in said.output
+
+
+@given(st.integers(1, 10**6), st.sampled_from(sorted(UNITS)))
+def test_memory_is_proportional(amount: int, unit: str) -> None:
+    assert memory_bytes(f"{amount}{unit}") == amount * UNITS[unit]
+
+
+def test_parameters_are_counted_without_weights(tiny_folder: Callable[[str], Path]) -> None:
+    """The forecast's counts are those of the loaded model with its adapter."""
+    for family in ("llava-1.5", "llava-onevision"):
+        folder = tiny_folder(family)
+        shape = budget.shape_of(open_checkpoint(str(folder)).config)
+        options = AdapterOptions(rank=4, projector=True)
+        base = attach(load_base(str(folder)), options)
+        parts = parameters_by_part(base.model)
+        trained = sum(part["trained"] for part in parts.values())
+        assert budget.adapter_parameters(shape, options) == trained
+        whole = sum(p.numel() for p in load_base(str(folder)).model.parameters())
+        assert shape.language + shape.rest + shape.vision + shape.projector == whole
+        assert sum(budget.weights(shape, "fp32", "cpu").values()) == 4 * whole
+
+
+def test_quantised_weights_are_forecast_to_the_byte(tiny_folder: Callable[[str], Path]) -> None:
+    """nf4 with double quantisation, beside what bitsandbytes holds."""
+    folder = tiny_folder("llava-1.5")
+    shape = budget.shape_of(open_checkpoint(str(folder)).config)
+    held = 0
+    for _, module in load_base(str(folder), "nf4").model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            state = module.weight.quant_state
+            held += module.weight.numel() + state.absmax.numel() + state.state2.absmax.numel() * 4
+    assert budget.weights(shape, "nf4", "cpu")["language model"] == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("grown", ["rows", "tokens", "learned", "pictures"])
+def test_more_work_is_more_memory(grown: str, pocket_tiny: Path) -> None:
+    from dataclasses import replace
+
+    shape = budget.shape_of(open_checkpoint(str(pocket_tiny)).config)
+    options, train = AdapterOptions(), TrainOptions()
+    before = budget.training(shape, "fp32", "cpu", options, train, WORK).moments["a step"]
+    more = budget.training(shape, "fp32", "cpu", options, train, replace(WORK, **{grown: 2 * getattr(WORK, grown)})).moments["a step"]
+    assert more > before
+    checkpointed = budget.training(shape, "fp32", "cpu", options, TrainOptions(gradient_checkpointing=True), WORK).moments["a step"]
+    assert checkpointed < before
+
+
+def test_saved_activations_are_those_of_the_formula(tiny_folder: Callable[[str], Path]) -> None:
+    """What autograd keeps in one forward, counted by its own hooks, against the formula's layers and masks."""
+    folder = tiny_folder("llava-1.5")
+    options = AdapterOptions(rank=4)
+    base = attach(load_base(str(folder)), options)
+    base.model.train()
+    ids = torch.randint(3, 259, (2, 256))
+    owned = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in owned and tensor.shape[-1] != 700:
+            kept[place.data_ptr()] = place.nbytes()
+        return tensor
+
+    embedded = base.llava.get_input_embeddings()(ids).requires_grad_()
+    keeping: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (keeping.append(t), note(t))[1], lambda t: t):
+        base.llava.model.language_model(inputs_embeds=embedded, use_cache=False)
+    shape = budget.shape_of(base.llava.config)
+    formula = shape.layers * budget.layer_activations(shape, options, 4) * ids.numel()
+    assert sum(kept.values()) == pytest.approx(formula, rel=0.12)
+
+
+def test_a_plan_tells_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> None:
+    made = small(pocket_tiny, tmp_path)
+    found = plan.make(made, memory=10**12, device="cpu")
+    assert found["fits"]
+    assert not found["ways"]
+    row = trainer.longest_row(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder()))
+    assert (found["longest_row"], found["images_in_it"]) == (len(row), len(row.pictures))
+    assert set(found["forecasts"]) == {"training", "evaluation", "serving"}
+    json.dumps(found)
+
+
+def test_ways_to_fit_do_fit(pocket_tiny: Path, tmp_path: Path) -> None:
+    """Each way that is shown brings the forecast within the memory, and no more than three are shown."""
+    made = small(pocket_tiny, tmp_path)
+    whole = plan.make(made, memory=10**12, device="cuda")["forecasts"]["training"]["total"]
+    memory = whole - 1
+    found = plan.make(made, memory=memory, device="cuda")
+    assert not found["fits"]
+    assert 1 <= len(found["ways"]) <= 3
+    for way in found["ways"]:
+        changed, _ = plan.applied(made, "cuda", way["overrides"])
+        assert plan.make(changed, memory=memory, device="cuda")["fits"]
+    assert plan.make(made, memory=1, device="cuda")["ways"] == []
+
+
+def test_training_that_will_not_fit_is_not_begun(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small(pocket_tiny, tmp_path / "run")
+    path = tmp_path / "recipe.yaml"
+    recipe.save(made, path)
+    monkeypatch.setattr(plan, "available", lambda device: 10**6)
+    with pytest.raises(RunError, match="free memory"):
+        run.train(str(path))
+    assert not made.output.exists()
+    assert run.train(str(path), force=True)["run"] == str(made.output)
+
+
+def test_the_longest_row_is_run_first_and_leaves_nothing(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without it, the adapter is the same to the last bit, and the counts too."""
+    first = trainer.train(small(pocket_tiny, tmp_path / "a", max_steps=2))
+    seen: list[int] = []
+    original = trainer.LongestFirst.on_train_begin
+
+    def told(self: trainer.LongestFirst, *args: object, **more: object) -> None:
+        seen.append(len(self.row))
+        original(self, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.LongestFirst, "on_train_begin", told)
+    again = trainer.train(small(pocket_tiny, tmp_path / "b", max_steps=2))
+    monkeypatch.setattr(trainer.LongestFirst, "on_train_begin", lambda *_, **__: None)
+    without = trainer.train(small(pocket_tiny, tmp_path / "c", max_steps=2))
+    assert seen == [max(again["longest_row"], seen[0])]
+    assert first["images"] == again["images"] == without["images"]
+    hashes = [adapter.read_manifest(tmp_path / name)["files"]["adapter_model.safetensors"] for name in "abc"]
+    assert len(set(hashes)) == 1
+
+
+def test_a_row_that_does_not_fit_fails_at_once(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")
+
+    monkeypatch.setattr(trainer.LclTrainer, "compute_loss", no_memory)
+    with pytest.raises(RunError, match=r"the longest row, \d+ tokens, does not fit"):
+        trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=2))
+
+
+def test_auto_precision_says_why(pocket_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_checkpoint(str(pocket_tiny)).config
+    assert choose_precision(config, "cpu")[0] == "fp32"
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+    chosen, why = choose_precision(config, "cpu")
+    assert chosen == "bf16"
+    assert "memory free" in why
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    for free, expected in ((10**9, "fp16"), (10**5, "nf4")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        assert choose_precision(config, "cuda")[0] == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "nf4", "auto"])
+def test_every_precision_loads_and_answers_on_a_cpu(precision: str, pocket_tiny: Path, tmp_path: Path) -> None:
+    """Close to fp32 in logits; only the language model is quantised."""
+    from lcl_adapter.probe import probe, probe_turns
+
+    base = load_base(str(pocket_tiny), precision)  # type: ignore[arg-type]
+    probes = probe_turns("short")[:2]
+    gap = probe(base, probes).distance(probe(load_base(str(pocket_tiny)), probes))
+    assert gap < {"bf16": 1.0, "fp16": 0.1, "int8": 2.0, "nf4": 20.0, "auto": 1e-6}[precision]
+    assert VisionFeatures(base).raw([t.picture for t in probes[0][0] if t.picture]).isfinite().all()
+
+
+def test_the_probe_times_a_step(pocket_tiny: Path, tmp_path: Path) -> None:
+    made = small(pocket_tiny, tmp_path / "run")
+    assert plan.probe(made)["seconds_a_step"] > 0
+    assert not made.output.exists()
+
+
+def test_inspect_says_what_a_path_is(pocket_tiny: Path, tmp_path: Path) -> None:
+    original = save_original(tmp_path / "llava-v1.5", "v1.5")
+    found = run.inspect(str(original))
+    assert (found["kind"], found["layout"], found["family"]) == ("base", "original", "llava-1.5")
+    assert found["types"] == {"float16": sum(v for v in found["types"].values())} or set(found["types"]) == {"float16", "float32"}
+    assert run.inspect(str(tmp_path / "llava-v1.5-tower"))["kind"] == "vision tower"
+    trained = small(pocket_tiny, tmp_path / "run", max_steps=2)
+    trainer.train(trained)
+    told = run.inspect(str(tmp_path / "run"))
+    assert told["kind"] == "run with its adapter"
+    assert told["base_hash"] == run.inspect(str(pocket_tiny))["hash"]
+    assert told["adapter"].startswith("LoRA, rank")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in adapter.FILES:
+        (plain / name).write_bytes((tmp_path / "run" / name).read_bytes())
+    assert run.inspect(str(plain))["kind"] == "adapter of PEFT"
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="not a LLaVA"):
+        run.inspect(str(tmp_path / "odd"))
+    said = CliRunner().invoke(main, ["inspect", str(original), "--json"])
+    assert json.loads(said.stdout)["hash"] == found["hash"]
