@@ -94,15 +94,25 @@ def measure(side: str, kind: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before * 1024}
 
 
+def unit(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A unit in the last place at this size."""
+    return torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(value.clamp(min=torch.finfo(dtype).tiny))))
+
+
 def largest_gap(kind: str) -> tuple[float, int]:
-    """Largest distance between the two results, in units of the last place; and how many tensors were compared."""
-    one, other = (open_checkpoint(str(FOLDER / f"{side}-{kind}")) for side in ("ours", "theirs"))
-    whole = {"fp32": torch.int32, "bf16": torch.int16}[kind]
-    worst = 0
+    """Largest distance between the two results, and how many tensors were compared.
+
+    In units in the last place of what was added up (the weight, the adapter's product, or their sum, whichever is
+    largest): PEFT rounds the product to bf16 before it adds, so where the two nearly cancel the sum's own unit says nothing.
+    """
+    base, one, other = (open_checkpoint(str(place)) for place in (base_of(kind), FOLDER / f"ours-{kind}", FOLDER / f"theirs-{kind}"))
+    worst = 0.0
     for name, weight in one.stored.items():
         a, b = weight.read(), other.stored[name].read()
         if not torch.equal(a, b):
-            worst = max(worst, int((a.view(whole).long() - b.view(whole).long()).abs().max()))
+            before = base.stored[name].read().double()
+            size = torch.stack([before.abs(), (a.double() - before).abs(), a.double().abs()]).amax(0)
+            worst = max(worst, float(((a.double() - b.double()).abs() / unit(size, KINDS[kind])).max()))
     return worst, len(one.stored)
 
 
@@ -110,7 +120,7 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
     for kind in KINDS:
-        run_of(kind)
+        child("benchmarks.merge", "--make", kind)  # not here: a child begins with its parent's peak
         found = {side: child("benchmarks.merge", "--child", side, kind) for side in ("theirs", "ours")}
         # The config files that PEFT's side does not write, for reading the result.
         for side in ("theirs",):
@@ -121,12 +131,15 @@ def main() -> None:
         seconds = found["ours"]["seconds"] / found["theirs"]["seconds"]
         ratios |= {f"{kind}: peak memory, ours / PEFT's": memory, f"{kind}: time, ours / PEFT's": seconds, f"{kind}: ulp": float(gap)}
         told = [f"{found[s]['peak'] / 1e9:.2f} GB, {found[s]['seconds']:.0f} s" for s in ("theirs", "ours")]
-        rows.append((kind, *told, f"{memory:.2f}", f"{seconds:.2f}", f"{gap} ulp in {count} tensors"))
+        rows.append((kind, *told, f"{memory:.2f}", f"{seconds:.2f}", f"{gap:.2g} ulp in {count} tensors"))
     finish("merge", ("weights", "PEFT", "shard by shard, verified", "memory", "time", "difference"), rows, ratios)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(measure(*sys.argv[2:4])))
+    elif sys.argv[1:2] == ["--make"]:
+        run_of(sys.argv[2])
+        print("{}")
     else:
         main()

@@ -137,7 +137,7 @@ def recipe_of(case: Case, output: str) -> Recipe:
 def forecast(case: Case, device: str) -> budget.Forecast:
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(case, folder)
-        return plan.Plan(recipe, device, Mixture(recipe)).training()
+        return plan.Plan(recipe, device, Mixture(recipe), 10**12).training()
 
 
 def peak() -> int:

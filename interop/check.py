@@ -197,6 +197,26 @@ def check(version: str, root: Path) -> list[Line]:
     return lines
 
 
+def check_mistral(root: Path) -> list[Line]:
+    """NeXT on Mistral: upstream loads no adapters on it, so the base and what was merged."""
+    family, session = "llava-next-mistral", Session(root)
+    base = save_original(root / "llava-mistral", "v1.6-mistral")
+    made = probes(pictures(root / "pictures", 5, [(2 * SIDE, 2 * SIDE)]))
+    prompts = asked(made, family)
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE.format(base=base, output=root / "ours", rslora="false"))
+    run.train(str(recipe))
+    run.merge(root / "ours", root / "llava-mistral-merged")
+    there = session.add(do="logits", model=base, pixels="base tile", prompts=prompts)
+    merged = session.add(do="logits", model=root / "llava-mistral-merged", pixels="base tile", prompts=prompts)
+    answers = session.done()
+    bare, here = ours(load_base(str(base)), made), ours(load_adapter(root / "ours")[0], made)
+    return [
+        Line("v1.6 mistral", "base, original layout read here", apart(bare, answers[there]), CLOSE),
+        Line("v1.6 mistral", "merged here in fp16, loaded upstream", apart(here, answers[merged]), HALF, float((here - bare).abs().max())),
+    ]
+
+
 def photos(folder: Path) -> tuple[Path, list[Path]]:
     """Two classes of two photos, and three queries."""
     rng = np.random.default_rng(11)
@@ -256,6 +276,8 @@ def main() -> None:
         for version in VERSIONS:
             (root / version).mkdir()
             lines += check(version, root / version)
+        (root / "mistral").mkdir()
+        lines += check_mistral(root / "mistral")
     table = Table("family", "what", "largest difference", "allowed", "effect", "", box=box.SIMPLE)
     for line in lines:
         effect = "" if line.effect is None else f"{line.effect:.2f}"

@@ -263,7 +263,7 @@ def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, 
     """Take over an ADAPTER that was trained upstream, or by plain PEFT, as a run: eval, ask and merge take it.
 
     \b
-    lcl-adapter import llava-v1.5-7b-lora -o runs/theirs --base /models/vicuna-llava
+    lcl-adapter import llava-task-lora -o runs/theirs --base /models/llava-v1.5-7b
     """
     from lcl_adapter import run
 
@@ -305,7 +305,12 @@ def inspect(path: str, tower: str | None, as_json: bool) -> None:
     """
     from lcl_adapter import run
 
-    emit(run.inspect(path, tower), as_json)
+    found = run.inspect(path, tower)
+    if as_json:
+        emit(found, True)
+    else:
+        for line in run.facts(found):  # the answer itself, so on standard output
+            click.echo(line)
 
 
 @main.group()

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import resumable_folder
-from lcl_adapter.layouts import Checkpoint, Layout, Writing, find_base, open_checkpoint
+from lcl_adapter.layouts import Checkpoint, Layout, Writing, check_folder_name, find_base, open_checkpoint
 from lcl_adapter.layouts.writing import TOWER, Change
 from lcl_adapter.model import family_of, load_base
-from lcl_adapter.probe import Answers, probe, probe_turns, room_for
+from lcl_adapter.probe import LARGE, Answers, fitting, probe, probe_turns, room_for
 from lcl_adapter.terminal import console
 from lcl_adapter.weights import stored_in
 
+BOTH = ("llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral")  # families that have both layouts
 SPARE = 64 * 2**20  # configs, tokenizer, and what a file system needs
 ROUNDING = 1e-4  # of a logit in fp32, between two layouts of the same weights
 
@@ -36,7 +37,7 @@ def convert(
     """
     checkpoint = open_checkpoint(source, tower)
     to = to or ("original" if checkpoint.layout == "hf" else "hf")
-    writing = writing_of(checkpoint, to, {}, None, shard_size, tower_as)
+    writing = writing_of(checkpoint, to, {}, None, shard_size, tower_as, out)
     plan = {"convert": checkpoint.hash(), "to": to, "shard_size": shard_size, "tower": tower_as}
     with resumable_folder(out, plan, writing.size + SPARE) as partial:
         write(writing, partial, out)
@@ -54,12 +55,16 @@ def convert(
 
 
 def writing_of(
-    checkpoint: Checkpoint, to: Layout, changes: dict[str, Change], dtype: torch.dtype | None, shard_size: int, tower_as: str | None = None
+    checkpoint: Checkpoint, to: Layout, changes: dict[str, Change], dtype: torch.dtype | None, shard_size: int, tower_as: str | None, out: Path
 ) -> Writing:
-    """What is to be written. Raises ModelError for a family that the other layout cannot be."""
+    """What is to be written. Raises ModelError for a family that the other layout cannot be, or a name that upstream would misread."""
     family = family_of(checkpoint)
-    if to != checkpoint.layout and (checkpoint.config.model_type not in {"llava", "llava_next"} or family.name == "pocket"):
-        raise ModelError(f"base {checkpoint.folder}: a {family.name} model has no original layout of haotian-liu/LLaVA; leave --to out.")
+    if to != checkpoint.layout and family.name not in BOTH:
+        raise ModelError(f"base {checkpoint.folder}: a {family.name} model has no layout of haotian-liu's; it stays in Hugging Face's (--to hf).")
+    if to == "original":
+        check_folder_name(out, adapter=False, mistral=checkpoint.config.text_config.model_type == "mistral")
+    if out.absolute().is_relative_to(checkpoint.folder):
+        raise ModelError(f"{out}: lies inside the base, which is never written to. Give another place.")
     token = checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id) if checkpoint.config.model_type else ""
     template = family.chat_template(str(token)) if family.user else None
     return Writing(checkpoint, to, changes, dtype, shard_size, tower_as, family.name, template)
@@ -96,10 +101,10 @@ def same_tensors(writing: Writing, folder: Path, skipped: frozenset[str] = froze
 
 def _same_answers(checkpoint: Checkpoint, partial: Path, to: Layout, out: Path, tower_as: str | None) -> dict[str, Any]:
     fits, needed, free = room_for(checkpoint)
-    if not fits:
-        told = f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free"
+    if not fits or needed > LARGE:
+        told = f"not asked: {needed / 1e9:.0f} GB and some time would be needed, {free / 1e9:.0f} GB are free; every tensor was compared"
         return {"probes": told}
-    probes = probe_turns("lcl")[:2]
+    probes = fitting(probe_turns("lcl"), checkpoint, tiles=False)[:2]
     tower = tower_of(checkpoint, partial, to, tower_as)
     if to == "original" and tower is None:
         return {"probes": f"not asked: {tower_as} is not here; upstream will fetch it"}

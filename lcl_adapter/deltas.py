@@ -6,6 +6,7 @@ So LoRA, rsLoRA, DoRA and a start such as PiSSA's merge exactly as PEFT merges t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from lcl_adapter.errors import AdapterError
 from lcl_adapter.weights import stored_in_file
 
 PREFIX = "base_model.model."
+INPUTS = 4
 PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
 
 
@@ -138,24 +140,41 @@ def layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter]) -> 
     return layer.eval()
 
 
-def added(module: str, weight: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
-    """The weight with its adapters in it, computed in fp32. Raises AdapterError where what comes out is not finite."""
-    layer = layer_of(module, weight.float(), adapters)
-    try:
-        layer.merge(safe_merge=True)
-    except ValueError as error:
-        raise AdapterError(f"{module}: {error}") from error
-    merged: torch.Tensor = layer.get_base_layer().weight.data
-    return merged
+@dataclass(frozen=True)
+class Expected:
+    """What a layer with its adapters beside it answers to a few random inputs, [INPUTS, out], and how far that is from the layer alone."""
+
+    answers: torch.Tensor
+    effect: float
+
+    def distance(self, merged: torch.Tensor) -> float:
+        """How far a merged weight answers from it; infinite where its answers are not finite."""
+        found = functional.linear(inputs_of(merged.shape[1]), merged.float())
+        return float((found - self.answers).abs().max()) if found.isfinite().all() else math.inf
+
+
+def inputs_of(width: int) -> torch.Tensor:
+    """The same random inputs each time, [INPUTS, in]."""
+    return torch.randn(INPUTS, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def distance(module: str, weight: torch.Tensor, merged: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[float, float]:
-    """How far a merged weight answers from the adapter beside it, and what the adapter changes: largest values on random inputs."""
-    inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    beside = layer_of(module, weight.float(), adapters)(inputs)
-    found, plain = functional.linear(inputs, merged.float()), functional.linear(inputs, weight.float())
-    return float((found - beside).abs().max()), float((beside - plain).abs().max())
+def expected(module: str, layer: Linear) -> Expected:
+    """Asked of PEFT's own layer before anything is merged. Raises AdapterError where it does not answer in finite numbers."""
+    alone: list[torch.Tensor] = []
+    hook = layer.get_base_layer().register_forward_hook(lambda _, __, output: alone.append(output.clone()))
+    answers = layer(inputs_of(layer.in_features))
+    hook.remove()
+    if not answers.isfinite().all():
+        raise AdapterError(f"{module}: with the adapter on it its answers are not finite (NaNs or infinities); the adapter is broken.")
+    return Expected(answers, float((answers - alone[0]).abs().max()))
+
+
+def added(layer: Linear) -> torch.Tensor:
+    """The layer's weight with its adapters in it, in fp32; in place. That it is finite is asked of its answers."""
+    layer.merge()
+    merged: torch.Tensor = layer.get_base_layer().weight.data
+    return merged
 
 
 def whole_of(name: str, adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[
     Raises RunError: ``path`` exists, the disk is too small or full, the place cannot be written.
     """
     if path.exists():
-        raise RunError(f"{path}: exists already; nothing is overwritten. Give another --out.")
+        raise RunError(f"{path}: exists already; nothing is overwritten. Give another place.")
     partial = path.with_name(path.name + PARTIAL)
     try:
         if _planned(partial) != plan:

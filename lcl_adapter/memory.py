@@ -12,11 +12,12 @@ LARGE = 1 << 20
 
 
 def memory_bytes(text: str) -> int:
-    """``1.5 GB`` -> 1500000000; a bare number is gigabytes. Raises ValueError for what is no amount of memory."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB|MiB|GiB|TiB|)", text.strip())
+    """``1.5 GB`` or ``1.5g`` -> 1500000000; a bare number is gigabytes. Raises ValueError for what is no amount of memory."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B?|)", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB, 16GB or 16 GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    unit = match[2].upper().removesuffix("B")
+    return int(float(match[1]) * UNITS[f"{unit[:1]}iB" if unit.endswith("I") else f"{unit}B" if unit else ""])
 
 
 def give_back() -> None:

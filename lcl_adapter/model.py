@@ -202,15 +202,16 @@ def load_base(name: str, precision: Precision = "fp32", device: str | None = Non
     return Base(model, checkpoint, family, precision, tiles)
 
 
-def choose_precision(config: Any, device: str) -> tuple[Precision, str]:
-    """What ``auto`` is, and why: the widest that fits with a third of room, on a CPU whole numbers of 32 bits where they fit."""
+def choose_precision(config: Any, device: str, memory: int | None = None) -> tuple[Precision, str]:
+    """What ``auto`` is, and why: the widest that fits ``memory`` (what is free, where left out) with a third of room; on a CPU fp32 where it fits."""
     count = sum(p.numel() for p in skeleton(config).parameters())
     if device == "cpu":
-        free = psutil.virtual_memory().available
+        free = memory or psutil.virtual_memory().available
         fits = 1.3 * 4 * count < free
         return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
-    free = torch.cuda.mem_get_info()[0]
-    half: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    free = memory or torch.cuda.mem_get_info()[0]
+    old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    half: Precision = "fp16" if old else "bf16"
     if 1.35 * 2 * count < free:
         return half, f"{2 * count / 1e9:.1f} GB of weights in 16 bits, {free / 1e9:.1f} GB free on the GPU"
     return "nf4", f"{2 * count / 1e9:.1f} GB of weights in 16 bits and {free / 1e9:.1f} GB free on the GPU: too tight"

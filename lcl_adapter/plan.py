@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -48,6 +49,7 @@ class Plan:
     recipe: Recipe
     device: str
     mixture: Mixture
+    memory: int
 
     @cached_property
     def config(self) -> Any:
@@ -59,7 +61,7 @@ class Plan:
 
     @cached_property
     def precision(self) -> Precision:
-        return choose_precision(self.config, self.device)[0] if self.recipe.precision == "auto" else self.recipe.precision
+        return choose_precision(self.config, self.device, self.memory)[0] if self.recipe.precision == "auto" else self.recipe.precision
 
     @cached_property
     def collator(self) -> Collator:
@@ -101,8 +103,10 @@ def make(recipe: Recipe, memory: int | None = None, device: str | None = None, m
     Nothing of the base's weights is loaded. Raises RecipeError, DataError, ModelError as training would.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    plan = Plan(recipe, device, mixture or Mixture(recipe))
+    if device == "cuda" and memory is None and not torch.cuda.is_available():
+        raise RecipeError(["there is no GPU here to ask how much memory it has: say it with --memory, for instance --memory 16GB"])
     memory = memory or available(device)
+    plan = Plan(recipe, device, mixture or Mixture(recipe), memory)
     forecasts = {"training": plan.training(), "evaluation": plan.evaluation(), "serving": plan.serving()}
     told = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}
     encoder = plan.collator.encoder
@@ -125,25 +129,50 @@ def make(recipe: Recipe, memory: int | None = None, device: str | None = None, m
 
 
 def ways_to_fit(plan: Plan, memory: int) -> list[dict[str, Any]]:
-    """The first few changes, alone or the fewest together, that bring training within ``memory``; cheapest first."""
-    found: list[dict[str, Any]] = []
+    """The first few changes, alone or the fewest together, that bring training within ``memory``; cheapest first.
+
+    Each change is forecast once alone; several together only where none does alone, and none at all where not even all do.
+    """
     known = [change.override for change in changes(plan.recipe, plan.device)]
-    for count in range(1, len(known) + 1):
-        for together in itertools.combinations(known, count):
-            if len({override.split("=")[0] for override in together}) < count:
-                continue
-            try:
-                changed, costs = applied(plan.recipe, plan.device, together)
-                total = Plan(changed, plan.device, _mixture(plan, changed)).training().total
-            except (DataError, EpisodeError, RecipeError):
-                continue
-            if total <= memory:
-                found.append({"overrides": list(together), "total": total, "cost": "; ".join(costs)})
-                if len(found) == ENOUGH:
-                    return found
+    rows: dict[str, Encoded] = {}
+
+    def total(together: Sequence[str]) -> int | None:
+        changed, _ = applied(plan.recipe, plan.device, together)
+        shown = repr((changed.sources, changed.tiles))
+        try:
+            tried = Plan(changed, plan.device, plan.mixture, memory)
+            if shown not in rows:
+                rows[shown] = plan.row if (changed.sources, changed.tiles) == (plan.recipe.sources, plan.recipe.tiles) else _row(plan, changed)
+            tried.__dict__.update(config=plan.config, shape=plan.shape, row=rows[shown])
+            return tried.training().total
+        except (DataError, EpisodeError, RecipeError):
+            return None
+
+    def fit(together: Sequence[str]) -> bool:
+        found = total(together)
+        return found is not None and found <= memory
+
+    def told(together: Sequence[str]) -> dict[str, Any]:
+        return {"overrides": list(together), "total": total(together), "cost": "; ".join(applied(plan.recipe, plan.device, together)[1])}
+
+    if not fit(known):
+        return []
+    for count in (1, 2):
+        found = [told(together) for together in itertools.combinations(known, count) if fit(together)]
         if found:
-            return found
-    return found
+            return found[:ENOUGH]
+    for count in range(3, len(known) + 1):  # the cheapest so many, in their order
+        if fit(known[:count]):
+            return [told(known[:count])]
+    return []
+
+
+def _row(plan: Plan, recipe: Recipe) -> Encoded:
+    """The longest row with other options of the same sources: the pools are not read again."""
+    mixture = copy.copy(plan.mixture)
+    mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
+    mixture.recipe = recipe
+    return longest_row(Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault))
 
 
 def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -154,11 +183,6 @@ def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Reci
         recipe = change.recipe
         costs.append(change.cost)
     return recipe, costs
-
-
-def _mixture(plan: Plan, recipe: Recipe) -> Mixture:
-    """The same pools are not read again where only training changed."""
-    return plan.mixture if recipe.sources == plan.recipe.sources else Mixture(recipe)
 
 
 def changes(recipe: Recipe, device: str) -> Iterator[Change]:

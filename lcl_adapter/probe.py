@@ -12,13 +12,15 @@ import torch
 from lcl_adapter import episodes
 from lcl_adapter.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.layouts import Checkpoint
-from lcl_adapter.model import Base
+from lcl_adapter.model import Base, load_encoder
 from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.sources import read_pocket
 from lcl_adapter.vision import VisionFeatures
 
 PROBES = 8
+LARGE = 5 * 3 * 10**9  # bytes that ``room_for`` counts for 3 B parameters: above it a CPU takes hours
+ROOM = 32  # tokens for an answer
 Probes = Sequence[tuple[tuple[Turn, ...], Turn]]
 
 
@@ -46,6 +48,13 @@ def probe_turns(wording: Literal["short", "lcl"]) -> list[tuple[tuple[Turn, ...]
     return [(c.shared, c.branches[0][0]) for c in spoken]
 
 
+def fitting(probes: Probes, checkpoint: Checkpoint, tiles: bool) -> list[tuple[tuple[Turn, ...], Turn]]:
+    """Those that the base's context holds, with room for an answer."""
+    tower = None if checkpoint.tower is None else str(checkpoint.tower)
+    encoder = load_encoder(str(checkpoint.folder), tower, tiles)
+    return [(support, query) for support, query in probes if len(encoder.turns([*support, query], opened=True)[0]) + ROOM < encoder.context]
+
+
 @torch.inference_mode()
 def probe(base: Base, probes: Probes) -> Answers:
     """Ask the probes plainly, without a cache: a checkpoint must be right for anyone's code, not for ours alone."""
@@ -54,7 +63,7 @@ def probe(base: Base, probes: Probes) -> Answers:
     for support, query in probes:
         ids = encoder.turns([*support, query], opened=True)[0]
         pictures = [t.picture for t in (*support, query) if t.picture is not None]
-        placed: dict[str, Any] = {} if encoder.grid is None else {"position_ids": _grid(encoder.positions(ids)[0])}
+        placed: dict[str, Any] = {} if encoder.grid is None else {"position_ids": _grid(encoder.positions(ids)[0]).to(base.device)}
         outputs = base.model(
             input_ids=torch.tensor([ids], device=base.device), mm_encoder_outputs=vision.projected(pictures), logits_to_keep=1, **placed
         )

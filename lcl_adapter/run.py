@@ -243,9 +243,12 @@ def plan(recipe_path: str, overrides: Sequence[str], memory: int | None = None, 
 
 def inspect(name: str, tower: str | None = None) -> dict[str, Any]:
     """Say what a path is."""
-    found = describing.describe(name, tower)
-    report.show_facts(found)
-    return found
+    return describing.describe(name, tower)
+
+
+def facts(found: dict[str, Any]) -> list[str]:
+    """A fact a line, as people read them."""
+    return report.lines_of(found)
 
 
 def index(folder: Path, base_name: str, out: Path | None) -> dict[str, Any]:

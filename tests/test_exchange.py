@@ -22,7 +22,7 @@ from lcl_adapter.adapter import load_adapter, read_manifest
 from lcl_adapter.conversations import WORDINGS, Turn
 from lcl_adapter.convert import convert
 from lcl_adapter.deltas import Adapter
-from lcl_adapter.errors import AdapterError, RunError, UserError
+from lcl_adapter.errors import AdapterError, ModelError, RunError, UserError
 from lcl_adapter.exchange import export_adapter, import_adapter
 from lcl_adapter.exchange.exporting import SCRIPT
 from lcl_adapter.layouts import open_checkpoint
@@ -132,8 +132,8 @@ def test_what_came_back_answers_and_merges_as_what_went_out(runs: Callable[..., 
     one, other = (load_adapter(folder, precision="fp32", device="cpu")[0] for folder in (run, tmp_path / "back"))
     expected = probe(one, probe_turns("lcl")[:3])
     assert probe(other, probe_turns("lcl")[:3]).distance(expected) < 1e-4
-    merge(tmp_path / "back", tmp_path / "merged", dtype="fp32")
-    assert probe(load_base(str(tmp_path / "merged"), device="cpu"), probe_turns("lcl")[:3]).distance(expected) < 1e-4
+    merge(tmp_path / "back", tmp_path / "llava-merged", dtype="fp32")
+    assert probe(load_base(str(tmp_path / "llava-merged"), device="cpu"), probe_turns("lcl")[:3]).distance(expected) < 1e-4
     export_adapter(tmp_path / "back", tmp_path / "llava-lora-again")
     for name in ("adapter_model.bin", "non_lora_trainables.bin"):
         first, again = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("llava-lora", "llava-lora-again"))
@@ -261,7 +261,7 @@ def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_
 )
 def test_a_name_that_upstream_would_misread_is_refused(runs: Callable[..., Path], tmp_path: Path, name: str, said: str) -> None:
     """It tells what a folder is by its name alone."""
-    with pytest.raises(AdapterError, match=said):
+    with pytest.raises(ModelError, match=said):
         export_adapter(runs(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 

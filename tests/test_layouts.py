@@ -103,15 +103,15 @@ def test_the_layout_is_told_by_the_folder(originals: dict[str, Path], converted:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_there_and_back_are_the_same_weights_and_hash(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, version: str) -> None:
     """Bit by bit, in the original keys and types too, but for buffers that are made anew; and what upstream reads in the config."""
-    result = convert(str(converted[version]), tmp_path / "back")
+    result = convert(str(converted[version]), tmp_path / "llava-back")
     assert (result["from"], result["to"], result["greedy_equal"]) == ("hf", "original", result["probes"])
-    hashes = {opened(folder).hash() for folder in (originals[version], converted[version], tmp_path / "back")}
+    hashes = {opened(folder).hash() for folder in (originals[version], converted[version], tmp_path / "llava-back")}
     assert len(hashes) == 1
-    first, back = load_file(originals[version] / SINGLE), load_file(tmp_path / "back" / SINGLE)
+    first, back = load_file(originals[version] / SINGLE), load_file(tmp_path / "llava-back" / SINGLE)
     assert equal({k: v for k, v in first.items() if "inv_freq" not in k}, back)
     assert equal(values(originals[version]), values(converted[version]))
-    assert equal(values(originals[version]), values(tmp_path / "back"))
-    raw, again = read_config(originals[version]), read_config(tmp_path / "back")
+    assert equal(values(originals[version]), values(tmp_path / "llava-back"))
+    raw, again = read_config(originals[version]), read_config(tmp_path / "llava-back")
     for field in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
         "max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "mm_hidden_size",
@@ -190,7 +190,7 @@ def test_a_base_folder_is_only_read(copied: Callable[..., Path], originals: dict
         before = snapshot(folder.parent), snapshot(originals[version].parent)
         load_base(str(folder), device="cpu")
         opened(folder).hash()
-        convert(str(folder), tmp_path / "out" / version)
+        convert(str(folder), tmp_path / "llava-out" / f"llava-{version}")
         assert (snapshot(folder.parent), snapshot(originals[version].parent)) == before
 
 
@@ -261,11 +261,11 @@ def test_a_shard_of_another_float_type_is_taken(copied: Callable[..., Path], tmp
     placed = {k: name for name, part in parts.items() for k in part}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
     assert opened(folder).hash() == before
-    convert(str(folder), tmp_path / "out")
-    assert opened(tmp_path / "out").hash() == before
+    convert(str(folder), tmp_path / "llava-out")
+    assert opened(tmp_path / "llava-out").hash() == before
     kinds = {name: weight.dtype for name, weight in opened(folder).weights.items() if "linear_2" not in name or version != "v1"}
     assert {torch.float32, torch.float16} <= set(kinds.values())
-    there = opened(tmp_path / "out").weights
+    there = opened(tmp_path / "llava-out").weights
     assert {name: there[name].dtype for name in kinds} == kinds
 
 
@@ -355,17 +355,17 @@ def test_a_base_without_tokenizer_model_cannot_become_original(copied: Callable[
     folder = copied("hf")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.model, which upstream's slow tokenizer reads\. Copy it beside the checkpoint"):
-        convert(str(folder), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+        convert(str(folder), tmp_path / "llava-out")
+    assert not (tmp_path / "llava-out").exists()
+    assert not (tmp_path / "llava-out.partial").exists()
 
 
 @pytest.mark.parametrize("family", ["pocket", "llava-onevision", "qwen2-vl"])
 def test_a_family_that_upstream_lacks_cannot_become_original(tmp_path: Path, family: str) -> None:
     base = save_tiny(tmp_path / "base", family)
-    with pytest.raises(ModelError, match="has no original layout of haotian-liu/LLaVA"):
-        convert(str(base), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="has no layout of haotian-liu's"):
+        convert(str(base), tmp_path / "llava-out")
+    assert not (tmp_path / "llava-out").exists()
 
 
 def test_a_padded_vocabulary_is_the_same_base(converted: dict[str, Path], copied: Callable[..., Path], tmp_path: Path) -> None:
@@ -380,9 +380,9 @@ def test_a_padded_vocabulary_is_the_same_base(converted: dict[str, Path], copied
     text = json.loads((folder / "config.json").read_text())["text_config"]
     edit(folder / "config.json", text_config={**text, "vocab_size": text["vocab_size"] + 23})
     assert opened(folder).hash() == opened(converted["v1.5"]).hash()
-    convert(str(folder), tmp_path / "out")
-    assert opened(tmp_path / "out").hash() == opened(converted["v1.5"]).hash()
-    assert load_file(tmp_path / "out" / SINGLE)["lm_head.weight"].shape[0] == read_config(tmp_path / "out")["vocab_size"] == 400
+    convert(str(folder), tmp_path / "llava-out")
+    assert opened(tmp_path / "llava-out").hash() == opened(converted["v1.5"]).hash()
+    assert load_file(tmp_path / "llava-out" / SINGLE)["lm_head.weight"].shape[0] == read_config(tmp_path / "llava-out")["vocab_size"] == 400
 
 
 CODE = """
@@ -442,28 +442,28 @@ def test_an_index_without_metadata_is_read_or_refused(copied: Callable[..., Path
 def test_the_tower_may_be_named_instead_of_written(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, named: str) -> None:
     """What tower_as says is in the config, and no tower is beside the weights."""
     tower = f"{originals['v1.5']}-tower" if "path" in named else "openai/clip-vit-large-patch14-336"
-    convert(str(converted["v1.5"]), tmp_path / "out", tower_as=tower)
-    assert read_config(tmp_path / "out")["mm_vision_tower"] == tower
-    assert not (tmp_path / "out" / "vision_tower").exists()
-    assert open_checkpoint(str(tmp_path / "out"), f"{originals['v1.5']}-tower").hash() == opened(originals["v1.5"]).hash()
+    convert(str(converted["v1.5"]), tmp_path / "llava-out", tower_as=tower)
+    assert read_config(tmp_path / "llava-out")["mm_vision_tower"] == tower
+    assert not (tmp_path / "llava-out" / "vision_tower").exists()
+    assert open_checkpoint(str(tmp_path / "llava-out"), f"{originals['v1.5']}-tower").hash() == opened(originals["v1.5"]).hash()
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
 def test_a_base_may_be_cut_into_other_shards(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, layout: Any) -> None:
     """In its own layout: same keys, same values, the files beside them byte for byte."""
     source = {"original": originals, "hf": converted}[layout]["v1.5"]
-    result = convert(str(source), tmp_path / "out", to=layout, shard_size=60_000)
-    assert result["shards"] == len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
-    assert equal(values(source), values(tmp_path / "out"))
-    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
-    assert opened(tmp_path / "out").hash() == opened(source).hash()
+    result = convert(str(source), tmp_path / "llava-out", to=layout, shard_size=60_000)
+    assert result["shards"] == len(list((tmp_path / "llava-out").glob("model-*.safetensors"))) > 3
+    assert equal(values(source), values(tmp_path / "llava-out"))
+    assert (tmp_path / "llava-out" / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert opened(tmp_path / "llava-out").hash() == opened(source).hash()
 
 
 def test_what_is_there_is_never_overwritten(originals: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(RunError, match=r"out: exists already; nothing is overwritten\. Give another --out"):
-        convert(str(originals["v1.5"]), tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "llava-out").mkdir()
+    with pytest.raises(RunError, match=r"out: exists already; nothing is overwritten\. Give another place"):
+        convert(str(originals["v1.5"]), tmp_path / "llava-out")
+    assert not list((tmp_path / "llava-out").iterdir())
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
@@ -473,7 +473,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 60 * 10**6))
     with pytest.raises(RunError, match=r"0\.1 GB are to be written, 0\.1 GB are free there\. Free some room"):
-        convert(str(originals["v1.5"]), tmp_path / "out")
+        convert(str(originals["v1.5"]), tmp_path / "llava-out")
     assert not list(tmp_path.iterdir())
 
 
@@ -491,13 +491,13 @@ def stopped(originals: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(weights, "_write", write)
         with pytest.raises(KeyboardInterrupt):
-            convert(str(originals["v1.5"]), tmp_path / "out", shard_size=60_000)
-    return tmp_path / "out"
+            convert(str(originals["v1.5"]), tmp_path / "llava-out", shard_size=60_000)
+    return tmp_path / "llava-out"
 
 
 def test_a_conversion_that_was_stopped_goes_on(originals: dict[str, Path], stopped: Path) -> None:
     """What was done lies beside, not in its place; the second time begins behind it and is whole."""
-    partial = stopped.with_name("out.partial")
+    partial = stopped.with_name("llava-out.partial")
     assert not stopped.exists()
     done = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in partial.glob("model-*.safetensors")}
     assert len(done) == 2
@@ -513,7 +513,7 @@ def test_a_conversion_that_was_stopped_goes_on(originals: dict[str, Path], stopp
 @pytest.mark.parametrize("other", ["cut", "source", "unreadable"])
 def test_what_another_plan_left_is_begun_anew(originals: dict[str, Path], stopped: Path, other: str) -> None:
     """Other shards, another source, or a plan that cannot be read: nothing of the old one is in the new."""
-    partial = stopped.with_name("out.partial")
+    partial = stopped.with_name("llava-out.partial")
     (partial / "leftover.txt").write_text("old")
     if other == "unreadable":
         (partial / "plan.json").write_text("")
@@ -554,7 +554,7 @@ def test_a_tensor_that_was_written_otherwise_is_caught(
     with monkeypatch.context() as patched:
         spoil(patched, key)
         with pytest.raises(MergeError, match="differs from"):
-            convert(str(source), tmp_path / "out")
+            convert(str(source), tmp_path / "llava-out")
     assert not list(tmp_path.iterdir())
 
 
@@ -571,7 +571,7 @@ def test_a_tensor_that_is_made_otherwise_is_caught_by_the_answers(
 
     monkeypatch.setattr(Writing, "names", property(swapped))
     with pytest.raises(MergeError, match=r"differs from its source by .* in a logit"):
-        convert(str(originals["v1.5"]), tmp_path / "out")
+        convert(str(originals["v1.5"]), tmp_path / "llava-out")
     assert not list(tmp_path.iterdir())
 
 
@@ -587,8 +587,8 @@ def test_a_full_disk_keeps_what_was_done(originals: dict[str, Path], tmp_path: P
     with monkeypatch.context() as patched:
         patched.setattr(weights, "_write", full)
         with pytest.raises(RunError, match="the disk is full"):
-            convert(str(originals["v1.5"]), tmp_path / "out", shard_size=60_000)
-    assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 1
-    convert(str(originals["v1.5"]), tmp_path / "out", shard_size=60_000)
-    assert opened(tmp_path / "out").hash() == opened(originals["v1.5"]).hash()
+            convert(str(originals["v1.5"]), tmp_path / "llava-out", shard_size=60_000)
+    assert not (tmp_path / "llava-out").exists()
+    assert len(list((tmp_path / "llava-out.partial").glob("*.safetensors"))) == 1
+    convert(str(originals["v1.5"]), tmp_path / "llava-out", shard_size=60_000)
+    assert opened(tmp_path / "llava-out").hash() == opened(originals["v1.5"]).hash()

@@ -29,13 +29,14 @@ WORK = budget.Work(2, 512, 40, 8)
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("16", 16 * 10**9), ("16GB", 16 * 10**9), ("16 GiB", 16 * 2**30), ("500MB", 5 * 10**8), (" 1.5 TB ", 1_500_000_000_000)]
+    ("text", "size"),
+    [("16", 16 * 10**9), ("16GB", 16 * 10**9), ("16 GiB", 16 * 2**30), ("500MB", 5 * 10**8), (" 1.5 TB ", 15 * 10**11), ("16g", 16 * 10**9)],
 )
 def test_memory_as_people_write_it(text: str, size: int) -> None:
     assert memory_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["many", "16gb", "-1GB", "", "0", "GB", "1e3", "16 G B"])
+@pytest.mark.parametrize("text", ["many", "16kB", "-1GB", "", "0", "GB", "1e3", "16 G B"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(ValueError, match="no amount of memory"):
         memory_bytes(text)
@@ -188,6 +189,7 @@ def test_auto_precision_says_why(pocket_tiny: Path, monkeypatch: pytest.MonkeyPa
     chosen, why = choose_precision(config, "cpu")
     assert chosen == "bf16"
     assert "memory free" in why
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     for free, expected in ((10**9, "fp16"), (10**5, "nf4")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))

@@ -271,7 +271,9 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
         "v1.6": {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
                  "mm_vision_select_feature": "patch", "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
                  "image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]], "unfreeze_mm_vision_tower": True},
-    }[version]  # fmt: skip
+    }[version.removesuffix("-mistral")]  # fmt: skip
+    if version.endswith("-mistral"):
+        fields = {**fields, "model_type": "llava_mistral", "sliding_window": 4096}
     config = {
         "architectures": ["LlavaLlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 1024, "vocab_size": words,
@@ -297,7 +299,7 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
     else:
         state |= {"model.mm_projector.0.weight": rand(64, 32), "model.mm_projector.0.bias": rand(64)}
         state |= {"model.mm_projector.2.weight": rand(64, 64), "model.mm_projector.2.bias": rand(64)}
-    if version == "v1.6":
+    if version.startswith("v1.6"):
         state["model.image_newline"] = rand(64)
         state |= {f"model.vision_tower.vision_tower.{k}": v.half() for k, v in named.items()}
     state["lm_head.weight"][3:259] = 0  # no bytes are ever said: slow and fast tokenizers write broken UTF-8 differently

@@ -53,7 +53,9 @@ def main(arguments=None):
     parser.add_argument("queries", type=Path, nargs="+")
     options = parser.parse_args(arguments)
     told = json.loads((HERE / "ask_upstream.json").read_text(encoding="utf-8"))
-    tokenizer, model, processor, _ = load_pretrained_model(str(HERE), options.base, HERE.name, device_map=None, device=options.device)
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(HERE), options.base, HERE.name, device_map="auto" if options.device == "cuda" else None, device=options.device
+    )
     model.eval()
     shown = [
         (file, folder.name)

@@ -12,12 +12,13 @@ import torch
 
 from lcl_adapter.adapter import base_of, read_manifest
 from lcl_adapter.conversations import WORDINGS
+from lcl_adapter.convert import BOTH
 from lcl_adapter.deltas import Adapter, check_fits
 from lcl_adapter.errors import AdapterError, MergeError, RunError
 from lcl_adapter.exchange import names
 from lcl_adapter.exchange.importing import read_upstream
 from lcl_adapter.files import whole_folder, write_json, write_text
-from lcl_adapter.layouts import Checkpoint
+from lcl_adapter.layouts import Checkpoint, check_folder_name
 from lcl_adapter.model import family_of
 from lcl_adapter.recipe import load
 
@@ -32,6 +33,8 @@ def export_adapter(run: Path, out: Path, base_name: str | None = None, tower: st
     """
     manifest = read_manifest(run)
     checkpoint = base_of(run, manifest, base_name, tower)
+    if family_of(checkpoint).name not in BOTH:
+        raise AdapterError(f"{run}: upstream LLaVA has no {family_of(checkpoint).name}; merge it, and serve that: `lcl-adapter merge {run} --out …`.")
     if checkpoint.layout != "original":
         raise AdapterError(
             f"{run}: upstream reads its base in the original layout, {checkpoint.folder} is in Hugging Face's. Give the original one with --base "
@@ -39,7 +42,7 @@ def export_adapter(run: Path, out: Path, base_name: str | None = None, tower: st
         )
     if checkpoint.raw.get("model_type") == "llava_mistral":
         raise AdapterError(f"{run}: upstream loads adapters on Llama alone, this base is Mistral. Merge it: `lcl-adapter merge --to original`.")
-    names.check_folder_name(out, adapter=True)
+    check_folder_name(out, adapter=True)
     if out.exists():
         raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
     adapter = Adapter(run)

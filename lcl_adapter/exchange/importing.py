@@ -20,6 +20,7 @@ from lcl_adapter.files import whole_folder, write_json, write_text
 from lcl_adapter.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.layouts.keys import skeleton
 from lcl_adapter.model import PROJECTOR, family_of, lora_targets
+from lcl_adapter.terminal import console
 from lcl_adapter.weights import stored_in_file
 
 RECIPE = """# An adapter trained elsewhere; these suites measure it. Add sources to train on from here.
@@ -60,6 +61,7 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
     except ModelError as error:
         raise AdapterError(f"{folder}: its base cannot be opened, give it with --base. {error}") from error
     found = read_upstream(folder, checkpoint)
+    _check_base_name(folder, config.get("base_model_name_or_path"), checkpoint)
     rank = int(config["r"])
     odd = next((module for module, parts in found.layers.items() if parts["A"].shape[0] != rank), None)
     if odd:
@@ -83,8 +85,22 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
         told = "" if checkpoint.tower is None else f"vision_tower: {json.dumps(str(checkpoint.tower))}\n"
         recipe = RECIPE.format(base=json.dumps(str(checkpoint.folder)), tower=told, output=json.dumps(str(out)))
         write_text(partial / "recipe.yaml", recipe)
-        write_json(partial / "lcl_adapter.json", manifest_of(partial, checkpoint, family_of(checkpoint), str(named), {"imported_from": folder.name}))
+        facts = {"imported_from": folder.name}
+        write_json(partial / "lcl_adapter.json", manifest_of(partial, checkpoint, family_of(checkpoint), str(checkpoint.folder), facts))
     return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped)}
+
+
+def _check_base_name(folder: Path, named: str | None, checkpoint: Checkpoint) -> None:
+    """Widths alone cannot tell a LLaVA from the Vicuna it was made of. Raises AdapterError; a name that only differs is told of."""
+    if not named or Path(named).name == checkpoint.folder.name:
+        return
+    if (folder / "non_lora_trainables.bin").exists() and "llava" not in named.lower():
+        raise AdapterError(
+            f"{folder}: trained on {named}, a language model and no LLaVA, as upstream's finetune_lora.sh does; on {checkpoint.folder.name} it would "
+            "answer nonsense. Merge it upstream first (scripts/merge_lora_weights.py); what comes out is a base here."
+        )
+    told = f"note: trained on {named}, taken onto {checkpoint.folder}; widths fit, the weights cannot be compared"
+    console.print(told, style="yellow", markup=False)
 
 
 def _targets(modules: list[str], model: Any) -> str | list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
@@ -57,28 +56,3 @@ def projector_from_upstream(weights: dict[str, torch.Tensor], linear: bool) -> d
         width = found[f"{keys.PROJECTOR}linear_1.weight"].shape[0]
         found |= {f"{keys.PROJECTOR}linear_2.weight": torch.eye(width), f"{keys.PROJECTOR}linear_2.bias": torch.zeros(width)}
     return found
-
-
-def check_folder_name(out: Path, adapter: bool, mistral: bool = False) -> None:
-    """Upstream tells what a folder is by its name alone (llava/mm_utils.py, llava/model/builder.py).
-
-    Raises AdapterError for one that it would take for something else.
-    """
-    name = out.name.lower()
-    if name.startswith("checkpoint-"):
-        raise AdapterError(
-            f"{out}: upstream takes the parent's name for a folder called checkpoint-…; choose a name of its own, such as llava-lora-mine."
-        )
-    for word, wanted in (("llava", True), ("lora", adapter), ("mpt", False), ("mistral", mistral)):
-        if wanted and word not in name:
-            raise AdapterError(
-                f"{out}: upstream tells what a folder is by its name, and this needs {word!r} in it; for instance {_example(adapter, mistral)}."
-            )
-        if not wanted and word in name and not (word == "mistral" and adapter):
-            raise AdapterError(
-                f"{out}: {word!r} in its name would make upstream load it as something else; for instance {_example(adapter, mistral)}."
-            )
-
-
-def _example(adapter: bool, mistral: bool) -> str:
-    return "llava-lora-mine" if adapter else "llava-mistral-mine" if mistral else "llava-mine"

@@ -86,6 +86,12 @@ class Family:
         )
 
 
+def is_llava(config: Any, kind: str, *languages: str) -> bool:
+    """A LLaVA of this model type, on CLIP or SigLIP and one of these language models: others under the same type have other prompts and pixels."""
+    seen = str(config.vision_config.model_type).startswith(("clip", "siglip"))
+    return bool(config.model_type == kind and seen and config.text_config.model_type in languages)
+
+
 def refuse_marks(turn: Turn, marks: Sequence[str]) -> None:
     """Raises DataError where a turn's text holds a mark, or another number of ``<image>`` than it has pictures."""
     several = bool(turn.further)

@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import transformers
 from PIL import Image
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lcl_adapter.conversations import Turn
 from lcl_adapter.errors import ModelError
@@ -128,9 +130,11 @@ def _template_of(checkpoint: Checkpoint) -> str | None:
 
 def _expanded(checkpoint: Checkpoint, side: int) -> str:
     """What stands for one image in the end, by the processor's own code; its video half, which needs torchvision, is left out."""
-    file = checkpoint.folder / "processor_config.json"
-    options = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    kind = getattr(transformers, str(options.pop("processor_class", None) or checkpoint.raw.get("processor_class")), None)
+    told = {name: _json(checkpoint.folder / name) for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")}
+    options = told["processor_config.json"]
+    named = [one.get("processor_class") for one in (*told.values(), checkpoint.raw)]
+    usual = PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type)
+    kind = getattr(transformers, str(next((n for n in named if n), None) or usual), None)
     images = checkpoint.image_processor
     if kind is None or not hasattr(kind, "replace_image_token"):
         raise ModelError(f"base {checkpoint.folder}: processor_config.json names no processor that says how many tokens an image takes.")
@@ -140,13 +144,17 @@ def _expanded(checkpoint: Checkpoint, side: int) -> str:
             """The video processor is none here."""
 
     parts = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
-    plain = {k: v for k, v in options.items() if k not in parts and not isinstance(v, dict)}
+    plain = {k: v for k, v in options.items() if k not in (*parts, "processor_class") and not isinstance(v, dict)}
     try:
         processor = Still(images, checkpoint.tokenizer, **({"video_processor": None} if "video_processor" in kind.get_attributes() else {}), **plain)
         made: str = processor.replace_image_token(process(images, [Image.new("RGB", (side, side))], told=True), 0)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"base {checkpoint.folder}: its processor cannot tell how many tokens an image takes ({error}).") from error
     return made
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def process(images: Any, pictures: Sequence[Image.Image], told: bool = False) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lcl_adapter.families.base import Family
+from lcl_adapter.families.base import Family, is_llava
 
 LLAVA_15 = Family(
     "llava-1.5",
-    lambda config, tokenizer: config.model_type == "llava" and tokenizer.eos_token == "</s>",
+    lambda config, tokenizer: is_llava(config, "llava", "llama") and tokenizer.eos_token == "</s>",
     system="A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
     user="USER: {image}{text} ",

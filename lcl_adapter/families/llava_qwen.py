@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.families.base import Family
+from lcl_adapter.families.base import Family, is_llava
 
 LLAVA_ONEVISION = Family(
     "llava-onevision",
-    lambda config, tokenizer: config.model_type == "llava_onevision" and "<|im_end|>" in tokenizer.get_vocab(),
+    lambda config, tokenizer: is_llava(config, "llava_onevision", "qwen2") and "<|im_end|>" in tokenizer.get_vocab(),
     system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
     user="\n<|im_start|>user\n{image}{text}<|im_end|>",
     assistant="\n<|im_start|>assistant\n",
@@ -22,5 +22,5 @@ LLAVA_ONEVISION = Family(
 LLAVA_INTERLEAVE = replace(
     LLAVA_ONEVISION,
     name="llava-interleave",
-    matches=lambda config, tokenizer: config.model_type == "llava" and "<|im_end|>" in tokenizer.get_vocab(),
+    matches=lambda config, tokenizer: is_llava(config, "llava", "qwen2") and "<|im_end|>" in tokenizer.get_vocab(),
 )

@@ -7,16 +7,22 @@ white (mllm/dataset/utils/transform.py of isekai-portal/Link-Context-Learning); 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from lcl_adapter.families.base import IMAGE
+from lcl_adapter.families.base import IMAGE, is_llava
 from lcl_adapter.families.llava_15 import LLAVA_15
 
 START, PATCH, END = "<im_start>", "<im_patch>", "<im_end>"
 
+
+def _matches(config: Any, tokenizer: Any) -> bool:
+    return is_llava(config, "llava", "llama") and config.projector_hidden_act == "linear" and START in tokenizer.get_vocab()
+
+
 LLAVA_V1 = replace(
     LLAVA_15,
     name="llava-v1",
-    matches=lambda config, tokenizer: config.model_type == "llava" and config.projector_hidden_act == "linear" and START in tokenizer.get_vocab(),
+    matches=_matches,
     marks=(START, PATCH, END),
     image=START + IMAGE + END + "\n",
     padding="white",

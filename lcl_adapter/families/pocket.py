@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lcl_adapter.families.base import Family
+from lcl_adapter.families.base import Family, is_llava
 
 MARKS = ("<|user|>", "<|assistant|>")
 
 POCKET = Family(
     "pocket",
-    lambda config, tokenizer: config.model_type == "llava" and "<|user|>" in tokenizer.get_vocab(),
+    lambda config, tokenizer: is_llava(config, "llava", "llama") and "<|user|>" in tokenizer.get_vocab() and tokenizer.eos_token == "</s>",
     system="",
     user="<|user|>{image}{text}",
     assistant="<|assistant|>",

@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionConfig,
     LlamaTokenizer,
     LlavaNextImageProcessorPil,
+    PreTrainedTokenizerFast,
 )
 
 from lcl_adapter.errors import ModelError, did_you_mean
@@ -31,6 +32,7 @@ from lcl_adapter.weights import Stored, digest, stored_in
 
 Layout = Literal["hf", "original"]
 MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them
+LLAVAS = ("llava", "llava_next", "llava_onevision")
 WHOLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -61,7 +63,9 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             # AutoTokenizer takes `llava` for another model and gives wrong ids.
             named = {"image_token": MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
-            tokenizer = LlamaTokenizer.from_pretrained(self.folder, extra_special_tokens=named)
+            slow = (self.folder / "tokenizer.model").exists()  # without it a Llama 3's, which LlamaTokenizer would misread
+            kind = LlamaTokenizer if slow else PreTrainedTokenizerFast
+            tokenizer = kind.from_pretrained(self.folder, extra_special_tokens=named)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"base {self.folder}: its tokenizer cannot be loaded ({error}).") from error
         if self.raw.get("mm_use_im_start_end"):
@@ -142,6 +146,9 @@ class Checkpoint:
         Of the embedding and the head only the first row counts: layouts differ in how many rows they add.
         """
         lone = {keys.EMBEDDING, keys.HEAD}
+        if str(self.raw.get("model_type")) not in LLAVAS and self.layout == "hf":
+            # Some of these are rebuilt when they are read, so that what is on the disk is hashed by its own names.
+            return digest({key: stored.mark() for key, stored in stored_in(self.folder).items()})
         marks = {n: w.stored.mark(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second}
         return digest(marks)
 
@@ -251,6 +258,10 @@ def find_base(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if folder.is_file():
+        raise ModelError(f"base {name!r}: a file; the folder that it lies in is wanted, {str(folder.parent)!r}.")
+    if folder.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1:
+        raise ModelError(f"base {name!r}: no such folder.")
     try:
         from huggingface_hub import snapshot_download
 
@@ -281,9 +292,11 @@ def _find_tower(folder: Path, named: str, given: str | None) -> Path:
     for place in [given] if given else [named, *beside]:
         if (Path(place).expanduser() / "config.json").exists():
             return Path(place).expanduser().resolve()
-    if given is None and not Path(named).is_absolute():
+    if given or not Path(named).is_absolute():
         try:
-            return find_base(named)
+            found = find_base(given or named)
+            if (found / "config.json").exists():
+                return found
         except ModelError:
             pass
     fetch = f"`hf download {named}`" if named.count("/") == 1 else "the tower it was trained with, for LCL openai/clip-vit-large-patch14"

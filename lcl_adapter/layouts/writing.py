@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcess
 from lcl_adapter.errors import ModelError
 from lcl_adapter.files import write_json
 from lcl_adapter.layouts import configs, keys
-from lcl_adapter.layouts.checkpoint import MARKED_IMAGE, Checkpoint, Layout, Weight
+from lcl_adapter.layouts.checkpoint import Checkpoint, Layout, Weight
 from lcl_adapter.weights import Planned, Shards
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -139,14 +139,20 @@ class Writing:
             write_json(folder / TOWER / "config.json", {**source.config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]})
             tower = str((final / TOWER).absolute())
             self._tower_processor().save_pretrained(folder / TOWER)
-        write_json(folder / "config.json", configs.to_original(source.config, tower, self._rows, self.family))
+        config = configs.to_original(source.config, tower, self._rows, self.family)
+        write_json(folder / "config.json", {**config, "pad_token_id": source.tokenizer.unk_token_id})
         for name in ("tokenizer.model", "special_tokens_map.json"):
             if (source.folder / name).exists() and name.endswith(".model"):
                 shutil.copyfile(source.folder / name, folder / name)
         write_json(folder / "tokenizer_config.json", _slow_tokenizer(source.tokenizer))
         if self.family == "llava-v1":
-            write_json(folder / "added_tokens.json", {token: source.tokenizer.convert_tokens_to_ids(token) for token in MARKED_IMAGE})
-        write_json(folder / "generation_config.json", cleaned(_read(source.folder / "generation_config.json")))
+            # All that were added behind the words, for upstream counts them: a hole would move the image's own.
+            words = len(source.tokenizer.get_vocab()) - len(source.tokenizer.get_added_vocab())
+            added = {token: number for token, number in source.tokenizer.get_added_vocab().items() if number >= words}
+            write_json(folder / "added_tokens.json", dict(sorted(added.items(), key=lambda item: item[1])))
+        generation = cleaned(_read(source.folder / "generation_config.json"))
+        unknown = source.tokenizer.unk_token_id
+        write_json(folder / "generation_config.json", {**generation, "pad_token_id": unknown} if "pad_token_id" in generation else generation)
 
     @property
     def _linear(self) -> bool:
@@ -249,3 +255,26 @@ def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "model_max_length": 4096,
         "padding_side": "right",
     }
+
+
+def check_folder_name(out: Path, adapter: bool, mistral: bool = False) -> None:
+    """Upstream tells what a folder is by its name alone (llava/mm_utils.py, llava/model/builder.py).
+
+    Raises ModelError for one that it would take for something else.
+    """
+    name = out.name.lower()
+    if name.startswith("checkpoint-"):
+        raise ModelError(
+            f"{out}: upstream takes the parent's name for a folder called checkpoint-…; choose a name of its own, such as llava-lora-mine."
+        )
+    for word, wanted in (("llava", True), ("lora", adapter), ("mpt", False), ("mistral", mistral)):
+        if wanted and word not in name:
+            raise ModelError(
+                f"{out}: upstream tells what a folder is by its name, and this needs {word!r} in it; for instance {_example(adapter, mistral)}."
+            )
+        if not wanted and word in name and not (word == "mistral" and adapter):
+            raise ModelError(f"{out}: {word!r} in its name would make upstream load it as something else; for instance {_example(adapter, mistral)}.")
+
+
+def _example(adapter: bool, mistral: bool) -> str:
+    return "llava-lora-mine" if adapter else "llava-mistral-mine" if mistral else "llava-mine"

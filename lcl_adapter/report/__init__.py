@@ -3,18 +3,18 @@
 from lcl_adapter.report.card import write_card
 from lcl_adapter.report.checked import show_check
 from lcl_adapter.report.pages import read_predictions, write_report_page
-from lcl_adapter.report.planned import show_facts, show_plan
+from lcl_adapter.report.planned import lines_of, show_plan
 from lcl_adapter.report.plots import plot_accuracy, plot_loss, plot_roc
 from lcl_adapter.report.preview import write_preview
 from lcl_adapter.report.table import show_table
 
 __all__ = [
+    "lines_of",
     "plot_accuracy",
     "plot_loss",
     "plot_roc",
     "read_predictions",
     "show_check",
-    "show_facts",
     "show_plan",
     "show_table",
     "write_card",

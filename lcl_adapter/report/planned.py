@@ -50,12 +50,13 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
-def show_facts(found: Mapping[str, Any]) -> None:
+def lines_of(found: Mapping[str, Any]) -> list[str]:
     """A fact a line."""
-    for name, value in found.items():
-        told = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, Mapping) else _number(value)
-        console.print(f"[bold]{name}[/bold]: ", end="")
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+    lines = []
+    for name, one in found.items():
+        told = ", ".join(f"{k} {_number(v)}" for k, v in one.items()) if isinstance(one, Mapping) else _number(one)
+        lines.append(f"{name}: {told}")
+    return lines
 
 
 def _number(value: Any) -> str:
