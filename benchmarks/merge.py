@@ -19,13 +19,17 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImagePr
 
 from benchmarks.common import child, finish
 from lcl_adapter.adapter import save_adapter
-from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.convert import convert
+from lcl_adapter.layouts import keys, open_checkpoint
 from lcl_adapter.merge import merge
 from lcl_adapter.model import attach, load_base
 from lcl_adapter.pocket import BASE
 from lcl_adapter.recipe.schema import AdapterOptions
+from lcl_adapter.weights import Planned, Shards
+from tests.tiny import save_original
 
 FOLDER = Path("build/merge")
+SHARD = 900 * 10**6
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,14 +79,49 @@ def run_of(kind: str) -> Path:
     return folder
 
 
+def original_of(kind: str) -> Path:
+    """The same weights in the original layout, with a tiny sentencepiece tokenizer; made once, by key and not by ``convert``."""
+    folder = FOLDER / f"llava-original-{kind}"
+    if (folder / "done").exists():
+        return folder
+    small = save_original(FOLDER / "llava-small", "v1.5")
+    source = open_checkpoint(str(base_of(kind)))
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = folder.with_name(folder.name + "-tower")
+    tower.mkdir(exist_ok=True)
+    for file in small.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(FOLDER / "llava-small-tower" / "preprocessor_config.json", tower / "preprocessor_config.json")
+    text = source.config.text_config
+    raw = json.loads((small / "config.json").read_text())
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    raw |= {name: getattr(text, name) for name in same} | {"mm_hidden_size": source.config.vision_config.hidden_size, "mm_vision_tower": str(tower)}
+    (folder / "config.json").write_text(json.dumps(raw))
+    source.config.vision_config.save_pretrained(tower)
+    parts: dict[Path, list[Planned]] = {folder: [], tower: []}
+    for name, weight in source.weights.items():
+        key = "vision_model." + name.removeprefix(keys.TOWER) if name.startswith(keys.TOWER) else keys.to_original(name, linear=False)
+        parts[tower if name.startswith(keys.TOWER) else folder].append(Planned(key, weight.dtype, weight.shape, weight.read))
+    for place, planned in parts.items():
+        for _ in Shards(planned, SHARD).write(place):
+            pass
+    (folder / "done").touch()
+    return folder
+
+
+def converted(kind: str, out: Path) -> None:
+    convert(str(original_of(kind)), out, shard_size=SHARD, verify="tensors")
+
+
 def ours(kind: str, out: Path) -> None:
-    merge(run_of(kind), out, verify="layers", shard_size=900 * 10**6)
+    merge(run_of(kind), out, verify="layers", shard_size=SHARD)
 
 
 def theirs(kind: str, out: Path) -> None:
     base = AutoModelForImageTextToText.from_pretrained(base_of(kind), dtype=KINDS[kind])
     merged: Any = PeftModel.from_pretrained(base, str(run_of(kind))).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(out, max_shard_size="900MB")
+    merged.save_pretrained(out, max_shard_size=SHARD)
 
 
 def measure(side: str, kind: str) -> dict[str, float]:
@@ -90,7 +129,7 @@ def measure(side: str, kind: str) -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    {"ours": ours, "theirs": theirs}[side](kind, out)
+    {"ours": ours, "theirs": theirs, "converted": converted}[side](kind, out)
     return {"seconds": time.perf_counter() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before * 1024}
 
 
@@ -132,6 +171,11 @@ def main() -> None:
         ratios |= {f"{kind}: peak memory, ours / PEFT's": memory, f"{kind}: time, ours / PEFT's": seconds, f"{kind}: ulp": float(gap)}
         told = [f"{found[s]['peak'] / 1e9:.2f} GB, {found[s]['seconds']:.0f} s" for s in ("theirs", "ours")]
         rows.append((kind, *told, f"{memory:.2f}", f"{seconds:.2f}", f"{gap:.2g} ulp in {count} tensors"))
+    for kind in KINDS:
+        peak = child("benchmarks.merge", "--child", "converted", kind)["peak"]
+        largest = max(file.stat().st_size for file in (FOLDER / f"converted-{kind}").glob("*.safetensors"))
+        ratios[f"{kind}: peak of converting / (1.3 shards + 500 MB)"] = peak / (1.3 * largest + 5e8)
+        rows.append((f"{kind}, converted", "-", f"{peak / 1e9:.2f} GB", f"{peak / (1.3 * largest + 5e8):.2f} of 1.3 shards + 500 MB", "", ""))
     finish("merge", ("weights", "PEFT", "shard by shard, verified", "memory", "time", "difference"), rows, ratios)
 
 
@@ -140,6 +184,7 @@ if __name__ == "__main__":
         print(json.dumps(measure(*sys.argv[2:4])))
     elif sys.argv[1:2] == ["--make"]:
         run_of(sys.argv[2])
+        original_of(sys.argv[2])
         print("{}")
     else:
         main()

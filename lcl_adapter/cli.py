@@ -222,8 +222,9 @@ def _weighted(text: str) -> tuple[Path, float]:
 @tower_option
 @shard_option
 @tower_as_option
+@click.option("--verify", type=click.Choice(["auto", "tensors"]), default="auto", help="Ask episodes if memory allows, or never.")
 @json_option
-def convert(source: str, out: Path, to: str | None, tower: str | None, shard_size: int, tower_as: str | None, as_json: bool) -> None:
+def convert(source: str, out: Path, to: str | None, tower: str | None, shard_size: int, tower_as: str | None, verify: str, as_json: bool) -> None:
     """Write the base SOURCE in the other layout into OUT, shard by shard; every tensor is verified. What was stopped goes on.
 
     \b
@@ -232,7 +233,7 @@ def convert(source: str, out: Path, to: str | None, tower: str | None, shard_siz
     """
     from lcl_adapter import run
 
-    emit(run.convert(source, out, to=to, tower=tower, shard_size=shard_size, tower_as=tower_as), as_json)
+    emit(run.convert(source, out, to=to, tower=tower, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
 
 
 @main.command()

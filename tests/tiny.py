@@ -308,7 +308,7 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
     parts = [{k: state[k] for k in keys[i : i + size]} for i in range(0, len(keys), size)]
     suffix = "bin" if pickled else "safetensors"
     stem = "pytorch_model" if pickled else "model"
-    placed = {}
+    placed: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{len(parts):05d}.{suffix}"
         torch.save(part, folder / name) if pickled else save_file(part, folder / name, metadata={"format": "pt"})
