@@ -29,6 +29,7 @@ from lcl_adapter.terminal import console
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
+SMALL = 10**8  # bytes of a checkpoint whose tensors are so small that giving them back costs more time than room
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # precisions that quantise, and the layer each makes
 
@@ -169,7 +170,8 @@ def load_base(name: str, precision: Precision = "fp32", device: str | None = Non
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
-    give_back()
+    if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
+        give_back()
     dtype = TYPES.get(precision) or _half(device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
     if precision in BITS:
