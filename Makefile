@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE = 1
 
-UPSTREAM := interop/.venv
+UPSTREAM := build/upstream
 
 .PHONY: quickstart test check interop bench clean
 

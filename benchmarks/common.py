@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +31,50 @@ RANDOM = Path("build/random-150m")
 THREADS = 2
 
 
-def random_model(folder: Path = RANDOM) -> Path:
-    """A random LLaVA: 144 tokens an image (168 pixels, patch 14), 5 language layers of 1,280, 32,000 words. Made once."""
+@dataclass(frozen=True)
+class Size:
+    """Of a random LLaVA: its language model, and pictures of ``pixels`` in patches of 14 on a small tower, or LLaVA-1.5's own."""
+
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    pixels: int = 112
+    tied: bool = False
+
+    def config(self) -> LlavaConfig:
+        """32,000 words; the pocket base's tokenizer uses a part of them."""
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+        if self.pixels == 336:
+            tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower, image_size=self.pixels, patch_size=14),
+            text_config=LlamaConfig(
+                vocab_size=32_000, hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=self.layers,
+                num_attention_heads=self.heads, num_key_value_heads=self.heads, max_position_embeddings=8192, tie_word_embeddings=self.tied, **ids,
+            ),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+            image_seq_length=(self.pixels // 14) ** 2, tie_word_embeddings=self.tied,
+        )  # fmt: skip
+
+
+def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
+    """Written to ``folder`` in this type and about so many shards; made once."""
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=168, patch_size=14
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=1280,
-            intermediate_size=3520,
-            num_hidden_layers=5,
-            num_attention_heads=10,
-            num_key_value_heads=10,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=144,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(dtype)
+    model = LlavaForConditionalGeneration(size.config())
+    torch.set_default_dtype(torch.float32)
     print(f"made a random LLaVA of {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters", file=sys.stderr)
-    model.save_pretrained(folder)
-    side = {"height": 168, "width": 168}
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, **({"max_shard_size": whole // shards} if shards > 1 else {}))
+    side = {"height": size.pixels, "width": size.pixels}
     LlavaProcessor(
         CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer,
+        AutoTokenizer.from_pretrained(BASE),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -73,6 +82,11 @@ def random_model(folder: Path = RANDOM) -> Path:
     ).save_pretrained(folder)
     (folder / "done").touch()
     return folder
+
+
+def random_model() -> Path:
+    """About 150 M parameters, 144 tokens an image (168 pixels), 5 language layers of 1,280."""
+    return random_llava(RANDOM, Size(1280, 3520, 5, 10, pixels=168, tied=True))
 
 
 def child(module: str, *arguments: str) -> dict[str, Any]:

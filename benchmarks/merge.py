@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+from transformers import AutoModelForImageTextToText
 
-from benchmarks.common import child, finish
+from benchmarks.common import Size, child, finish, random_llava
 from lcl_adapter.adapter import save_adapter
 from lcl_adapter.convert import convert
 from lcl_adapter.layouts import keys, open_checkpoint
 from lcl_adapter.merge import merge
 from lcl_adapter.model import attach, load_base
-from lcl_adapter.pocket import BASE
 from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.weights import Planned, Shards
 from tests.tiny import save_original
@@ -34,34 +33,8 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def base_of(kind: str) -> Path:
-    """1.1 B parameters, 22 layers of 2,048, in shards of at most a fifth; made once."""
-    folder = FOLDER / f"base-{kind}"
-    if (folder / "done").exists():
-        return folder
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=112, patch_size=14
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=19, num_attention_heads=32, num_key_value_heads=32,
-            max_position_embeddings=4096, tie_word_embeddings=False, **ids,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
-        image_seq_length=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.set_default_dtype(KINDS[kind])
-    model = AutoModelForImageTextToText.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, max_shard_size=size // 5)
-    side = {"height": 112, "width": 112}
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    LlavaProcessor(CLIPImageProcessorPil(size=side, crop_size=side), tokenizer, **settings).save_pretrained(folder)
-    (folder / "done").touch()
-    return folder
+    """1.1 B parameters, 19 layers of 2,048, in 5 shards or 6."""
+    return random_llava(FOLDER / f"base-{kind}", Size(2048, 5632, 19, 32), KINDS[kind], shards=5)
 
 
 def run_of(kind: str) -> Path:

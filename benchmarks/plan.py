@@ -16,30 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
 
-from benchmarks.common import THREADS, child, finish
+from benchmarks.common import THREADS, Size, child, finish, random_llava
 from lcl_adapter import budget, model, plan
 from lcl_adapter.batches import Collator
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import attach, load_base
-from lcl_adapter.pocket import BASE
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe.schema import AdapterOptions, TrainOptions
 from lcl_adapter.trainer import LclTrainer
 from lcl_adapter.vision import VisionFeatures
 
 FOLDER = Path("build/plan")
-# width, MLP, layers, heads
-SIZES = {"60M": (512, 1408, 8, 8), "150M": (896, 2432, 10, 14), "330M": (1280, 3456, 14, 20), "7B": (4096, 11008, 32, 32)}
+SIZES = {
+    "60M": Size(512, 1408, 8, 8),
+    "150M": Size(896, 2432, 10, 14),
+    "330M": Size(1280, 3456, 14, 20),
+    "7B": Size(4096, 11008, 32, 32, pixels=336),  # LLaVA-1.5's
+}
 
 
 @dataclass(frozen=True)
@@ -80,42 +74,9 @@ CASES = {
 }
 
 
-def config_of(size: str) -> LlavaConfig:
-    """64 tokens an image, and 32,000 words; of 7B, LLaVA-1.5's own tower and 576."""
-    width, mlp, layers, heads = SIZES[size]
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    small = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "image_size": 112, "patch_size": 14}
-    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
-    vision = large if size == "7B" else small
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(
-            vocab_size=32_000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, max_position_embeddings=8192, tie_word_embeddings=False, **ids,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
-        image_seq_length=(vision["image_size"] // 14) ** 2, tie_word_embeddings=False, dtype="float16",
-    )  # fmt: skip
-
-
 def model_of(size: str) -> Path:
-    """A random LLaVA in fp16 on the disk. Made once."""
-    folder = FOLDER / size
-    if (folder / "done").exists():
-        return folder
-    torch.manual_seed(0)
-    config = config_of(size)
-    torch.set_default_dtype(torch.float16)
-    made = LlavaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    made.save_pretrained(folder)
-    pixels = config.vision_config.image_size
-    side = {"height": pixels, "width": pixels}
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    LlavaProcessor(CLIPImageProcessorPil(size=side, crop_size=side), AutoTokenizer.from_pretrained(BASE), **settings).save_pretrained(folder)
-    (folder / "done").touch()
-    return folder
+    """A random LLaVA in fp16 on the disk."""
+    return random_llava(FOLDER / size, SIZES[size], torch.float16)
 
 
 def recipe_of(case: Case, output: str) -> Recipe:
@@ -180,8 +141,8 @@ def main(names: Sequence[str]) -> None:
         kept, given = (child("benchmarks.plan", "--child", "b", *more)["peak"] for more in (["plain"], []))
         print(f"{CASES['b'].name}: {kept / 1e9:.2f} GB with glibc's own threshold, {given / 1e9:.2f} GB with ours ({given / kept:.2f})")
         case = CASES["7b"]
-        told = budget.training(budget.shape_of(config_of(case.size)), "nf4", "cuda", AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout),
-                               TrainOptions(gradient_checkpointing=True), budget.Work(1, 3120, 20, 5))  # fmt: skip
+        adapter, train = AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout), TrainOptions(gradient_checkpointing=True)
+        told = budget.training(budget.shape_of(SIZES[case.size].config()), "nf4", "cuda", adapter, train, budget.Work(1, 3120, 20, 5))
         print(f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU: {told.total / 1e9:.1f} GB. A forecast: there is no GPU here.")
 
 

@@ -1,6 +1,6 @@
 """Interop with upstream LLaVA, both directions, all families, on tiny random checkpoints: a table, and exit code 1 where a bound is broken.
 
-    make interop        # builds upstream's environment in interop/.venv, then runs this
+    make interop        # builds upstream's environment in build/upstream, then runs this
 
 This process is the project's side; ``upstream.py`` is run by the other environment's Python. Differences are the largest
 of a logit over the probes, in fp32 unless the line says otherwise; the effect is what the adapter changes.
@@ -35,7 +35,7 @@ from lcl_adapter.vision import VisionFeatures
 from tests.tiny import SIDE, VERSIONS, save_original
 
 HERE = Path(__file__).parent
-PYTHON = HERE / ".venv" / "bin" / "python"
+PYTHON = HERE.parent / "build" / "upstream" / "bin" / "python"
 CLOSE = 1e-4
 ROUNDINGS = 32  # of the largest logit, that fp16 may change in a whole model
 FAMILY_OF = {"v1": "llava-v1", "v1.5": "llava-1.5", "v1.6": "llava-next-vicuna"}

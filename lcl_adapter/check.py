@@ -11,6 +11,7 @@ from rich.progress import Progress
 from lcl_adapter.batches import Collator
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import check_held_out, check_suites
+from lcl_adapter.lengths import check_rows
 from lcl_adapter.mixture import Mixture, open_options
 from lcl_adapter.model import load_encoder
 from lcl_adapter.recipe import Recipe, packaged
@@ -32,7 +33,6 @@ from lcl_adapter.sources import (
 from lcl_adapter.sources.base import pictures_of
 from lcl_adapter.sources.boxes import located
 from lcl_adapter.terminal import console
-from lcl_adapter.trainer import CHECKED, check_rows
 
 THREADS = 4
 Look = tuple[str, Picture, Region | None]  # the record that names it, the picture, and where in it something is
@@ -190,6 +190,6 @@ def _regions(pool: Pool) -> Iterator[Region]:
 def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:
     collator = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault="skip")
     too_long: list[str] = []
-    found = check_rows(collator, min(mixture.total, CHECKED), too_long)
+    found = check_rows(collator, too_long).lengths
     told += [("recipe", Fault("does not fit", why)) for why in too_long]
     return {"longest": {n: max(lengths) for n, lengths in found.items() if lengths}, "context": collator.encoder.context}

@@ -112,6 +112,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises FileNotFoundError; ValueError that says what it is instead."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return value
+
+
 def disk_is_full(error: BaseException) -> bool:
     """Whether that is what an error of any library means: safetensors and torch have errors of their own for it."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -22,12 +22,13 @@ from lcl_adapter import budget
 from lcl_adapter.batches import Collator, Encoded
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
 from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.lengths import check_rows
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import attach, choose_precision, load_base, load_encoder
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.trainer import LclTrainer, longest_row
+from lcl_adapter.trainer import LclTrainer
 from lcl_adapter.vision import VisionFeatures
 
 ENOUGH = 3  # ways to fit that are shown
@@ -69,7 +70,7 @@ class Plan:
 
     @cached_property
     def row(self) -> Encoded:
-        return longest_row(self.collator)
+        return check_rows(self.collator, []).longest
 
     def training(self) -> budget.Forecast:
         recipe = self.recipe
@@ -172,7 +173,7 @@ def _row(plan: Plan, recipe: Recipe) -> Encoded:
     mixture = copy.copy(plan.mixture)
     mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
     mixture.recipe = recipe
-    return longest_row(Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault))
+    return check_rows(Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault), []).longest
 
 
 def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,17 @@ from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
 from lcl_adapter import adapter
-from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, check_alignment, collate
-from lcl_adapter.conversations import WORDINGS, speak
-from lcl_adapter.episodes import draw
-from lcl_adapter.errors import DataError, EpisodeError, RunError
+from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, collate
+from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full, write_json, write_text
+from lcl_adapter.lengths import check_rows
 from lcl_adapter.memory import memory_bytes
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
-from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, QuestionReader
-from lcl_adapter.sources import InspectionPool, Picture, QuestionPool, read_image
+from lcl_adapter.sources import InspectionPool, Picture, read_image
 from lcl_adapter.sources.base import names_of
-from lcl_adapter.sources.records import longest_dialogues
-from lcl_adapter.templates import load as load_phrases
 from lcl_adapter.terminal import console
 from lcl_adapter.vision import VisionFeatures
 
@@ -50,8 +45,6 @@ COMPLETE = "complete"  # marks a checkpoint, written last
 PROGRESS = "progress.json"
 DATA = "data.json"
 OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
-CHECKED = 256  # conversations whose length is checked before training starts
-LONGEST = 2000  # questions of a source, the longest ones, that are checked too
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:
@@ -270,7 +263,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
             return adapter.read_manifest(output)
     total = mixture.total
     unread = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault)
-    lengths = check_rows(unread, min(total, CHECKED))  # before any weight is loaded
+    rows = check_rows(unread)  # before any weight is loaded
     base = attach(load_base(recipe.base, recipe.precision, **recipe.pictures), recipe.adapter)
     if recipe.adapter.pissa:
         adapter.keep_start(base.model, output / "start")
@@ -279,7 +272,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     write_json(output / DATA, mixture.hashes())
     save_recipe(recipe, output / "recipe.yaml")  # last: where it stands, the run can be resumed
     parts = parameters_by_part(base.model)
-    show_start(mixture, parts, lengths, total)
+    show_start(mixture, parts, rows.lengths, total)
 
     trainer = LclTrainer(base, recipe, collator, vision, total)
     trainer.remove_callback(PrinterCallback)
@@ -287,10 +280,10 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
-    trainer.add_callback(LongestFirst(trainer, longest_row(unread)))
+    trainer.add_callback(LongestFirst(trainer, rows.longest))
     checkpoint = last_complete_checkpoint(output / "checkpoints") if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
-    longest = max(length for found in lengths.values() for length in found)
+    longest = max(length for found in rows.lengths.values() for length in found)
 
     def facts_now() -> dict[str, Any]:
         return facts_of(mixture, trainer.tally.so_far(vision), parts, longest)
@@ -358,73 +351,6 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
     moved = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
     if moved:
         raise RunError(f"{recipe.output}: the data of {', '.join(moved)} changed since the run began; start a new run with another output=….")
-
-
-def check_rows(collator: Collator, count: int, too_long: list[str] | None = None) -> dict[str, list[int]]:
-    """Lengths of the first ``count`` rows, of the longest episodes of each source, and of the longest questions, by source.
-
-    So what does not fit is refused before training starts; the first row's alignment is checked too. ``too_long``, where given,
-    takes what would be refused or left out of the question sources.
-    """
-    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
-    check_alignment(encoder, collator.usable(0)[0])
-    lengths: dict[str, list[int]] = {name: [] for name in mixture.options}
-    for index in range(count):
-        lengths[mixture.slot(index).source].append(len(collator.row(index)))
-    for name, pool in mixture.pools.items():
-        options = mixture.options[name]
-        if isinstance(pool, QuestionPool):
-            assert isinstance(options, QuestionReader)
-            for dialogue in longest_dialogues(pool, LONGEST):
-                try:
-                    encoder.conversation(speak((dialogue,), wording))
-                except DataError:
-                    if collator.on_fault == "refuse":
-                        raise
-                except EpisodeError as error:
-                    if too_long is not None:
-                        too_long.append(str(error))
-                        continue
-                    if options.on_fault == "refuse":
-                        raise
-                    console.print(f"left out: {error}", style="yellow", markup=False, highlight=False)
-            continue
-        assert isinstance(options, EpisodeOptions | InspectionOptions)
-        for longest in longest_options(options):
-            for index in range(8):
-                try:
-                    lengths[name].append(len(encoder.conversation(speak(draw(pool, longest, mixture.seed, 1, index), wording))))
-                except DataError:
-                    if collator.on_fault == "refuse":
-                        raise
-    return lengths
-
-
-def longest_row(collator: Collator) -> Encoded:
-    """The longest row of the first ones, and of every source's longest episodes."""
-    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
-    found = [collator.row(index) for index in range(min(mixture.total, CHECKED))]
-    for name, pool in mixture.pools.items():
-        options = mixture.options[name]
-        if not isinstance(pool, QuestionPool) and isinstance(options, EpisodeOptions | InspectionOptions):
-            for most in longest_options(options):
-                with suppress(DataError):
-                    found += [encoder.conversation(speak(draw(pool, most, mixture.seed, 1, index), wording)) for index in range(8)]
-    return max(found, key=len)
-
-
-def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
-    """The same with the most of everything, once for each form, and for each language it is phrased in."""
-    most: list[dict[str, Any]] = [{"shots": [max(options.shots)]}]
-    if isinstance(options, InspectionOptions):
-        table = load_phrases(options.templates)
-        spoken = {f: [x for x in options.languages if table[f"inspection.{f}"].get(x)] or options.languages for f, w in options.forms.items() if w}
-        most = [{**one, "forms": {form: 1.0}, "languages": [x]} for one in most for form, several in spoken.items() for x in several]
-    else:
-        most = [{**one, "ways": [max(options.ways)], "tiles": [max(options.tiles)]} for one in most]
-        if options.policy == "product" and 0 < options.plain < 1:
-            most = [{**one, "plain": plain} for one in most for plain in (0.0, 1.0)]
-    return [options.model_copy(update=one) for one in most]
 
 
 def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:

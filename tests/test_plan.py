@@ -17,6 +17,7 @@ from lcl_adapter.batches import Collator
 from lcl_adapter.cli import main
 from lcl_adapter.errors import ModelError, RunError
 from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.lengths import check_rows
 from lcl_adapter.memory import UNITS, memory_bytes
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import attach, choose_precision, load_base, parameters_by_part
@@ -120,7 +121,7 @@ def test_a_plan_tells_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> Non
     found = plan.make(made, memory=10**12, device="cpu")
     assert found["fits"]
     assert not found["ways"]
-    row = trainer.longest_row(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder()))
+    row = check_rows(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder())).longest
     assert (found["longest_row"], found["images_in_it"]) == (len(row), len(row.pictures))
     assert set(found["forecasts"]) == {"training", "evaluation", "serving"}
     json.dumps(found)

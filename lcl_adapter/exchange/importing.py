@@ -16,7 +16,7 @@ from lcl_adapter.adapter import FILES, manifest_of
 from lcl_adapter.deltas import Adapter, check_fits
 from lcl_adapter.errors import AdapterError, ModelError, RunError
 from lcl_adapter.exchange import names
-from lcl_adapter.files import whole_folder, write_json, write_text
+from lcl_adapter.files import read_object, whole_folder, write_json, write_text
 from lcl_adapter.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.layouts.keys import skeleton
 from lcl_adapter.model import PROJECTOR, family_of, lora_targets
@@ -115,13 +115,11 @@ def _config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: no such adapter folder.")
     file = folder / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
     except FileNotFoundError as error:
         raise AdapterError(f"{folder}: no adapter_config.json in it, as in upstream's intermediate checkpoints; it is no whole adapter.") from error
     except ValueError as error:
-        raise AdapterError(f"{file}: not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file}: not a JSON object.")
+        raise AdapterError(f"{folder}: {error}.") from error
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         raise AdapterError(f"{file}: a {config.get('peft_type')!r} adapter; LoRA can be imported.")
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):

@@ -6,7 +6,6 @@ hugging face      transformers': `vision_config` in config.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from lcl_adapter.errors import ModelError, did_you_mean
+from lcl_adapter.files import read_object
 from lcl_adapter.layouts import configs, keys
 from lcl_adapter.pocket import BASE as POCKET_BASE
 from lcl_adapter.weights import Stored, digest, stored_in
@@ -231,14 +231,11 @@ def _layout_of_key(key: str) -> Layout | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands. Raises ModelError where there is none, or it is not JSON."""
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(folder / "config.json")
     except FileNotFoundError as error:
         raise ModelError(f"base {folder}: no config.json in it, so it is no checkpoint.") from error
     except ValueError as error:
-        raise ModelError(f"base {folder}: config.json is not JSON ({error}).") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"base {folder}: config.json is not a JSON object.")
-    return raw
+        raise ModelError(f"base {folder}: {error}.") from error
 
 
 def layout_of(raw: dict[str, Any]) -> Layout | None:

@@ -22,10 +22,6 @@ from lcl_adapter.weights import Planned, Shards
 Change = Callable[[torch.Tensor], torch.Tensor]
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 TOWER = "vision_tower"  # the folder beside the weights that holds it, in the original layout
-KNOWN_TOWERS = {  # (width, layers, patch, side) of the published ones
-    (1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
-    (1024, 24, 14, 224): "openai/clip-vit-large-patch14",
-}
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,6 @@ class Writing:
     def size(self) -> int:
         return self.shards.size + (self.tower_shards.size if self.tower_shards else 0)
 
-    def expected(self, name: str, key: str = "") -> torch.Tensor:
-        """A weight as it is to be written, in the type it is written in."""
-        return self._planned(key or name, name).make()
-
     def write(self, folder: Path, final: Path, resume: bool = True) -> Iterator[int]:
         """Everything, into ``folder`` that will be ``final``; yields bytes as they are written. Raises RunError, ModelError."""
         if self.same_layout:
@@ -141,9 +133,7 @@ class Writing:
             self._tower_processor().save_pretrained(folder / TOWER)
         config = configs.to_original(source.config, tower, self._rows, self.family)
         write_json(folder / "config.json", {**config, "pad_token_id": source.tokenizer.unk_token_id})
-        for name in ("tokenizer.model", "special_tokens_map.json"):
-            if (source.folder / name).exists() and name.endswith(".model"):
-                shutil.copyfile(source.folder / name, folder / name)
+        shutil.copyfile(source.folder / "tokenizer.model", folder / "tokenizer.model")
         write_json(folder / "tokenizer_config.json", _slow_tokenizer(source.tokenizer))
         if self.family == "llava-v1":
             # All that were added behind the words, for upstream counts them: a hole would move the image's own.
@@ -211,12 +201,6 @@ class Writing:
         side = self.source.config.vision_config.image_size
         same = {name: getattr(images, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **same)
-
-
-def tower_name(config: Any) -> str | None:
-    """The published vision tower of this shape, None where there is none."""
-    vision = config.vision_config
-    return KNOWN_TOWERS.get((vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.image_size))
 
 
 def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
