@@ -263,8 +263,10 @@ def export(run_folder: Path, out: Path, base_name: str | None, tower: str | None
 def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, as_json: bool) -> None:
     """Take over an ADAPTER that was trained upstream, or by plain PEFT, as a run: eval, ask and merge take it.
 
+    One that was trained on a bare Vicuna brings its projector: with the Vicuna as --base, a LLaVA is put together in OUT/base.
+
     \b
-    lcl-adapter import llava-task-lora -o runs/theirs --base /models/llava-v1.5-7b
+    lcl-adapter import llava-v1.5-7b-lora -o runs/theirs --base /models/vicuna-7b-v1.5
     """
     from lcl_adapter import run
 

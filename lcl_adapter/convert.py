@@ -14,6 +14,7 @@ from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import resumable_folder
 from lcl_adapter.layouts import Checkpoint, Layout, Writing, check_folder_name, find_base, open_checkpoint
 from lcl_adapter.layouts.writing import TOWER, Change
+from lcl_adapter.memory import trim
 from lcl_adapter.model import family_of, load_base
 from lcl_adapter.probe import LARGE, Answers, fitting, probe, probe_turns, room_for
 from lcl_adapter.terminal import console
@@ -80,9 +81,11 @@ def writing_of(
 
 def write(writing: Writing, partial: Path, out: Path) -> None:
     """All of it, with a bar."""
+    done = 0
     with _bar(f"writing {out.name}", writing.size) as step:
         for size in writing.write(partial, out):
             step(size)
+            done = trim(done + size)
 
 
 @contextmanager
@@ -100,10 +103,14 @@ def same_tensors(writing: Writing, folder: Path, skipped: frozenset[str] = froze
         written += [(one, folder / TOWER) for one in writing.tower_shards.planned]
     on_disk = {place: stored_in(place) for place in {place for _, place in written}}
     for one, place in written:
-        expected, found = one.make(), on_disk[place][one.key].read()
-        if not torch.equal(expected, found):
-            gap = float((expected.double() - found.double()).abs().max())
-            raise MergeError(f"{place}: {one.key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
+        first = 0
+        for block in one.make():
+            expected = block.to(one.dtype).reshape(-1)
+            found = on_disk[place][one.key].part(first, first + len(expected))
+            first += len(expected)
+            if not torch.equal(expected, found):
+                gap = float((expected.double() - found.double()).abs().max())
+                raise MergeError(f"{place}: {one.key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
     return len(written)
 
 

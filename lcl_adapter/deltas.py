@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.utils.other import get_pattern_key
@@ -80,14 +82,19 @@ class Adapter:
         """What it changes, by the model's own names of weights."""
         return [f"{module}.weight" for module in self.layers] + list(self.whole)
 
-    def put_on(self, layer: Linear, module: str, name: str) -> None:
-        """Its values for ``module``, in a PEFT layer that has an adapter of this name."""
+    def put_on(self, layer: Linear, module: str, name: str, rows: slice) -> None:
+        """Its values for these rows of ``module``, in a PEFT layer that has an adapter of this name."""
         parts = self.layers[module]
-        layer.lora_A[name].weight.data = parts["A"].float()
-        layer.lora_B[name].weight.data = parts["B"].float()
+        layer.lora_A[name].weight = nn.Parameter(parts["A"].float())
+        layer.lora_B[name].weight = nn.Parameter(parts["B"][rows].float())
         if "magnitude" in parts:
-            layer.lora_magnitude_vector[name].weight.data = parts["magnitude"].float()
+            layer.lora_magnitude_vector[name].weight = nn.Parameter(parts["magnitude"][rows].float())
         layer.scaling[name] *= self.weight
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Like PiSSA, whose two halves are taken out of the whole weight."""
+        return isinstance(self.config.init_lora_weights, str) and self.config.init_lora_weights.startswith(("pissa", "olora"))
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
         config = self.config
@@ -107,33 +114,44 @@ def refuse_together(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(f"{trained[0].folder} and {trained[1].folder} have both trained {next(iter(trained[0].whole))} in full; only one may.")
 
 
-def layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter]) -> Linear:
-    """PEFT's layer of a weight [out, in] in fp32, with the adapters that change it.
+def with_adapters(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Generator[torch.Tensor, None, Expected]:
+    """Rows of a weight [out, in], block by block, with its adapters in them, added up in fp32; returns what PEFT's own layer answers before that.
 
-    Raises AdapterError where an adapter is of another width.
+    LoRA and DoRA allow it: every row of the product is its own. Raises AdapterError where an adapter does not answer in
+    finite numbers.
     """
+    if any(one.starts_from_weight for one in adapters if module in one.layers):
+        weight = [torch.cat(list(weight))]
+    told, first = [], 0
+    for block in weight:
+        layer = _layer_of(module, block.float(), adapters, slice(first, first + len(block)))
+        told.append(_asked(module, layer))
+        layer.merge()
+        merged = layer.get_base_layer().weight.data
+        del layer.get_base_layer().weight  # PEFT's layers hold each other, and would keep it until they are collected
+        yield merged
+        first += len(block)
+    return Expected(torch.cat([one.answers for one in told], 1), max(one.effect for one in told))
+
+
+def _layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter], rows: slice) -> Linear:
+    """PEFT's layer of these rows of a weight in fp32, which it may change, with the adapters on it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     layer: Linear | None = None
     for number, one in enumerate(a for a in adapters if module in a.layers):
-        down, up = one.layers[module]["A"], one.layers[module]["B"]
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise AdapterError(
-                f"{one.folder}: changes {module} of {down.shape[1]} to {up.shape[0]}, the base's is {weight.shape[1]} to {weight.shape[0]}; "
-                "it belongs to a base of another size."
-            )
         rank, alpha = one.rank_and_alpha(module)
         config = copy.copy(one.config)
-        # A start from the weight itself, as PiSSA's, is made again; any other is overwritten at once.
-        starts = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
-        config.init_lora_weights = config.init_lora_weights if starts else False
+        # A start from the weight itself is made again; any other is overwritten at once.
+        config.init_lora_weights = config.init_lora_weights if one.starts_from_weight else False
         config.lora_dropout = 0.0
         name = f"adapter{number}"
-        if layer is None:
-            layer = Linear(linear, name, config, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
-        else:
-            layer.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[arg-type]
-        one.put_on(layer, module, name)
+        with nullcontext() if one.starts_from_weight else init_empty_weights():
+            if layer is None:
+                layer = Linear(linear, name, config, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
+            else:
+                layer.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[arg-type]
+        one.put_on(layer, module, name, rows)
     assert layer is not None
     layer.set_adapter(list(layer.lora_A.keys()))
     layer.requires_grad_(False)
@@ -147,20 +165,21 @@ class Expected:
     answers: torch.Tensor
     effect: float
 
-    def distance(self, merged: torch.Tensor) -> float:
-        """How far a merged weight answers from it; infinite where its answers are not finite."""
-        found = functional.linear(inputs_of(merged.shape[1]), merged.float())
+    def distance(self, merged: Iterable[torch.Tensor]) -> float:
+        """How far a merged weight, given as rows, answers from it; infinite where its answers are not finite."""
+        found = torch.cat([functional.linear(inputs_of(block.shape[1]), block.float()) for block in merged], 1)
         return float((found - self.answers).abs().max()) if found.isfinite().all() else math.inf
 
 
+@cache
 def inputs_of(width: int) -> torch.Tensor:
     """The same random inputs each time, [INPUTS, in]."""
     return torch.randn(INPUTS, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def expected(module: str, layer: Linear) -> Expected:
-    """Asked of PEFT's own layer before anything is merged. Raises AdapterError where it does not answer in finite numbers."""
+def _asked(module: str, layer: Linear) -> Expected:
+    """Of PEFT's own layer before anything is merged. Raises AdapterError where it does not answer in finite numbers."""
     alone: list[torch.Tensor] = []
     hook = layer.get_base_layer().register_forward_hook(lambda _, __, output: alone.append(output.clone()))
     answers = layer(inputs_of(layer.in_features))
@@ -168,13 +187,6 @@ def expected(module: str, layer: Linear) -> Expected:
     if not answers.isfinite().all():
         raise AdapterError(f"{module}: with the adapter on it its answers are not finite (NaNs or infinities); the adapter is broken.")
     return Expected(answers, float((answers - alone[0]).abs().max()))
-
-
-def added(layer: Linear) -> torch.Tensor:
-    """The layer's weight with its adapters in it, in fp32; in place. That it is finite is asked of its answers."""
-    layer.merge()
-    merged: torch.Tensor = layer.get_base_layer().weight.data
-    return merged
 
 
 def whole_of(name: str, adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,21 @@ def memory_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[f"{unit[:1]}iB" if unit.endswith("I") else f"{unit}B" if unit else ""])
 
 
+def trim(done: int, every: int = 100 * 10**6) -> int:
+    """Called with the bytes worked on since the last time: from ``every`` on, free pieces between used ones return to the system.
+
+    Returns what is to be counted on from. glibc cannot use a freed aligned piece for the next of the same size, so that a
+    loop over tensors grows by several times what is alive in it. Elsewhere nothing happens.
+    """
+    if done < every:
+        return done
+    if sys.platform == "linux":
+        trimmer = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trimmer is not None:
+            trimmer(0)
+    return 0
+
+
 def give_back() -> None:
     """Large tensors return to the system when they are freed.
 

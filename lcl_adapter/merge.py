@@ -1,7 +1,7 @@
 """Merge adapters into their base, shard by shard: a plain checkpoint in either layout, kept only if it answers as the adapter does.
 
-A weight is read, the adapter's product is added in fp32, the result is rounded once and written; the whole model is never
-in memory for it. What is added to can be the base as it is stored (``onto="base"``), or what a QLoRA adapter was trained
+Rows of a weight are read, the adapter's product is added in fp32, the result is rounded once and written; not even a whole
+weight is in memory for it. What is added to can be the base as it is stored (``onto="base"``), or what a QLoRA adapter was trained
 on, the 4-bit weights made whole again (``onto="trained"``): merging in place into 4-bit weights loses the adapter's effect
 (peft#2586).
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial as bound
 from pathlib import Path
@@ -25,15 +25,16 @@ from peft.tuners.lora import LoraLayer
 
 from lcl_adapter.adapter import base_of, read_manifest
 from lcl_adapter.convert import SPARE, same_tensors, tower_of, write, writing_of
-from lcl_adapter.deltas import Adapter, Expected, added, check_fits, expected, layer_of, refuse_together, whole_of
+from lcl_adapter.deltas import Adapter, Expected, check_fits, refuse_together, whole_of, with_adapters
 from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
 from lcl_adapter.layouts import Checkpoint, Layout, Writing
+from lcl_adapter.layouts.checkpoint import Weight
 from lcl_adapter.layouts.writing import Change
 from lcl_adapter.model import TYPES, Base, load_base
 from lcl_adapter.probe import LARGE, Answers, Probes, fitting, probe, probe_turns, room_for
 from lcl_adapter.recipe import load
-from lcl_adapter.weights import Stored, stored_in
+from lcl_adapter.weights import Stored, blocks_of, stored_in
 
 SLACK = 32  # how many roundings of the largest logit the merged model may differ by ...
 LEAST = 1e-3  # a difference that no answer depends on
@@ -54,33 +55,33 @@ class Job:
     onto: Onto
     expected: dict[str, Expected] = field(default_factory=dict)  # by module, noted while a weight is there anyway
 
-    def onto_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def onto_rows(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
         """What the adapter is added to: the weight, or what QLoRA made of it."""
         if self.onto == "base" or not _is_quantised(name):
-            return weight
-        return trained_on(weight, getattr(torch, self.manifest["compute_dtype"]))
+            return weight.blocks()
+        return blocks_of(trained_on(weight.read(), getattr(torch, self.manifest["compute_dtype"])))
 
     def changes(self) -> dict[str, Change]:
         changed: dict[str, Change] = {}
         modules = {module for one in self.adapters for module in one.layers}
         if self.onto == "trained":
-            changed |= {name: bound(self.onto_weight, name) for name in self.checkpoint.weights if _is_quantised(name)}
+            changed |= {name: bound(self.onto_rows, name) for name in self.checkpoint.weights if _is_quantised(name)}
         changed |= {f"{module}.weight": bound(self._added, module) for module in modules}
         for name in {name for one in self.adapters for name in one.whole}:
-            changed[name] = bound(whole_of, name, self.adapters)
+            changed[name] = bound(self._trained_in_full, name)
         return changed
 
-    def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        layer = layer_of(module, self.onto_weight(f"{module}.weight", weight).float(), self.adapters)
-        self.expected[module] = expected(module, layer)
-        return added(layer)
+    def _added(self, module: str, weight: Weight) -> Iterator[torch.Tensor]:
+        self.expected[module] = yield from with_adapters(module, self.onto_rows(f"{module}.weight", weight), self.adapters)
+
+    def _trained_in_full(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
+        return blocks_of(whole_of(name, self.adapters, weight.read()))
 
     def expected_of(self, module: str) -> Expected:
         """Of a layer; asked now where its shard was written before a stop."""
         if module not in self.expected:
-            name = f"{module}.weight"
-            layer = layer_of(module, self.onto_weight(name, self.checkpoint.weights[name].read()).float(), self.adapters)
-            self.expected[module] = expected(module, layer)
+            for _ in self._added(module, self.checkpoint.weights[f"{module}.weight"]):
+                pass
         return self.expected[module]
 
 
@@ -174,7 +175,7 @@ def _check_layers(job: Job, writing: Writing, partial: Path, out: Path) -> dict[
     for module in modules:
         stored: Stored = on_disk[key_of[f"{module}.weight"]]
         wanted = job.expected_of(module)
-        gap, changed = wanted.distance(stored.read()), wanted.effect
+        gap, changed = wanted.distance(stored.blocks()), wanted.effect
         allowed = max(1e-5, LAYER_SLACK * torch.finfo(stored.dtype).eps * float(wanted.answers.abs().max()))
         if gap > allowed:
             raise MergeError(

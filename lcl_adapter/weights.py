@@ -1,6 +1,6 @@
 """Weights on disk, one tensor at a time: sharded safetensors and pickles read, safetensors written shard by shard.
 
-Whole shards are never in memory: a tensor is read, changed, written, dropped. The format is safetensors' own (eight
+Whole shards are never in memory: some rows of a tensor are read, changed, written, dropped. The format is safetensors' own (eight
 bytes of length, a JSON header, raw bytes), whose library maps or holds a whole file at a time.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ TYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {kind: name for name, kind in TYPES.items()}
+BLOCK = 1 << 21  # values worked on at a time: pieces so small that the allocator keeps them, as pages of the system's cost more than the sums
 EDGE = 1024  # values at each end of a tensor that its mark is made of
 
 
@@ -47,14 +48,27 @@ class Stored:
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
+        return self.part(0, _count(self.shape)).reshape(self.shape)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """The tensor as consecutive rows, a BLOCK of values at a time."""
+        for first, last in _cuts(self.shape):
+            row = _count(self.shape[1:])
+            yield self.part(first * row, last * row).reshape(-1, *self.shape[1:]) if self.shape else self.read()
+
+    def part(self, first: int, last: int) -> torch.Tensor:
+        """Values of the flattened tensor, in memory of their own."""
         if self.begin < 0:
-            return _pickled(self.file)[self.key].clone()
-        with self.file.open("rb") as opened:
-            opened.seek(self.begin)
-            data = bytearray(self.size)
-            if opened.readinto(data) != self.size:
-                raise ModelError(f"{self.file}: ends in the middle of {self.key}; the file was cut short, copy it again.")
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape) if data else torch.empty(self.shape, dtype=self.dtype)
+            return _pickled(self.file)[self.key].contiguous().flatten()[first:last].clone()
+        value = torch.empty(last - first, dtype=self.dtype)
+        space, done = value.view(torch.uint8).numpy().data, 0
+        with self.file.open("rb", buffering=0) as opened:
+            opened.seek(self.begin + first * self.dtype.itemsize)
+            while done < len(space) and (count := opened.readinto(space[done:])):  # one call reads 2 GiB at most
+                done += count
+        if done < len(space):
+            raise ModelError(f"{self.file}: ends in the middle of {self.key}; the file was cut short, copy it again.")
+        return value
 
     def mark(self, rows: int | None = None) -> bytes:
         """Shape and the values at both ends, rounded to fp16: enough to tell one checkpoint's tensor from another's, whatever type it is kept in.
@@ -63,17 +77,19 @@ class Stored:
         """
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         count = _count(shape)
-        ends = [self._part(0, min(EDGE, count)), self._part(max(0, count - EDGE), count)]
+        ends = [self.part(0, min(EDGE, count)), self.part(max(0, count - EDGE), count)]
         return str(list(shape)).encode() + b"".join(values.to(torch.float16).numpy().tobytes() for values in ends)
 
-    def _part(self, first: int, last: int) -> torch.Tensor:
-        """Elements of the flattened tensor."""
-        if self.begin < 0:
-            return _pickled(self.file)[self.key].contiguous().flatten()[first:last]
-        with self.file.open("rb") as opened:
-            opened.seek(self.begin + first * self.dtype.itemsize)
-            data = bytearray(opened.read((last - first) * self.dtype.itemsize))
-        return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0)
+
+def blocks_of(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor as consecutive rows, as :meth:`Stored.blocks` cuts it; they share its memory."""
+    return (value[first:last] if value.ndim else value for first, last in _cuts(value.shape))
+
+
+def _cuts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    rows = shape[0] if shape else 1
+    step = max(1, BLOCK // max(1, _count(shape[1:])))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -177,12 +193,12 @@ def _pickled(file: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its key, its type and shape, and what makes it when its turn comes."""
+    """A tensor to be written: its key, its type and shape, and what makes its rows, block by block, when its turn comes."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
+    make: Callable[[], Iterable[torch.Tensor]]
 
     @property
     def size(self) -> int:
@@ -246,10 +262,15 @@ def _write(opened: BinaryIO, part: Sequence[Planned]) -> Iterator[Planned]:
     text += b" " * (-len(text) % 8)
     opened.write(struct.pack("<Q", len(text)) + text)
     for one in part:
-        value = one.make().to(one.dtype).contiguous()
-        if tuple(value.shape) != tuple(one.shape):
-            raise AssertionError(f"{one.key}: made {tuple(value.shape)}, planned {tuple(one.shape)}")
-        opened.write(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+        rows = 0
+        for block in one.make():
+            if block.shape[1:] != one.shape[1:]:
+                raise AssertionError(f"{one.key}: made rows of {tuple(block.shape[1:])}, planned {tuple(one.shape)}")
+            rows += block.shape[0] if block.ndim else 1
+            if block.numel():
+                opened.write(block.to(one.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if rows != (one.shape[0] if one.shape else 1):
+            raise AssertionError(f"{one.key}: made {rows} rows, planned {tuple(one.shape)}")
         yield one
 
 

@@ -31,7 +31,7 @@ from lcl_adapter.model import family_of, load_base
 from lcl_adapter.probe import probe, probe_turns
 from lcl_adapter.sources import Picture
 from tests.test_merge import WEIGHTS, adapter_on, delta, merged_in, rewritten
-from tests.tiny import VERSIONS, save_original
+from tests.tiny import VERSIONS, save_language, save_original
 
 # peft 0.7.1, src/peft/tuners/lora/config.py and src/peft/config.py
 FIELDS_OF_PEFT_07 = {
@@ -456,3 +456,83 @@ def test_an_adapter_of_some_projections_is_taken(runs: Callable[..., Path], hf: 
     assert changed == {f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
     asked = probe_turns("lcl")[:2]
     assert probe(load_base(str(tmp_path / "out"), device="cpu"), asked).distance(probe(base, asked)) < 1e-4
+
+
+@pytest.fixture
+def vicuna(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """The language model of the v1.5 base alone."""
+    return save_language(tmp_path / "vicuna", bases["v1.5"])
+
+
+@pytest.fixture
+def on_vicuna(exported: Path, tmp_path: Path) -> Path:
+    """An adapter with its projector that names a Vicuna, as the published llava-v1.5-7b-lora does."""
+    return foreign(exported, tmp_path / "llava-v1.5-lora", base_model_name_or_path="lmsys/vicuna-7b-v1.5")
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "two pickled shards"])
+def test_an_adapter_trained_on_a_bare_language_model_brings_its_own_base(
+    bases: dict[str, Path], runs: Callable[..., Path], on_vicuna: Path, tmp_path: Path, pickled: bool
+) -> None:
+    """Its parts, put together without copying a shard, answer as they did: for ask, merge, and as a base for anything else."""
+    vicuna = save_language(tmp_path / "bare", bases["v1.5"], pickled)
+    before = {file.name: file.read_bytes() for file in vicuna.iterdir()}
+    told = import_adapter(on_vicuna, tmp_path / "theirs", str(vicuna))
+    assert told["base"] == read_manifest(tmp_path / "theirs")["base"] == str(tmp_path / "theirs" / "base")
+    links = {file.name for file in (tmp_path / "theirs" / "base").iterdir() if file.is_symlink()}
+    assert links == {name for name in before if name.endswith((".bin", ".safetensors"))}
+    assert {file.name: file.read_bytes() for file in vicuna.iterdir()} == before
+    assert Adapter(tmp_path / "theirs").whole == {}, "the projector is the base's"
+    turns = probe_turns("lcl")[:3]
+    expected = probe(load_adapter(runs(projector=True), precision="fp32", device="cpu")[0], turns)
+    assert probe(load_adapter(tmp_path / "theirs", precision="fp32", device="cpu")[0], turns).distance(expected) < 1e-5
+    merge(tmp_path / "theirs", tmp_path / "llava-merged", dtype="fp32")
+    assert probe(load_base(str(tmp_path / "llava-merged"), device="cpu"), turns).distance(expected) < 1e-4
+    convert(str(tmp_path / "theirs" / "base"), tmp_path / "hf")
+    assert open_checkpoint(str(tmp_path / "hf")).hash() == read_manifest(tmp_path / "theirs")["base_hash"]
+    export_adapter(tmp_path / "theirs", tmp_path / "llava-lora-again")
+
+
+def test_on_a_llava_such_an_adapter_is_refused(bases: dict[str, Path], on_vicuna: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"answer nonsense\. Give that language model with --base"):
+        import_adapter(on_vicuna, tmp_path / "theirs", str(bases["v1.5"]))
+    assert not (tmp_path / "theirs").exists()
+
+
+def _without(name: str) -> Callable[[Path, Path], None]:
+    return lambda adapter, _: (adapter / name).unlink()
+
+
+def _config_with(**fields: Any) -> Callable[[Path, Path], None]:
+    def change(adapter: Path, _: Path) -> None:
+        config = json.loads((adapter / "config.json").read_text()) | fields
+        (adapter / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+def _lacks_a_shard(_: Path, vicuna: Path) -> None:
+    state = load_file(vicuna / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, vicuna / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_without("config.json"), "a config.json of a LLaVA has to lie in it"),
+        (_config_with(mm_vision_tower=None), "names no mm_vision_tower"),
+        (_config_with(mm_use_im_start_end=True), "start and end tokens, whose rows upstream trains and does not save"),
+        (_without("non_lora_trainables.bin"), "brings no projector"),
+        (_config_with(hidden_size=32), "mismatched keys"),
+        (_config_with(mm_vision_tower="openai/none"), "vision_tower=FOLDER"),
+        (_lacks_a_shard, "1 weights are missing"),
+    ],
+    ids=["no config", "no tower named", "start and end", "no projector", "another width", "no tower here", "a weight missing"],
+)
+def test_parts_that_make_no_base_are_refused(on_vicuna: Path, vicuna: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], said: str) -> None:
+    """Told with what is wrong, and nothing is left."""
+    spoil(on_vicuna, vicuna)
+    with pytest.raises(UserError, match=said):
+        import_adapter(on_vicuna, tmp_path / "theirs", str(vicuna))
+    assert not list(tmp_path.glob("theirs*"))

@@ -529,7 +529,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     plain = weights._write
 
     def other(one: Planned) -> Planned:
-        return Planned(one.key, one.dtype, one.shape, lambda: one.make() + 1) if one.key == key else one
+        return Planned(one.key, one.dtype, one.shape, lambda: [block + 1 for block in one.make()]) if one.key == key else one
 
     monkeypatch.setattr(weights, "_write", lambda opened, part: plain(opened, [other(one) for one in part]))
 

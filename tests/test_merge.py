@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lcl_adapter import trainer, weights
+from lcl_adapter import deltas, trainer, weights
 from lcl_adapter.adapter import MANIFEST, keep_start, load_adapter, save_adapter
 from lcl_adapter.convert import convert
 from lcl_adapter.deltas import Adapter, check_fits
@@ -134,6 +134,22 @@ def test_a_merge_in_fp32_is_pefts_own_bit_for_bit(
     assert differing(wanted, found) == []
     changed = {name for name in differing(found, {n: v.float() for n, v in merged_in(base).items()}) if "linear_2" not in name or version != "v1"}
     assert changed == set(Adapter(run).modules)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+def test_weights_are_merged_and_checked_in_blocks_of_rows(
+    bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What no tiny weight is large enough for: the same bits, and every layer asked once."""
+    monkeypatch.setattr(weights, "BLOCK", 2048)
+    asked = []
+    monkeypatch.setattr(deltas, "_asked", lambda module, layer, own=deltas._asked: asked.append((module, layer.out_features)) or own(module, layer))
+    merge(runs(kind), tmp_path / "llava-out", str(bases["v1.5", "hf"]), "fp32", verify="layers")
+    assert differing(by_peft(runs(kind), bases["v1.5", "hf"]), merged_in(tmp_path / "llava-out")) == []
+    for module, parts in Adapter(runs(kind)).layers.items():
+        rows = [count for name, count in asked if name == module]
+        assert sum(rows) == parts["B"].shape[0]
+        assert len(rows) > 1
 
 
 @pytest.mark.parametrize("kind", ["lora", "projector", "dora"])
@@ -380,7 +396,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     plain = weights._write
 
     def other(one: Planned) -> Planned:
-        return Planned(one.key, one.dtype, one.shape, lambda: one.make() + 1) if one.key == key else one
+        return Planned(one.key, one.dtype, one.shape, lambda: [block + 1 for block in one.make()]) if one.key == key else one
 
     monkeypatch.setattr(weights, "_write", lambda opened, part: plain(opened, [other(one) for one in part]))
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lcl_adapter import weights
 from lcl_adapter.errors import ModelError
-from lcl_adapter.weights import INDEX, SINGLE, TYPES, Planned, Shards, stored_in, stored_in_file
+from lcl_adapter.weights import INDEX, SINGLE, TYPES, Planned, Shards, blocks_of, stored_in, stored_in_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}
 
@@ -44,7 +45,7 @@ def raw(value: torch.Tensor) -> bytes:
 
 
 def planned(tensors: dict[str, torch.Tensor]) -> list[Planned]:
-    return [Planned(key, value.dtype, tuple(value.shape), lambda v=value: v) for key, value in tensors.items()]  # type: ignore[misc]
+    return [Planned(key, value.dtype, tuple(value.shape), lambda v=value: blocks_of(v)) for key, value in tensors.items()]  # type: ignore[misc]
 
 
 def test_shards_of_an_index_are_all_read(tmp_path: Path) -> None:
@@ -52,6 +53,20 @@ def test_shards_of_an_index_are_all_read(tmp_path: Path) -> None:
     found = stored_in(two_shards(tmp_path))
     assert {key: one.file.name for key, one in found.items()} == {"a": "a.safetensors", "b": "b.safetensors"}
     assert all(torch.equal(found[key].read(), value) and found[key].dtype == value.dtype for key, value in TENSORS.items())
+
+
+def test_a_tensor_in_blocks_is_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows, about BLOCK values at a time, of any shape; written from blocks and read in blocks again."""
+    monkeypatch.setattr(weights, "BLOCK", 10)
+    state = {"tall": torch.randn(7, 4), "wide": torch.randn(3, 25).bfloat16(), "flat": torch.randn(23), "one": torch.tensor(3.0)}
+    state["none"] = torch.empty(0, 4)
+    list(Shards(planned(state), 80).write(tmp_path))
+    found = stored_in(tmp_path)
+    for key, value in state.items():
+        assert raw(found[key].read()) == raw(value)
+        for blocks in (list(found[key].blocks()), list(blocks_of(value))):
+            assert raw(torch.cat([block.reshape(-1, *value.shape[1:]) for block in blocks]) if blocks else torch.empty(0)) == raw(value)
+            assert [block.numel() for block in blocks] == {"tall": [8, 8, 8, 4], "wide": [25] * 3, "flat": [10, 10, 3], "one": [1], "none": []}[key]
 
 
 @pytest.mark.parametrize(

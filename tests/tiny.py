@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from lcl_adapter.pocket import tokenizer as tk
+from lcl_adapter.weights import stored_in
 
 WORDS = ["what", "is", "this", "the", "names", "learn", "now", "image", "good", "scratched", "question", "assistant", "user"]
 CORPUS = ["USER: What is this? ASSISTANT: " + w for w in WORDS] * 4
@@ -316,4 +318,31 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
     if shards > 1:
         index = "pytorch_model.bin.index.json" if pickled else "model.safetensors.index.json"
         (folder / index).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
+    return folder
+
+
+def save_language(folder: Path, llava: Path, pickled: bool = False) -> Path:
+    """The language model of a base in the original layout, alone: what upstream's `finetune_lora.sh` begins with.
+
+    pickled: in two shards, as Vicuna is published.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    for file in llava.iterdir():
+        if file.suffix not in {".safetensors", ".bin"} and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((llava / "config.json").read_text())
+    own = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "use_mm", "tune_", "freeze_", "unfreeze_"))}
+    (folder / "config.json").write_text(json.dumps({**own, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    state = {key: one.read() for key, one in stored_in(llava).items() if not key.startswith(("model.mm_", "model.vision", "model.image"))}
+    if not pickled:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    placed: dict[str, str] = {}
+    for number, keys in enumerate((list(state)[:9], list(state)[9:]), 1):
+        name = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({key: state[key] for key in keys}, folder / name)
+        placed |= dict.fromkeys(keys, name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
     return folder

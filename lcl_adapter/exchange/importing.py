@@ -16,6 +16,7 @@ from lcl_adapter.adapter import FILES, manifest_of
 from lcl_adapter.deltas import Adapter, check_fits
 from lcl_adapter.errors import AdapterError, ModelError, RunError
 from lcl_adapter.exchange import names
+from lcl_adapter.exchange.composing import FOLDER, compose_base, language_model_of
 from lcl_adapter.files import read_object, whole_folder, write_json, write_text
 from lcl_adapter.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.layouts.keys import skeleton
@@ -46,7 +47,7 @@ class Upstream:
 
 
 def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
-    """Write ``out`` as a run that eval, ask and merge take.
+    """Write ``out`` as a run that eval, ask and merge take; where the base is a bare language model, with the LLaVA that it became in ``out/base``.
 
     Raises AdapterError for a folder that is no LoRA adapter, of another base's size, or changes the vision tower.
     """
@@ -56,12 +57,39 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
     named = base_name or config.get("base_model_name_or_path")
     if not named:
         raise AdapterError(f"{folder}: does not say what base it was trained on; give it with --base.")
+    language = language_model_of(str(named))
+    with whole_folder(out) as partial:
+        if language is not None:
+            checkpoint, name = compose_base(language, folder, partial / FOLDER, tower), str(out.absolute() / FOLDER)
+        else:
+            checkpoint = _open(folder, str(named), tower)
+            name = str(checkpoint.folder)
+        found = read_upstream(folder, checkpoint)
+        if language is None:
+            _check_base_name(folder, config.get("base_model_name_or_path"), checkpoint)
+        else:
+            found.projector.clear()  # the base has it
+        made, state = _as_peft(folder, config, found, checkpoint, name)
+        made.save_pretrained(str(partial))
+        save_file(state, partial / FILES[1], metadata={"format": "pt"})
+        check_fits([Adapter(partial)], {name: w.shape for name, w in checkpoint.weights.items()})
+        told = "" if checkpoint.tower is None else f"vision_tower: {json.dumps(str(checkpoint.tower))}\n"
+        write_text(partial / "recipe.yaml", RECIPE.format(base=json.dumps(name), tower=told, output=json.dumps(str(out))))
+        facts = {"imported_from": folder.name}
+        write_json(partial / "lcl_adapter.json", manifest_of(partial, checkpoint, family_of(checkpoint), name, facts))
+    composed = {} if language is None else {"base": name}
+    return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped), **composed}
+
+
+def _open(folder: Path, named: str, tower: str | None) -> Checkpoint:
     try:
-        checkpoint = open_checkpoint(str(named), tower)
+        return open_checkpoint(named, tower)
     except ModelError as error:
         raise AdapterError(f"{folder}: its base cannot be opened, give it with --base. {error}") from error
-    found = read_upstream(folder, checkpoint)
-    _check_base_name(folder, config.get("base_model_name_or_path"), checkpoint)
+
+
+def _as_peft(folder: Path, config: dict[str, Any], found: Upstream, checkpoint: Checkpoint, name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """PEFT's config and weights of today. Raises AdapterError where the ranks are not the config's."""
     rank = int(config["r"])
     odd = next((module for module, parts in found.layers.items() if parts["A"].shape[0] != rank), None)
     if odd:
@@ -73,21 +101,12 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
         use_rslora=bool(config.get("use_rslora")),
         target_modules=_targets(list(found.layers), skeleton(checkpoint.config)),
         modules_to_save=[PROJECTOR] if found.projector else None,
-        base_model_name_or_path=str(checkpoint.folder),
+        base_model_name_or_path=name,
         inference_mode=True,
     )
     state = {f"{names.PREFIX}{module}.lora_{half}.weight": parts[half].float() for module, parts in found.layers.items() for half in ("A", "B")}
-    state |= {names.PREFIX + name: value.float() for name, value in found.projector.items()}
-    with whole_folder(out) as partial:
-        made.save_pretrained(str(partial))
-        save_file({k: v.contiguous() for k, v in state.items()}, partial / FILES[1], metadata={"format": "pt"})
-        check_fits([Adapter(partial)], {name: w.shape for name, w in checkpoint.weights.items()})
-        told = "" if checkpoint.tower is None else f"vision_tower: {json.dumps(str(checkpoint.tower))}\n"
-        recipe = RECIPE.format(base=json.dumps(str(checkpoint.folder)), tower=told, output=json.dumps(str(out)))
-        write_text(partial / "recipe.yaml", recipe)
-        facts = {"imported_from": folder.name}
-        write_json(partial / "lcl_adapter.json", manifest_of(partial, checkpoint, family_of(checkpoint), str(checkpoint.folder), facts))
-    return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped)}
+    state |= {names.PREFIX + key: value.float() for key, value in found.projector.items()}
+    return made, {key: value.contiguous() for key, value in state.items()}
 
 
 def _check_base_name(folder: Path, named: str | None, checkpoint: Checkpoint) -> None:
@@ -97,7 +116,7 @@ def _check_base_name(folder: Path, named: str | None, checkpoint: Checkpoint) ->
     if (folder / "non_lora_trainables.bin").exists() and "llava" not in named.lower():
         raise AdapterError(
             f"{folder}: trained on {named}, a language model and no LLaVA, as upstream's finetune_lora.sh does; on {checkpoint.folder.name} it would "
-            "answer nonsense. Merge it upstream first (scripts/merge_lora_weights.py); what comes out is a base here."
+            "answer nonsense. Give that language model with --base: a base is made of it and of the adapter's own projector."
         )
     told = f"note: trained on {named}, taken onto {checkpoint.folder}; widths fit, the weights cannot be compared"
     console.print(told, style="yellow", markup=False)

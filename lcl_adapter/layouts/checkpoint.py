@@ -6,7 +6,7 @@ hugging face      transformers': `vision_config` in config.json
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
 from lcl_adapter.layouts import configs, keys
 from lcl_adapter.pocket import BASE as POCKET_BASE
-from lcl_adapter.weights import Stored, digest, stored_in
+from lcl_adapter.weights import Stored, blocks_of, digest, stored_in
 
 Layout = Literal["hf", "original"]
 MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them
@@ -44,6 +44,10 @@ class Weight:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     stored: Stored | None = None
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Its rows, some at a time."""
+        return self.stored.blocks() if self.stored is not None and self.stored.shape == self.shape else blocks_of(self.read())
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from lcl_adapter.errors import ModelError
 from lcl_adapter.files import write_json
 from lcl_adapter.layouts import configs, keys
 from lcl_adapter.layouts.checkpoint import Checkpoint, Layout, Weight
-from lcl_adapter.weights import Planned, Shards
+from lcl_adapter.weights import Planned, Shards, blocks_of
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[Weight], Iterator[torch.Tensor]]  # to the rows of what is written in its place
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 TOWER = "vision_tower"  # the folder beside the weights that holds it, in the original layout
 
@@ -166,19 +166,22 @@ class Writing:
         return sorted(self.source.weights.items(), key=place)
 
     def _planned(self, key: str, name: str) -> Planned:
-        weight, change = self.source.weights[name], self.changes.get(name)
+        weight = self.source.weights[name]
         dtype = self.dtype or weight.dtype
         shape = weight.shape
         if self.to == "original" and name in {keys.EMBEDDING, keys.HEAD}:
             rows = weight.stored.shape[0] if self.same_layout and weight.stored is not None else self._rows
             shape = (rows, *shape[1:])
 
-        def make() -> torch.Tensor:
+        def make() -> Iterator[torch.Tensor]:
             if self._folded(name):
-                return self._one_layer(name).to(dtype)
-            value = weight.read()
-            value = value if change is None else change(value)
-            return value[: shape[0]].to(dtype) if shape != weight.shape else value.to(dtype)
+                yield from blocks_of(self._one_layer(name))
+                return
+            left = shape[0] if shape else 1
+            for block in self._rows_of(name):  # to its end, where a change notes what it has done
+                if left > 0:
+                    yield block[:left] if block.ndim else block
+                    left -= len(block) if block.ndim else 1
 
         return Planned(key, dtype, shape, make)
 
@@ -187,14 +190,15 @@ class Writing:
 
     def _one_layer(self, name: str) -> torch.Tensor:
         """v1 has one layer: two without anything between them are one again."""
-        one = {n: self._changed(keys.PROJECTOR + n).double() for n in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")}
+        parts = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
+        one = {part: torch.cat(list(self._rows_of(keys.PROJECTOR + part))).double() for part in parts}
         if name.endswith("weight"):
             return (one["linear_2.weight"] @ one["linear_1.weight"]).float()
         return (one["linear_2.weight"] @ one["linear_1.bias"] + one["linear_2.bias"]).float()
 
-    def _changed(self, name: str) -> torch.Tensor:
-        value = self.source.weights[name].read()
-        return self.changes[name](value) if name in self.changes else value
+    def _rows_of(self, name: str) -> Iterator[torch.Tensor]:
+        weight = self.source.weights[name]
+        return self.changes[name](weight) if name in self.changes else weight.blocks()
 
     def _tower_processor(self) -> Any:
         images = self.source.image_processor
