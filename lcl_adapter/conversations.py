@@ -7,7 +7,10 @@ are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lcl_adapter.episodes import Episode, LearnedAnswers
 from lcl_adapter.sources import Dialogue, Picture
@@ -80,6 +83,20 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
         (Turn("user", wording.query, query.picture), Turn("assistant", wording.answered(query.label), learn=True)) for query in episode.queries
     )
     return Conversation(tuple(shared), branches, episode.origin)
+
+
+def shown_order(count: int) -> list[int]:
+    """Which of so many labelled pictures is shown first, second, …"""
+    return [int(index) for index in np.random.default_rng(0).permutation(count)]
+
+
+def from_labelled(shown: Sequence[tuple[Picture, str]], wording: Wording) -> tuple[Turn, ...]:
+    """A support set of labelled pictures as turns, in an order that depends on their number alone: classes must not stand in blocks."""
+    turns: list[Turn] = []
+    for position, index in enumerate(shown_order(len(shown))):
+        picture, label = shown[index]
+        turns += [Turn("user", wording.support_question(position == 0), picture), Turn("assistant", wording.answered(label))]
+    return tuple(turns)
 
 
 def speak(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:

@@ -7,7 +7,10 @@ LclError
 │   ├── EpisodeError     an episode that cannot be drawn, or does not fit the context
 │   ├── ModelError       a base that is missing, unknown or no LLaVA
 │   ├── AdapterError     an adapter that does not belong to this base, or is incomplete
-│   └── RunError         a run folder that exists, is incomplete, or cannot be written
+│   ├── RunError         a run folder that exists, is incomplete, or cannot be written
+│   ├── RequestError     a request to the server that cannot be answered as it stands
+│   ├── MissingError     a support set, version or model that is not there
+│   └── ConflictError    a support set that another has written since
 └── MergeError           a merged model that does not answer as the adapter did
 """
 
@@ -52,6 +55,18 @@ class AdapterError(UserError):
 
 class RunError(UserError):
     """A run folder that exists already, is incomplete, or cannot be written."""
+
+
+class RequestError(UserError):
+    """A request to the server that cannot be answered as it stands."""
+
+
+class MissingError(UserError):
+    """A support set, a version of one, or a model that the server does not have."""
+
+
+class ConflictError(UserError):
+    """A support set that another has written since it was read."""
 
 
 class MergeError(LclError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +27,7 @@ from lcl_adapter.vision import VisionFeatures
 
 Ids = list[int]
 Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
+Step = Callable[[torch.Tensor], torch.Tensor]
 NOBODY = -1  # the segment of padding, and the parent of a query
 
 
@@ -70,6 +72,19 @@ class Prefilled:
     def empty(self) -> bool:
         """No support set at all: questions stand alone."""
         return self.mask.shape[1] == 0
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """What is read inside is forgotten, errors or not. Tensors are put back, not cropped: a cropped one keeps the memory of all of it."""
+        layers = list(self.cache.layers)
+        before = [dict(vars(layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            self.cache.layers[:] = layers
+            for layer, state in zip(layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
 
 
 @dataclass
@@ -146,6 +161,31 @@ class Predictor:
             replies.update(self._wave(ready, [[questions[i] for i in row] for row in wave], wave, generate))
         return [replies[i] for i in range(len(questions))]
 
+    @torch.inference_mode()
+    def talk(self, ready: Prefilled, turns: Sequence[Turn], choose: Callable[[int, torch.Tensor], int | None], new_tokens: int) -> None:
+        """Continue each turn behind the one set in ``ready``, a token at a time, together.
+
+        choose: told a turn's number and the logits [V] of its next token, says which it is, or None where the turn has
+        ended; it may raise, and ``ready`` is afterwards as it was all the same. Raises EpisodeError where there is no room.
+        """
+        rows = [self._row([Question(0, turn) for turn in turns], ready.empty)]
+        prefix = ready.next[:, None]
+        furthest = int(ready.mask.sum()) + rows[0].longest + new_tokens
+        if furthest > self.encoder.context:
+            raise EpisodeError(f"what is asked and up to {new_tokens} new tokens are {furthest}, the context is {self.encoder.context}.")
+        segment = self._padded([rows[0].segment], len(rows[0].ids), NOBODY)
+        with ready.untouched():
+            logits, _ = self._read(ready, rows, segment, turns)
+            step = self._steps(ready, rows, segment, prefix, len(turns))
+            open_turns = list(range(len(turns)))
+            for left in range(new_tokens, 0, -1):
+                chosen = {turn: choose(turn, logits[turn]) for turn in open_turns}
+                open_turns = [turn for turn in open_turns if chosen[turn] is not None]
+                if not open_turns or left == 1:
+                    return
+                given = [token if (token := chosen.get(turn)) is not None else self.encoder.eos for turn in range(len(turns))]
+                logits = step(torch.tensor([given], device=self.device))[0]
+
     def run(
         self, requests: Sequence[Request], generate: bool = True, done: Callable[[int], None] | None = None, new_tokens: int | None = None
     ) -> list[Reply]:
@@ -181,11 +221,32 @@ class Predictor:
         """Up to ``pack`` questions behind each support set: one forward for queries and labels, one for each new token."""
         rows = [self._row(questions, ready.empty) for questions in asked]
         length = max(len(row.ids) for row in rows)
-        prefix = ready.next[:, None]
         furthest = int((ready.mask.sum(1) + torch.tensor([r.longest for r in rows], device=self.device)).max())
         if furthest + self.max_new_tokens > self.encoder.context:
             raise EpisodeError(f"support set and query are {furthest} tokens, the context is {self.encoder.context}: show fewer photos.")
         segment = self._padded([r.segment for r in rows], length, NOBODY)
+        with ready.untouched():
+            return self._replies(ready, rows, segment, asked, numbers, generate)
+
+    def _replies(
+        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, asked: list[list[Question]], numbers: list[list[int]], generate: bool
+    ) -> dict[int, Reply]:
+        logits, where = self._read(ready, rows, segment, [q.turn for questions in asked for q in questions])
+        said = iter(self._sums(logits, [([where[n, p] for p in at], says) for n, row in enumerate(rows) for t in row.tails for at, says in t]))
+        scores = [[tuple(next(said) for _ in tails) for tails in row.tails] for row in rows]
+        texts = [["" for _ in row.ends] for row in rows]
+        if generate:
+            likeliest = logits.argmax(-1).tolist()
+            first = [[likeliest[where[n, end]] for end in row.ends] for n, row in enumerate(rows)]
+            texts = self._greedy(ready, rows, segment, ready.next[:, None], first)
+        found = zip(numbers, texts, scores, strict=True)
+        return {i: Reply(t, s) for own, said, scored in found for i, t, s in zip(own, said, scored, strict=True)}
+
+    def _read(
+        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, turns: Sequence[Turn]
+    ) -> tuple[torch.Tensor, dict[tuple[int, ...], int]]:
+        """What follows each support set, in one forward; logits [N, V] where something is read from, and which row of them is which place."""
+        length = segment.shape[1]
         parent = self._padded([r.parent for r in rows], length, NOBODY)
         related = (segment[:, :, None] == segment[:, None, :]) | (parent[:, :, None] == segment[:, None, :])
         visible = related & (segment >= 0)[:, None] & torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
@@ -198,24 +259,12 @@ class Predictor:
         logits = self._forward(
             self._padded([r.ids for r in rows], length, self.encoder.pad),
             torch.cat([seen, visible], 2)[:, None],
-            prefix + position_ids([r.position for r in rows], length).to(self.device),
+            ready.next[:, None] + position_ids([r.position for r in rows], length).to(self.device),
             ready.cache,
-            [q.turn for questions in asked for q in questions],
+            turns,
             keep=wanted,
         ).reshape(int(wanted.sum()), -1)
-        where = {tuple(place): i for i, place in enumerate(wanted.nonzero().tolist())}
-        said = iter(self._sums(logits, [([where[n, p] for p in at], says) for n, row in enumerate(rows) for t in row.tails for at, says in t]))
-        scores = [[tuple(next(said) for _ in tails) for tails in row.tails] for row in rows]
-        texts = [["" for _ in row.ends] for row in rows]
-        added = length
-        if generate:
-            likeliest = logits.argmax(-1).tolist()
-            first = [[likeliest[where[n, end]] for end in row.ends] for n, row in enumerate(rows)]
-            texts, more = self._greedy(ready, rows, segment, prefix, first)
-            added += more
-        ready.cache.crop(-added)
-        found = zip(numbers, texts, scores, strict=True)
-        return {i: Reply(t, s) for own, said, scored in found for i, t, s in zip(own, said, scored, strict=True)}
+        return logits, {tuple(place): i for i, place in enumerate(wanted.nonzero().tolist())}
 
     def _sums(self, logits: torch.Tensor, answers: Sequence[tuple[list[int], Ids]]) -> list[float]:
         """log p of each answer: the sum over its tokens, given (rows of ``logits``, token ids) each."""
@@ -249,25 +298,15 @@ class Predictor:
             row.tails.append(tails)
         return row
 
-    def _greedy(
-        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, first: list[list[int]]
-    ) -> tuple[list[list[str]], int]:
-        """The most likely token of every query at a time, until its end or ``max_new_tokens``; texts, and tokens added a row."""
+    def _greedy(self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, first: list[list[int]]) -> list[list[str]]:
+        """The most likely token of every query at a time, until its end or ``max_new_tokens``."""
         width = max(len(f) for f in first)
-        queries = self._padded([[r.segment[end] for end in r.ends] for r in rows], width, NOBODY - 1)  # [S, K]
         current = self._padded(first, width, self.encoder.eos)
-        position = prefix + self._padded([r.places for r in rows], width, 0)
-        if self.encoder.grid is not None:
-            position = position.expand(3, -1, -1)
-        own_query = queries[:, :, None] == segment[:, None, :]
-        seen = torch.cat([ready.mask.bool()[:, None, :].expand(-1, width, -1), own_query], 2)
-        itself = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)
         made = [current]
         finished = current == self.encoder.eos
+        step = self._steps(ready, rows, segment, prefix, width)
         while not bool(finished.all()) and len(made) < self.max_new_tokens:
-            seen = torch.cat([seen, itself], 2)
-            logits = self._forward(current, seen[:, None], position + len(made) - 1, ready.cache, (), keep=0)
-            current = logits.argmax(-1).masked_fill(finished, self.encoder.eos)
+            current = step(current).argmax(-1).masked_fill(finished, self.encoder.eos)
             finished = finished | (current == self.encoder.eos)
             made.append(current)
         tokens = torch.stack(made, 2)  # [S, K, steps]
@@ -279,7 +318,26 @@ class Predictor:
                 ids = ids[: ids.index(self.encoder.eos)] if self.encoder.eos in ids else ids
                 said.append(self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
             texts.append(said)
-        return texts, width * (len(made) - 1)
+        return texts
+
+    def _steps(self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, width: int) -> Step:
+        """What reads one more token of every query, [S, K], behind what it has said, and gives the logits of the next, [S, K, V]."""
+        queries = self._padded([[r.segment[end] for end in r.ends] for r in rows], width, NOBODY - 1)  # [S, K]
+        position = prefix + self._padded([r.places for r in rows], width, 0)
+        if self.encoder.grid is not None:
+            position = position.expand(3, -1, -1)
+        own_query = queries[:, :, None] == segment[:, None, :]
+        seen = torch.cat([ready.mask.bool()[:, None, :].expand(-1, width, -1), own_query], 2)
+        itself = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            nonlocal seen, position
+            seen = torch.cat([seen, itself], 2)
+            logits = self._forward(tokens, seen[:, None], position, ready.cache, (), keep=0)
+            position = position + 1
+            return logits
+
+        return step
 
     def _padded(self, rows: Sequence[Sequence[int]], length: int, fill: int) -> torch.Tensor:
         """[S, length], padded on the right."""

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
@@ -18,7 +16,7 @@ from lcl_adapter import plan as planning
 from lcl_adapter import trainer as training
 from lcl_adapter.adapter import load_adapter
 from lcl_adapter.batches import Collator
-from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.episodes.base import clash
 from lcl_adapter.errors import DataError, RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
@@ -129,16 +127,11 @@ def ask(
                     markup=False,
                 )
     shown = [(p, c.name) for c in pool.classes for p in c.pictures[:shots]]
-    order = np.random.default_rng(0).permutation(len(shown))
-    turns: list[Turn] = []
-    for position, index in enumerate(order):
-        picture, label = shown[index]
-        turns += [Turn("user", wording.support_question(position == 0), picture), Turn("assistant", wording.answered(label))]
     asked = [Picture(path) for path in queries]
     for picture in (*(p for p, _ in shown), *asked):
         read_image(picture)
     predictor = Predictor(base)
-    ready = predictor.prefill([turns])
+    ready = predictor.prefill([from_labelled(shown, wording)])
     answers = tuple(wording.answered(label) for label in labels)
     replies = predictor.ask(ready, [Question(0, Turn("user", question or wording.query, p), answers) for p in asked])
     results = []

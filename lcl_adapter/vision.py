@@ -10,6 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,5 +189,5 @@ class VisionFeatures:
             _, dropped = self.kept.popitem(last=False)
             self.bytes -= dropped.numel() * dropped.element_size()
         if size <= self.limit:
-            self.kept[picture] = features.clone()
+            self.kept[replace(picture, data=None)] = features.clone()  # equal to it, without the file's bytes
             self.bytes += size

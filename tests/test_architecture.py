@@ -14,7 +14,7 @@ ORDER = [
     "errors", "terminal", "memory", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture", "conversations",
     "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict", "evaluate", "watch", "check",
     "deltas", "probe",
-    "convert", "merge", "exchange", "describe", "report", "run", "cli",
+    "convert", "merge", "exchange", "describe", "serve", "report", "run", "cli",
 ]  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Picture:
     view: 0 is the image as it is; k > 0 is its k-th further view (background, scale, turn, light), made when read.
     turned: quarter turns counter-clockwise, before anything else.
     tile: one piece of the picture, (rows, columns, place), places counted from 0 along the rows.
+    data: the image file's bytes, where it is in no file; ``path`` is then a name that tells it from others.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Picture:
     view: int = 0
     turned: int = 0
     tile: tuple[int, int, int] | None = None
+    data: bytes | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)

@@ -63,7 +63,9 @@ def read(picture: Picture) -> Image.Image:
 def read_bytes(picture: Picture) -> bytes:
     """The file as it is on disk, in its archive, or in its row of a saved Hugging Face dataset. Raises DataError."""
     try:
-        if picture.member and picture.path.is_dir():
+        if picture.data is not None:
+            data = picture.data
+        elif picture.member and picture.path.is_dir():
             data = _row(picture.path, picture.member)
         else:
             data = _archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()

@@ -1,0 +1,6 @@
+"""The command line: each command calls one function of the package. Heavy imports happen inside, so --help is instant."""
+
+from lcl_adapter.cli import checkpoints, serving, training
+from lcl_adapter.cli.common import main
+
+__all__ = ["checkpoints", "main", "serving", "training"]

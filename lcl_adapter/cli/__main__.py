@@ -1,0 +1,5 @@
+"""``python -m lcl_adapter.cli``."""
+
+from lcl_adapter.cli import main
+
+main()

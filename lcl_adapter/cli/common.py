@@ -1,0 +1,91 @@
+"""The group that all commands belong to, and what they share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lcl_adapter.errors import LclError, MergeError, UserError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+PATH = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns this package's errors into a message and an exit code: 2 for what the caller can mend, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except (MergeError, LclError) as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.secho("stopped; nothing was left half-written. A training run goes on with resume=true.", fg="yellow", err=True)
+            ctx.exit(130)
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """With --json, one object on standard output."""
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, all else on standard error.")
+
+
+class Memory(click.ParamType[int]):
+    """``16GB``, ``16 GiB``, or 16, which is gigabytes; in bytes."""
+
+    name = "memory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from lcl_adapter.memory import memory_bytes
+
+        try:
+            return value if isinstance(value, int) else memory_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
+LAYOUT = click.Choice(["hf", "original"])
+tower_option = click.option("--vision-tower", "tower", help="Where the vision tower is, if not where an original config says.")
+shard_option = click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Largest file of weights.")
+tower_as_option = click.option(
+    "--tower-as", help="What an original config made here names as its vision tower [default: a folder written beside the weights]."
+)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(package_name="lcl-adapter")
+def main() -> None:
+    """Teach the LLaVA you already run new visual concepts from a few photos.
+
+    \b
+    lcl-adapter train recipes/pocket.yaml                 train an adapter on the shipped base
+    lcl-adapter eval runs/pocket                          base against adapter on held-out classes
+    lcl-adapter ask photos/ query.png --adapter runs/pocket
+    """
+    _quiet()
+
+
+def _quiet() -> None:
+    """Libraries' own chatter off, unless this runs in Python's development mode."""
+    if not sys.flags.dev_mode:
+        import logging
+        import os
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it could download
+        warnings.simplefilter("ignore")

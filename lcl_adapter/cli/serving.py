@@ -1,0 +1,152 @@
+"""The server, and the support sets that it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lcl_adapter.cli.common import PATH, PRECISION, Memory, emit, json_option, main, tower_option
+
+STORE = Path("support-sets")
+store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder that support sets are kept in.")
+namespace_option = click.option("--namespace", default="local", show_default=True, help="Whose sets: a name of the key file, or `local`.")
+
+
+@main.command()
+@click.argument("base_name", metavar="BASE")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter under a name of its own. May be given several times.")
+@click.option("--adapter-folder", type=PATH, help="Runs in it may be loaded and unloaded while the server runs, by their folder's name.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Any other than this machine needs --api-key-file.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--api-key-file", "key_file", type=PATH, help="A line a key: name, key, and `admin` where it may load adapters.")
+@click.option("--memory", type=Memory(), help="For weights and kept support sets together [default: half of what is free beside the weights].")
+@click.option("--precision", type=PRECISION, default="auto", show_default=True)
+@click.option("--tiles", is_flag=True, help="Pictures in any-resolution tiles, as the adapter was trained.")
+@click.option("--queue", type=click.IntRange(1), default=256, show_default=True, help="Questions that may wait; more are answered 429.")
+@click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds that a request may take.")
+@store_option
+@tower_option
+def serve(
+    base_name: str,
+    adapters: tuple[str, ...],
+    adapter_folder: Path | None,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    memory: int | None,
+    precision: str,
+    tiles: bool,
+    queue: int,
+    timeout: float,
+    store: Path,
+    tower: str | None,
+) -> None:
+    """Serve BASE and adapters on it: OpenAI's chat API, stored support sets, classification. Its pages are under /docs.
+
+    \b
+    lcl-adapter serve pocket --adapter pocket-lcl=runs/pocket
+    lcl-adapter serve /models/llava-v1.5-7b --adapter parts=runs/mix --memory 16GB --host 0.0.0.0 --api-key-file keys.txt
+    """
+    from lcl_adapter.serve import server
+
+    named = dict(_named(text) for text in adapters)
+    server.run(
+        server.Options(
+            base_name, named, adapter_folder, host, port, key_file, memory, precision, tiles, queue, timeout, store, tower  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """``NAME=RUN``, or a run's folder, whose name it then has."""
+    name, given, folder = text.partition("=")
+    return (name, Path(folder)) if given else (Path(text).name, Path(text))
+
+
+@main.group()
+def support() -> None:
+    """Stored support sets: the same store that the server keeps, from a shell."""
+
+
+@support.command("add")
+@click.argument("name")
+@click.argument("photos", type=PATH)
+@click.option("--shots", type=click.IntRange(1), help="Photos a class, from the first by name [default: all].")
+@click.option("--question", help="What is asked about a new photo [default: the model's own wording].")
+@click.option("--expected-version", "expected", type=click.IntRange(0), help="Refuse where another wrote it since this version; 0: it must be new.")
+@store_option
+@namespace_option
+@json_option
+def add(name: str, photos: Path, shots: int | None, question: str | None, expected: int | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Store PHOTOS, a folder of photos a class, as a new version of the set NAME.
+
+    \b
+    lcl-adapter support add scratches photos/
+    """
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.add(store, namespace, name, photos, shots, question, expected), as_json)
+
+
+@support.command("list")
+@store_option
+@namespace_option
+@json_option
+def list_(store: Path, namespace: str, as_json: bool) -> None:
+    """The sets, a line each."""
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.names(store, namespace), as_json)
+
+
+@support.command("show")
+@click.argument("name")
+@click.option("--version", type=click.IntRange(1), help="An earlier one [default: the newest].")
+@store_option
+@namespace_option
+@json_option
+def show(name: str, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Labels, photos and versions of the set NAME."""
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.show(store, namespace, name, version), as_json)
+
+
+@support.command("remove")
+@click.argument("name")
+@store_option
+@namespace_option
+@json_option
+def remove(name: str, store: Path, namespace: str, as_json: bool) -> None:
+    """Remove the set NAME with all its versions."""
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.remove(store, namespace, name), as_json)
+
+
+@support.command("export")
+@click.argument("name")
+@click.argument("out", type=PATH)
+@click.option("--version", type=click.IntRange(1), help="An earlier one [default: the newest].")
+@store_option
+@namespace_option
+@json_option
+def export_set(name: str, out: Path, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Write the set NAME as a folder of photos a class, which `ask`, `support add` and `support import` take."""
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.export(store, namespace, name, out, version), as_json)
+
+
+@support.command("import")
+@click.argument("folder", type=PATH)
+@click.option("--name", help="[default: what it was exported as, or the folder's name]")
+@store_option
+@namespace_option
+@json_option
+def import_set(folder: Path, name: str | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Store a FOLDER that `support export` wrote, in its order and with its question."""
+    from lcl_adapter.serve import shelf
+
+    emit(shelf.take(store, namespace, folder, name), as_json)

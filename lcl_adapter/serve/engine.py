@@ -1,0 +1,552 @@
+"""One model behind a queue: jobs of many clients, those of one support set together, and prefilled sets kept under a memory budget.
+
+One thread owns the model. It takes the oldest job and with it every other that asks the same model about the same set, so
+that a set is read once and its questions pass the model together. Prefilled sets are kept, least recently used out first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+from lcl_adapter.adapter import base_of, read_manifest
+from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
+from lcl_adapter.model import Base, check_adapted
+from lcl_adapter.predict import Predictor, Prefilled, Question, Reply
+from lcl_adapter.probe import probe, probe_turns
+from lcl_adapter.recipe import load
+from lcl_adapter.serve.images import digest_of
+from lcl_adapter.sources import Picture
+from lcl_adapter.templates import Wording
+from lcl_adapter.vision import VisionFeatures
+
+VISION = 64 * 2**20  # bytes of vision features that are kept between requests
+DECODED = 4  # pictures in memory at a time, each up to 200 MB when it is padded to a square
+WAVE = 8192  # tokens behind a set at a time: the mask grows with their square
+GREEDY = 1e-3  # temperatures below are none
+Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
+
+
+class BusyError(LclError):
+    """The queue is full. ``wait``: seconds until it is worth trying again."""
+
+    def __init__(self, wait: int) -> None:
+        self.wait = wait
+        super().__init__(f"the queue is full; try again in {wait} s.")
+
+
+class TimeoutExceededError(LclError):
+    """A job waited, or took, longer than it may."""
+
+
+class GoneError(LclError):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One that was said: the text that it adds, its id and log-probability, and those of the likeliest ones beside it."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. temperature 0 takes the likeliest; top_p: of the smallest set with this much probability; top: alternatives told."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    top: int = 0
+    max_tokens: int = 256
+
+
+@dataclass
+class Job:
+    """One question to one model.
+
+    support: turns before it, read once and kept under ``key`` where there is one. answers: worded labels to score; without
+    any, text is said, and ``say`` is told each token and answers whether to go on.
+    """
+
+    model: str
+    support: Callable[[], Sequence[Turn]]
+    turn: Turn
+    key: Key | None = None
+    answers: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    say: Callable[[Token], bool] | None = None
+    deadline: float = math.inf
+    future: Future[Any] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    read: int = 0  # tokens of the prompt, known once it was read
+    heard: bool = False
+
+    @property
+    def over(self) -> Exception | None:
+        if self.cancelled.is_set():
+            return GoneError("cancelled")
+        return TimeoutExceededError("it took longer than it may") if time.monotonic() > self.deadline else None
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass
+class Work:
+    """Something else that needs the model, such as a calibration: ``run`` is given the engine; a generator is run a step at a time."""
+
+    run: Callable[[Engine], Any]
+    steps: Generator[None, None, Any] | None = None
+    future: Future[Any] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A prefilled set, and its pictures as the tower sees them: unit vectors [N, width], in the order of its turns."""
+
+    ready: Prefilled
+    vectors: torch.Tensor
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """similarities: cosines to the set's pictures, in the order of its turns."""
+
+    reply: Reply
+    similarities: tuple[float, ...]
+
+
+@dataclass
+class Counters:
+    """Since the start."""
+
+    hits: int = 0
+    prefills: int = 0
+    rebuilds: int = 0
+    evictions: int = 0
+    answered: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    waves: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name that clients ask: the base alone, or one adapter on it."""
+
+    name: str
+    wording: Wording
+    folder: Path | None = None
+    adapter: str = ""  # PEFT's own name for it, which may have fewer characters than a client's
+    identity: str = ""  # of the weights, base's and adapter's: what was measured of another is not this one's
+    created: float = field(default_factory=time.time)
+
+
+class Engine:
+    """``memory``: bytes that prefilled sets may take. ``queue``: jobs that may wait. ``pack``: questions behind one set at a time."""
+
+    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
+        self.base = base
+        self.memory = memory
+        self.limit = queue
+        self.name = name
+        own = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
+        self.models: dict[str, Model] = {name: Model(name, own, identity=base.checkpoint.hash())}
+        self.counters = Counters()
+        self.kept: OrderedDict[tuple[str, Key], Kept] = OrderedDict()
+        self.bytes = 0
+        self._pack = pack
+        self._evicted: set[tuple[str, Key]] = set()
+        self._waiting: deque[Job | Work] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._loaded = 0
+        self._pace = 0.05  # seconds a job, a running mean
+        self._predictor = self._fresh(base)
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def stop(self, patience: float = 30.0) -> None:
+        """What waits is refused; what runs is finished, for so many seconds."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(patience)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def find(self, name: str) -> Model:
+        """Raises MissingError."""
+        found = self.models.get(name)
+        if found is None:
+            raise MissingError(f"no model {name!r}{did_you_mean(name, list(self.models))}; there are {', '.join(self.models)}.")
+        return found
+
+    def submit(self, *jobs: Job | Work) -> None:
+        """All of them or none. Raises BusyError where the queue has no room, or the server is stopping."""
+        with self._changed:
+            if self._stopping:
+                raise BusyError(5)
+            asked = sum(isinstance(job, Job) for job in jobs)
+            if asked and sum(isinstance(job, Job) for job in self._waiting) + asked > self.limit:
+                self.counters.refused += len(jobs)
+                raise BusyError(max(1, math.ceil(self._pace * len(self._waiting))))
+            self._waiting.extend(jobs)
+            self._changed.notify_all()
+
+    def call(self, run: Callable[[Engine], Any], timeout: float | None = None) -> Any:
+        """Run something on the engine's thread and wait for it."""
+        work = Work(run)
+        self.submit(work)
+        try:
+            return work.future.result(timeout)
+        except TimeoutError:
+            work.cancelled.set()
+            raise
+
+    # The engine's own thread from here on.
+
+    def _loop(self) -> None:
+        while True:
+            batch = self._next()
+            if not batch:
+                return
+            began = time.monotonic()
+            try:
+                if isinstance(batch[0], Work):
+                    self._run_work(batch[0])
+                else:
+                    self._answer([job for job in batch if isinstance(job, Job)])
+            except BaseException as error:  # the thread must outlive whatever a request causes
+                for job in batch:
+                    if not job.future.done():
+                        job.future.set_exception(error)
+            self._pace = 0.8 * self._pace + 0.2 * (time.monotonic() - began) / len(batch)
+
+    def _next(self) -> list[Job | Work]:
+        """The oldest, and what goes with it. Empty when the server stops."""
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            if self._stopping:
+                for job in self._waiting:
+                    job.future.set_exception(BusyError(5))
+                self._waiting.clear()
+                return []
+            first = self._waiting.popleft()
+            if isinstance(first, Work) or first.key is None:
+                return [first]
+            same = [job for job in self._waiting if isinstance(job, Job) and _alike(job, first)][: self._room(first) - 1]
+            taken = set(map(id, same))
+            self._waiting = deque(job for job in self._waiting if id(job) not in taken)
+            return [first, *same]
+
+    def _room(self, job: Job) -> int:
+        """How many such questions go together."""
+        encoder = self._predictor.encoder
+        length = encoder.tokens_an_image + 64 + len(job.turn.text) + sum(map(len, job.answers))
+        return max(1, min(self._pack, WAVE // length))
+
+    @property
+    def spare(self) -> int:
+        """Tokens that a question must leave in the context."""
+        return self._predictor.max_new_tokens
+
+    def _run_work(self, work: Work) -> None:
+        """A step of it, where it has several: then it goes behind what has come in the meantime."""
+        if work.cancelled.is_set():
+            work.future.set_exception(GoneError("cancelled"))
+            return
+        try:
+            result = work.steps or work.run(self)
+            if isinstance(result, Generator):
+                work.steps = result
+                next(result)
+                with self._changed:
+                    self._waiting.append(work)
+                return
+        except StopIteration as finished:
+            result = finished.value
+        except Exception as error:
+            work.future.set_exception(error)
+            return
+        work.future.set_result(result)
+
+    def _answer(self, jobs: list[Job]) -> None:
+        jobs = self._living(jobs)
+        if not jobs:
+            return
+        first = jobs[0]
+        try:
+            with self.on(first.model):
+                kept = self._prefilled(first)
+                self.counters.waves += 1
+                if first.answers:
+                    replies = self.ask(kept.ready, [(job.turn, job.answers) for job in jobs])
+                    similar = (self.vectors([job.turn.picture for job in jobs if job.turn.picture]) @ kept.vectors.T).tolist()
+                    for job, reply, cosines in zip(jobs, replies, similar, strict=True):
+                        job.future.set_result(Scored(reply, tuple(cosines)))
+                else:
+                    self._say(kept.ready, jobs)
+            self.counters.answered += len(jobs)
+        except Exception as error:
+            if not isinstance(error, EpisodeError):
+                self._forget(first)  # whatever state it is in
+            if len(jobs) == 1:
+                first.fail(RequestError(str(error)) if isinstance(error, EpisodeError) else error)
+                return
+            for job in jobs:  # one of them may be the cause; the others are to have their answers
+                if job.heard:  # what was said cannot be taken back
+                    job.fail(error)
+                elif not job.future.done():
+                    self._answer([job])
+
+    def _living(self, jobs: list[Job]) -> list[Job]:
+        found = []
+        for job in jobs:
+            over = job.over
+            if over is None:
+                found.append(job)
+            else:
+                self.counters.cancelled += 1
+                job.fail(over)
+        return found
+
+    def on(self, model: str) -> AbstractContextManager[None]:
+        """The model switched to this name's adapter, or to none."""
+        found = self.find(model)
+        if found.folder is None:
+            return self.base.without_adapter() if isinstance(self.base.model, PeftModel) else nullcontext()
+        self.base.model.set_adapter(found.adapter, inference_mode=True)
+        return nullcontext()
+
+    def prefill(self, turns: Sequence[Turn]) -> Prefilled:
+        return self._predictor.prefill([turns])
+
+    def ask(self, ready: Prefilled, asked: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
+        return self._predictor.ask(ready, [Question(0, turn, answers) for turn, answers in asked], generate=False)
+
+    @torch.inference_mode()
+    def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """What the tower sees in each: its mean patch as a unit vector, [N, width], on the CPU."""
+        if not pictures:
+            return torch.empty(0, 0)
+        return functional.normalize(self._predictor.vision.patches(pictures).float().mean(1), dim=1).cpu()
+
+    def _prefilled(self, job: Job) -> Kept:
+        place = None if job.key is None else (job.model, job.key)
+        if place is not None and place in self.kept:
+            self.kept.move_to_end(place)
+            self.counters.hits += 1
+            return self.kept[place]
+        turns = job.support()
+        ready = self.prefill(turns)
+        kept = Kept(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), _size(ready))
+        if place is None:
+            return kept
+        self.counters.prefills += 1
+        self.counters.rebuilds += place in self._evicted
+        self._evicted.discard(place)
+        while self.kept and self.bytes + kept.bytes > self.memory:
+            self._drop(next(iter(self.kept)))
+        if kept.bytes <= self.memory:
+            self.kept[place] = kept
+            self.bytes += kept.bytes
+        return kept
+
+    def _drop(self, place: tuple[str, Key]) -> None:
+        self.bytes -= self.kept.pop(place).bytes
+        self.counters.evictions += 1
+        if len(self._evicted) > 10_000:
+            self._evicted.clear()
+        self._evicted.add(place)
+
+    def _forget(self, job: Job) -> None:
+        if job.key is not None and (kept := self.kept.pop((job.model, job.key), None)) is not None:
+            self.bytes -= kept.bytes
+
+    def forget(self, key: Key) -> None:
+        """A set that was changed or removed; on any thread."""
+
+        def run(_: Engine) -> None:
+            for place in [place for place in self.kept if place[1] == key]:
+                self.bytes -= self.kept.pop(place).bytes
+
+        with suppress(BusyError):  # nothing asks for it by this key any more, so it goes as the least recently used
+            self.submit(Work(run))
+
+    def _say(self, ready: Prefilled, jobs: list[Job]) -> None:
+        choosers = [_Chooser(job.sampling) for job in jobs]
+        encoder = self._predictor.encoder
+        for job in jobs:
+            job.read = int(ready.mask.sum()) + len(encoder.turns([job.turn], opened=True, first=ready.empty)[0])
+
+        def choose(number: int, logits: torch.Tensor) -> int | None:
+            job = jobs[number]
+            over = job.over
+            if over is not None:
+                self.counters.cancelled += 1
+                job.fail(over)
+                return None
+            assert job.say is not None
+            try:
+                token = choosers[number](logits)
+                stops = token.id == encoder.eos or not job.say(token)
+            except Exception as fault:  # this job's own, and no reason to end the others
+                job.fail(fault)
+                return None
+            job.heard = True
+            if stops:
+                job.future.set_result("stop")
+                return None
+            if choosers[number].count >= job.sampling.max_tokens:
+                job.future.set_result("length")
+                return None
+            return token.id
+
+        self._predictor.talk(ready, [job.turn for job in jobs], choose, max(job.sampling.max_tokens for job in jobs))
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_result("length")
+
+    def _fresh(self, base: Base) -> Predictor:
+        return Predictor(base, VisionFeatures(base, limit=VISION, batch=DECODED), batch_size=1, pack=self._pack)
+
+    def load_adapter(self, name: str, folder: Path) -> Model:
+        """Put an adapter on the base under a name of its own; on the engine's thread.
+
+        Raises AdapterError: of another base or prompt, in use, or one that changes nothing; what was loaded before is untouched.
+        """
+        if name in self.models:
+            raise AdapterError(f"a model {name!r} is there already.")
+        manifest = read_manifest(folder)
+        base_of(folder, manifest, str(self.base.path), None if self.base.checkpoint.tower is None else str(self.base.checkpoint.tower))
+        if (self.base.family.name, self.base.family.version) != (manifest["family"], manifest["prompt_version"]):
+            raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which is not this base's.")
+        if manifest["tiles"] != self.base.tiles:
+            raise AdapterError(f"{folder}: trained with tiles {'on' if manifest['tiles'] else 'off'}; the server has them the other way.")
+        recipe = folder / "recipe.yaml"
+        wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
+        self._loaded += 1
+        own = f"adapter{self._loaded}"
+        try:
+            if isinstance(self.base.model, PeftModel):
+                self.base.model.load_adapter(str(folder), own)
+            else:
+                self.base = self.base.with_model(PeftModel.from_pretrained(self.base.llava, str(folder), adapter_name=own))
+            self.base.model.eval()
+            check_adapted(self.base.model)
+            self._check_it_answers(own, folder)
+        except BaseException as error:
+            self._take_off(own)
+            if isinstance(error, LclError | KeyboardInterrupt):
+                raise
+            raise AdapterError(f"{folder}: cannot be put on this base ({type(error).__name__}).") from error
+        identity = digest_of(json.dumps([manifest["base_hash"], manifest["files"]], sort_keys=True).encode())
+        self.models[name] = Model(name, wording, folder, own, identity)
+        self._predictor = self._fresh(self.base)
+        return self.models[name]
+
+    def unload_adapter(self, name: str) -> None:
+        """On the engine's thread. Raises MissingError; ModelError for the base."""
+        found = self.find(name)
+        if found.folder is None:
+            raise ModelError(f"{name!r} is the base, which stays.")
+        del self.models[name]
+        for place in [place for place in self.kept if place[0] == name]:
+            self.bytes -= self.kept.pop(place).bytes
+        self._take_off(found.adapter)
+
+    def _take_off(self, own: str) -> None:
+        """Whatever of it was put on."""
+        model = self.base.model
+        if isinstance(model, PeftModel):
+            others = [name for name in model.peft_config if name != own]
+            if others:
+                model.set_adapter(others[0], inference_mode=True)
+                if own in model.peft_config:
+                    model.delete_adapter(own)
+            else:
+                self.base = self.base.with_model(model.unload())
+        self._predictor = self._fresh(self.base)
+
+    def _check_it_answers(self, own: str, folder: Path) -> None:
+        """Peers serve an adapter whose weights found no place as if it were the base."""
+        turns = probe_turns("lcl")[:1]
+        self.base.model.set_adapter(own, inference_mode=True)
+        with_it = probe(self.base, turns)
+        with self.base.without_adapter():
+            change = with_it.distance(probe(self.base, turns))
+        if not math.isfinite(change):
+            raise AdapterError(f"{folder.name}: its answers are not finite (NaNs or infinities); the adapter is broken.")
+        if change == 0.0:
+            raise AdapterError(f"{folder.name}: changes nothing in what the base answers, so it is not served under a name of its own.")
+
+
+def _alike(one: Job, other: Job) -> bool:
+    return (one.model, one.key, bool(one.answers)) == (other.model, other.key, bool(other.answers))
+
+
+def _size(ready: Prefilled) -> int:
+    total = 0
+    for layer in ready.cache.layers:
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name, None)
+            total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    return total
+
+
+class _Chooser:
+    """Draws tokens as one request asks, from a generator of its own, so that batching with others changes nothing."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.count = 0
+        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**31, (1,)))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> Token:
+        self.count += 1
+        logits = logits.float().cpu()
+        logprobs = logits.log_softmax(-1)
+        hot = self.sampling.temperature
+        token = int(logits.argmax()) if hot < GREEDY else self._drawn((logits - logits.max()) / hot)
+        top = logprobs.topk(self.sampling.top) if self.sampling.top else None
+        beside = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else ()
+        return Token(token, float(logprobs[token]), beside)
+
+    def _drawn(self, logits: torch.Tensor) -> int:
+        chances, order = logits.softmax(-1).sort(descending=True)
+        within = chances.cumsum(-1) - chances < self.sampling.top_p  # the likeliest always
+        chances = chances * within
+        return int(order[torch.multinomial(chances, 1, generator=self.generator)])

@@ -1,0 +1,111 @@
+"""Load the model, open the store, listen: what ``lcl-adapter serve`` does."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import uvicorn
+
+from lcl_adapter.adapter import read_manifest
+from lcl_adapter.errors import RunError
+from lcl_adapter.model import load_base
+from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.keys import Keys, read_keys
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
+from lcl_adapter.terminal import console
+
+CONNECTIONS = 1000  # at a time; more are answered 503 by uvicorn itself
+PATIENCE = 20  # seconds that open requests have when the server is told to stop
+
+
+@dataclass(frozen=True)
+class Options:
+    """As the command line has them. memory: bytes for weights and kept sets together."""
+
+    base: str
+    adapters: dict[str, Path]
+    adapter_folder: Path | None
+    host: str
+    port: int
+    key_file: Path | None
+    memory: int | None
+    precision: Precision
+    tiles: bool
+    queue: int
+    timeout: float
+    store: Path
+    tower: str | None
+
+
+def run(options: Options) -> None:
+    """Until it is told to stop. Raises UserError before it listens, never after."""
+    keys = check_address(options.host, options.key_file)
+    began = time.monotonic()
+    service = make_service(options)
+    app = make_app(service, keys)
+    console.print(
+        f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{options.port} serves {', '.join(service.engine.models)}; "
+        f"kept support sets may take {service.engine.memory / 1e9:.2f} GB",
+        highlight=False,
+        markup=False,
+    )
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=PATIENCE,
+        timeout_keep_alive=30,
+        limit_concurrency=CONNECTIONS,
+        server_header=False,
+    )
+
+
+def check_address(host: str, key_file: Path | None) -> Keys | None:
+    """Raises RunError where others could reach the server without a key."""
+    if key_file is not None:
+        return read_keys(key_file)
+    if not is_local(host):
+        raise RunError(f"--host {host} lets others reach this server; give --api-key-file with a key for each of them.")
+    return None
+
+
+def is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_service(options: Options) -> Service:
+    """Everything but the socket; the engine runs."""
+    tiles = options.tiles or any(read_manifest(folder)["tiles"] for folder in options.adapters.values())
+    store = Store(options.store)
+    store.sweep()
+    base = load_base(options.base, options.precision, tower=options.tower, tiles=tiles)
+    weights = sum(p.numel() * p.element_size() for p in base.llava.parameters())
+    engine = Engine(base, _room(options.memory, weights, base.device), options.queue)
+    for name, folder in options.adapters.items():
+        engine.load_adapter(name, folder)
+    loadable = None if options.adapter_folder is None else options.adapter_folder.absolute()
+    return Service(engine.start(), store, adapters=loadable, timeout=options.timeout)
+
+
+def _room(memory: int | None, weights: int, device: torch.device) -> int:
+    """What kept sets may take. Raises RunError where the weights alone are more than was given."""
+    if memory is None:
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return free // 2
+    if memory <= weights:
+        raise RunError(f"--memory {memory / 1e9:.2f}GB: the weights alone take {weights / 1e9:.2f} GB.")
+    return memory - weights

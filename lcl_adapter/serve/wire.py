@@ -1,0 +1,254 @@
+"""What goes over the line: OpenAI's chat types as far as they mean something here, and this project's own for support sets.
+
+Server and client share them. Unknown fields are refused, for a wrong name would otherwise be a wish that nobody hears.
+"""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LONGEST_LABEL = 200
+LONGEST_TEXT = 32_000
+MOST_TURNS = 512
+MOST_IMAGES = 256
+MOST_VERSIONS = 2**53
+
+Name = Annotated[str, Field(pattern=SET_NAME)]
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Question = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def same_label(label: str) -> str:
+    """What two labels share that a reader would take for one: case, width (Unicode NFKC) and spaces make no difference."""
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+
+
+class LabelledImage(Wire):
+    label: str = Field(min_length=1, max_length=LONGEST_LABEL)
+    image: str = Field(description="data:image/png;base64,…")
+
+    @field_validator("label")
+    @classmethod
+    def _one_line(cls, label: str) -> str:
+        label = " ".join(label.split())
+        if not label or any(unicodedata.category(c).startswith("C") for c in label):
+            raise ValueError("a label is one line of visible text")
+        return label
+
+
+class SupportSetIn(Wire):
+    """A support set as it is written. expected_version: what the writer saw last, 0 for a new one; left out, the last writer wins."""
+
+    examples: list[LabelledImage] = Field(min_length=2, max_length=MOST_IMAGES)
+    question: Question | None = None
+    expected_version: int | None = Field(default=None, ge=0, le=MOST_VERSIONS)
+
+    @model_validator(mode="after")
+    def _labels(self) -> SupportSetIn:
+        labels = list(dict.fromkeys(example.label for example in self.examples))
+        if len(labels) < 2:
+            raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
+        seen: dict[str, str] = {}
+        for label in labels:
+            other = seen.setdefault(same_label(label), label)
+            if other != label:
+                raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; give them one spelling")
+        return self
+
+
+class SupportSetOut(Wire):
+    name: str
+    version: int
+    created: float
+    labels: dict[str, int] = Field(description="examples a label")
+    question: str | None = None
+
+
+class Shown(Wire):
+    label: str
+    sha256: str
+    image: str | None = None
+
+
+class SupportSetWhole(SupportSetOut):
+    examples: list[Shown]
+
+
+class SupportSets(Wire):
+    object: Literal["list"] = "list"
+    data: list[SupportSetOut]
+
+
+class Version(Wire):
+    version: int
+    created: float
+
+
+class Versions(Wire):
+    object: Literal["list"] = "list"
+    data: list[Version]
+
+
+class ClassifyIn(Wire):
+    support_set: Name
+    images: list[str] = Field(min_length=1, max_length=MOST_IMAGES)
+    model: str | None = None
+    version: int | None = Field(default=None, ge=1, le=MOST_VERSIONS)
+    question: Question | None = None
+
+
+class Fault(Wire):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Alike(Wire):
+    """The photo of the set that looks most like the query, by the vision tower: its place among the examples."""
+
+    example: int
+    label: str
+    cosine: float
+
+
+class Judgement(Wire):
+    """One image. label: None where it is none of these; nearest: the likeliest label all the same. margin: between the two likeliest."""
+
+    label: str | None = None
+    nearest: str | None = None
+    probabilities: dict[str, float] = {}
+    margin: float = 0.0
+    none_of_these: bool = False
+    familiarity: float = Field(default=0.0, description="how much like the set's own photos; below the set's threshold it is none of these")
+    most_alike: Alike | None = None
+    error: Fault | None = None
+
+
+class CalibrationOut(Wire):
+    temperature: float
+    threshold: float | None
+    left_out: int = Field(description="photos of the set that were asked about without themselves")
+    right: int
+
+
+class ClassifyOut(Wire):
+    object: Literal["classification"] = "classification"
+    model: str
+    support_set: str
+    version: int
+    calibration: CalibrationOut
+    results: list[Judgement]
+
+
+class ImageUrl(Wire):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: Text
+
+
+class ImagePart(Wire):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=2 * MOST_IMAGES)]
+    name: str | None = None
+    refusal: None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+
+
+class ChatIn(Wire):
+    """OpenAI's request. What cannot be done here is refused, not ignored."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MOST_TURNS)
+    support_set: Name | None = None
+    support_set_version: int | None = Field(default=None, ge=1, le=MOST_VERSIONS)
+    max_tokens: int | None = Field(default=None, ge=1, le=4096)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, unlike OpenAI's 1: a judgement is no draw")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: Literal[1] = 1
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    presence_penalty: float = Field(default=0, ge=0, le=0)
+    frequency_penalty: float = Field(default=0, ge=0, le=0)
+    response_format: dict[str, Any] | None = None
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> ChatIn:
+        if sum(len(part.text) for message in self.messages for part in message.parts if isinstance(part, TextPart)) > 4 * LONGEST_TEXT:
+            raise ValueError(f"messages: more than {4 * LONGEST_TEXT:,} characters of text in all")
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        if self.response_format not in (None, {"type": "text"}):
+            raise ValueError("response_format: only text is said here")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if any(not text or len(text) > 100 for text in self.stops) or len(self.stops) > 4:
+            raise ValueError("stop: up to four texts of 1 to 100 characters")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or 256
+
+
+def completion_id() -> str:
+    return f"chatcmpl-{uuid4().hex[:24]}"
+
+
+def completion(request: ChatIn, text: str, reason: str, usage: dict[str, int], logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """OpenAI's answer, whole."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
+        "finish_reason": reason,
+    }
+    head = {"id": completion_id(), "object": "chat.completion", "created": int(time.time()), "model": request.model}
+    return {**head, "choices": [choice], "usage": usage}
+
+
+def chunk(head: dict[str, Any], delta: dict[str, Any], reason: str | None = None, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A piece of OpenAI's answer while it is said."""
+    told = None if logprobs is None else {"content": logprobs, "refusal": None}
+    return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}]}

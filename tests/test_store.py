@@ -1,0 +1,229 @@
+"""Support sets on disk: versions, conflicts, and that what was acknowledged is there whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lcl_adapter.errors import ConflictError, MissingError, RunError
+from lcl_adapter.serve import store as storing
+from lcl_adapter.serve.store import VERSIONS_KEPT, Example, Store
+
+ONE, TWO = [("good", b"a photo"), ("bad", b"another")], [("good", b"a photo"), ("bad", b"a third"), ("ugly", b"a photo")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def images(store: Store) -> set[str]:
+    return {file.name for file in store.images.glob("*/*")}
+
+
+def test_a_set_is_there_after_a_restart(tmp_path: Path) -> None:
+    first = Store(tmp_path)
+    put = first.put("local", "screws", ONE, "What is it?")
+    first.close()
+    again = Store(tmp_path).get("local", "screws")
+    assert again == put
+    assert (again.version, again.labels, again.question) == (1, ("good", "bad"), "What is it?")
+    assert [Store(tmp_path).bytes_of("local", e.image) for e in again.examples] == [b"a photo", b"another"]
+
+
+def test_versions_are_kept_in_number_and_images_once(store: Store) -> None:
+    for number in range(VERSIONS_KEPT + 3):
+        assert store.put("local", "screws", (ONE, TWO)[number % 2]).version == number + 1
+    assert [version for version, _ in store.versions("local", "screws")] == list(range(VERSIONS_KEPT + 3, 3, -1))
+    assert store.get("local", "screws", 5).labels == ("good", "bad")
+    assert len(images(store)) == 3, "each of the three photos once"
+    with pytest.raises(MissingError, match=rf"no version 2; the newest is {VERSIONS_KEPT + 3}"):
+        store.get("local", "screws", 2)
+
+
+def test_namespaces_see_their_own(store: Store) -> None:
+    one = store.put("a", "screws", ONE)
+    store.put("b", "screws", TWO)
+    assert len(images(store)) == 3
+    assert len(list(store.images.glob("*/*"))) == 4, "each keeps its own: the time of a write tells nothing of another's"
+    with pytest.raises(RunError):
+        store.bytes_of("c", one.examples[0].image)
+    store.put("b", "nails", TWO)
+    assert (store.names("a"), store.names("b")) == (["screws"], ["nails", "screws"])
+    assert store.get("a", "screws").labels == ("good", "bad")
+    store.remove("b", "screws")
+    assert store.names("a") == ["screws"]
+    with pytest.raises(MissingError, match="no support set 'nails'"):
+        store.get("a", "nails")
+
+
+def test_no_two_sets_ever_have_one_number(store: Store) -> None:
+    """What is kept of a set elsewhere is kept under its number."""
+    seen = set()
+    for _ in range(3):
+        seen.add(store.put("local", "screws", ONE).id)
+        store.remove("local", "screws")
+    assert len(seen) == 3
+
+
+def test_the_second_of_two_writers_is_told(store: Store) -> None:
+    """By the version that it saw; numbers are not used again after a removal."""
+    store.put("local", "screws", ONE, expected=0)
+    with pytest.raises(ConflictError, match="at version 1, not 0"):
+        store.put("local", "screws", TWO, expected=0)
+    store.put("local", "screws", TWO, expected=1)
+    with pytest.raises(ConflictError, match="at version 2, not 1"):
+        store.remove("local", "screws", expected=1)
+    store.remove("local", "screws", expected=2)
+    with pytest.raises(MissingError):
+        store.get("local", "screws")
+    with pytest.raises(MissingError):
+        store.remove("local", "screws")
+    assert store.put("local", "screws", ONE, expected=0).version == 3
+
+
+def test_many_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Two stores of one folder, as two processes have them; of those that expect a version, one wins."""
+    stores, won, failed = [Store(tmp_path), Store(tmp_path)], [], []
+
+    def write(number: int) -> None:
+        mine = stores[number % 2]
+        mine.put("local", f"own-{number}", [("x", bytes([number])), ("y", b"y")])
+        try:
+            won.append(mine.put("local", "shared", ONE, expected=0).version)
+        except ConflictError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores[0].names("local")) == 13
+    assert (won, len(failed)) == ([1], 11)
+
+
+def test_a_full_disk_stores_nothing_and_keeps_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full when an image is written, and full when the database is."""
+    store.put("local", "screws", ONE)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storing.os, "fsync", full)
+        with pytest.raises(RunError, match="disk is full: nothing of this was stored") as caught:
+            store.put("local", "nails", TWO)
+    assert "/secret" not in str(caught.value)
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(RunError, match="disk is full"):
+        store.put("local", "nails", [(f"{number} " + "long " * 30, bytes([number])) for number in range(200)])
+    assert store.names("local") == ["screws"]
+    assert store.get("local", "screws").labels == ("good", "bad")
+    store._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    assert store.put("local", "nails", TWO).version == 1
+    assert not list(store.images.glob("tmp*"))
+
+
+def test_a_sweep_takes_only_what_no_set_names(store: Store) -> None:
+    store.put("local", "screws", ONE)
+    store.put("local", "nails", TWO)
+    store.remove("local", "nails")
+    (store.images / "tmpabc").write_bytes(b"half")
+    assert len(images(store)) == 3
+    assert store.sweep() == 0, "so new that their set may be on its way"
+    for file in store.images.rglob("*"):
+        os.utime(file, (1, 1))
+    assert store.sweep() == 2
+    assert images(store) == {example.image for example in store.get("local", "screws").examples}
+
+
+def test_calibrations_go_with_their_version(store: Store) -> None:
+    first = store.put("local", "screws", ONE)
+    store.write_calibration(first.id, "model", {"temperature": 2.0})
+    assert store.read_calibration(first.id, "model") == {"temperature": 2.0}
+    assert store.read_calibration(first.id, "other") is None
+    second = store.put("local", "screws", TWO)
+    assert store.read_calibration(second.id, "model") is None
+    store.remove("local", "screws")
+    store.write_calibration(first.id, "model", {"temperature": 3.0})
+    assert store.read_calibration(first.id, "model") is None
+
+
+@pytest.mark.parametrize("there", ["a file", "another database"])
+def test_a_place_that_cannot_be_a_store_is_refused(tmp_path: Path, there: str) -> None:
+    place = tmp_path / "store"
+    if there == "a file":
+        place.write_text("x")
+    else:
+        place.mkdir()
+        (place / "support.sqlite").write_bytes(b"not a database at all, but long enough to be looked at" * 100)
+    with pytest.raises(RunError, match="no store of support sets can be kept here"):
+        Store(place)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from lcl_adapter.serve.store import Store
+store, number = Store(Path(sys.argv[1])), int(sys.argv[2])
+while True:
+    number += 1
+    name = f"set-{number % 7}"
+    put = store.put("local", name, [("good", f"good {number}".encode() * 50), ("bad", f"bad {number}".encode() * 50)])
+    print(name, put.version, number, flush=True)
+"""
+
+
+def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """SIGKILL in the middle of writing; every set that the writer was told of is there, newest version and photos, and the file is sound."""
+    told: dict[str, tuple[int, int]] = {}
+    last = 0
+    for turn in range(20):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline()]
+        time.sleep(0.01 * (turn % 5))
+        writer.send_signal(signal.SIGKILL)
+        lines += writer.stdout.read().splitlines()
+        writer.wait()
+        writer.stdout.close()
+        for words in (line.split() for line in lines if line.strip()):
+            if len(words) == 3:
+                told[words[0]] = (int(words[1]), int(words[2]))
+                last = int(words[2])
+        store = Store(tmp_path)
+        for name, (version, number) in told.items():
+            found = store.get("local", name)
+            assert found.version in {version, version + 1}, "the one that was told of, or the one that was on its way"
+            kept = store.get("local", name, version)
+            assert [store.bytes_of("local", e.image) for e in kept.examples] == [f"{label} {number}".encode() * 50 for label in ("good", "bad")]
+        assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert store._connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        store.close()
+    assert len(told) == 7
+
+
+def test_what_the_store_says_has_no_path(store: Store) -> None:
+    (store.images).rename(store.folder / "gone")
+    with pytest.raises(RunError) as caught:
+        store.put("local", "screws", ONE)
+    assert str(store.folder) not in str(caught.value)
+    with pytest.raises(RunError) as caught:
+        store.bytes_of("local", Example("x", "ab" * 32).image)
+    assert str(store.folder) not in str(caught.value)
+    store._connection.close()
+    with pytest.raises(RunError) as caught:
+        store.names("local")
+    assert str(store.folder) not in str(caught.value)
+    assert isinstance(caught.value.__cause__, sqlite3.Error)
