@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,12 +14,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
+from lcl_adapter.cli import main
 from lcl_adapter.errors import ConflictError, MissingError, RunError
 from lcl_adapter.serve import store as storing
 from lcl_adapter.serve.store import VERSIONS_KEPT, Example, Store
+from lcl_adapter.sources import read_class_folders
 
 ONE, TWO = [("good", b"a photo"), ("bad", b"another")], [("good", b"a photo"), ("bad", b"a third"), ("ugly", b"a photo")]
 
@@ -227,3 +235,89 @@ def test_what_the_store_says_has_no_path(store: Store) -> None:
         store.names("local")
     assert str(store.folder) not in str(caught.value)
     assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+# From a shell
+
+
+def shell(store: Path, *words: str) -> Any:
+    return CliRunner().invoke(main, ["support", *words, "--store", str(store), "--json"])
+
+
+def told(result: Any) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_set_goes_in_out_and_in_again(photos: Path, tmp_path: Path) -> None:
+    """The same photos, labels, order and question; what is written is a folder that `ask` takes."""
+    store = tmp_path / "store"
+    added = told(shell(store, "add", "parts", str(photos), "--shots", "2", "--question", "Which is it?"))
+    assert (added["version"], added["labels"]) == (1, {"dented": 2, "good": 2, "scratched": 2})
+    assert [one["name"] for one in told(shell(store, "list"))["sets"]] == ["parts"]
+    told(shell(store, "export", "parts", str(tmp_path / "out")))
+    assert len(read_class_folders(tmp_path / "out")) == 3
+    told(shell(store, "import", str(tmp_path / "out"), "--name", "again"))
+    one, other = (told(shell(store, "show", name)) for name in ("parts", "again"))
+    assert one["examples"] == other["examples"]
+    assert one["question"] == other["question"] == "Which is it?"
+    assert told(shell(store, "import", str(tmp_path / "out")))["version"] == 2, "its own name, and so a new version of it"
+    assert told(shell(store, "show", "parts"))["versions"] == [2, 1]
+    told(shell(store, "remove", "parts"))
+    assert [one["name"] for one in told(shell(store, "list"))["sets"]] == ["again"]
+    assert told(shell(store, "list", "--namespace", "other"))["sets"] == []
+
+
+def test_labels_that_are_no_folder_names_come_back(tmp_path: Path) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    labels = ["a/b", "..", "CON: x?", "傷あり", "good."]
+    opened = Store(store)
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    opened.put("local", "odd", [(label, data.getvalue()) for label in labels])
+    opened.close()
+    told(shell(store, "export", "odd", str(out)))
+    assert {path.parent for path in out.rglob("*.png")} == {path for path in out.iterdir() if path.is_dir()}
+    assert [one["label"] for one in told(shell(store, "show", "odd"))["examples"]] == labels
+    told(shell(store, "import", str(out), "--name", "back"))
+    assert [one["label"] for one in told(shell(store, "show", "back"))["examples"]] == labels
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda photos: (photos / "good" / "1.png").write_bytes(b"<html>"), "good/1.png"),
+        (lambda photos: [shutil.rmtree(photos / name) for name in ("good", "dented")], "at least two labels"),
+        (lambda photos: (photos / "dented").rename(photos / "ＧＯＯＤ"), "differ only in case or width"),
+        (lambda photos: shutil.rmtree(photos), "no such"),
+    ],
+    ids=["broken photo", "one class", "labels alike", "no folder"],
+)
+def test_photos_that_make_no_set_are_refused(photos: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    spoil(photos)
+    found = shell(tmp_path / "store", "add", "parts", str(photos))
+    assert found.exit_code == 2
+    assert said in found.output
+    assert told(shell(tmp_path / "store", "list"))["sets"] == []
+
+
+def test_a_shells_mistakes_are_told(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert "is no name for a support set" in shell(store, "add", "a/b", str(photos)).output
+    told(shell(store, "add", "parts", str(photos), "--expected-version", "0"))
+    late = shell(store, "add", "parts", str(photos), "--expected-version", "0")
+    assert (late.exit_code, "at version 1, not 0" in late.output) == (2, True)
+    assert "no support set 'part'" in shell(store, "show", "part").output
+    (tmp_path / "there").mkdir()
+    assert "exists already" in shell(store, "export", "parts", str(tmp_path / "there")).output
+    told(shell(store, "export", "parts", str(tmp_path / "out")))
+    (tmp_path / "secret.png").write_bytes(b"x")
+    sheet = tmp_path / "out" / "support-set.json"
+    text = sheet.read_text()
+    for file in ("../secret.png", "/etc/passwd", "good/none.png"):
+        broken = json.loads(text)
+        broken["examples"][0]["file"] = file
+        sheet.write_text(json.dumps(broken))
+        assert "is no photo in this folder" in shell(store, "import", str(tmp_path / "out")).output
+    sheet.write_text("{")
+    assert "not a sheet" in shell(store, "import", str(tmp_path / "out")).output

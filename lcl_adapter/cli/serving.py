@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lcl_adapter.cli.common import PATH, PRECISION, Memory, emit, json_option, main, tower_option
+from lcl_adapter.errors import RunError
 
 STORE = Path("support-sets")
 store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder that support sets are kept in.")
@@ -48,7 +49,10 @@ def serve(
     lcl-adapter serve pocket --adapter pocket-lcl=runs/pocket
     lcl-adapter serve /models/llava-v1.5-7b --adapter parts=runs/mix --memory 16GB --host 0.0.0.0 --api-key-file keys.txt
     """
-    from lcl_adapter.serve import server
+    try:
+        from lcl_adapter.serve import server
+    except ImportError as error:
+        raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
 
     named = dict(_named(text) for text in adapters)
     server.run(

@@ -174,7 +174,7 @@ class Service:
     @property
     def default(self) -> str:
         """The first adapter, where there is one: that is what one serves for."""
-        return next((name for name, model in self.engine.models.items() if model.folder is not None), self.engine.name)
+        return next((name for name, model in list(self.engine.models.items()) if model.folder is not None), self.engine.name)
 
     # Chat
 

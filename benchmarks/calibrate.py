@@ -1,0 +1,93 @@
+"""Are the served probabilities what they say, and does "none of these" know a stranger? On held-out classes of the shipped data.
+
+python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
+
+For each set: a query of each of its two classes, and one each of two others. ECE is the expected calibration error of the likeliest label's
+probability in ten bins, over the queries whose class is in the set; rejections are of the "none of these" threshold.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import THREADS, finish
+from lcl_adapter.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.model import load_base
+from lcl_adapter.serve.calibrate import calibrate, familiarity
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.sources import Picture
+from lcl_adapter.sources.pocket import read_pocket
+
+SETS = 150
+SHOTS = (2, 4, 8)
+BINS = 10
+
+
+def one_set(engine: Engine, rng: np.random.Generator, shots: int) -> list[tuple[float, bool, bool, bool]]:
+    """(probability, right, in the set, rejected) of each query."""
+    pool = read_pocket("held_out", min_pictures=shots + 1)
+    kinds = [pool.classes[i] for i in rng.choice(len(pool.classes), 4, replace=False)]
+    drawn = [[kind.pictures[i] for i in rng.permutation(len(kind.pictures))] for kind in kinds]
+    shown: list[tuple[Picture, str]] = [(picture, kinds[n].name) for n in (0, 1) for picture in drawn[n][:shots]]
+    wording = engine.models["adapter"].wording
+    labels = [kinds[0].name, kinds[1].name]
+    answers = tuple(wording.answered(label) for label in labels)
+    with engine.on("adapter"):
+        steps = calibrate(engine, shown, wording, None)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as finished:
+                found = finished.value
+                break
+        ready = engine.prefill(from_labelled(shown, wording))
+        queries = [drawn[0][shots], drawn[1][shots], drawn[2][0], drawn[3][0]]
+        replies = engine.ask(ready, [(Turn("user", wording.query, query), answers) for query in queries])
+        cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T
+    rows = []
+    for number, reply in enumerate(replies):
+        chances = found.probabilities(reply.log_likelihoods)
+        own = [float(c) for c, place in zip(cosines[number], shown_order(len(shown)), strict=True) if shown[place][1] == labels[reply.best]]
+        rejected = found.threshold is not None and familiarity(own) < found.threshold
+        rows.append((max(chances), reply.best == number, number < 2, rejected))
+    return rows
+
+
+def ece(rows: list[tuple[float, bool, bool, bool]]) -> float:
+    known = [(chance, right) for chance, right, inside, _ in rows if inside]
+    place = np.minimum(((np.array([c for c, _ in known]) - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    gaps = []
+    for one in range(BINS):
+        chosen = [known[i] for i in np.nonzero(place == one)[0]]
+        if chosen:
+            gaps.append(len(chosen) * abs(float(np.mean([c for c, _ in chosen])) - float(np.mean([r for _, r in chosen]))))
+    return sum(gaps) / len(known)
+
+
+def main(run: Path) -> None:
+    torch.set_num_threads(THREADS)
+    engine = Engine(load_base("pocket", device="cpu"), 10**9)
+    engine.load_adapter("adapter", run)
+    table: list[tuple[str, ...]] = []
+    ratios: dict[str, float] = {}
+    for shots in SHOTS:
+        rng = np.random.default_rng(shots)
+        rows = [row for _ in range(SETS) for row in one_set(engine, rng, shots)]
+        known, strange = [row for row in rows if row[2]], [row for row in rows if not row[2]]
+        figures = {
+            "right": float(np.mean([row[1] for row in known])),
+            "ECE": ece(rows),
+            "wrongly rejected": float(np.mean([row[3] for row in known])),
+            "strangers rejected": float(np.mean([row[3] for row in strange])),
+        }
+        table.append((f"{shots} shots", *(f"{value:.3f}" for value in figures.values())))
+        ratios |= {f"{shots} shots: {name}": value for name, value in figures.items()}
+    finish("calibrate", ("set", "right", "ECE", "wrongly rejected", "strangers rejected"), table, ratios)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))

@@ -1,0 +1,161 @@
+"""Classified images a second over HTTP: a stored 8-shot set, against the same server and `transformers serve` given the whole conversation.
+
+python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens, 32 clients; each server alone
+
+Whole conversations are asked once by every client, the stored set EACH times, for it would be over before it began. The memory is the
+server's own resident set, first after the warm-up and then at the end.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.common import THREADS, finish, random_model
+from lcl_adapter.conversations import WORDINGS, from_labelled
+from lcl_adapter.sources import Picture
+
+CLIENTS = 32
+EACH = 8
+SHOTS = 8
+LABELS = ("good", "scratched")
+NEW_TOKENS = 8
+BIN = Path(sys.executable).parent
+WORDING = WORDINGS["short"]  # the random model has the shipped base's tokenizer
+
+
+def photo(seed: int) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (168, 168, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+SHOWN = [(photo(n), LABELS[n % 2]) for n in range(2 * SHOTS)]
+
+
+def conversation(query: str) -> list[dict[str, Any]]:
+    """The set as it is shown here, and the question."""
+    told: list[dict[str, Any]] = []
+    for turn in from_labelled([(Picture(Path(str(n))), label) for n, (_, label) in enumerate(SHOWN)], WORDING):
+        image = [{"type": "image_url", "image_url": {"url": SHOWN[int(str(turn.picture.path))][0]}}] if turn.picture else []
+        told.append({"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}]})
+    return [*told, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": query}}, {"type": "text", "text": WORDING.query}]}]
+
+
+@contextmanager
+def running(command: list[str], ready: str) -> Iterator[tuple[httpx2.Client, psutil.Process]]:
+    """A server in a process of its own, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=(Path(folder) / "log").open("w")
+        )
+        try:
+            client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=1200, limits=httpx2.Limits(max_connections=CLIENTS))
+            for _ in range(1200):
+                try:
+                    if client.get(ready).status_code == 200:
+                        break
+                except httpx2.TransportError:
+                    pass
+                if process.poll() is not None:
+                    raise SystemExit((Path(folder) / "log").read_text()[-2000:])
+                time.sleep(0.1)
+            yield client, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def asked(ask: Callable[[str], object], each: int) -> dict[str, float]:
+    """Every client asks ``each`` times, one after the other."""
+
+    def one(number: int) -> list[float]:
+        took = []
+        for turn in range(each):
+            began = time.perf_counter()
+            ask(photo(1000 + number * each + turn))
+            took.append(time.perf_counter() - began)
+        return took
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        times = [t for took in pool.map(one, range(CLIENTS)) for t in took]
+    seconds = time.perf_counter() - began
+    cuts = quantiles(times, n=100)
+    return {"rate": len(times) / seconds, "p50": cuts[49], "p99": cuts[98]}
+
+
+def ours(base: str) -> tuple[dict[str, float], dict[str, float], float]:
+    command = [str(BIN / "lcl-adapter"), "serve", base, "--precision", "fp32", "--timeout", "1200", "--store", "store"]
+    with running(command, "/ready") as (client, process):
+        client.put("/v1/support-sets/set", json={"examples": [{"label": label, "image": image} for image, label in SHOWN]}).raise_for_status()
+
+        def stored(query: str) -> None:
+            found = client.post("/v1/classify", json={"support_set": "set", "images": [query]}).raise_for_status().json()
+            assert found["results"][0]["error"] is None
+
+        stored(photo(999))  # the calibration, and the first reading of the set
+        asked(stored, 1)
+        before = process.memory_info().rss
+        kept = asked(stored, EACH)
+        grown = process.memory_info().rss / before
+
+        def whole(query: str) -> None:
+            body = {"model": "base", "messages": conversation(query), "max_tokens": NEW_TOKENS}
+            client.post("/v1/chat/completions", json=body).raise_for_status()
+
+        return kept, asked(whole, 1), grown
+
+
+def theirs(base: str) -> dict[str, float]:
+    command = [str(BIN / "transformers"), "serve", base, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
+    with running(command, "/health") as (client, _):
+
+        def whole(query: str) -> None:
+            body = {"model": base, "messages": conversation(query), "max_tokens": NEW_TOKENS, "temperature": 0.0}
+            found = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+            assert found["choices"][0]["message"]["role"] == "assistant"
+
+        whole(photo(999))
+        return asked(whole, 1)
+
+
+def main() -> None:
+    base = str(random_model().absolute())
+    kept, alone, grown = ours(base)
+    peer = theirs(base)
+    rows = [
+        (name, f"{found['rate']:.2f}", f"{found['p50']:.2f} s", f"{found['p99']:.2f} s")
+        for name, found in (("stored set", kept), ("the same server, whole conversation", alone), ("transformers serve, whole conversation", peer))
+    ]
+    ratios = {
+        "stored set / transformers serve": kept["rate"] / peer["rate"],
+        "stored set / the same server without": kept["rate"] / alone["rate"],
+        "resident memory at the end / after the warm-up": grown,
+    }
+    finish("serve", ("32 clients", "images a second", "p50", "p99"), rows, ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Five minutes of 32 clients with everything that goes wrong mixed in: what was answered wrongly, and whether memory comes back.
+
+python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
+
+Each client draws what it does: most classify photos of a known set (compared with the offline engine), the others send a broken image, one
+that is too large, a wrong key, an unknown set, no JSON, write a set, chat, or go away before the answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+
+from benchmarks.common import THREADS, finish
+from benchmarks.serve import BIN, CLIENTS, running
+from lcl_adapter.adapter import load_adapter
+from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.predict import Predictor, Question
+from lcl_adapter.recipe import load
+from lcl_adapter.sources.images import read_bytes
+from lcl_adapter.sources.pocket import read_pocket
+
+SECONDS = 300.0
+SETS, QUERIES, SHOTS = 12, 6, 4
+KEYS = {"a": "a-key-of-the-soak-0123", "b": "b-key-of-the-soak-4567"}
+ROOM = 6  # MB for prefilled sets: about a third of them, so that sets come and go
+CLOSE = 1e-3  # of a probability: a batch adds up in another order
+EXPECTED = {  # 0: no answer, for the client went away, or the server would not read on
+    "classify": {200, 429}, "broken": {200, 429}, "large": {0, 413}, "key": {401}, "unknown": {404}, "json": {400}, "put": {200, 429},
+    "chat": {200, 429}, "cancel": {0, 200, 429},
+}  # fmt: skip
+WEIGHTS = {"classify": 0.6, "broken": 0.07, "large": 0.01, "key": 0.05, "unknown": 0.05, "json": 0.05, "put": 0.04, "chat": 0.06, "cancel": 0.07}
+
+
+def url(data: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(data).decode()
+
+
+class Soak:
+    def __init__(self, run: Path) -> None:
+        torch.set_num_threads(THREADS)
+        base, _ = load_adapter(run, device="cpu")
+        self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
+        self.wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
+        rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
+        self.sets: list[dict[str, Any]] = []
+        for _ in range(SETS):
+            kinds = [pool.classes[i] for i in rng.choice(len(pool.classes), 2, replace=False)]
+            shown = [(picture, kind.name) for kind in kinds for picture in kind.pictures[:SHOTS]]
+            queries = [picture for kind in kinds for picture in kind.pictures[SHOTS : SHOTS + QUERIES // 2]]
+            answers = tuple(self.wording.answered(kind.name) for kind in kinds)
+            ready = predictor.prefill([from_labelled(shown, self.wording)])
+            replies = predictor.ask(ready, [Question(0, Turn("user", self.wording.query, q), answers) for q in queries], generate=False)
+            examples = [{"label": label, "image": url(read_bytes(picture))} for picture, label in shown]
+            likely = [reply.log_likelihoods for reply in replies]
+            self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "likely": likely})
+        self.statuses: Counter[tuple[str, int]] = Counter()
+        self.wrong: list[str] = []
+        self.compared = 0
+        self.stored: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def client(self, number: int, address: str, until: float) -> None:
+        rng = np.random.default_rng(number)
+        with httpx2.Client(base_url=address, timeout=60) as own:
+            while time.monotonic() < until:
+                what = str(rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
+                name = "ab"[int(rng.integers(2))]
+                headers = {"Authorization": f"Bearer {KEYS[name]}"}
+                try:
+                    status = self.act(what, own, headers, name, rng)
+                except httpx2.TransportError:
+                    status = 0
+                with self.lock:
+                    self.statuses[what, status] += 1
+
+    def act(self, what: str, own: httpx2.Client, headers: dict[str, str], name: str, rng: np.random.Generator) -> int:
+        number = int(rng.integers(SETS))
+        one = self.sets[number]
+        body: dict[str, Any] = {"support_set": f"set-{number}", "images": [one["queries"][i] for i in rng.integers(QUERIES, size=2)]}
+        match what:
+            case "classify" | "broken":
+                chosen = [int(i) for i in rng.integers(QUERIES, size=int(rng.integers(1, 5)))]
+                images = [one["queries"][i] for i in chosen] + ([url(b"RIFF broken")] if what == "broken" else [])
+                found = own.post("/v1/classify", json={**body, "images": images}, headers=headers)
+                if found.status_code == 200:
+                    self.compare(found.json(), one, chosen, what == "broken")
+                return found.status_code
+            case "large":
+                return own.post("/v1/classify", content=b"{" + b" " * (65 * 2**20), headers=headers).status_code
+            case "key":
+                return own.post("/v1/classify", json=body, headers={"Authorization": "Bearer nobody-has-this-key"}).status_code
+            case "unknown":
+                return own.post("/v1/classify", json={**body, "support_set": "none"}, headers=headers).status_code
+            case "json":
+                return own.post("/v1/classify", content=b'{"support_set": ', headers={**headers, "content-type": "application/json"}).status_code
+            case "put":
+                place = f"own-{int(rng.integers(20))}"
+                found = own.put(f"/v1/support-sets/{place}", json={"examples": one["examples"]}, headers=headers)
+                if found.status_code == 200:
+                    with self.lock:
+                        key = f"{name}/{place}"
+                        self.stored[key] = max(self.stored.get(key, 0), found.json()["version"])
+                return found.status_code
+            case "chat":
+                content = [{"type": "image_url", "image_url": {"url": one["queries"][0]}}, {"type": "text", "text": self.wording.query}]
+                chat = {"model": "lcl", "messages": [{"role": "user", "content": content}], "support_set": f"set-{number}", "max_tokens": 8}
+                return own.post("/v1/chat/completions", json={**chat, "stream": bool(rng.integers(2))}, headers=headers).status_code
+            case _:
+                return own.post("/v1/classify", json=body, headers=headers, timeout=float(rng.uniform(0.01, 0.3))).status_code
+
+    def compare(self, found: dict[str, Any], one: dict[str, Any], chosen: list[int], broken: bool) -> None:
+        results = found["results"]
+        if broken and results.pop()["error"] is None:
+            self.wrong.append("a broken image was judged")
+        for place, result in zip(chosen, results, strict=True):
+            scaled = np.array(one["likely"][place]) / found["calibration"]["temperature"]
+            wanted = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+            gap = float(np.abs(wanted - np.array(list(result["probabilities"].values()))).max())
+            with self.lock:
+                self.compared += 1
+                if gap > CLOSE:
+                    self.wrong.append(f"a probability differs by {gap:.3g}")
+
+
+def main(run: Path, seconds: float) -> None:
+    soak = Soak(run)
+    place = Path("build/soak").absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    keys, store = place / "keys.txt", place / f"store-{time.time():.0f}"
+    keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    command = [str(BIN / "lcl-adapter"), "serve", "pocket", "--adapter", f"lcl={run.absolute()}", "--api-key-file", str(keys), "--store", str(store)]
+    with running([*command, "--memory", f"{soak.weights / 1e6 + ROOM:.0f}MB"], "/ready") as (client, process):
+        for name, key in KEYS.items():
+            for number, one in enumerate(soak.sets):
+                body = {"examples": one["examples"]}
+                client.put(f"/v1/support-sets/set-{number}", json=body, headers={"Authorization": f"Bearer {key}"}).raise_for_status()
+                soak.stored[f"{name}/set-{number}"] = 1
+        levels: list[int] = []
+        threads = [threading.Thread(target=soak.client, args=(n, str(client.base_url), time.monotonic() + seconds)) for n in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            time.sleep(seconds / 20)
+            levels.append(process.memory_info().rss)
+        for thread in threads:
+            thread.join()
+        time.sleep(2)
+        after = process.memory_info().rss
+    with sqlite3.connect(store / "support.sqlite") as opened:
+        sound = opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        there = {f"{n}/{name}": v for n, name, v in opened.execute("SELECT namespace, name, version FROM heads")}
+    lost = [key for key, version in soak.stored.items() if there.get(key, 0) < version]
+    odd = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
+    rows = [(what, ", ".join(f"{n} x {s or 'went away'}" for (w, s), n in sorted(soak.statuses.items()) if w == what)) for what in WEIGHTS]
+    rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
+    rows += [("answers of another kind than expected", str(odd or "none")), ("acknowledged sets", f"{len(soak.stored)}, {len(lost)} lost")]
+    rows += [("SQLite's integrity check", "ok" if sound else "BROKEN")]
+    early, late = float(np.median(levels[3:8])), float(np.median(levels[-5:]))
+    rows += [("resident memory, start / middle / end / after", " / ".join(f"{v / 1e6:.0f} MB" for v in (levels[0], early, late, after)))]
+    finish("soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early})
+    sys.exit(1 if soak.wrong or odd or lost or not sound else 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"), float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
