@@ -43,6 +43,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.serve
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

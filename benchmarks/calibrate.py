@@ -3,16 +3,19 @@
 python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
 
 For each set: a query of each of its two classes, and one each of two others. ECE is the expected calibration error of the likeliest label's
-probability in ten bins, over the queries whose class is in the set; rejections are of the "none of these" threshold.
+probability in ten bins, over the queries whose class is in the set; rejections are of the "none of these" threshold. AUC: how well the vision
+tower's likeness, and the likeliest label's likelihood, tell a known class from a stranger.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import THREADS, finish
 from lcl_adapter.conversations import Turn, from_labelled, shown_order
@@ -23,12 +26,22 @@ from lcl_adapter.sources import Picture
 from lcl_adapter.sources.pocket import read_pocket
 
 SETS = 150
-SHOTS = (2, 4, 8)
+SHOTS = (2, 4, 5)  # no held-out class has more than six drawings
 BINS = 10
 
 
-def one_set(engine: Engine, rng: np.random.Generator, shots: int) -> list[tuple[float, bool, bool, bool]]:
-    """(probability, right, in the set, rejected) of each query."""
+class Row(NamedTuple):
+    """One query: the likeliest label's probability, whether it is right, whether its class is in the set, and what that could be told by."""
+
+    chance: float
+    right: bool
+    known: bool
+    rejected: bool
+    familiarity: float
+    log_likelihood: float
+
+
+def one_set(engine: Engine, rng: np.random.Generator, shots: int) -> list[Row]:
     pool = read_pocket("held_out", min_pictures=shots + 1)
     kinds = [pool.classes[i] for i in rng.choice(len(pool.classes), 4, replace=False)]
     drawn = [[kind.pictures[i] for i in rng.permutation(len(kind.pictures))] for kind in kinds]
@@ -52,13 +65,14 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int) -> list[tuple[
     for number, reply in enumerate(replies):
         chances = found.probabilities(reply.log_likelihoods)
         own = [float(c) for c, place in zip(cosines[number], shown_order(len(shown)), strict=True) if shown[place][1] == labels[reply.best]]
-        rejected = found.threshold is not None and familiarity(own) < found.threshold
-        rows.append((max(chances), reply.best == number, number < 2, rejected))
+        score = familiarity(own)
+        rejected = found.threshold is not None and score < found.threshold
+        rows.append(Row(max(chances), reply.best == number, number < 2, rejected, score, max(reply.log_likelihoods)))
     return rows
 
 
-def ece(rows: list[tuple[float, bool, bool, bool]]) -> float:
-    known = [(chance, right) for chance, right, inside, _ in rows if inside]
+def ece(rows: list[Row]) -> float:
+    known = [(row.chance, row.right) for row in rows if row.known]
     place = np.minimum(((np.array([c for c, _ in known]) - 0.5) * 2 * BINS).astype(int), BINS - 1)
     gaps = []
     for one in range(BINS):
@@ -77,16 +91,19 @@ def main(run: Path) -> None:
     for shots in SHOTS:
         rng = np.random.default_rng(shots)
         rows = [row for _ in range(SETS) for row in one_set(engine, rng, shots)]
-        known, strange = [row for row in rows if row[2]], [row for row in rows if not row[2]]
+        known, strange = [row for row in rows if row.known], [row for row in rows if not row.known]
+        truth = [row.known for row in rows]
         figures = {
-            "right": float(np.mean([row[1] for row in known])),
+            "right": float(np.mean([row.right for row in known])),
             "ECE": ece(rows),
-            "wrongly rejected": float(np.mean([row[3] for row in known])),
-            "strangers rejected": float(np.mean([row[3] for row in strange])),
+            "wrongly rejected": float(np.mean([row.rejected for row in known])),
+            "strangers rejected": float(np.mean([row.rejected for row in strange])),
+            "AUC, tower": float(roc_auc_score(truth, [row.familiarity for row in rows])),
+            "AUC, likelihood": float(roc_auc_score(truth, [row.log_likelihood for row in rows])),
         }
         table.append((f"{shots} shots", *(f"{value:.3f}" for value in figures.values())))
         ratios |= {f"{shots} shots: {name}": value for name, value in figures.items()}
-    finish("calibrate", ("set", "right", "ECE", "wrongly rejected", "strangers rejected"), table, ratios)
+    finish("calibrate", ("set", *figures), table, ratios)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from lcl_adapter.sources.images import read_bytes
 from lcl_adapter.sources.pocket import read_pocket
 
 SECONDS = 300.0
-SETS, QUERIES, SHOTS = 12, 6, 4
+SETS, QUERIES, SHOTS = 12, 4, 4
 KEYS = {"a": "a-key-of-the-soak-0123", "b": "b-key-of-the-soak-4567"}
 ROOM = 6  # MB for prefilled sets: about a third of them, so that sets come and go
 CLOSE = 1e-3  # of a probability: a batch adds up in another order
