@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lcl_adapter.batches import IGNORED, check_alignment
 from lcl_adapter.conversations import WORDINGS, Conversation, Turn, from_episode
@@ -54,6 +58,43 @@ def test_golden_prompts_and_masks(family: str, wording: str) -> None:
     if os.environ.get("GOLDEN") == "write":
         path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     assert found == json.loads(path.read_text())
+
+
+TILED = ("llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision")
+
+
+def striped(size: tuple[int, int]) -> Picture:
+    """The same picture everywhere: a slope in each colour, and edges that padding, cutting and resizing move."""
+    wide, high = size
+    x, y = np.meshgrid(np.arange(wide), np.arange(high))
+    pixels = np.stack([x * 255 // (wide - 1), y * 255 // (high - 1), 255 * ((x // 5 + y // 7) % 2)], axis=-1).astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return Picture(Path(f"{wide}x{high}.png"), data=data.getvalue())
+
+
+@pytest.mark.parametrize(("family", "tiles"), [*((family, False) for family in EVERY), *((family, True) for family in TILED)])
+def test_golden_pixels(tiny_folder: Callable[[str], Path], family: str, tiles: bool) -> None:
+    """What the tower is given for a square, a wide and a high picture: shapes, and a thin grid of values. GOLDEN=write writes them anew."""
+    vision = VisionFeatures(load_base(str(tiny_folder(family)), device="cpu", tiles=tiles))
+    found: dict[str, Any] = {}
+    for size in ((64, 64), (50, 30), (30, 50)):
+        made = vision.pixels([striped(size)])
+        pixels = made["pixel_values"].flatten()
+        found["x".join(map(str, size))] = {
+            "shapes": {name: list(value.shape) for name, value in sorted(made.items())},
+            "mean": round(float(pixels.mean()), 4),
+            "spread": round(float(pixels.std()), 4),
+            "values": [round(float(v), 3) for v in pixels[:: max(1, len(pixels) // 150)]],
+        }
+    path = GOLDEN / f"{family}-pixels{'-tiles' if tiles else ''}.json"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(json.dumps(found) + "\n")
+    wanted = json.loads(path.read_text())
+    for size, one in wanted.items():
+        assert found[size]["shapes"] == one["shapes"]
+        for name in ("mean", "spread", "values"):
+            assert found[size][name] == pytest.approx(one[name], abs=2e-3), (size, name)
 
 
 def test_images_are_in_the_order_of_their_labels(tiny_base: Base) -> None:
