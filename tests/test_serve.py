@@ -36,9 +36,11 @@ from lcl_adapter.model import load_base
 from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import api, server, wire
-from lcl_adapter.serve.engine import BusyError, Engine, Job, Work
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.jobs import BusyError, Job, Work
 from lcl_adapter.serve.keys import Caller, Keys, read_keys
-from lcl_adapter.serve.service import Service, Speaker
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.speech import Speaker, Token
 from lcl_adapter.serve.store import Store
 from lcl_adapter.sources import Picture
 from tests.test_merge import adapter_on
@@ -479,8 +481,6 @@ def test_text_is_held_back_until_it_is_sure() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
             return b"".join([b"ab", b"cX", b"Y", b"\xe7\x8c", b"\xab", b"XYZ"][i] for i in ids).decode(errors="replace")
 
-    from lcl_adapter.serve.engine import Token
-
     sent: list[str] = []
     speaker = Speaker(Tokenizer(), ["XYZ"], lambda text, tokens: sent.append(text))
     going = [speaker.hear(Token(i, 0.0)) for i in range(6)]
@@ -497,8 +497,6 @@ def test_bytes_of_a_character_are_held_back_together() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
             whole = "猫".encode()
             return "猫" if len(ids) == len(whole) else "�" * len(ids)
-
-    from lcl_adapter.serve.engine import Token
 
     sent: list[str] = []
     speaker = Speaker(Tokenizer(), [], lambda text, tokens: sent.append(text))

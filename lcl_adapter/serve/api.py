@@ -15,23 +15,22 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.registry import Collector
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
 from lcl_adapter.serve import wire
-from lcl_adapter.serve.engine import BusyError, Engine, GoneError, Job, TimeoutExceededError, Token
-from lcl_adapter.serve.keys import LOCAL, Caller, Keys
-from lcl_adapter.serve.service import Classification, Service, Speaker, summary
+from lcl_adapter.serve.gate import Gate, Measured, fault
+from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
+from lcl_adapter.serve.keys import Caller, Keys
+from lcl_adapter.serve.metrics import Metrics
+from lcl_adapter.serve.service import Classification, Service, summary
+from lcl_adapter.serve.speech import Speaker, Token
 from lcl_adapter.serve.store import StoredSet
 
 log = logging.getLogger("lcl_adapter.serve")
 SWEEP = 600  # seconds between removals of images that no set names any more
-OPEN = {"/health", "/ready"}  # without a key; they say nothing of what others do
-LOCAL_HOSTS = {"localhost", "127.0.0.1", "[::1]", "::1", "testserver"}
 CODES: dict[type[Exception], tuple[int, str, str]] = {
     MissingError: (404, "invalid_request_error", "not_found"),
     ConflictError: (409, "invalid_request_error", "version_conflict"),
@@ -44,10 +43,6 @@ CODES: dict[type[Exception], tuple[int, str, str]] = {
 }
 
 
-def fault(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
-    return {"error": wire.Fault(message=message, type=kind, code=code, param=param).model_dump()}
-
-
 def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers."""
     for kind, (status, name, code) in CODES.items():
@@ -56,114 +51,6 @@ def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             return status, fault(str(error) or "it took longer than it may.", name, code), headers
     log.error("unexpected %s", type(error).__name__, exc_info=error)
     return 500, fault("an error of the server's own; its log has it.", "server_error", "internal"), {}
-
-
-class Gate:
-    """Before a body is read: who asks, that the host is this machine where there are no keys (DNS rebinding), and that the body is not too large."""
-
-    def __init__(self, app: ASGIApp, limit: int, keys: Keys | None) -> None:
-        self.app, self.limit, self.keys = app, limit, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        scope.setdefault("state", {})["caller"] = LOCAL
-        if self.keys is None:
-            host = headers.get(b"host", b"").decode("latin-1")
-            bare = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if bare not in LOCAL_HOSTS:
-                told = "this server answers to localhost alone; start it with --api-key-file for others."
-                await self._refuse(send, 403, fault(told, "permission_error", "host"))
-                return
-        elif scope["path"] not in OPEN:
-            scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            found = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
-            if found is None:
-                told = "no key, or one that is not known: send `Authorization: Bearer KEY`."
-                await self._refuse(send, 401, fault(told, "authentication_error", "invalid_api_key"), (b"www-authenticate", b"Bearer"))
-                return
-            scope["state"]["caller"] = found
-        told = headers.get(b"content-length", b"0")
-        too_large = fault(f"the request is larger than {self.limit / 2**20:g} MiB.", "invalid_request_error", "too_large")
-        if not told.isdigit() or int(told) > self.limit:
-            await self._refuse(send, 413, too_large)
-            return
-        read = 0
-
-        async def bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.limit:
-                raise HTTPException(413, too_large["error"]["message"])
-            return message
-
-        await self.app(scope, bounded, send)
-
-    @staticmethod
-    async def _refuse(send: Send, status: int, body: dict[str, Any], *more: tuple[bytes, bytes]) -> None:
-        data = json.dumps(body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), (b"connection", b"close"), *more]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
-
-
-class Metrics:
-    """Prometheus, in a registry of its own so that several servers fit into one process."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("lcl_requests", "Requests by route and status.", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram("lcl_request_seconds", "How long they took.", ["route"], registry=self.registry)
-        self.images = Counter("lcl_images_classified", "Images judged.", registry=self.registry)
-        self.registry.register(_OfEngine(engine))
-
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
-
-
-class _OfEngine(Collector):
-    """Read when asked, so that the engine knows nothing of Prometheus."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def collect(self) -> Any:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        for name, value in vars(self.engine.counters).items():
-            yield CounterMetricFamily(f"lcl_{name}", f"Of the engine: {name}.", value=value)
-        yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in memory.", value=len(self.engine.kept))
-        yield GaugeMetricFamily("lcl_kept_bytes", "What they take.", value=self.engine.bytes)
-        yield GaugeMetricFamily("lcl_kept_bytes_limit", "What they may take.", value=self.engine.memory)
-        yield GaugeMetricFamily("lcl_queue", "Jobs that wait.", value=self.engine.waiting)
-
-
-class Measured:
-    """Counts and times requests by route; plain ASGI, for Starlette's own wrapper hides that a client went away."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 0
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noted)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
 
 async def wait_for(futures: Sequence[Future[Any]], request: Request, cancel: Callable[[], None], timeout: float) -> None:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,8 @@ from lcl_adapter.predict import Predictor, Prefilled, Question, Reply
 from lcl_adapter.probe import probe, probe_turns
 from lcl_adapter.recipe import load
 from lcl_adapter.serve.images import digest_of
+from lcl_adapter.serve.jobs import BusyError, GoneError, Job, Key, Work, alike
+from lcl_adapter.serve.speech import Chooser
 from lcl_adapter.sources import Picture
 from lcl_adapter.templates import Wording
 from lcl_adapter.vision import VisionFeatures
@@ -37,86 +38,6 @@ from lcl_adapter.vision import VisionFeatures
 VISION = 64 * 2**20  # bytes of vision features that are kept between requests
 DECODED = 4  # pictures in memory at a time, each up to 200 MB when it is padded to a square
 WAVE = 8192  # tokens behind a set at a time: the mask grows with their square
-GREEDY = 1e-3  # temperatures below are none
-Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
-
-
-class BusyError(LclError):
-    """The queue is full. ``wait``: seconds until it is worth trying again."""
-
-    def __init__(self, wait: int) -> None:
-        self.wait = wait
-        super().__init__(f"the queue is full; try again in {wait} s.")
-
-
-class TimeoutExceededError(LclError):
-    """A job waited, or took, longer than it may."""
-
-
-class GoneError(LclError):
-    """Nobody waits for the answer any more."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One that was said: the text that it adds, its id and log-probability, and those of the likeliest ones beside it."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. temperature 0 takes the likeliest; top_p: of the smallest set with this much probability; top: alternatives told."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    top: int = 0
-    max_tokens: int = 256
-
-
-@dataclass
-class Job:
-    """One question to one model.
-
-    support: turns before it, read once and kept under ``key`` where there is one. answers: worded labels to score; without
-    any, text is said, and ``say`` is told each token and answers whether to go on.
-    """
-
-    model: str
-    support: Callable[[], Sequence[Turn]]
-    turn: Turn
-    key: Key | None = None
-    answers: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    say: Callable[[Token], bool] | None = None
-    deadline: float = math.inf
-    future: Future[Any] = field(default_factory=Future)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    read: int = 0  # tokens of the prompt, known once it was read
-    heard: bool = False
-
-    @property
-    def over(self) -> Exception | None:
-        if self.cancelled.is_set():
-            return GoneError("cancelled")
-        return TimeoutExceededError("it took longer than it may") if time.monotonic() > self.deadline else None
-
-    def fail(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-@dataclass
-class Work:
-    """Something else that needs the model, such as a calibration: ``run`` is given the engine; a generator is run a step at a time."""
-
-    run: Callable[[Engine], Any]
-    steps: Generator[None, None, Any] | None = None
-    future: Future[Any] = field(default_factory=Future)
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -266,7 +187,7 @@ class Engine:
             first = self._waiting.popleft()
             if isinstance(first, Work) or first.key is None:
                 return [first]
-            same = [job for job in self._waiting if isinstance(job, Job) and _alike(job, first)][: self._room(first) - 1]
+            same = [job for job in self._waiting if isinstance(job, Job) and alike(job, first)][: self._room(first) - 1]
             taken = set(map(id, same))
             self._waiting = deque(job for job in self._waiting if id(job) not in taken)
             return [first, *same]
@@ -406,7 +327,7 @@ class Engine:
             self.submit(Work(run))
 
     def _say(self, ready: Prefilled, jobs: list[Job]) -> None:
-        choosers = [_Chooser(job.sampling) for job in jobs]
+        choosers = [Chooser(job.sampling) for job in jobs]
         encoder = self._predictor.encoder
         for job in jobs:
             job.read = int(ready.mask.sum()) + len(encoder.turns([job.turn], opened=True, first=ready.empty)[0])
@@ -513,10 +434,6 @@ class Engine:
             raise AdapterError(f"{folder.name}: changes nothing in what the base answers, so it is not served under a name of its own.")
 
 
-def _alike(one: Job, other: Job) -> bool:
-    return (one.model, one.key, bool(one.answers)) == (other.model, other.key, bool(other.answers))
-
-
 def _size(ready: Prefilled) -> int:
     total = 0
     for layer in ready.cache.layers:
@@ -524,29 +441,3 @@ def _size(ready: Prefilled) -> int:
             tensor = getattr(layer, name, None)
             total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
     return total
-
-
-class _Chooser:
-    """Draws tokens as one request asks, from a generator of its own, so that batching with others changes nothing."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self.count = 0
-        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**31, (1,)))
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: torch.Tensor) -> Token:
-        self.count += 1
-        logits = logits.float().cpu()
-        logprobs = logits.log_softmax(-1)
-        hot = self.sampling.temperature
-        token = int(logits.argmax()) if hot < GREEDY else self._drawn((logits - logits.max()) / hot)
-        top = logprobs.topk(self.sampling.top) if self.sampling.top else None
-        beside = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else ()
-        return Token(token, float(logprobs[token]), beside)
-
-    def _drawn(self, logits: torch.Tensor) -> int:
-        chances, order = logits.softmax(-1).sort(descending=True)
-        within = chances.cumsum(-1) - chances < self.sampling.top_p  # the likeliest always
-        chances = chances * within
-        return int(order[torch.multinomial(chances, 1, generator=self.generator)])

@@ -19,8 +19,10 @@ from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestErr
 from lcl_adapter.families import IMAGE
 from lcl_adapter.serve import wire
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
-from lcl_adapter.serve.engine import Engine, Job, Model, Sampling, Scored, Token, Work
+from lcl_adapter.serve.engine import Engine, Model, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
+from lcl_adapter.serve.jobs import Job, Work
+from lcl_adapter.serve.speech import Sampling, Speaker
 from lcl_adapter.serve.store import Store, StoredSet
 from lcl_adapter.sources import Picture
 
@@ -303,63 +305,6 @@ class Classification:
             familiarity=score,
             most_alike=wire.Alike(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
         )
-
-
-class Speaker:
-    """Tokens to text, for one job: held back while a character or a stop text may still be under way."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], send: Callable[[str, list[Token]], None] | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.stops = list(stops)
-        self.send = send
-        self.tokens: list[Token] = []
-        self.text = ""
-        self.sent = 0
-        self._unsent: list[Token] = []
-
-    def hear(self, token: Token) -> bool:
-        """On the engine's thread; False where a stop text was said."""
-        self.tokens.append(token)
-        self._unsent.append(token)
-        whole = self._decoded(self.tokens)
-        ends = min((at for stop in self.stops if (at := whole.find(stop)) >= 0), default=None)
-        self.text = whole if ends is None else whole[:ends]
-        if ends is None:
-            held = max((_overlap(whole, stop) for stop in self.stops), default=0)
-            half = len(whole) - len(whole.rstrip("�"))  # bytes of a character that is not whole yet
-            self._flush(len(whole) - max(held, half))
-            return True
-        while self.tokens and self._decoded(self.tokens[:-1]).startswith(self.text):
-            gone = self.tokens.pop()  # said, and no part of the text
-            self._unsent = [kept for kept in self._unsent if kept is not gone]
-        return False
-
-    def _decoded(self, tokens: Sequence[Token]) -> str:
-        return self.tokenizer.decode([t.id for t in tokens], skip_special_tokens=True).lstrip()
-
-    def rest(self) -> tuple[str, list[Token]]:
-        """What was held back to the end."""
-        found = self.text[self.sent :], self._unsent
-        self.sent, self._unsent = len(self.text), []
-        return found
-
-    def _flush(self, until: int) -> None:
-        if self.send is not None and until > self.sent:
-            self.send(self.text[self.sent : until], self._unsent)
-            self.sent, self._unsent = until, []
-
-    def told(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """Log-probabilities as OpenAI gives them."""
-        return [{**self._named(t.id, t.logprob), "top_logprobs": [self._named(*one) for one in t.top]} for t in tokens]
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How much of ``stop``'s beginning ``text`` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _turn(role: str, texts: Sequence[str], pictures: Sequence[Picture]) -> Turn:

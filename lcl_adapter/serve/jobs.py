@@ -1,0 +1,82 @@
+"""What waits in the engine's queue, and how that ends otherwise than with an answer."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import LclError
+from lcl_adapter.serve.speech import Sampling, Token
+
+if TYPE_CHECKING:
+    from lcl_adapter.serve.engine import Engine
+
+Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
+
+
+class BusyError(LclError):
+    """The queue is full. ``wait``: seconds until it is worth trying again."""
+
+    def __init__(self, wait: int) -> None:
+        self.wait = wait
+        super().__init__(f"the queue is full; try again in {wait} s.")
+
+
+class TimeoutExceededError(LclError):
+    """A job waited, or took, longer than it may."""
+
+
+class GoneError(LclError):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass
+class Job:
+    """One question to one model.
+
+    support: turns before it, read once and kept under ``key`` where there is one. answers: worded labels to score; without
+    any, text is said, and ``say`` is told each token and answers whether to go on.
+    """
+
+    model: str
+    support: Callable[[], Sequence[Turn]]
+    turn: Turn
+    key: Key | None = None
+    answers: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    say: Callable[[Token], bool] | None = None
+    deadline: float = math.inf
+    future: Future[Any] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    read: int = 0  # tokens of the prompt, known once it was read
+    heard: bool = False
+
+    @property
+    def over(self) -> Exception | None:
+        if self.cancelled.is_set():
+            return GoneError("cancelled")
+        return TimeoutExceededError("it took longer than it may") if time.monotonic() > self.deadline else None
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass
+class Work:
+    """Something else that needs the model, such as a calibration: ``run`` is given the engine; a generator is run a step at a time."""
+
+    run: Callable[[Engine], Any]
+    steps: Generator[None, None, Any] | None = None
+    future: Future[Any] = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def alike(one: Job, other: Job) -> bool:
+    return (one.model, one.key, bool(one.answers)) == (other.model, other.key, bool(other.answers))
