@@ -87,7 +87,7 @@ def service(engine: Engine, tmp_path: Path, run_folder: Path) -> Iterator[Servic
 
 def client_of(service: Service, **options: Any) -> TestClient:
     """Without its shutdown, which would stop the shared engine."""
-    return TestClient(api.make_app(service, **options), raise_server_exceptions=False)
+    return TestClient(api.make_app(service, **options), base_url="http://localhost", raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -677,9 +677,10 @@ def test_others_are_served_only_with_keys(tmp_path: Path) -> None:
 
 def test_without_keys_other_host_names_are_refused(client: TestClient) -> None:
     """A page in a browser cannot reach it under a name of its own."""
-    assert client.get("/v1/models", headers={"host": "evil.example:8000"}).status_code == 403
-    assert client.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
-    assert client.get("/v1/models", headers={"host": "[::1]:8000"}).status_code == 200
+    for host in ("evil.example:8000", "testserver", "192.168.0.2:8000", "localhost.evil.example", ""):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 403, host
+    for host in ("localhost:8000", "[::1]:8000", "127.0.0.1", "127.0.0.2:8000"):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
 
 
 def test_a_key_is_found_among_many() -> None:
@@ -827,6 +828,22 @@ def test_what_a_kept_set_takes_is_what_is_counted(client: TestClient, engine: En
         kept = next(reversed(engine.kept.values()))
         held = sum(getattr(layer, name).untyped_storage().nbytes() for layer in kept.ready.cache.layers for name in ("keys", "values"))
         assert held == kept.bytes
+
+
+def test_long_questions_go_in_waves_of_their_own(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a wave grows with the square of its length, whoever's question comes first."""
+    put(client)
+    body = {"model": "parts", "max_tokens": 1, "support_set": "parts-set"}
+    short, long = messages(png(1)), messages(png(1), text="What is this? " * 30)
+    expected = [client.post("/v1/chat/completions", json={**body, "messages": one}).json()["choices"] for one in (short, long)]
+    monkeypatch.setattr("lcl_adapter.serve.engine.WAVE", 600)
+    engine.submit(Work(lambda _: time.sleep(0.3)))
+    before = engine.counters.waves
+    with ThreadPoolExecutor(6) as pool:
+        asked = [short, long, short, long, short, long]
+        found = list(pool.map(lambda one: client.post("/v1/chat/completions", json={**body, "messages": one}).json()["choices"], asked))
+    assert found == expected * 3
+    assert engine.counters.waves - before >= 3
 
 
 def test_a_long_wish_spoils_no_other_answer(client: TestClient, engine: Engine) -> None:

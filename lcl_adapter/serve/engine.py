@@ -187,16 +187,18 @@ class Engine:
             first = self._waiting.popleft()
             if isinstance(first, Work) or first.key is None:
                 return [first]
-            same = [job for job in self._waiting if isinstance(job, Job) and alike(job, first)][: self._room(first) - 1]
-            taken = set(map(id, same))
+            wave, length = [first], self._length(first)
+            for job in self._waiting:
+                if len(wave) < self._pack and isinstance(job, Job) and alike(job, first) and length + self._length(job) <= WAVE:
+                    wave.append(job)
+                    length += self._length(job)
+            taken = set(map(id, wave))
             self._waiting = deque(job for job in self._waiting if id(job) not in taken)
-            return [first, *same]
+            return list(wave)
 
-    def _room(self, job: Job) -> int:
-        """How many such questions go together."""
-        encoder = self._predictor.encoder
-        length = encoder.tokens_an_image + 64 + len(job.turn.text) + sum(map(len, job.answers))
-        return max(1, min(self._pack, WAVE // length))
+    def _length(self, job: Job) -> int:
+        """Tokens of a question with its answers, by their characters: mostly fewer."""
+        return len(job.turn.pictures) * self._predictor.encoder.tokens_an_image + 64 + len(job.turn.text) + sum(map(len, job.answers))
 
     @property
     def spare(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
     from lcl_adapter.serve.metrics import Metrics
 
 OPEN = {"/health", "/ready"}  # without a key; they say nothing of what others do
-LOCAL_HOSTS = {"localhost", "127.0.0.1", "[::1]", "::1", "testserver"}
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or address is this machine's alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def fault(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -38,7 +48,7 @@ class Gate:
         if self.keys is None:
             host = headers.get(b"host", b"").decode("latin-1")
             bare = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if bare not in LOCAL_HOSTS:
+            if not is_local(bare.strip("[]")):
                 told = "this server answers to localhost alone; start it with --api-key-file for others."
                 await self._refuse(send, 403, fault(told, "permission_error", "host"))
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lcl_adapter.model import load_base
 from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.gate import is_local
 from lcl_adapter.serve.keys import Keys, read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
@@ -76,15 +76,6 @@ def check_address(host: str, key_file: Path | None) -> Keys | None:
     if not is_local(host):
         raise RunError(f"--host {host} lets others reach this server; give --api-key-file with a key for each of them.")
     return None
-
-
-def is_local(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def make_service(options: Options) -> Service:

@@ -283,7 +283,8 @@ class Classification:
     def _one(self, calibration: Calibration, job: Job | UserError) -> wire.Judgement:
         error = job if isinstance(job, UserError) else job.future.exception()
         if isinstance(error, UserError):
-            return wire.Judgement(error=wire.Fault(message=str(error), type="invalid_request_error", code="invalid_image"))
+            code = "invalid_image" if error is job else "invalid_value"  # the image's own, or what came of asking
+            return wire.Judgement(error=wire.Fault(message=str(error), type="invalid_request_error", code=code))
         if error is not None:
             raise error
         assert isinstance(job, Job)
