@@ -98,5 +98,5 @@ def _room(memory: int | None, weights: int, device: torch.device) -> int:
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
         return free // 2
     if memory <= weights:
-        raise RunError(f"--memory {memory / 1e9:.2f}GB: the weights alone take {weights / 1e9:.2f} GB.")
+        raise RunError(f"--memory {memory / 1e6:,.0f}MB: the weights alone take {weights / 1e6:,.0f} MB.")
     return memory - weights

@@ -158,7 +158,7 @@ class Store:
         with self._lock:
             head = self._connection.execute("SELECT version, gone FROM heads WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
             if head is None or head[1]:
-                raise MissingError(f"no support set {name!r}; PUT /v1/support-sets/{name} makes one.")
+                raise MissingError(f"no support set {name!r}; `lcl-adapter support add {name} PHOTOS` or PUT /v1/support-sets/{name} makes one.")
             wanted = head[0] if version is None else version
             row = self._connection.execute(
                 "SELECT id, created, question FROM sets WHERE namespace = ? AND name = ? AND version = ?", (namespace, name, wanted)
