@@ -8,6 +8,7 @@ LclError
 │   ├── ModelError       a base that is missing, unknown or no LLaVA
 │   ├── AdapterError     an adapter that does not belong to this base, or is incomplete
 │   ├── RunError         a run folder that exists, is incomplete, or cannot be written
+│   ├── EndpointError    a server that cannot be reached, refuses the key, or does not speak the API
 │   ├── RequestError     a request to the server that cannot be answered as it stands
 │   ├── MissingError     a support set, version or model that is not there
 │   └── ConflictError    a support set that another has written since
@@ -55,6 +56,10 @@ class AdapterError(UserError):
 
 class RunError(UserError):
     """A run folder that exists already, is incomplete, or cannot be written."""
+
+
+class EndpointError(UserError):
+    """A server that cannot be reached, refuses the key, or does not speak OpenAI's API."""
 
 
 class RequestError(UserError):

@@ -55,6 +55,11 @@ class Reply:
         return tuple(w / sum(weights) for w in weights)
 
     @property
+    def decided(self) -> bool:
+        """Whether the scores tell the answers apart."""
+        return max(self.log_likelihoods) > min(self.log_likelihoods)
+
+    @property
     def best(self) -> int:
         """Index of the most likely answer."""
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)

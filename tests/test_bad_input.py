@@ -464,14 +464,14 @@ def test_suites_that_cannot_be(tmp_path: Path, suites: str, said: str) -> None:
 
 def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path, parts: Path) -> None:
     from lcl_adapter.evaluate import build_cells
-    from lcl_adapter.evaluate.runner import measure
+    from lcl_adapter.evaluate.runner import Sides, measure
     from lcl_adapter.model import load_base
     from lcl_adapter.predict import Predictor
 
     (parts / "tile" / "test" / "hole" / "000.png").write_bytes(b"")
     suite = {"kind": "inspection", "source": {**SOURCES["mvtec"], "path": parts}, "references": 1}
     made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": suite}}})
-    row = measure(next(iter(build_cells(made))), Predictor(load_base(str(pocket_tiny)), max_new_tokens=2))["row"]
+    row = measure(next(iter(build_cells(made))), Sides.of(Predictor(load_base(str(pocket_tiny)), max_new_tokens=2)))["row"]
     assert (row["n"], row["left_out"]) == (26, 1)
 
 

@@ -29,13 +29,14 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from lcl_adapter import wire
 from lcl_adapter.adapter import load_adapter
 from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.model import load_base
 from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
-from lcl_adapter.serve import api, server, wire
+from lcl_adapter.serve import api, server
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import BusyError, Job, Work
 from lcl_adapter.serve.keys import Caller, Keys, read_keys

@@ -40,6 +40,10 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 @click.option("--seed", type=click.IntRange(0), help="Draw other episodes than the recipe's.")
 @click.option("--base", "base_name", help="Where the base is now, if it has moved.")
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option("--endpoint", metavar="URL", help="Ask models behind this server instead: serve, vLLM, or any other with OpenAI's API.")
+@click.option("--model", help="The adapter's name there [default: the run's own, or the only one beside the base].")
+@click.option("--base-model", default="base", show_default=True, help="The base's name there.")
+@click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Requests under way at a time.")
 @json_option
 def evaluate(
     run_folder: Path,
@@ -49,6 +53,10 @@ def evaluate(
     seed: int | None,
     base_name: str | None,
     fresh: bool,
+    endpoint: str | None,
+    model: str | None,
+    base_model: str,
+    workers: int,
     as_json: bool,
 ) -> None:
     """Base against adapter on RUN's suites: the same questions, in one run. OVERRIDES are key=value.
@@ -56,10 +64,16 @@ def evaluate(
     \b
     lcl-adapter eval runs/pocket --suite 2way --limit 200
     lcl-adapter eval runs/mix --suite isekai-10 --suite mvtec data.root=/data
+    lcl-adapter eval runs/mix --endpoint http://127.0.0.1:8000 --model lcl
+
+    A server's key is read from LCL_API_KEY.
     """
     from lcl_adapter import run
+    from lcl_adapter.evaluate import Served
 
-    emit(run.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base_name=base_name, fresh=fresh, overrides=overrides), as_json)
+    served = Served(endpoint, model, base_model, workers) if endpoint else None
+    chosen = {"suites": suites, "limit": limit, "seed": seed, "base_name": base_name, "fresh": fresh, "overrides": overrides}
+    emit(run.evaluate(run_folder, served=served, **chosen), as_json)
 
 
 @main.command()
@@ -71,19 +85,41 @@ def evaluate(
 @click.option("--question", help="Ask this about the query instead of the recipe's question.")
 @tower_option
 @click.option("--precision", type=PRECISION, help="Of the base [default: the adapter's own, or auto].")
+@click.option("--endpoint", metavar="URL", help="Ask a model behind this server instead; its key is read from LCL_API_KEY.")
+@click.option("--model", help="Its name there [default: its only one; with --stored, the server's choice].")
+@click.option("--stored", is_flag=True, help="SUPPORT is the name of a set that `lcl-adapter serve` keeps at --endpoint.")
+@click.option("--wording", type=click.Choice(["lcl", "short"]), default="lcl", show_default=True, help="How photos are shown to --endpoint.")
 @json_option
 def ask(
     support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None,
-    tower: str | None, precision: Any, as_json: bool,
+    tower: str | None, precision: Any, endpoint: str | None, model: str | None, stored: bool, wording: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Judge QUERIES by labelled photos: SUPPORT holds a folder of photos a class.
 
     \b
     lcl-adapter ask photos/ query.png --adapter runs/pocket
+    lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model lcl --wording short
+    lcl-adapter ask screws query.png --stored --endpoint http://127.0.0.1:8000
     """
     from lcl_adapter import run
 
-    emit(run.ask(support, queries, adapter, base_name, shots, question, tower, precision), as_json)
+    local = {"--adapter": adapter, "--base": base_name, "--vision-tower": tower, "--precision": precision}
+    if endpoint is None:
+        if stored or model:
+            raise click.UsageError(f"{'--stored' if stored else '--model'} needs --endpoint.")
+        emit(run.ask(support, queries, adapter, base_name, shots, question, tower, precision), as_json)
+        return
+    if given := [name for name, value in local.items() if value is not None]:
+        raise click.UsageError(f"{', '.join(given)}: with --endpoint the server has the model; name it with --model.")
+    if not stored:
+        emit(run.ask_endpoint(support, queries, endpoint, model, shots, question, wording), as_json)
+        return
+    if shots:
+        raise click.UsageError("--shots: a stored set is asked as it was stored.")
+    found = run.ask_stored(str(support), queries, endpoint, model, question)
+    emit(found, as_json)
+    if any("error" in one for one in found["answers"]):
+        click.get_current_context().exit(1)
 
 
 @main.command()

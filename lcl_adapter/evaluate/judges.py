@@ -27,8 +27,8 @@ def _mean_of(right: Sequence[bool | float], cases: Sequence[Case], greedy: float
 
 
 def said(case: Case, reply: Reply) -> str:
-    """The label that is scored highest."""
-    return case.labels[reply.best]
+    """The label that is scored highest; "" where nothing tells them apart, as when a server's text names none of them."""
+    return case.labels[reply.best] if reply.decided else ""
 
 
 def labelled(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ ROLES = ("A", "B", "neither")
 def sorted_out(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
     """A, B or neither: balanced accuracy, each role's recall, and how "neither" goes wrong each way. A is the product shown first."""
     texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return roles(cases, [c.truth["roles"][said(c, r)] for c, r in zip(cases, replies, strict=True)], mean(texts))
+    return roles(cases, [c.truth["roles"].get(said(c, r), "") for c, r in zip(cases, replies, strict=True)], mean(texts))
 
 
 def roles(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> dict[str, Any]:

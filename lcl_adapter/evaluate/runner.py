@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from lcl_adapter.adapter import load_adapter
+from lcl_adapter.adapter import load_adapter, read_manifest
 from lcl_adapter.conversations import Turn
 from lcl_adapter.errors import DataError
-from lcl_adapter.evaluate import baselines
+from lcl_adapter.evaluate import baselines, judges
 from lcl_adapter.evaluate.cases import Case, Cell
+from lcl_adapter.evaluate.sides import Served, Sides
 from lcl_adapter.evaluate.suites import build_cells, check_measured
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.memory import memory_bytes
+from lcl_adapter.model import Base
 from lcl_adapter.predict import Predictor, Reply
 from lcl_adapter.recipe import Recipe, load, presets
 from lcl_adapter.sources import Picture, read_image
@@ -37,6 +40,7 @@ def evaluate(
     base_name: str | None = None,
     fresh: bool = False,
     overrides: Sequence[str] = (),
+    served: Served | None = None,
 ) -> dict[str, Any]:
     """Measure a run's adapter and its base; writes ``report.json`` and ``predictions.jsonl``.
 
@@ -45,54 +49,63 @@ def evaluate(
     adapter and the same questions are taken from ``evaluation/``. A suite that the recipe has not is taken from those
     that ship by name, over ``data.root``.
 
-    Raises AdapterError, RecipeError, DataError.
+    served: ask models behind a server instead; the report goes into ``served/`` below the run. There is no tower then, so no baseline.
+
+    Raises AdapterError, RecipeError, DataError; with ``served`` EndpointError, MissingError, RequestError.
     """
-    base, manifest = load_adapter(run, base_name)
+    base, manifest = (None, read_manifest(run)) if served else load_adapter(run, base_name)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
-    vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache))
-    predictor = Predictor(base, vision, recipe.evaluate.batch_size)
     rows, lines = [], []
-    for cell in build_cells(recipe, limit, suites, seed):
-        key = _key(cell, manifest, recipe)
-        kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
-        measured = None if fresh else _kept(kept, key)
-        if measured is None:
-            measured = {"key": key, **measure(cell, predictor)}
-            write_json(kept, measured)
-        rows.append(measured["row"])
-        lines += measured["predictions"]
-        console.print(_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
+    with served.sides(run) if served else nullcontext(_here(base, recipe)) as sides:
+        for cell in build_cells(recipe, limit, suites, seed):
+            key = _key(cell, manifest, recipe, sides.told)
+            kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
+            measured = None if fresh else _kept(kept, key)
+            if measured is None:
+                measured = {"key": key, **measure(cell, sides)}
+                write_json(kept, measured)
+            rows.append(measured["row"])
+            lines += measured["predictions"]
+            console.print(_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
+        told = {"served": sides.told} if served else {}
     report = {
         "run": run.name,
         "base": manifest["base"],
         "seed": recipe.evaluate.seed if seed is None else seed,
         "limit": limit,
+        **told,
         "suites": rows,
         "retention": fallen([(r["suite"], r["base"]["value"], r["adapter"]["value"]) for r in rows], recipe),
     }
-    out = report_folder(run, suites, limit, seed, overrides)
+    out = run / "served" if served else report_folder(run, suites, limit, seed, overrides)
     report["folder"] = str(out)
     write_text(out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(out / "report.json", report)
     return report
 
 
+def _here(base: Base | None, recipe: Recipe) -> Sides:
+    """On this machine."""
+    assert base is not None
+    return Sides.of(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
+
+
 def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Path:
     return run / "partial" if suites or limit or seed is not None or overrides else run
 
 
-def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
+def measure(cell: Cell, sides: Sides) -> dict[str, Any]:
     """One cell: the same requests to the base and to the adapter, and the baseline. Cases with a broken picture are left out, and counted.
 
     Raises DataError where none is left.
     """
     asked = len(cell.cases)
-    cell, _ = readable(cell, predictor.vision)
+    cell, _ = readable(cell, sides.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -101,10 +114,9 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
         def done(count: int) -> None:
             bar.advance(task, count)
 
-        with predictor.base.without_adapter():
-            of_base = predictor.run(requests, done=done, new_tokens=cell.new_tokens)
-        of_adapter = predictor.run(requests, done=done, new_tokens=cell.new_tokens)
-    baseline, nearest = baselines.measure(cell, predictor.vision)
+        of_base = sides.base(requests, done=done, new_tokens=cell.new_tokens)
+        of_adapter = sides.adapter(requests, done=done, new_tokens=cell.new_tokens)
+    baseline, nearest = baselines.measure(cell, sides.vision) if sides.vision else (None, [None] * len(cases))
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
@@ -119,14 +131,14 @@ def measure(cell: Cell, predictor: Predictor) -> dict[str, Any]:
     return {"row": row, "predictions": predictions}
 
 
-def readable(cell: Cell, vision: VisionFeatures) -> tuple[Cell, list[str]]:
+def readable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
     """The cell without the cases whose pictures cannot be read, and why they cannot."""
     found: dict[Picture, str | None] = {}
 
     def fault(picture: Picture) -> str | None:
         if picture not in found:
             try:
-                if picture not in vision.kept:
+                if vision is None or picture not in vision.kept:
                     read_image(picture)
                 found[picture] = None
             except DataError as error:
@@ -194,12 +206,12 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
         **({"defect": truth["defect"]} if "defect" in truth else {}),
         "base": told(base),
         "adapter": told(adapter),
-        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else case.labels[adapter.best] == case.gold,
+        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else judges.said(case, adapter) == case.gold,
         "prototype_right": nearest,
     }
 
 
-def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe) -> str:
+def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe, who: Any) -> str:
     """What a kept cell's figures depend on."""
 
     def told(turn: Turn) -> str:
@@ -207,7 +219,7 @@ def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe) -> str:
         return f"{turn.text} {' '.join(sizes)}"
 
     spoken = [[c.labels, c.gold, str(c.truth), told(c.query), [told(t) for t in c.support]] for c in cell.cases]
-    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken])
+    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken, who])
     return hashlib.sha256(facts.encode()).hexdigest()
 
 

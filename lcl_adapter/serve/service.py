@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import threading
 import time
@@ -14,10 +13,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter import wire
 from lcl_adapter.conversations import Turn, from_labelled, shown_order
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, RunError, UserError
 from lcl_adapter.families import IMAGE
-from lcl_adapter.serve import wire
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
 from lcl_adapter.serve.engine import Engine, Model, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
@@ -87,7 +86,7 @@ class Service:
     def whole(self, stored: StoredSet, images: bool) -> wire.SupportSetWhole:
         shown = []
         for one in stored.examples:
-            image = data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
+            image = wire.data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
             shown.append(wire.Shown(label=one.label, sha256=one.image, image=image))
         return wire.SupportSetWhole(**summary(stored).model_dump(), examples=shown)
 
@@ -318,12 +317,6 @@ def _turn(role: str, texts: Sequence[str], pictures: Sequence[Picture]) -> Turn:
 
 def key_of(stored: StoredSet) -> tuple[str, str]:
     return stored.namespace, f"{stored.id}-{stored.created}"
-
-
-def data_url(data: bytes) -> str:
-    kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
-    kind = next((name for head, name in kinds.items() if data.startswith(head)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def summary(stored: StoredSet) -> wire.SupportSetOut:

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lcl_adapter import wire
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import read_object, whole_folder, write_json
-from lcl_adapter.serve import wire
 from lcl_adapter.serve.images import Bounds, check
-from lcl_adapter.serve.service import data_url, summary
+from lcl_adapter.serve.service import summary
 from lcl_adapter.serve.store import Store, StoredSet
 from lcl_adapter.sources import read_class_folders
 from lcl_adapter.sources.images import read_bytes
@@ -106,7 +106,7 @@ def export(folder: Path, namespace: str, name: str, out: Path, version: int | No
         sheet, places = [], {label: _folder_name(label, n) for n, label in enumerate(stored.labels)}
         for number, example in enumerate(stored.examples):
             data = store.bytes_of(namespace, example.image)
-            suffix = data_url(data[:16]).partition("/")[2].partition(";")[0].replace("jpeg", "jpg")
+            suffix = wire.data_url(data[:16]).partition("/")[2].partition(";")[0].replace("jpeg", "jpg")
             file = Path(places[example.label]) / f"{number:03d}.{suffix}"
             (partial / file).parent.mkdir(exist_ok=True)
             (partial / file).write_bytes(data)

@@ -104,8 +104,14 @@ class Speaker:
         """Log-probabilities as OpenAI gives them."""
         return [{**self._named(t.id, t.logprob), "top_logprobs": [self._named(*one) for one in t.top]} for t in tokens]
 
+    def _within(self, token: int) -> str:
+        """As it stands in a sentence: alone, a decoder drops the space that a word begins with."""
+        before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        head, both = self.tokenizer.decode(before), self.tokenizer.decode([*before, token])
+        return str(both[len(head) :] if both.startswith(head) else self.tokenizer.decode([token]))
+
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
+        text = self._within(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 

@@ -5,6 +5,7 @@ Server and client share them. Unknown fields are refused, for a wrong name would
 
 from __future__ import annotations
 
+import base64
 import time
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -230,6 +231,13 @@ class ChatIn(Wire):
     @property
     def most_tokens(self) -> int:
         return self.max_completion_tokens or self.max_tokens or 256
+
+
+def data_url(data: bytes) -> str:
+    """An image file's bytes as a URL, with the type that they begin as."""
+    kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
+    kind = next((name for head, name in kinds.items() if data.startswith(head)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def completion_id() -> str:

@@ -1,0 +1,60 @@
+"""Turns -> OpenAI's messages: the same conversation that ``predict`` reads, images as data URLs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from lcl_adapter import wire
+from lcl_adapter.conversations import Turn
+from lcl_adapter.families import IMAGE
+from lcl_adapter.sources import Picture, read_image
+from lcl_adapter.sources.images import read_bytes
+
+AS_THEY_ARE = {"PNG", "JPEG", "WEBP"}
+ORIENTATION = 0x0112  # EXIF
+
+
+def image_of(picture: Picture) -> str:
+    """A data URL of the pixels that training sees.
+
+    The file itself where it is a plain upright RGB picture, for servers differ in how they turn a photo or lay transparency on a
+    page; anything else as PNG. Raises DataError for a broken one.
+    """
+    if not (picture.view or picture.turned or picture.tile):
+        data = read_bytes(picture)
+        try:
+            with Image.open(io.BytesIO(data)) as opened:
+                plain = opened.format in AS_THEY_ARE and opened.mode == "RGB" and not opened.has_transparency_data
+                if plain and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
+                    opened.load()
+                    return wire.data_url(data)
+        except Exception:  # Pillow's decoders raise whatever the bytes make them raise; read_image says what is wrong
+            pass
+    buffer = io.BytesIO()
+    read_image(picture).save(buffer, "PNG")
+    return wire.data_url(buffer.getvalue())
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Each turn a message; an image before its text, or where ``<image>`` stands among several. Raises DataError."""
+    return [{"role": turn.role, "content": _content(turn)} for turn in turns]
+
+
+def _content(turn: Turn) -> str | list[dict[str, Any]]:
+    shown = [{"type": "image_url", "image_url": {"url": image_of(picture)}} for picture in turn.pictures]
+    if not shown:
+        return turn.text
+    if not turn.further:
+        return [shown[0], {"type": "text", "text": turn.text}]
+    parts: list[dict[str, Any]] = []
+    waiting = iter(shown)
+    for number, text in enumerate(turn.text.split(IMAGE)):
+        if number:
+            parts.append(next(waiting))
+        if text.strip():
+            parts.append({"type": "text", "text": text.strip()})
+    return parts

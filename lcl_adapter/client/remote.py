@@ -1,0 +1,51 @@
+"""A model behind an endpoint, asked as ``predict.Predictor`` is: the same requests, the same replies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from lcl_adapter.client.endpoint import Endpoint
+from lcl_adapter.client.messages import to_messages
+from lcl_adapter.client.scores import log_likelihoods
+from lcl_adapter.conversations import Turn
+from lcl_adapter.predict import Reply, Request
+
+
+@dataclass
+class RemotePredictor:
+    """workers: requests under way at a time. Label scores are what :mod:`lcl_adapter.client.scores` makes of the tokens told."""
+
+    endpoint: Endpoint
+    model: str
+    workers: int = 8
+    max_new_tokens: int = 24
+
+    def run(self, requests: Sequence[Request], done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
+        """Replies in the order of the requests. Equal support sets are asked after each other, so that a server's prefix cache has them.
+
+        Raises DataError for a broken picture; EndpointError, RequestError, MissingError.
+        """
+        first: dict[tuple[Turn, ...], int] = {}
+        order = sorted(range(len(requests)), key=lambda i: first.setdefault(requests[i][0], i))
+        told = lru_cache(maxsize=4 * self.workers)(lambda turns: to_messages(turns))
+        replies: dict[int, Reply] = {}
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = [pool.submit(self._one, requests[i], told, new_tokens or self.max_new_tokens) for i in order]
+            try:
+                for index, future in zip(order, futures, strict=True):
+                    replies[index] = future.result()
+                    if done:
+                        done(1)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [replies[i] for i in range(len(requests))]
+
+    def _one(self, request: Request, told: Callable[[tuple[Turn, ...]], list[dict[str, Any]]], new_tokens: int) -> Reply:
+        support, query, answers = request
+        spoken = self.endpoint.chat(self.model, [*told(support), *to_messages([query])], new_tokens, scored=bool(answers))
+        return Reply(spoken.text, log_likelihoods(answers, spoken.text, spoken.tokens) if answers else ())

@@ -1,0 +1,452 @@
+"""Asking servers: what goes over the line, scores from told tokens, faults of servers; this project's own and `transformers serve`, live."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx2
+import numpy as np
+import pytest
+import uvicorn
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lcl_adapter import run as commands
+from lcl_adapter.cli import main
+from lcl_adapter.client import Endpoint, RemotePredictor
+from lcl_adapter.client.messages import image_of, to_messages
+from lcl_adapter.client.scores import Said, log_likelihoods, which
+from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError
+from lcl_adapter.evaluate import Served, build_cells, evaluate
+from lcl_adapter.model import load_base
+from lcl_adapter.predict import Predictor
+from lcl_adapter.serve import api
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
+from lcl_adapter.sources import Picture, read_image
+from tests.conftest import paint
+from tests.test_evaluate import with_suites
+from tests.test_merge import adapter_on
+
+
+def decoded(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+# What goes over the line
+
+
+@pytest.mark.parametrize(
+    "name", ["plain.png", "plain.jpg", "plain.webp", "turned.jpg", "clear.png", "grey.png", "16bit.png", "palette.gif", "still.bmp"]
+)
+def test_a_server_sees_the_pixels_that_training_sees(tmp_path: Path, name: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    path = tmp_path / name
+    match path.stem:
+        case "turned":
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            image.save(path, exif=exif)
+        case "clear":
+            image.putalpha(Image.fromarray(pixels[..., 0]))
+            image.save(path)
+        case "grey":
+            image.convert("L").save(path)
+        case "16bit":
+            Image.fromarray(pixels[..., 0].astype(np.uint16) * 200).save(path)
+        case _:
+            image.save(path)
+    picture = Picture(path)
+    sent = image_of(picture)
+    assert decoded(sent).mode == "RGB"
+    assert np.array_equal(np.asarray(decoded(sent)), np.asarray(read_image(picture)))
+    if path.stem == "plain":
+        assert base64.b64decode(sent.partition(",")[2]) == path.read_bytes()  # as it is: a photo does not grow on the way
+
+
+def test_views_tiles_and_turns_go_as_they_are_seen(tmp_path: Path) -> None:
+    path = paint(tmp_path / "a.png", (90, 120, 30))
+    for picture in (Picture(path, view=2), Picture(path, turned=1), Picture(path, tile=(2, 2, 3))):
+        assert np.array_equal(np.asarray(decoded(image_of(picture))), np.asarray(read_image(picture)))
+
+
+def test_an_image_stands_before_its_text_or_where_the_text_says(tmp_path: Path) -> None:
+    one, two = (Picture(paint(tmp_path / f"{n}.png", (60 * n, 90, 30), seed=n)) for n in range(2))
+    plain, answer, several = to_messages(
+        [Turn("user", "What is this?", one), Turn("assistant", "good"), Turn("user", "Is <image> like <image>?", one, further=(two,))]
+    )
+    assert [part["type"] for part in plain["content"]] == ["image_url", "text"]
+    assert answer == {"role": "assistant", "content": "good"}
+    assert [part.get("text") for part in several["content"]] == ["Is", None, "like", None, "?"]
+    assert several["content"][3]["image_url"]["url"] == image_of(two)
+
+
+# Scores
+
+
+def walk(model: dict[str, dict[str, float]], end: str, cut: int) -> tuple[str, list[Said]]:
+    """Greedy answer of a table of next tokens, told as a server tells it: the ``cut`` likeliest beside each token."""
+    text, tokens = "", []
+    while True:
+        ranked = sorted(model[text].items(), key=lambda item: -item[1])
+        told = tuple((token, math.log(p)) for token, p in ranked[:cut])
+        best, chance = ranked[0]
+        tokens.append(Said(best, math.log(chance), told))
+        if best == end:
+            return text, tokens
+        text += best
+
+
+def test_scores_are_the_models_own_where_labels_part_at_once() -> None:
+    model = {"": {"good": 0.6, "scr": 0.3, "x": 0.1}, "good": {"</s>": 1.0 - 1e-9, " one": 1e-9}}
+    text, tokens = walk(model, "</s>", 3)
+    scores = log_likelihoods(["good", "scratched", "dented"], text, tokens)
+    assert scores[0] == pytest.approx(math.log(0.6), abs=1e-6)
+    assert scores[1] == pytest.approx(math.log(0.3), abs=1e-6)
+    assert scores[2] <= math.log(1e-9) + 1e-6  # nothing told begins it, and nothing is left over
+
+
+def test_a_label_that_goes_on_from_another_parts_at_its_end() -> None:
+    model = {"": {"good": 0.9, "bad": 0.1}, "good": {" one": 0.8, "</s>": 0.2}, "good one": {"</s>": 1.0}}
+    text, tokens = walk(model, "</s>", 2)
+    assert log_likelihoods(["good", "good one", "bad"], text, tokens) == pytest.approx([math.log(0.18), math.log(0.72), math.log(0.1)])
+
+
+def test_labels_that_turn_off_together_share_what_turns_there() -> None:
+    model = {"": {"ok": 0.6, "sc": 0.4}, "ok": {"</s>": 1.0}}
+    text, tokens = walk(model, "</s>", 2)
+    assert log_likelihoods(["ok", "scratch", "scuff"], text, tokens) == pytest.approx([math.log(0.6), math.log(0.2), math.log(0.2)])
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_spaces_of_tokens_make_no_difference(spaced: bool) -> None:
+    gap = " " if spaced else ""
+    tokens = [
+        Said(f"{gap}there", -0.1),
+        Said(f"{gap}is", -0.1, ((f"{gap}was", -3.0),)),
+        Said(f"{gap}good", -0.2, ((f"{gap}bad", -2.0),)),
+        Said("</s>", 0),
+    ]
+    assert log_likelihoods(["there is good", "there is bad"], "there is good", tokens) == pytest.approx([-0.4, -2.2])
+
+
+@given(
+    st.lists(st.text("ab ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True),
+    st.integers(1, 20),
+    st.randoms(),
+)
+def test_the_label_that_was_said_is_the_likeliest(labels: list[str], cut: int, random: Any) -> None:
+    """For a model that gives each label its chance and says the likeliest, a letter a token."""
+    labels = list({label.replace(" ", ""): label for label in labels}.values())
+    best = labels[random.randrange(len(labels))]
+    prefixes = {best[:n] for n in range(len(best) + 1)}
+    model: dict[str, dict[str, float]] = {}
+    for prefix in prefixes:
+        following = {label[len(prefix)] if len(label) > len(prefix) else "</s>" for label in labels if label.startswith(prefix)}
+        wanted = best[len(prefix)] if len(best) > len(prefix) else "</s>"
+        others = following - {wanted}
+        model[prefix] = {wanted: 1.0 - 0.1 * len(others), **dict.fromkeys(others, 0.1)} if others else {wanted: 1.0}
+    text, tokens = walk(model, "</s>", cut)
+    assert text == best
+    scores = log_likelihoods(labels, text, tokens)
+    assert max(range(len(labels)), key=scores.__getitem__) == labels.index(best) or len({*scores}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("Good.", 0),
+        ("it is scratched", 1),
+        ("a good one, not scratched", None),
+        ("goodness", None),
+        ("", None),
+        ("not good", 2),
+        ("a not good one", 2),
+    ],
+)
+def test_text_alone_gives_the_label_that_it_names(text: str, index: int | None) -> None:
+    labels = ["good", "scratched", "not good"]
+    assert which(labels, text) == index
+    scores = log_likelihoods(labels, text, None)
+    assert (scores[index] == max(scores) > min(scores)) if index is not None else len({*scores}) == 1
+
+
+# Faults of servers
+
+
+class Fake(BaseHTTPRequestHandler):
+    """Says what the test has put into ``answers``, one after the other, the last one from then on."""
+
+    answers: ClassVar[list[tuple[int, dict[str, str], Any]]] = []
+    seen: ClassVar[list[tuple[str, dict[str, str], Any]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        type(self).seen.append((self.path, dict(self.headers), json.loads(body) if body else None))
+        status, headers, answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[str, type[Fake]]]:
+    kind = type("Own", (Fake,), {"answers": [], "seen": []})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}", kind
+    running.shutdown()
+    running.server_close()
+    thread.join(10)
+
+
+def completion(text: str, logprobs: Any = None) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs, "finish_reason": "stop"}]}
+
+
+def test_a_busy_server_is_asked_again(fake: tuple[str, type[Fake]]) -> None:
+    url, kind = fake
+    kind.answers = [(429, {"Retry-After": "1"}, {"error": {"message": "full"}}), (503, {}, b"starting"), (200, {}, completion(" good "))]
+    assert Endpoint(url, patience=0.01).chat("m", [], 4).text == "good"
+    assert len(kind.seen) == 3
+
+
+def test_a_server_that_stays_busy_is_told_of(fake: tuple[str, type[Fake]]) -> None:
+    url, kind = fake
+    kind.answers = [(503, {}, b"starting")]
+    with pytest.raises(EndpointError, match="answers 503: starting"):
+        Endpoint(url, patience=0.001).chat("m", [], 4)
+
+
+def test_logprobs_are_left_out_where_a_server_refuses_them(fake: tuple[str, type[Fake]]) -> None:
+    url, kind = fake
+    kind.answers = [(422, {}, {"detail": "unexpected field: top_logprobs"}), (200, {}, completion("good"))]
+    endpoint = Endpoint(url, patience=0.01)
+    assert endpoint.chat("m", [], 4, scored=True).tokens is None
+    assert endpoint.chat("m", [], 4, scored=True).text == "good"
+    assert [body.get("logprobs") for _, _, body in kind.seen] == [True, None, None]
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "error", "told"),
+    [
+        (401, {"error": {"message": "no key"}}, EndpointError, "LCL_API_KEY"),
+        (404, {"error": {"message": "no model 'm'"}}, MissingError, "no model"),
+        (409, {"error": {"message": "another wrote"}}, ConflictError, "another"),
+        (400, {"message": "too long"}, RequestError, "too long"),
+        (413, b"<html>nginx", RequestError, "nginx"),
+        (500, {"error": "boom"}, EndpointError, "500: boom"),
+        (200, b"<html>a page", EndpointError, "not JSON"),
+        (200, {"choices": []}, EndpointError, "not a chat completion"),
+        (200, ["odd"], EndpointError, "not a chat completion"),
+    ],
+)
+def test_what_a_server_says_is_told(fake: tuple[str, type[Fake]], status: int, answer: Any, error: type[Exception], told: str) -> None:
+    url, kind = fake
+    kind.answers = [(status, {}, answer)]
+    with pytest.raises(error, match=told):
+        Endpoint(url, patience=0.001).chat("m", [], 4)
+
+
+def test_no_server_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(EndpointError, match="cannot be reached"):
+        Endpoint(f"http://127.0.0.1:{port}", patience=0.001).models()
+    with pytest.raises(EndpointError, match="no server's address"):
+        Endpoint("127.0.0.1:8000")
+
+
+def test_a_server_that_does_not_answer_in_time(fake: tuple[str, type[Fake]]) -> None:
+    url, kind = fake
+    kind.do_POST = lambda self: time.sleep(1)  # type: ignore[method-assign]
+    with pytest.raises(EndpointError, match="no answer within 0 s"):
+        Endpoint(url, timeout=0.1).chat("m", [], 4)
+
+
+def test_the_key_is_sent_and_no_proxy_is_used(fake: tuple[str, type[Fake]], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, kind = fake
+    kind.answers = [(200, {}, {"data": [{"id": "a"}, {"id": "b"}]})]
+    monkeypatch.setenv("LCL_API_KEY", "secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    endpoint = Endpoint(f"{url}/v1/")
+    assert endpoint.models() == ["a", "b"]
+    assert kind.seen[0][1]["Authorization"] == "Bearer secret"
+    with pytest.raises(MissingError, match="choose one with --model"):
+        endpoint.model(None)
+    with pytest.raises(MissingError, match="no model 'c'"):
+        endpoint.model("c")
+
+
+def test_a_fault_stops_the_rest_of_the_requests(fake: tuple[str, type[Fake]], tmp_path: Path) -> None:
+    url, kind = fake
+    kind.answers = [(400, {}, {"error": {"message": "the context is full"}})]
+    query = Turn("user", "What is this?", Picture(paint(tmp_path / "q.png", (1, 2, 3))))
+    with pytest.raises(RequestError, match="context is full"):
+        RemotePredictor(Endpoint(url, patience=0.001), "m", workers=2).run([((), query, ())] * 200)
+    assert len(kind.seen) < 100
+
+
+# This project's own server
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter_on(tiny_folder("pocket"), tmp_path_factory.mktemp("client") / "parts")
+
+
+@pytest.fixture(scope="module")
+def own(tiny_folder: Callable[[str], Path], run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    engine = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), memory=10**8, queue=64)
+    engine.load_adapter("parts", run_folder)
+    engine.start()
+    service = Service(engine, Store(tmp_path_factory.mktemp("client-store") / "store"), timeout=60)
+    running = uvicorn.Server(uvicorn.Config(api.make_app(service), port=0, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    running.should_exit = True
+    thread.join(20)
+
+
+def test_evaluation_over_the_line_is_the_offline_one(own: str, run_folder: Path, pocket_tiny: Path, tmp_path: Path) -> None:
+    """Texts are equal; so is every label where the tokens told are the whole vocabulary's likeliest."""
+    made = with_suites(pocket_tiny, tmp_path)
+    cell = next(cell for cell in build_cells(made, limit=8) if cell.shots == 2)
+    requests = [(c.support, c.query, c.answers) for c in cell.cases]
+    predictor = Predictor(load_base(str(pocket_tiny), device="cpu"), max_new_tokens=6)
+    offline = predictor.run(requests)
+    served = RemotePredictor(Endpoint(own), "base", workers=4).run(requests, new_tokens=6)
+    assert [r.text for r in served] == [r.text for r in offline]
+
+
+def test_eval_over_an_endpoint(own: str, run_folder: Path, pocket_tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "parts"
+    run.mkdir()
+    for file in run_folder.iterdir():
+        (run / file.name).write_bytes(file.read_bytes()) if file.is_file() else None
+    (run / "recipe.yaml").write_text(with_suites(pocket_tiny, tmp_path).model_dump_json(exclude_none=True), encoding="utf-8")
+    local = evaluate(run, suites=("vqa",), limit=6)
+    found = evaluate(run, suites=("vqa", "2way"), limit=6, served=Served(own))
+    assert found["served"] == [own, "base", "parts"]
+    assert found["folder"] == str(run / "served")
+    by_name = {row["name"]: row for row in found["suites"]}
+    assert by_name["vqa"]["adapter"] == local["suites"][0]["adapter"]
+    assert by_name["2way-2shot-easy"]["baseline"] is None
+    assert json.loads((run / "served" / "report.json").read_text())["suites"] == found["suites"]
+    with pytest.raises(MissingError, match="no model 'lcl'"):
+        evaluate(run, suites=("vqa",), limit=6, served=Served(own, adapter="lcl"))
+    page = commands.evaluate(run, suites=("2way",), limit=6, served=Served(own))
+    assert (Path(page["folder"]) / "report.html").exists()
+
+
+def test_ask_over_an_endpoint(own: str, photos: Path) -> None:
+    query = photos / "good" / "3.png"
+    told = CliRunner().invoke(
+        main, ["ask", str(photos), str(query), "--shots", "2", "--endpoint", own, "--model", "parts", "--wording", "short", "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    answer = json.loads(told.stdout)["answers"][0]
+    assert set(answer["scores"]) == {"good", "scratched", "dented"}
+    assert sum(answer["scores"].values()) == pytest.approx(1)
+
+
+def test_ask_by_a_stored_set(own: str, photos: Path, tmp_path: Path) -> None:
+    examples = [
+        {"label": folder.name, "image": image_of(Picture(file))} for folder in sorted(photos.iterdir()) for file in sorted(folder.iterdir())[:2]
+    ]
+    httpx2.put(f"{own}/v1/support-sets/three", json={"examples": examples}).raise_for_status()
+    with Endpoint(own) as endpoint:
+        assert [one.name for one in endpoint.sets()] == ["three"]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"<html>")
+    told = CliRunner().invoke(main, ["ask", "three", str(photos / "good/3.png"), str(broken), "--stored", "--endpoint", own, "--json"])
+    assert told.exit_code == 1
+    good, bad = json.loads(told.stdout)["answers"]
+    assert set(good["scores"]) == {"good", "scratched", "dented"}
+    assert "not an image" in bad["error"]
+    missing = CliRunner().invoke(main, ["ask", "four", str(photos / "good/3.png"), "--stored", "--endpoint", own])
+    assert missing.exit_code == 2
+    assert "four" in missing.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "x"], "--model needs --endpoint"),
+        (["--stored"], "--stored needs --endpoint"),
+        (["--endpoint", "http://h", "--adapter", "runs/x"], "--adapter: with --endpoint"),
+        (["--endpoint", "http://h", "--stored", "--shots", "2"], "--shots"),
+    ],
+)
+def test_options_that_do_not_go_together(photos: Path, arguments: list[str], told: str) -> None:
+    result = CliRunner().invoke(main, ["ask", str(photos), str(photos / "good/3.png"), *arguments])
+    assert result.exit_code == 2
+    assert told in result.output
+
+
+# transformers serve
+
+
+def test_transformers_serve_is_asked_the_same(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Square photos: how others are padded differs from a bare processor's. The tiny tokenizer adds no beginning mark, a real one does."""
+    photos = tmp_path / "photos"
+    for number, name in enumerate(("good", "scratched")):
+        for shot in range(2):
+            paint(photos / name / f"{shot}.png", (60 + 90 * number, 200 - 80 * shot, 70), 2 * number + shot, (32, 32))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("llava-1.5"), base)
+    (base / "chat_template.jinja").write_text("<s>" + load_base(str(base)).family.chat_template(), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(base), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        for _ in range(600):
+            try:
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx2.TransportError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        url = f"http://127.0.0.1:{port}"
+        found = commands.ask_endpoint(photos, [photos / "good/1.png"], url, model=str(base), shots=1)
+        offline = commands.ask(photos, [photos / "good/1.png"], base_name=str(base), shots=1)
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert found["answers"][0]["answer"] == offline["answers"][0]["answer"]
