@@ -48,7 +48,7 @@ bench: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[bnb,serve,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bnb,page,dev]"
 	touch $(READY)
 
 clean:

@@ -15,7 +15,7 @@ ORDER = [
     "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict",
     "wire", "client", "evaluate", "watch", "check",
     "deltas", "probe",
-    "convert", "merge", "exchange", "describe", "serve", "report", "run", "cli",
+    "convert", "merge", "exchange", "describe", "serve", "report", "page", "run", "cli",
 ]  # fmt: skip
 
 

@@ -2,64 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lcl_adapter.cli.common import PATH, PRECISION, Memory, emit, json_option, main, tower_option
 from lcl_adapter.errors import RunError
 
+if TYPE_CHECKING:
+    from lcl_adapter.recipe.schema import Precision
+    from lcl_adapter.serve.server import Options
+
 STORE = Path("support-sets")
 store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder that support sets are kept in.")
 namespace_option = click.option("--namespace", default="local", show_default=True, help="Whose sets: a name of the key file, or `local`.")
 
 
+def serving(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what listens, as one value."""
+
+    @wraps(command)
+    def wrapped(
+        base_name: str, adapters: tuple[str, ...], adapter_folder: Path | None, host: str, port: int, key_file: Path | None, memory: int | None,
+        precision: Precision, tiles: bool, queue: int, timeout: float, store: Path, tower: str | None,
+    ) -> None:  # fmt: skip
+        try:
+            from lcl_adapter.serve.server import Options
+        except ImportError as error:
+            raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
+        named = dict(_named(text) for text in adapters)
+        command(Options(base_name, named, adapter_folder, host, port, key_file, memory, precision, tiles, queue, timeout, store, tower))
+
+    options = (
+        click.argument("base_name", metavar="BASE"),
+        click.option(
+            "--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter under a name of its own. May be given several times."
+        ),
+        click.option("--adapter-folder", type=PATH, help="Runs in it may be loaded and unloaded while the server runs, by their folder's name."),
+        click.option("--host", default="127.0.0.1", show_default=True, help="Any other than this machine needs --api-key-file."),
+        click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True),
+        click.option("--api-key-file", "key_file", type=PATH, help="A line a key: name, key, and `admin` where it may load adapters."),
+        click.option(
+            "--memory", type=Memory(), help="For weights and kept support sets together [default: half of what is free beside the weights]."
+        ),
+        click.option("--precision", type=PRECISION, default="auto", show_default=True),
+        click.option("--tiles", is_flag=True, help="Pictures in any-resolution tiles, as the adapter was trained."),
+        click.option("--queue", type=click.IntRange(1), default=256, show_default=True, help="Questions that may wait; more are answered 429."),
+        click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds that a request may take."),
+        store_option,
+        tower_option,
+    )
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 @main.command()
-@click.argument("base_name", metavar="BASE")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter under a name of its own. May be given several times.")
-@click.option("--adapter-folder", type=PATH, help="Runs in it may be loaded and unloaded while the server runs, by their folder's name.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Any other than this machine needs --api-key-file.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--api-key-file", "key_file", type=PATH, help="A line a key: name, key, and `admin` where it may load adapters.")
-@click.option("--memory", type=Memory(), help="For weights and kept support sets together [default: half of what is free beside the weights].")
-@click.option("--precision", type=PRECISION, default="auto", show_default=True)
-@click.option("--tiles", is_flag=True, help="Pictures in any-resolution tiles, as the adapter was trained.")
-@click.option("--queue", type=click.IntRange(1), default=256, show_default=True, help="Questions that may wait; more are answered 429.")
-@click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds that a request may take.")
-@store_option
-@tower_option
-def serve(
-    base_name: str,
-    adapters: tuple[str, ...],
-    adapter_folder: Path | None,
-    host: str,
-    port: int,
-    key_file: Path | None,
-    memory: int | None,
-    precision: str,
-    tiles: bool,
-    queue: int,
-    timeout: float,
-    store: Path,
-    tower: str | None,
-) -> None:
+@serving
+def serve(options: Options) -> None:
     """Serve BASE and adapters on it: OpenAI's chat API, stored support sets, classification. Its pages are under /docs.
 
     \b
     lcl-adapter serve pocket --adapter pocket-lcl=runs/pocket
     lcl-adapter serve /models/llava-v1.5-7b --adapter parts=runs/mix --memory 16GB --host 0.0.0.0 --api-key-file keys.txt
     """
-    try:
-        from lcl_adapter.serve import server
-    except ImportError as error:
-        raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
+    from lcl_adapter.serve import server
 
-    named = dict(_named(text) for text in adapters)
-    server.run(
-        server.Options(
-            base_name, named, adapter_folder, host, port, key_file, memory, precision, tiles, queue, timeout, store, tower  # type: ignore[arg-type]
-        )
-    )  # fmt: skip
+    server.run(options)
+
+
+@main.command()
+@serving
+def demo(options: Options) -> None:
+    """A page to teach BASE by photos, ask it, and compare base and adapter; the API is under it.
+
+    \b
+    lcl-adapter demo pocket --adapter lcl=runs/quickstart        # then open http://127.0.0.1:8000
+
+    With --api-key-file, visitors log in with a name and key of the file, and see that name's sets alone.
+    """
+    try:
+        from lcl_adapter.page import server
+    except ImportError as error:
+        raise RunError(f'the page needs {error.name}: pip install "lcl-adapter[page]".') from error
+    if options.port == 0:
+        raise RunError("--port 0: the page has to know its own address; give a port.")
+    server.run(options)
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -92,8 +92,11 @@ async def administrator(who: Who) -> Caller:
 Admin = Annotated[Caller, Depends(administrator)]
 
 
-def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 2**20) -> FastAPI:
-    """Without ``keys`` every caller is the local one, and only requests to localhost are answered."""
+def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 2**20, page: bool = False) -> FastAPI:
+    """Without ``keys`` every caller is the local one, and only requests to localhost are answered.
+
+    page: what is not the API's is a page's, which has a log-in of its own.
+    """
     engine = service.engine
     metrics = Metrics(engine)
     began = time.time()
@@ -114,7 +117,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.add_middleware(Measured, metrics=metrics)
-    app.add_middleware(Gate, limit=body_limit, keys=keys)
+    app.add_middleware(Gate, limit=body_limit, keys=keys, page=page)
 
     async def on_user_error(_: Request, error: Exception) -> JSONResponse:
         status, body, headers = answer_to(error)

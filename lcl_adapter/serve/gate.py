@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lcl_adapter.serve.metrics import Metrics
 
 OPEN = {"/health", "/ready"}  # without a key; they say nothing of what others do
+GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")  # by a key, where a page with a log-in of its own has the rest
 
 
 def is_local(host: str) -> bool:
@@ -36,8 +37,11 @@ def fault(message: str, kind: str, code: str | None, param: str | None = None) -
 class Gate:
     """Before a body is read: who asks, that the host is this machine where there are no keys (DNS rebinding), and that the body is not too large."""
 
-    def __init__(self, app: ASGIApp, limit: int, keys: Keys | None) -> None:
-        self.app, self.limit, self.keys = app, limit, keys
+    def __init__(self, app: ASGIApp, limit: int, keys: Keys | None, page: bool = False) -> None:
+        self.app, self.limit, self.keys, self.page = app, limit, keys, page
+
+    def _open(self, path: str) -> bool:
+        return path in OPEN or (self.page and not path.startswith(GUARDED))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +56,7 @@ class Gate:
                 told = "this server answers to localhost alone; start it with --api-key-file for others."
                 await self._refuse(send, 403, fault(told, "permission_error", "host"))
                 return
-        elif scope["path"] not in OPEN:
+        elif not self._open(scope["path"]):
             scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             found = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
             if found is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from lcl_adapter.adapter import read_manifest
 from lcl_adapter.errors import RunError
@@ -47,12 +49,18 @@ class Options:
 
 def run(options: Options) -> None:
     """Until it is told to stop. Raises UserError before it listens, never after."""
+    listen(options, make_app, ", ".join)
+
+
+def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], what: str | Callable[[Iterable[str]], str]) -> None:
+    """``make``: of a running service and its keys, what answers. ``what``: is served, as it is announced."""
     keys = check_address(options.host, options.key_file)
     began = time.monotonic()
     service = make_service(options)
-    app = make_app(service, keys)
+    app = make(service, keys)
+    told = what if isinstance(what, str) else what(service.engine.models)
     console.print(
-        f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{options.port} serves {', '.join(service.engine.models)}; "
+        f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{options.port} serves {told}; "
         f"kept support sets may take {service.engine.memory / 1e9:.2f} GB",
         highlight=False,
         markup=False,

@@ -1,0 +1,361 @@
+"""What each button does: the page's fields -> a request to the API -> the page's fields. One client a visitor, with the visitor's key."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from pydantic import ValidationError
+
+from lcl_adapter import wire
+from lcl_adapter.client import Endpoint
+from lcl_adapter.client.messages import image_of
+from lcl_adapter.errors import ConflictError, DataError, UserError
+from lcl_adapter.page import MOST, shown
+from lcl_adapter.page.texts import language, say
+from lcl_adapter.report.thumbs import data_url
+from lcl_adapter.serve import folders
+from lcl_adapter.sources import Picture
+from lcl_adapter.sources.images import read_bytes
+from lcl_adapter.sources.pocket import read_pocket
+
+KEEP = 3600  # seconds that opened photos stay on disk for the browser to fetch
+LARGEST_SET = 256 * 2**20  # bytes of a zip's photos, unpacked
+NEW_TOKENS = 256
+EXAMPLE = (("key", "paperclip"), 4, 2)  # held-out classes, how many drawings of each are shown, and how many asked about
+STRANGER = "mushroom"  # and one drawing of a class that is not shown
+Opened = tuple[str, int] | None
+Photos = Sequence[tuple[str, str | None]] | None
+
+
+@dataclass
+class Handlers:
+    """url: of the API. keys: those of visitors who logged in, by their name; without them there is one visitor, this machine's."""
+
+    url: str
+    scratch: Path
+    keys: Mapping[str, str] | None = None
+    _clients: dict[str, Endpoint] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._thumbs = lru_cache(maxsize=16)(self._examples)
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    # Teach
+
+    def begin(self, request: gr.Request) -> list[Any]:
+        """Sets and models, in every picker."""
+        try:
+            names = self._api(request).models()
+        except UserError:
+            names = []
+        base = "base" if "base" in names else (names[0] if names else None)
+        first = next((name for name in names if name != base), base)
+        picked = [gr.Dropdown(choices=names, value=value) for value in (first, base, first, first)]
+        return [*self._pickers(request), *picked]  # the chat begins with no set
+
+    def add_pile(self, count: int) -> list[Any]:
+        count = min(MOST, count + 1)
+        return [count, *(gr.Column(visible=number < count) for number in range(MOST))]
+
+    def save(self, request: gr.Request, name: str, opened: Opened, *fields: Any) -> list[Any]:
+        """Refused where another has saved the set since it was opened here."""
+        tongue = language(request)
+        try:
+            half = len(fields) // 2
+            examples = self._piles(tongue, fields[:half], fields[half:])
+            known = opened[1] if opened and opened[0] == name else None
+            if known is None and name in [one.name for one in self._api(request).sets()]:
+                known = 0  # another set has the name: not to be lost unseen
+            stored = self._api(request).put_set(name, wire.SupportSetIn(examples=examples, expected_version=known))
+        except ConflictError:
+            return [shown.note(say(tongue, "conflict"), wrong=True), opened, *self._pickers(request)]
+        except (UserError, ValidationError) as error:
+            return [self._wrong(tongue, error), opened, *self._pickers(request)]
+        told = say(tongue, "saved", name=stored.name, version=stored.version, counts=_counts(stored.labels))
+        return [shown.note(told), (stored.name, stored.version), *self._pickers(request, stored.name)]
+
+    def _piles(self, tongue: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[wire.LabelledImage]:
+        examples = []
+        for number, (label, photos) in enumerate(zip(labels, galleries, strict=True), 1):
+            label = " ".join((label or "").split())
+            if photos and not label:
+                raise DataError(say(tongue, "label_missing", number=number))
+            if label and not photos:
+                raise DataError(say(tongue, "photos_missing", label=label))
+            examples += [wire.LabelledImage(label=label, image=image_of(_picture(path))) for path in _paths(photos)]
+        if len({one.label for one in examples}) < 2:
+            raise DataError(say(tongue, "no_labels"))
+        return examples
+
+    def load(self, name: str | None, request: gr.Request) -> list[Any]:
+        tongue = language(request)
+        if not name:
+            return self._left(say(tongue, "no_set"))
+        try:
+            found = self._api(request).read_set(name, images=True)
+            piles = self._on_disk([(one.label, _bytes(one.image or "")) for one in found.examples])
+        except UserError as error:
+            return self._left(error)
+        told = say(tongue, "opened", name=found.name, version=found.version, counts=_counts(found.labels))
+        return self._filled(told, (found.name, found.version), found.name, piles)
+
+    def remove(self, name: str | None, request: gr.Request) -> list[Any]:
+        tongue = language(request)
+        if not name:
+            return [shown.note(say(tongue, "no_set"), wrong=True), *self._pickers(request)]
+        try:
+            self._api(request).remove_set(name)
+        except UserError as error:
+            return [self._wrong(tongue, error), *self._pickers(request)]
+        return [shown.note(say(tongue, "removed", name=name)), *self._pickers(request)]
+
+    def example(self, request: gr.Request) -> list[Any]:
+        """Drawings of classes that the shipped base was not trained on."""
+        classes, shots, left = EXAMPLE
+        pool = {one.name: one.pictures for one in read_pocket("held_out").classes}
+        piles = self._on_disk([(name, read_bytes(picture)) for name in classes for picture in pool[name][:shots]])
+        further = [*(picture for name in classes for picture in pool[name][shots : shots + left]), pool[STRANGER][0]]
+        asked = self._on_disk([("asked", read_bytes(picture)) for picture in further])
+        queries = [str(path) for path in asked["asked"]]
+        return [*self._filled(say(language(request), "example"), None, "example", piles), queries, queries]
+
+    def clear(self) -> list[Any]:
+        return self._filled("", None, "", {})
+
+    def export(self, name: str | None, request: gr.Request) -> list[Any]:
+        tongue = language(request)
+        if not name:
+            return [shown.note(say(tongue, "no_set"), wrong=True), None]
+        try:
+            found = self._api(request).read_set(name, images=True)
+            out = self._folder() / name
+            folders.write(out, found.name, found.version, found.question, [(one.label, _bytes(one.image or "")) for one in found.examples])
+            packed = shutil.make_archive(str(out), "zip", out)
+        except (UserError, OSError) as error:
+            return [self._wrong(tongue, error), None]
+        return [shown.note(""), packed]
+
+    def take(self, file: str | None, request: gr.Request) -> list[Any]:
+        """A zip that :meth:`export` made, or one of photos by folder. Its names never leave the folder it is unpacked in."""
+        tongue = language(request)
+        if not file:
+            return self._left("")
+        try:
+            written = folders.read(_unpacked(Path(file), self._folder() / "set"))
+            piles = self._on_disk(written.examples)
+        except (UserError, OSError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
+            return self._left(say(tongue, "bad_zip", why=str(error).replace(str(self.scratch), "")))
+        return self._filled(say(tongue, "taken", count=len(written.examples)), None, written.name or "", piles)
+
+    # Ask and compare
+
+    def ask(self, name: str | None, model: str | None, photos: Photos, question: str, bar: bool, request: gr.Request) -> str:
+        tongue = language(request)
+        try:
+            paths = self._given(tongue, name, photos)
+            found = self._classified(request, str(name), model, paths, question.strip() or None)
+            return shown.judged(tongue, paths, found, self._thumbs(_who(request), str(name), found.version), bar)
+        except (UserError, ValidationError) as error:
+            return self._wrong(tongue, error)
+
+    def compare(self, name: str | None, base: str | None, adapter: str | None, photos: Photos, bar: bool, request: gr.Request) -> str:
+        tongue = language(request)
+        try:
+            paths = self._given(tongue, name, photos)
+            told = [(model, self._classified(request, str(name), model, paths)) for model in (base, adapter)]
+            sides = {f"{model}{' ' * n}": found for n, (model, found) in enumerate(told)}  # the same model twice is two sides
+            return shown.compared(tongue, paths, sides, self._thumbs(_who(request), str(name), told[0][1].version), bar)
+        except (UserError, ValidationError) as error:
+            return self._wrong(tongue, error)
+
+    def _given(self, tongue: str, name: str | None, photos: Photos) -> list[Path]:
+        if not name:
+            raise DataError(say(tongue, "no_set"))
+        if not photos:
+            raise DataError(say(tongue, "no_photos"))
+        return _paths(photos)
+
+    def _classified(self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None) -> wire.ClassifyOut:
+        """A photo that cannot be read here has its fault in its own result, as one that the API cannot read."""
+        images: list[str | DataError] = []
+        for path in paths:
+            try:
+                images.append(image_of(_picture(path)))
+            except DataError as error:
+                images.append(error)
+        sent = [image for image in images if isinstance(image, str)]
+        if not sent:
+            raise DataError(" ".join(str(error) for error in images))
+        found = self._api(request).classify(wire.ClassifyIn(support_set=name, images=sent, model=model, question=question))
+        judged = iter(found.results)
+        broken = "invalid_request_error"
+        results = [next(judged) if isinstance(image, str) else wire.Judgement(error=wire.Fault(message=str(image), type=broken)) for image in images]
+        return found.model_copy(update={"results": results})
+
+    # Chat
+
+    def chat(
+        self, message: Mapping[str, Any], talk: list[dict[str, Any]], model: str | None, name: str | None, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        """The answer as it is said. What goes wrong leaves the message where it was, to be sent again."""
+        tongue, text, files = language(request), str(message.get("text") or "").strip(), [Path(f) for f in message.get("files") or ()]
+        if not text and not files:
+            yield [gr.skip(), talk, _told(talk), shown.note("")]
+            return
+        asked = {"role": "user", "text": text, "files": [str(file) for file in files]}
+        said = ""
+        try:
+            messages = [_message(one) for one in (*talk, asked)]
+            more = {"support_set": name} if name else {}
+            pieces = self._api(request).stream(str(model), messages, NEW_TOKENS, **more)
+            yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), shown.note("")]
+            for piece in pieces:
+                said += piece
+                answer = {"role": "assistant", "text": said, "files": []}
+                yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
+        except UserError as error:
+            yield [dict(message), talk, _told(talk), self._wrong(tongue, error)]
+            return
+        if not said.strip():
+            answer = {"role": "assistant", "text": say(tongue, "silent"), "files": []}
+            yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
+
+    def stopped(self, talk: list[dict[str, Any]]) -> list[Any]:
+        """What was said so far stays."""
+        return [gr.skip(), talk, _told(talk), shown.note("")]
+
+    def forget(self) -> list[Any]:
+        return [{"text": "", "files": []}, [], [], shown.note("")]
+
+    # What they share
+
+    def _api(self, request: gr.Request) -> Endpoint:
+        who = _who(request)
+        with self._lock:
+            if who not in self._clients:
+                self._clients[who] = Endpoint(self.url, key=self.keys[who] if self.keys is not None else None)
+            return self._clients[who]
+
+    def _pickers(self, request: gr.Request, chosen: str | None = None) -> list[Any]:
+        """The four pickers of sets; where nothing was chosen they stay where they are."""
+        try:
+            names = [one.name for one in self._api(request).sets()]
+        except UserError:
+            names = []
+        value: dict[str, Any] = {"value": chosen} if chosen else {} if names else {"value": None}
+        free = [("–", ""), *((name, name) for name in names)]
+        return [*(gr.Dropdown(choices=list(names), **value) for _ in range(3)), gr.Dropdown(choices=free)]
+
+    def _examples(self, who: str, name: str, version: int) -> tuple[str, ...]:
+        """The set's photos, small."""
+        told = self._clients[who].read_set(name, images=True)
+        if told.version != version:
+            return ()
+        return tuple(data_url(Picture(Path(one.sha256), data=_bytes(one.image or ""))) for one in told.examples)
+
+    def _filled(self, told: str, opened: Opened, name: str, piles: Mapping[str, Sequence[Path]]) -> list[Any]:
+        """Status, what is open, its name, and the piles. A set of more labels than the page has is not cut: it is refused by :meth:`_on_disk`."""
+        labels = [*piles, *[""] * (MOST - len(piles))]
+        photos = [[str(path) for path in piles[label]] if label else None for label in labels]
+        count = max(2, len(piles))
+        return [shown.note(told), opened, name, count, *labels, *photos, *(gr.Column(visible=number < count) for number in range(MOST))]
+
+    def _left(self, told: str | Exception) -> list[Any]:
+        """The piles as they are, and what went wrong."""
+        text = _plain(self.url, told) if isinstance(told, Exception) else told
+        return [shown.note(text, wrong=bool(text)), *[gr.skip()] * (3 + 3 * MOST)]
+
+    def _wrong(self, tongue: str, error: Exception) -> str:
+        if isinstance(error, ValidationError):
+            told = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors()[:3])
+        else:
+            told = _plain(self.url, error)
+        return shown.note(say(tongue, "failed", why=told) if not isinstance(error, DataError) else told, wrong=True)
+
+    def _folder(self) -> Path:
+        """A new one; those of an hour ago are removed."""
+        for old in self.scratch.iterdir():
+            if old.stat().st_mtime < time.time() - KEEP:
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self.scratch))
+
+    def _on_disk(self, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
+        """For the browser to fetch, byte for byte what is stored. Raises DataError for more labels than there are piles."""
+        folder = self._folder()
+        piles: dict[str, list[Path]] = {}
+        for number, (label, data) in enumerate(examples):
+            kind = wire.data_url(data[:16]).partition("/")[2].partition(";")[0]
+            path = folder / f"{number:03d}.{kind}"
+            path.write_bytes(data)
+            piles.setdefault(label, []).append(path)
+        if len(piles) > MOST:
+            raise DataError(f"{len(piles)} labels are more than the {MOST} this page shows; `lcl-adapter support` takes it.")
+        return piles
+
+
+def _unpacked(file: Path, out: Path) -> Path:
+    """Raises DataError for more than a set can be; entries that are links or lead outside are written inside or not at all (zipfile)."""
+    with zipfile.ZipFile(file) as archive:
+        listed = archive.infolist()
+        if sum(one.file_size for one in listed) > LARGEST_SET or len(listed) > 4 * wire.MOST_IMAGES:
+            raise DataError(f"it unpacks to more than {LARGEST_SET >> 20} MiB or {4 * wire.MOST_IMAGES} files.")
+        archive.extractall(out)
+    inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
+    return inside[0] if len(inside) == 1 and not (out / folders.SHEET).exists() else out
+
+
+def _who(request: gr.Request) -> str:
+    return request.username or ""
+
+
+def _picture(path: str | Path) -> Picture:
+    """Named as the visitor knows it, without this machine's folders."""
+    path = Path(path)
+    return Picture(Path(path.name), data=path.read_bytes() or b"\0")
+
+
+def _paths(photos: Photos) -> list[Path]:
+    return [Path(one[0]) for one in photos or ()]
+
+
+def _bytes(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2])
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {label}" for label, count in labels.items())
+
+
+def _plain(url: str, error: Exception) -> str:
+    """The visitor did not name a server, and need not read its address."""
+    return str(error).replace(f"{url}: ", "").replace(url, "")
+
+
+def _message(one: Mapping[str, Any]) -> dict[str, Any]:
+    images = [{"type": "image_url", "image_url": {"url": image_of(_picture(file))}} for file in one["files"]]
+    return {"role": one["role"], "content": [*images, {"type": "text", "text": one["text"]}] if images else one["text"]}
+
+
+def _told(talk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As the chat shows it: photos first, as the model sees them."""
+    listed: list[dict[str, Any]] = []
+    for one in talk:
+        listed += [{"role": one["role"], "content": {"path": file}} for file in one["files"]]
+        if one["text"] or not one["files"]:
+            listed.append({"role": one["role"], "content": one["text"]})
+    return listed
