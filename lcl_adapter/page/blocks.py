@@ -39,6 +39,14 @@ THEME = gr.themes.Base(
 )
 
 
+# Gradio's chat field shows its label and does not tell it to a screen reader.
+NAME_THE_FIELD = """() => new MutationObserver(() => {
+  const field = document.querySelector('#lcl-message textarea');
+  const label = document.querySelector('#lcl-message [data-testid=block-info]');
+  if (field && label) field.setAttribute('aria-label', label.textContent.trim());
+}).observe(document.body, {childList: true, subtree: true})"""
+
+
 def make_page(handlers: Handlers) -> gr.Blocks:
     """Everything a visitor sees; ``handlers`` ask the API."""
     with gr.Blocks(title="lcl-adapter", analytics_enabled=False, delete_cache=(600, 3600), fill_width=False) as page:
@@ -57,7 +65,7 @@ def make_page(handlers: Handlers) -> gr.Blocks:
         pickers = [teach["stored"], ask["set"], compare["set"], chat["set"]]
         models = [ask["model"], compare["base"], compare["adapter"], chat["model"]]
         piles = [*teach["labels"], *teach["galleries"], *teach["piles"]]
-        page.load(handlers.begin, None, [*pickers, *models])
+        page.load(handlers.begin, None, [*pickers, *models], js=NAME_THE_FIELD)
 
         teach["add"].click(handlers.add_pile, [teach["count"]], [teach["count"], *teach["piles"]])
         teach["save"].click(handlers.save, [teach["name"], opened, *teach["labels"], *teach["galleries"]], [teach["status"], opened, *pickers])
@@ -74,9 +82,10 @@ def make_page(handlers: Handlers) -> gr.Blocks:
             handlers.compare, [compare["set"], compare["base"], compare["adapter"], compare["queries"], compare["bar"]], [compare["result"]]
         )
         said = [chat["message"], talk, chat["model"], chat["set"]]
-        speaking = chat["message"].submit(handlers.chat, said, [chat["message"], talk, chat["shown"], chat["status"]])
-        chat["stop"].click(handlers.stopped, [talk], [chat["message"], talk, chat["shown"], chat["status"]], cancels=[speaking])
-        chat["forget"].click(handlers.forget, None, [chat["message"], talk, chat["shown"], chat["status"]], cancels=[speaking])
+        chat["message"].submit(handlers.chat, said, [chat["message"], talk, chat["shown"], chat["status"]], trigger_mode="multiple")
+        after = [chat["message"], talk, chat["shown"], chat["status"]]
+        chat["stop"].click(handlers.stop, [talk], after)
+        chat["forget"].click(handlers.forget, None, after)
     return page
 
 

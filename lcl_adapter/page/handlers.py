@@ -32,6 +32,7 @@ from lcl_adapter.sources.pocket import read_pocket
 KEEP = 3600  # seconds that opened photos stay on disk for the browser to fetch
 LARGEST_SET = 256 * 2**20  # bytes of a zip's photos, unpacked
 NEW_TOKENS = 256
+SESSIONS = 1000  # whose last turn is known
 EXAMPLE = (("key", "paperclip"), 4, 2)  # held-out classes, how many drawings of each are shown, and how many asked about
 STRANGER = "mushroom"  # and one drawing of a class that is not shown
 Opened = tuple[str, int] | None
@@ -47,6 +48,8 @@ class Handlers:
     keys: Mapping[str, str] | None = None
     _clients: dict[str, Endpoint] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _turns: dict[str | None, int] = field(default_factory=dict)
+    _count: int = 0
 
     def __post_init__(self) -> None:
         self._thumbs = lru_cache(maxsize=16)(self._examples)
@@ -66,7 +69,7 @@ class Handlers:
         base = "base" if "base" in names else (names[0] if names else None)
         first = next((name for name in names if name != base), base)
         picked = [gr.Dropdown(choices=names, value=value) for value in (first, base, first, first)]
-        return [*self._pickers(request), *picked]  # the chat begins with no set
+        return [*self._pickers(request, first=True), *picked]
 
     def add_pile(self, count: int) -> list[Any]:
         count = min(MOST, count + 1)
@@ -122,7 +125,7 @@ class Handlers:
             self._api(request).remove_set(name)
         except UserError as error:
             return [self._wrong(tongue, error), *self._pickers(request)]
-        return [shown.note(say(tongue, "removed", name=name)), *self._pickers(request)]
+        return [shown.note(say(tongue, "removed", name=name)), *self._pickers(request, first=True)]
 
     def example(self, request: gr.Request) -> list[Any]:
         """Drawings of classes that the shipped base was not trained on."""
@@ -215,32 +218,46 @@ class Handlers:
         """The answer as it is said. What goes wrong leaves the message where it was, to be sent again."""
         tongue, text, files = language(request), str(message.get("text") or "").strip(), [Path(f) for f in message.get("files") or ()]
         if not text and not files:
-            yield [gr.skip(), talk, _told(talk), shown.note("")]
+            yield [gr.skip()] * 4
             return
         asked = {"role": "user", "text": text, "files": [str(file) for file in files]}
-        said = ""
+        said, turn = "", self._next_turn(request)
         try:
             messages = [_message(one) for one in (*talk, asked)]
             more = {"support_set": name} if name else {}
-            pieces = self._api(request).stream(str(model), messages, NEW_TOKENS, **more)
             yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), shown.note("")]
-            for piece in pieces:
+            for piece in self._api(request).stream(str(model), messages, NEW_TOKENS, **more):
+                if self._turns.get(request.session_hash) != turn:  # stopped: leaving the stream ends the server's work
+                    yield [gr.skip()] * 4  # what was yielded last is shown once more at the end
+                    return
                 said += piece
                 answer = {"role": "assistant", "text": said, "files": []}
                 yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
         except UserError as error:
-            yield [dict(message), talk, _told(talk), self._wrong(tongue, error)]
+            stopped = self._turns.get(request.session_hash) != turn
+            yield [gr.skip()] * 4 if stopped else [dict(message), talk, _told(talk), self._wrong(tongue, error)]
             return
         if not said.strip():
             answer = {"role": "assistant", "text": say(tongue, "silent"), "files": []}
             yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
 
-    def stopped(self, talk: list[dict[str, Any]]) -> list[Any]:
+    def stop(self, talk: list[dict[str, Any]], request: gr.Request) -> list[Any]:
         """What was said so far stays."""
+        self._next_turn(request)
         return [gr.skip(), talk, _told(talk), shown.note("")]
 
-    def forget(self) -> list[Any]:
+    def forget(self, request: gr.Request) -> list[Any]:
+        self._next_turn(request)
         return [{"text": "", "files": []}, [], [], shown.note("")]
+
+    def _next_turn(self, request: gr.Request) -> int:
+        """Of this browser window; an answer to an earlier turn is not shown any more."""
+        with self._lock:
+            self._count += 1
+            self._turns[request.session_hash] = self._count
+            while len(self._turns) > SESSIONS:
+                self._turns.pop(next(iter(self._turns)))
+            return self._count
 
     # What they share
 
@@ -251,12 +268,13 @@ class Handlers:
                 self._clients[who] = Endpoint(self.url, key=self.keys[who] if self.keys is not None else None)
             return self._clients[who]
 
-    def _pickers(self, request: gr.Request, chosen: str | None = None) -> list[Any]:
-        """The four pickers of sets; where nothing was chosen they stay where they are."""
+    def _pickers(self, request: gr.Request, chosen: str | None = None, first: bool = False) -> list[Any]:
+        """The four pickers of sets, the chat's with none of them to choose. Where nothing was chosen they stay where they are."""
         try:
             names = [one.name for one in self._api(request).sets()]
         except UserError:
             names = []
+        chosen = chosen or (names[0] if first and names else None)
         value: dict[str, Any] = {"value": chosen} if chosen else {} if names else {"value": None}
         free = [("–", ""), *((name, name) for name in names)]
         return [*(gr.Dropdown(choices=list(names), **value) for _ in range(3)), gr.Dropdown(choices=free)]

@@ -37,7 +37,7 @@ def compared(tongue: str, photos: Sequence[Path], sides: Mapping[str, wire.Class
     rows = []
     for number, photo in enumerate(photos, 1):
         cells = "".join(
-            f"<div><h4>{escape(name)}</h4>{_card(tongue, number, photo, found.results[number - 1], found, examples, bar)}</div>"
+            f"<div><h2>{escape(name)}</h2>{_card(tongue, number, photo, found.results[number - 1], found, examples, bar, 'h3')}</div>"
             for name, found in sides.items()
         )
         rows.append(f'<div class="lcl-pair">{cells}</div>')
@@ -63,7 +63,9 @@ def _answer(one: wire.Judgement, bar: bool) -> str | None:
     return one.label if bar else one.nearest
 
 
-def _card(tongue: str, number: int, photo: Path, one: wire.Judgement, found: wire.ClassifyOut, examples: Sequence[str], bar: bool) -> str:
+def _card(
+    tongue: str, number: int, photo: Path, one: wire.Judgement, found: wire.ClassifyOut, examples: Sequence[str], bar: bool, head: str = "h2"
+) -> str:
     name = f"{say(tongue, 'photo')} {number}"
     try:
         image = f'<img src="{data_url(Picture(photo))}" alt="{escape(name)}">'
@@ -72,7 +74,7 @@ def _card(tongue: str, number: int, photo: Path, one: wire.Judgement, found: wir
     if one.error is not None:
         return f'<section class="lcl-card" aria-label="{escape(name)}">{image}<div>{note(one.error.message, wrong=True)}</div></section>'
     answer = _answer(one, bar)
-    head = answer if answer is not None else say(tongue, "none")
+    told = answer if answer is not None else say(tongue, "none")
     nearest = f" <small>{escape(say(tongue, 'nearest', label=one.nearest))}</small>" if answer is None else ""
     bars = "".join(
         f'<li><span>{escape(label)}</span><span class="lcl-bar" aria-hidden="true"><i style="width:{100 * chance:.1f}%"></i></span>'
@@ -81,10 +83,10 @@ def _card(tongue: str, number: int, photo: Path, one: wire.Judgement, found: wir
     )
     alike = ""
     if one.most_alike is not None and one.most_alike.example < len(examples):
-        told = escape(say(tongue, "alike", label=one.most_alike.label))
-        alike = f'<figure><img src="{escape(examples[one.most_alike.example])}" alt="{told}"><figcaption>{told}</figcaption></figure>'
+        caption = escape(say(tongue, "alike", label=one.most_alike.label))
+        alike = f'<figure><img src="{escape(examples[one.most_alike.example])}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
     reasons = "".join(f"<p>{escape(line)}</p>" for line in why(tongue, one, found.calibration))
     return (
-        f'<section class="lcl-card" aria-label="{escape(name)}">{image}<div><h3>{escape(head)}{nearest}</h3>'
+        f'<section class="lcl-card" aria-label="{escape(name)}">{image}<div><{head}>{escape(told)}{nearest}</{head}>'
         f'<ul class="lcl-bars">{bars}</ul><div class="lcl-why">{reasons}</div></div>{alike}</section>'
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 ENGLISH = {
-    "title": "Teach by photos",
+    "title": "# Teach by photos",
     "lead": "Show a few photos of each kind, and the model judges new ones by them. Nothing is trained here; what you teach is kept under a name.",
     "teach": "Teach",
     "ask": "Ask",
@@ -25,7 +25,7 @@ ENGLISH = {
     "exported": "The set, as a zip file",
     "import": "Take a downloaded set",
     "copy": "A copy of the set: as a folder that `lcl-adapter ask` takes",
-    "clear": "Clear",
+    "clear": "Clear all",
     "set_asked": "Judge by",
     "model": "Model",
     "queries": "Photos to judge",
@@ -46,7 +46,7 @@ ENGLISH = {
     "stop": "Stop",
 }
 JAPANESE = {
-    "title": "写真で教える",
+    "title": "# 写真で教える",
     "lead": "種類ごとに数枚の写真を見せると、新しい写真をそれにならって判定します。学習は行いません。教えた内容は名前を付けて保存されます。",
     "teach": "教える",
     "ask": "判定する",
@@ -66,7 +66,7 @@ JAPANESE = {
     "exported": "セット（zip ファイル）",
     "import": "ダウンロードしたセットを取り込む",
     "copy": "セットの写し：`lcl-adapter ask` が読むフォルダー",
-    "clear": "クリア",
+    "clear": "すべて消す",
     "set_asked": "使うセット",
     "model": "モデル",
     "queries": "判定する写真",
