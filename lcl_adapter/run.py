@@ -10,7 +10,7 @@ from typing import Any
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
-from lcl_adapter import exchange, report, wire
+from lcl_adapter import exchange, ranks, report, wire
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
 from lcl_adapter import plan as planning
@@ -56,6 +56,10 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
             )
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
     facts = training.train(recipe, resume, watching, mixture)
+    if not ranks.is_first():
+        ranks.leave()
+        return {"run": str(recipe.output), "kept": True}  # the first writes and measures
+    ranks.leave()
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
     console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")

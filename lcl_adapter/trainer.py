@@ -26,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import adapter
+from lcl_adapter import adapter, ranks
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, collate
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full, write_json, write_text
@@ -50,6 +50,9 @@ OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "
 def sft_config(recipe: Recipe) -> SFTConfig:
     """The recipe's ``train`` as TRL wants it."""
     own = recipe.train.model_dump(exclude=OURS)
+    own["per_device_train_batch_size"], own["gradient_accumulation_steps"] = ranks.share(
+        own["per_device_train_batch_size"], own["gradient_accumulation_steps"], ranks.world()
+    )
     return SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
         **own,
@@ -117,14 +120,19 @@ class LclTrainer(SFTTrainer):
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
-        batch = self.args.per_device_train_batch_size * self.args.world_size
+        """The same order for any number of processes: accelerate gives them its batches in turn."""
+        batch = self.recipe.train.per_device_train_batch_size
         return BucketedOrder(self.collator, len(self.train_dataset), batch, self.recipe.train.bucket, self.args.seed)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Marked when every process has written its part."""
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write_json(folder / PROGRESS, self.tally.so_far(self.vision))
-        (folder / COMPLETE).touch()
+        told = self.tally.so_far(self.vision)  # of all processes, which are all here then
+        if ranks.is_first():
+            write_json(folder / PROGRESS, told)
+            (folder / COMPLETE).touch()
+        ranks.wait()
 
 
 @dataclass
@@ -139,7 +147,8 @@ class Tally:
     @classmethod
     def of(cls, checkpoint: Path) -> Tally:
         kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        return cls({k: kept[k] for k in ("seconds", "shown", "computed")}, Counter(kept["faults"]), kept["sources"])
+        earlier = {k: kept[k] for k in ("seconds", "shown", "computed")}
+        return cls(earlier, Counter(kept["faults"]), kept["sources"]) if ranks.is_first() else cls(earlier)
 
     def count(self, told: Sequence[tuple[str, int, int]]) -> None:
         for source, tokens, learned in told:
@@ -148,12 +157,20 @@ class Tally:
                 counts[place] += value
 
     def so_far(self, vision: VisionFeatures) -> dict[str, Any]:
+        """Of all processes together, each of which has to ask. ``earlier`` and what came with it are counted once, by the first."""
+        parts = ranks.gathered((vision.asked, vision.computed, self.faults, self.sources))
+        faults: Counter[str] = Counter()
+        sources: dict[str, list[int]] = {}
+        for _, _, own, counted in parts:
+            faults.update(own)
+            for source, counts in counted.items():
+                sources[source] = [a + b for a, b in zip(sources.get(source, [0, 0, 0]), counts, strict=True)]
         return {
             "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 1),
-            "shown": self.earlier["shown"] + vision.asked,
-            "computed": self.earlier["computed"] + vision.computed,
-            "faults": dict(self.faults),
-            "sources": self.sources,
+            "shown": self.earlier["shown"] + sum(asked for asked, _, _, _ in parts),
+            "computed": self.earlier["computed"] + sum(computed for _, computed, _, _ in parts),
+            "faults": dict(faults),
+            "sources": sources,
         }
 
 
@@ -164,12 +181,14 @@ class MetricsCallback(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not ranks.is_first():
+            return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]  # a killed run's last is cut
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and ranks.is_first():
             names = ("loss", "grad_norm", "learning_rate")
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **{n: logs[n] for n in names if n in logs}}) + "\n")
@@ -253,7 +272,9 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
     output, options = recipe.output, recipe.train
-    adapter.claim_run_folder(output, resume)
+    ranks.join()
+    console.quiet = not ranks.is_first()
+    _together(lambda: adapter.claim_run_folder(output, resume))
     torch.set_num_threads(options.threads or torch.get_num_threads())
     set_seed(options.seed)
     mixture = mixture or Mixture(recipe)
@@ -265,12 +286,13 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     unread = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault)
     rows = check_rows(unread)  # before any weight is loaded
     base = attach(load_base(recipe.base, recipe.precision, **recipe.pictures), recipe.adapter)
-    if recipe.adapter.pissa:
+    if recipe.adapter.pissa and ranks.is_first():
         adapter.keep_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache))
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
-    write_json(output / DATA, mixture.hashes())
-    save_recipe(recipe, output / "recipe.yaml")  # last: where it stands, the run can be resumed
+    if ranks.is_first():
+        write_json(output / DATA, mixture.hashes())
+        save_recipe(recipe, output / "recipe.yaml")  # last: where it stands, the run can be resumed
     parts = parameters_by_part(base.model)
     show_start(mixture, parts, rows.lengths, total)
 
@@ -281,7 +303,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     bar = BarCallback()
     trainer.add_callback(bar)
     trainer.add_callback(LongestFirst(trainer, rows.longest))
-    checkpoint = last_complete_checkpoint(output / "checkpoints") if resume else None
+    checkpoint = _together(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
     longest = max(length for found in rows.lengths.values() for length in found)
 
@@ -289,9 +311,12 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         return facts_of(mixture, trainer.tally.so_far(vision), parts, longest)
 
     def save_now(folder: Path, more: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, folder / "recipe.yaml")
-        adapter.save_adapter(base, folder, recipe.base, {**facts_now(), **more})
+        facts = facts_now()
+        if ranks.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, folder / "recipe.yaml")
+            adapter.save_adapter(base, folder, recipe.base, {**facts, **more})
+        ranks.wait()
 
     if watching is not None:
         trainer.add_callback(watching(base, save_now))
@@ -309,8 +334,25 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         console.print(f"{name:>15}: {rows:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
     facts = facts_now()
-    adapter.save_adapter(base, output, recipe.base, facts)
+    if ranks.is_first():
+        adapter.save_adapter(base, output, recipe.base, facts)
+    ranks.wait()
     return facts
+
+
+def _together(work: Callable[[], Any]) -> Any:
+    """Done by the first process, and what came of it, an error too, told to all."""
+    value: Any = None
+    fault: Exception | None = None
+    if ranks.is_first():
+        try:
+            value = work()
+        except Exception as error:
+            fault = error
+    value, fault = ranks.gathered((value, fault))[0]
+    if fault is not None:
+        raise fault
+    return value
 
 
 def facts_of(mixture: Mixture, done: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:

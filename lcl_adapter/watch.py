@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lcl_adapter import ranks
 from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base, readable
 from lcl_adapter.files import write_json
 from lcl_adapter.memory import memory_bytes
@@ -63,7 +64,8 @@ class Watch(TrainerCallback):
             self.told["best"] = {"step": state.global_step, "mean": round(mean, 4)}
             self.save(self.folder / BEST, {"step": state.global_step, "watched": figures})
         self.told["steps"].append({"step": state.global_step, "figures": figures, "kept": passed})
-        write_json(self.folder / WATCHED, self.told)
+        if ranks.is_first():
+            write_json(self.folder / WATCHED, self.told)
         shown = ", ".join(f"{name} {before[name]:.3f} -> {value:.3f}" for name, value in figures.items())
         console.print(
             f"step {state.global_step}: {shown}: {'passes' if passed else 'does not pass'}{', the best so far' if better else ''}", highlight=False

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lcl_adapter"
 # From left to right; a module imports its own layer and those before it.
 ORDER = [
-    "errors", "terminal", "memory", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture", "conversations",
-    "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict",
+    "errors", "terminal", "memory", "ranks", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture",
+    "conversations", "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict",
     "wire", "client", "evaluate", "watch", "check",
     "deltas", "probe",
     "convert", "merge", "exchange", "describe", "serve", "report", "page", "run", "cli",

@@ -111,6 +111,7 @@ def _teach() -> dict[str, Any]:
                         height=240,
                         interactive=True,
                         object_fit="contain",
+                        fit_columns=False,
                         elem_id=f"lcl-pile-{number}",
                     )
                 )
@@ -159,7 +160,15 @@ def _compare() -> dict[str, Any]:
 
 def _queries(name: str) -> gr.Gallery:
     return gr.Gallery(
-        label=t("queries"), type="filepath", file_types=["image"], columns=3, height=240, interactive=True, object_fit="contain", elem_id=name
+        label=t("queries"),
+        type="filepath",
+        file_types=["image"],
+        columns=3,
+        height=240,
+        interactive=True,
+        object_fit="contain",
+        fit_columns=False,
+        elem_id=name,
     )
 
 
