@@ -136,6 +136,7 @@ def ask_endpoint(
     shots: int | None = None,
     question: str | None = None,
     wording: str = "lcl",
+    pad: bool = False,
 ) -> dict[str, Any]:
     """The same of a model behind a server; what it cannot score is judged by its text.
 
@@ -143,7 +144,7 @@ def ask_endpoint(
     """
     taught = _Taught.by(support, queries, shots, WORDINGS[wording], question)
     with Endpoint(url) as endpoint:
-        remote = RemotePredictor(endpoint, endpoint.model(model))
+        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
         return taught.told(remote.run([(taught.turns, query, taught.answers) for query in taught.queries]))
 
 
@@ -277,6 +278,13 @@ def export(run: Path, out: Path, base_name: str | None = None, tower: str | None
     result = exchange.export_adapter(run, out, base_name, tower)
     told = f"{result['layers']} layers{' and the projector' if result['projector'] else ''}, read again and equal"
     console.print(f"{out}: {told}; ask it in upstream's environment with {out / 'ask_upstream.py'}", highlight=False, markup=False)
+    return result
+
+
+def export_for_vllm(run: Path, out: Path, base_name: str | None = None, tower: str | None = None, **options: Any) -> dict[str, Any]:
+    """An adapter for vLLM, and the script that serves it there."""
+    result = exchange.export_for_vllm(run, out, base_name, tower, **options)
+    console.print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
     return result
 
 

@@ -95,19 +95,30 @@ def convert(source: str, out: Path, to: str | None, tower: str | None, shard_siz
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="The folder to write; upstream wants `llava` and `lora` in its name.")
-@click.option("--to", type=click.Choice(["original"]), default="original", expose_value=False, help="Whose adapter it is to be.")
-@click.option("--base", "base_name", help="The base in the original layout, if the run was trained on the same one in Hugging Face's.")
+@click.option("--to", type=click.Choice(["original"]), help="Whose adapter it is to be [default: original, unless --for is given].")
+@click.option("--for", "engine", type=click.Choice(["vllm"]), help="The engine that is to serve it.")
+@click.option("--name", default="lcl", show_default=True, help="With --for: the adapter's name among its models.")
+@click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for: images that a request may have.")
+@click.option("--base", "base_name", help="The base in the layout that is wanted, if the run was trained on the same one in the other.")
 @tower_option
 @json_option
-def export(run_folder: Path, out: Path, base_name: str | None, tower: str | None, as_json: bool) -> None:
-    """Write RUN's adapter for upstream LLaVA's own loader, with a script that asks it there.
+def export(
+    run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base_name: str | None, tower: str | None, as_json: bool
+) -> None:
+    """Write RUN's adapter for upstream LLaVA's own loader, with a script that asks it there; or for vLLM, with one that serves it.
 
     \b
     lcl-adapter export runs/mix --to original -o llava-lora-mix
+    lcl-adapter export runs/mix --for vllm -o exported
     """
     from lcl_adapter import run
 
-    emit(run.export(run_folder, out, base_name, tower), as_json)
+    if engine and to:
+        raise click.UsageError("--to and --for: give one of them.")
+    if engine:
+        emit(run.export_for_vllm(run_folder, out, base_name, tower, name=name, images=images), as_json)
+    else:
+        emit(run.export(run_folder, out, base_name, tower), as_json)
 
 
 @main.command("import")

@@ -44,6 +44,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 @click.option("--model", help="The adapter's name there [default: the run's own, or the only one beside the base].")
 @click.option("--base-model", default="base", show_default=True, help="The base's name there.")
 @click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Requests under way at a time.")
+@click.option("--pad", is_flag=True, help="Make pictures square before they are sent, as training does: vLLM crops others.")
 @json_option
 def evaluate(
     run_folder: Path,
@@ -57,6 +58,7 @@ def evaluate(
     model: str | None,
     base_model: str,
     workers: int,
+    pad: bool,
     as_json: bool,
 ) -> None:
     """Base against adapter on RUN's suites: the same questions, in one run. OVERRIDES are key=value.
@@ -71,7 +73,7 @@ def evaluate(
     from lcl_adapter import run
     from lcl_adapter.evaluate import Served
 
-    served = Served(endpoint, model, base_model, workers) if endpoint else None
+    served = Served(endpoint, model, base_model, workers, pad) if endpoint else None
     chosen = {"suites": suites, "limit": limit, "seed": seed, "base_name": base_name, "fresh": fresh, "overrides": overrides}
     emit(run.evaluate(run_folder, served=served, **chosen), as_json)
 
@@ -89,10 +91,11 @@ def evaluate(
 @click.option("--model", help="Its name there [default: its only one; with --stored, the server's choice].")
 @click.option("--stored", is_flag=True, help="SUPPORT is the name of a set that `lcl-adapter serve` keeps at --endpoint.")
 @click.option("--wording", type=click.Choice(["lcl", "short"]), default="lcl", show_default=True, help="How photos are shown to --endpoint.")
+@click.option("--pad", is_flag=True, help="Make pictures square before they are sent to --endpoint: vLLM crops others.")
 @json_option
 def ask(
     support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None,
-    tower: str | None, precision: Any, endpoint: str | None, model: str | None, stored: bool, wording: str, as_json: bool,
+    tower: str | None, precision: Any, endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Judge QUERIES by labelled photos: SUPPORT holds a folder of photos a class.
 
@@ -112,7 +115,7 @@ def ask(
     if given := [name for name, value in local.items() if value is not None]:
         raise click.UsageError(f"{', '.join(given)}: with --endpoint the server has the model; name it with --model.")
     if not stored:
-        emit(run.ask_endpoint(support, queries, endpoint, model, shots, question, wording), as_json)
+        emit(run.ask_endpoint(support, queries, endpoint, model, shots, question, wording, pad), as_json)
         return
     if shots:
         raise click.UsageError("--shots: a stored set is asked as it was stored.")

@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from lcl_adapter import wire
 from lcl_adapter.conversations import Turn
 from lcl_adapter.families import IMAGE
 from lcl_adapter.sources import Picture, read_image
 from lcl_adapter.sources.images import read_bytes
+from lcl_adapter.vision import squared
 
 AS_THEY_ARE = {"PNG", "JPEG", "WEBP"}
 ORIENTATION = 0x0112  # EXIF
 
 
-def image_of(picture: Picture) -> str:
-    """A data URL of the pixels that training sees.
+def image_of(picture: Picture, pad: bool = False) -> str:
+    """A data URL of the pixels that training sees; with ``pad`` made square first, in CLIP's mean colour, for servers that would crop it.
 
     The file itself where it is a plain upright RGB picture, for servers differ in how they turn a photo or lay transparency on a
     page; anything else as PNG. Raises DataError for a broken one.
     """
-    if not (picture.view or picture.turned or picture.tile):
+    if not (picture.view or picture.turned or picture.tile or pad):
         data = read_bytes(picture)
         try:
             with Image.open(io.BytesIO(data)) as opened:
@@ -35,17 +37,18 @@ def image_of(picture: Picture) -> str:
         except Exception:  # Pillow's decoders raise whatever the bytes make them raise; read_image says what is wrong
             pass
     buffer = io.BytesIO()
-    read_image(picture).save(buffer, "PNG")
+    image = read_image(picture)
+    (squared(image, OPENAI_CLIP_MEAN) if pad else image).save(buffer, "PNG")
     return wire.data_url(buffer.getvalue())
 
 
-def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def to_messages(turns: Sequence[Turn], pad: bool = False) -> list[dict[str, Any]]:
     """Each turn a message; an image before its text, or where ``<image>`` stands among several. Raises DataError."""
-    return [{"role": turn.role, "content": _content(turn)} for turn in turns]
+    return [{"role": turn.role, "content": _content(turn, pad)} for turn in turns]
 
 
-def _content(turn: Turn) -> str | list[dict[str, Any]]:
-    shown = [{"type": "image_url", "image_url": {"url": image_of(picture)}} for picture in turn.pictures]
+def _content(turn: Turn, pad: bool) -> str | list[dict[str, Any]]:
+    shown = [{"type": "image_url", "image_url": {"url": image_of(picture, pad)}} for picture in turn.pictures]
     if not shown:
         return turn.text
     if not turn.further:

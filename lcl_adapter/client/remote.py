@@ -17,12 +17,16 @@ from lcl_adapter.predict import Reply, Request
 
 @dataclass
 class RemotePredictor:
-    """workers: requests under way at a time. Label scores are what :mod:`lcl_adapter.client.scores` makes of the tokens told."""
+    """workers: requests under way at a time. pad: pictures are made square before they are sent.
+
+    Label scores are what :mod:`lcl_adapter.client.scores` makes of the tokens told.
+    """
 
     endpoint: Endpoint
     model: str
     workers: int = 8
     max_new_tokens: int = 24
+    pad: bool = False
 
     def run(self, requests: Sequence[Request], done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
         """Replies in the order of the requests. Equal support sets are asked after each other, so that a server's prefix cache has them.
@@ -31,7 +35,7 @@ class RemotePredictor:
         """
         first: dict[tuple[Turn, ...], int] = {}
         order = sorted(range(len(requests)), key=lambda i: first.setdefault(requests[i][0], i))
-        told = lru_cache(maxsize=4 * self.workers)(lambda turns: to_messages(turns))
+        told = lru_cache(maxsize=4 * self.workers)(lambda turns: to_messages(turns, self.pad))
         replies: dict[int, Reply] = {}
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._one, requests[i], told, new_tokens or self.max_new_tokens) for i in order]
@@ -47,5 +51,5 @@ class RemotePredictor:
 
     def _one(self, request: Request, told: Callable[[tuple[Turn, ...]], list[dict[str, Any]]], new_tokens: int) -> Reply:
         support, query, answers = request
-        spoken = self.endpoint.chat(self.model, [*told(support), *to_messages([query])], new_tokens, scored=bool(answers))
+        spoken = self.endpoint.chat(self.model, [*told(support), *to_messages([query], self.pad)], new_tokens, scored=bool(answers))
         return Reply(spoken.text, log_likelihoods(answers, spoken.text, spoken.tokens) if answers else ())

@@ -39,9 +39,10 @@ class Sides:
         return cls(without, predictor.run, predictor.vision, told)
 
     @classmethod
-    def behind(cls, endpoint: Endpoint, base: str, adapter: str, workers: int) -> Sides:
+    def behind(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> Sides:
         """Two models of a server, by their names there."""
-        return cls(RemotePredictor(endpoint, base, workers).run, RemotePredictor(endpoint, adapter, workers).run, None, [endpoint.url, base, adapter])
+        one, other = (RemotePredictor(endpoint, name, workers, pad=pad) for name in (base, adapter))
+        return cls(one.run, other.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])])
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Served:
     adapter: str | None = None
     base: str = "base"
     workers: int = 8
+    pad: bool = False
 
     @contextmanager
     def sides(self, run: Path) -> Iterator[Sides]:
@@ -62,4 +64,4 @@ class Served:
             if adapter is None:
                 others = [name for name in endpoint.models() if name != base]
                 adapter = run.name if run.name in others else others[0] if len(others) == 1 else None
-            yield Sides.behind(endpoint, base, endpoint.model(adapter), self.workers)
+            yield Sides.behind(endpoint, base, endpoint.model(adapter), self.workers, self.pad)

@@ -1,0 +1,128 @@
+"""An adapter for vLLM: names and fields are those that its loader reads, the template is the family's prompt, what it cannot take is refused.
+
+vLLM itself is no dependency; its rules are written down here from vllm/lora and vllm/model_executor/models/llava.py, 0.33.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from lcl_adapter.cli import main
+from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.errors import AdapterError, RunError
+from lcl_adapter.exchange import export_for_vllm
+from lcl_adapter.exchange.for_vllm import RANKS
+from lcl_adapter.layouts import open_checkpoint
+from lcl_adapter.model import family_of, load_encoder
+from lcl_adapter.sources import Picture
+from tests.test_merge import adapter_on
+
+MAPPED = {"model.language_model.": "language_model.model.", "model.multi_modal_projector.": "multi_modal_projector."}  # hf_to_vllm_mapper
+READ = {"r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights"}  # PEFTHelper
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter_on(tiny_folder("llava-1.5"), tmp_path_factory.mktemp("vllm") / "run", rslora=True, projector=False)
+
+
+def test_names_and_fields_are_those_that_vllm_reads(run_folder: Path, tmp_path: Path) -> None:
+    told = export_for_vllm(run_folder, tmp_path / "out", images=5)
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for key in weights:
+        bare = key.removeprefix("base_model.model.")
+        there = next(new + bare.removeprefix(old) for old, new in MAPPED.items() if bare.startswith(old))
+        assert re.fullmatch(r"language_model\.model\.layers\.[01]\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", there)
+    assert told["layers"] == len(weights) // 2 == 14
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / 4**0.5)  # rsLoRA's scaling, put into alpha
+    assert not config.get("use_rslora")
+    assert {key.split(".")[-3] for key in weights} == set(config["target_modules"])
+    stored = load_file(run_folder / "adapter_model.safetensors")
+    assert all(torch.equal(weights[key], stored[key]) for key in weights)
+
+
+@pytest.mark.parametrize("family", ["llava-1.5", "llava-next-mistral", "llava-next-llama-3", "pocket"])
+def test_the_template_is_the_familys_prompt(tiny_folder: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    """Rendered as vLLM renders it, with content in parts and nothing added in front."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from lcl_adapter.exchange.for_vllm import template_of
+
+    checkpoint, encoder = open_checkpoint(str(tiny_folder(family))), load_encoder(str(tiny_folder(family)))
+    wording, picture = WORDINGS["lcl"], Picture(Path("a.png"))
+    turns = [Turn("user", wording.query, picture), Turn("assistant", "good"), Turn("user", "And this?", picture)]
+    said = [{"role": t.role, "content": [*([{"type": "image"}] if t.picture else []), {"type": "text", "text": t.text}]} for t in turns]
+    template = template_of(checkpoint, encoder)
+    (text,), _ = render_jinja_template(conversations=[said], chat_template=template, add_generation_prompt=True)
+    image = checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id)
+    wanted = family_of(checkpoint).render(turns, opened=True).text.replace("<image>", image)
+    begins = checkpoint.tokenizer.bos_token if encoder.turns(turns)[0][0] == checkpoint.tokenizer.bos_token_id else ""
+    assert text == (begins or "") + wanted
+    assert text.count(image) == 2
+
+
+def test_the_script_gives_the_flags_and_what_comes_behind(run_folder: Path, tmp_path: Path) -> None:
+    export_for_vllm(run_folder, tmp_path / "out put", name="parts", images=9)
+    fake = tmp_path / "bin" / "vllm"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nfor one in "$@"; do printf "%s\\n" "$one"; done\n')
+    fake.chmod(0o755)
+    script = tmp_path / "out put" / "serve.sh"
+    ran = subprocess.run(
+        [script, "/models/base", tmp_path / "out put", "--port", "9"], capture_output=True, text=True, env={"PATH": f"{fake.parent}:/usr/bin:/bin"}
+    )
+    given = ran.stdout.splitlines()
+    assert given[:4] == ["serve", "/models/base", "--served-model-name", "base"]
+    assert given[-2:] == ["--port", "9"]
+    assert int(given[given.index("--max-lora-rank") + 1]) == 8 in RANKS
+    assert given[given.index("--lora-modules") + 1] == f"parts={tmp_path / 'out put'}"
+    assert json.loads(given[given.index("--limit-mm-per-prompt") + 1]) == {"image": 9}
+    assert Path(given[given.index("--chat-template") + 1]).exists()
+    alone = subprocess.run([script, "/models/base"], capture_output=True, text=True, env={"PATH": f"{fake.parent}:/usr/bin:/bin"})
+    assert f"parts={tmp_path / 'out put'}" in alone.stdout.splitlines()
+    assert shlex.split(script.read_text().splitlines()[1].lstrip("# "))  # a comment that a shell could read
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "told"),
+    [
+        ("llava-1.5", {"projector": True}, "trained projector"),
+        ("llava-1.5", {"dora": True, "projector": False}, "DoRA"),
+        ("llava-onevision", {"projector": False}, "llava and llava_next"),
+        ("llava-next-vicuna", {"projector": False}, "without tiles"),
+    ],
+)
+def test_what_vllm_does_not_take_is_refused(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, options: dict[str, bool], told: str
+) -> None:
+    run = adapter_on(tiny_folder(family), tmp_path / "run", **options)
+    with pytest.raises(AdapterError, match=told):
+        export_for_vllm(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="exists already"):
+        export_for_vllm(run_folder, tmp_path / "out")
+
+
+def test_the_command(run_folder: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(main, ["export", str(run_folder), "--for", "vllm", "-o", str(tmp_path / "out"), "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["max_lora_rank"] == 8
+    assert (tmp_path / "out" / "README.md").read_text().count("--wording") == 1
+    both = CliRunner().invoke(main, ["export", str(run_folder), "--for", "vllm", "--to", "original", "-o", str(tmp_path / "b")])
+    assert both.exit_code == 2
