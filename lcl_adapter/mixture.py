@@ -136,7 +136,7 @@ class Mixture:
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
         if options.at_end == "end" and not attempt:
             last = min(last, len(pool))  # what is left for the last row
-        return tuple(pool.dialogues[self._shuffled(slot.source, len(pool), n)] for n in range(first, last))
+        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n)] for n in range(first, last))
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""
@@ -184,14 +184,21 @@ class Mixture:
         names = [n for n in self.options for _ in range(counts.get(n, 0))]
         return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(BLOCK))
 
-    def _shuffled(self, source: str, size: int, ordinal: int) -> int:
-        epoch, place = divmod(ordinal, size)
-        return int(_order(self.seed, list(self.options).index(source), epoch, size)[place])
+    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
+        epoch, place = divmod(ordinal, len(pool))
+        return int(_order(self.seed, list(self.options).index(source), epoch, len(pool), pool.chunks, pool.mixed)[place])
 
 
 @lru_cache(maxsize=16)
-def _order(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, source, epoch, 11]).permutation(size)
+def _order(seed: int, source: int, epoch: int, size: int, chunks: tuple[int, ...] = (), mixed: int = 1) -> np.ndarray:
+    """Of all; of those in shards, ``mixed`` shards at a time: the shards in an order of their own, what is in those at hand mixed."""
+    rng = np.random.default_rng([seed, source, epoch, 11])
+    if not chunks:
+        return rng.permutation(size)
+    ends = np.cumsum(chunks)
+    shards = rng.permutation(len(chunks))
+    groups = (shards[start : start + mixed] for start in range(0, len(chunks), mixed))
+    return np.concatenate([rng.permutation(np.concatenate([np.arange(ends[s] - chunks[s], ends[s]) for s in group])) for group in groups])
 
 
 def _limit(options: SourceOptions, pool: Pool) -> int | None:

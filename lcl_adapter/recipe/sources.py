@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.recipe.options import IntList, Options, Share, Weight, as_list
 
 PolicyName = Literal["2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "jigsaw", "n-way", "product", "locate"]
@@ -209,8 +210,34 @@ class HfQuestions(Reader):
     limit: int | None = Field(None, ge=1)
 
 
+class Shards(Reader):
+    """WebDataset shards of questions, in a folder or anywhere that fsspec reads (s3://, https://, …); more than a disk holds."""
+
+    type: Literal["shards"]
+    path: Path | None = Field(None, description="a folder of *.tar")
+    urls: str = Field("", description="or where they are: https://host/llava-{000000..000663}.tar")
+    index: Path | None = Field(None, description="how many samples each has, as WebDataset's `widsindex create` writes it; needed with `urls`")
+    cache: Path = Field(Path("shards-cache"), description="with `urls`: the folder they are fetched into")
+    keep: str = Field("20GB", description="with `urls`: how much of them lies there at a time")
+    mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass where `keep` holds so many")
+    on_fault: Literal["refuse", "skip"] = Field("skip", description="a bad sample is known when it is read: leave it out and count it, or stop")
+    limit: int | None = Field(None, ge=1)
+
+    @field_validator("keep")
+    @classmethod
+    def _amount(cls, keep: str) -> str:
+        memory_bytes(keep)
+        return keep
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (not self.urls):
+            raise ValueError("give `path`, a folder of shards, or `urls`, where they are")
+        return self
+
+
 ClassReader = PocketClasses | ClassFolders | Manifest | ImageNetLcl | Isekai | ShikraBoxes | HfClasses
-QuestionReader = LlavaJson | LlavaQuestions | VqaV2 | Pope | Shikra | HfQuestions
+QuestionReader = LlavaJson | LlavaQuestions | VqaV2 | Pope | Shikra | HfQuestions | Shards
 PartReader = Mvtec | Visa
 
 
@@ -369,6 +396,10 @@ class HfQuestionsSource(HfQuestions, QuestionOptions):
     """``type: hf-questions`` under ``sources``."""
 
 
+class ShardsSource(Shards, QuestionOptions):
+    """``type: shards`` under ``sources``."""
+
+
 SourceOptions = (
     PocketSource
     | ClassFolderSource
@@ -385,6 +416,7 @@ SourceOptions = (
     | PopeSource
     | ShikraSource
     | HfQuestionsSource
+    | ShardsSource
 )
 AnyReader = ClassReader | PartReader | QuestionReader
 TaggedSource = Annotated[SourceOptions, Field(discriminator="type")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_never, overload
 
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.recipe import packaged
 from lcl_adapter.recipe.sources import (
     AnyReader,
@@ -25,6 +26,7 @@ from lcl_adapter.recipe.sources import (
     PocketClasses,
     Pope,
     QuestionReader,
+    Shards,
     Shikra,
     ShikraBoxes,
     Visa,
@@ -53,6 +55,7 @@ from lcl_adapter.sources.isekai import read_isekai, read_isekai_questions
 from lcl_adapter.sources.llava_json import read_llava_json
 from lcl_adapter.sources.manifest import read_manifest
 from lcl_adapter.sources.pocket import read_pocket
+from lcl_adapter.sources.shards import read_shards
 from lcl_adapter.sources.shikra import read_shikra, read_shikra_classes
 from lcl_adapter.sources.vqa import read_llava_questions, read_pope, read_vqav2
 
@@ -127,5 +130,8 @@ def open_reader(name: str, reader: AnyReader, min_pictures: int = 1) -> Pool:
         case HfQuestions():
             columns = {str(k): v for k, v in reader.columns.items()}
             return read_hf_questions(reader.path, columns, name, fault, reader.limit)
+        case Shards():
+            keep = memory_bytes(reader.keep)
+            return read_shards(reader.path, reader.urls, reader.index, reader.cache, keep, reader.mixed, name, reader.limit)
         case _:
             assert_never(reader)

@@ -265,13 +265,18 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class QuestionPool:
-    """Plain questions, one dialogue a record. ``dialogues`` may read its file anew for each; ``fingerprint`` is of its contents."""
+    """Plain questions, one dialogue a record. ``dialogues`` may read its file anew for each; ``fingerprint`` is of its contents.
+
+    chunks: dialogues of each shard, where they lie in shards that should be gone through one after the other, ``mixed`` at a time.
+    """
 
     name: str
     dialogues: Sequence[Dialogue]
     skipped: dict[str, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
     fingerprint: str = ""
+    chunks: tuple[int, ...] = ()
+    mixed: int = 1
 
     def __len__(self) -> int:
         return len(self.dialogues)

@@ -6,6 +6,7 @@ turn has several, each stays where it stands in the text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,15 @@ def picture(images: Path, archive: bool, name: str) -> Picture:
 def _dialogue(record: Any, number: int, records: Records, images: Path, archive: bool) -> Dialogue:
     listed = record.get("image") or []
     pictures = [picture(images, archive, p) for p in ([listed] if isinstance(listed, str) else list(listed))]
-    turns = record["conversations"]
+    return Dialogue(exchanges_of(record["conversations"], pictures), named_once(records, number, record))
+
+
+def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...]:
+    """LLaVA's ``conversations`` with their images. Raises ValueError, KeyError, TypeError for what is none."""
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError(f"{len(turns)} turns; pairs of human and gpt are expected")
-    exchanges, used = [], 0
+    exchanges: list[Exchange] = []
+    used = 0
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if human["from"] != "human" or gpt["from"] != "gpt":
             raise ValueError(f"turns must alternate human, gpt; here {human['from']!r}, {gpt['from']!r}")
@@ -59,7 +65,7 @@ def _dialogue(record: Any, number: int, records: Records, images: Path, archive:
         exchanges.append(Exchange(text.strip(), gpt["value"].strip(), shown[0] if shown else None, tuple(shown[1:])))
     if used < len(pictures):
         raise ValueError(f"{len(pictures)} images, {used} <image>")
-    return Dialogue(tuple(exchanges), named_once(records, number, record))
+    return tuple(exchanges)
 
 
 def named_once(records: Records, number: int, record: Any) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -214,12 +214,21 @@ class Dialogues(Sequence[Dialogue]):
         return (self[i] for i in range(len(self)))
 
 
+@runtime_checkable
+class ByPlace(Protocol):
+    """Dialogues that are read one at a time: which are long is known without reading all."""
+
+    def longest(self, count: int) -> list[int]: ...
+
+    def __getitem__(self, index: int) -> Dialogue: ...
+
+
 def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
     """Those that could be too long: the ones with most text (bytes of their records, where they are read by place)."""
+    if isinstance(pool.dialogues, ByPlace):
+        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
     if len(pool) <= count:
         return list(pool.dialogues)
-    if isinstance(pool.dialogues, Dialogues):
-        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
     return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
 
 

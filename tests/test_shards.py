@@ -1,0 +1,269 @@
+"""WebDataset shards: every sample once a pass, a few shards at a time, no more on disk than is kept; broken ones are told of."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lcl_adapter import trainer
+from lcl_adapter.adapter import read_manifest
+from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.mixture import Mixture, _order
+from lcl_adapter.recipe import Recipe, load
+from lcl_adapter.sources import read_image
+from lcl_adapter.sources.shards import Cache, expanded, members_of, read_shards
+from tests.test_trainer import losses, small
+
+SAMPLES = 6
+
+
+def png(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20), (colour % 256, 90, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(first: int, count: int = SAMPLES, broken: int | None = None) -> bytes:
+    """Samples ``first``…: every third a LLaVA record with two pictures, the others a question each."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+        for number in range(first, first + count):
+            key = f"part/{number:05d}"
+            if number == broken:
+                add(f"{key}.json", b"{not json")
+            elif number % 3 == 0:
+                turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": f"answer {number}"}]
+                add(f"{key}.a.png", png(number))
+                add(f"{key}.b.png", png(number + 1))
+                add(f"{key}.json", json.dumps({"id": number, "conversations": turns}).encode())
+            else:
+                add(f"{key}.png", png(number))
+                add(f"{key}.json", json.dumps({"question": "What is this?", "answer": f"answer {number}"}).encode())
+    return buffer.getvalue()
+
+
+def answers(pool: Any) -> list[str]:
+    return [dialogue.exchanges[0].answer for dialogue in pool.dialogues]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "shards"
+    root.mkdir()
+    for number in range(5):
+        (root / f"set-{number:03d}.tar").write_bytes(shard(number * SAMPLES))
+    return root
+
+
+@pytest.fixture
+def elsewhere(folder: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The same shards where only fsspec reads them, and their index."""
+    memory = fsspec.filesystem("memory")
+    listed = []
+    for file in sorted(folder.glob("*.tar")):
+        memory.pipe(f"/bucket/{file.name}", file.read_bytes())
+        listed.append({"url": file.name, "nsamples": SAMPLES, "filesize": file.stat().st_size})
+    index = tmp_path / "shards.json"
+    index.write_text(json.dumps({"wids_version": 1, "shardlist": listed}))
+    yield "memory://bucket/set-{000..004}.tar", index
+    memory.rm("/bucket", recursive=True)
+
+
+def test_every_sample_is_read_by_its_number(folder: Path) -> None:
+    pool = read_shards(folder, "", None, Path("none"), 1, 4)
+    assert answers(pool) == [f"answer {n}" for n in range(5 * SAMPLES)]
+    two, one = pool.dialogues[0], pool.dialogues[7]
+    assert [p.member for p in two.pictures] == ["part/00000.a.png", "part/00000.b.png"]
+    assert two.exchanges[0].question == "Is <image> like <image>?"
+    assert np.asarray(read_image(one.pictures[0]))[0, 0].tolist() == [7, 90, 30]
+    assert one.origin.endswith("set-001.tar: sample 'part/00007'")
+    assert answers(read_shards(folder, "", None, Path("none"), 1, 4, limit=7)) == [f"answer {n}" for n in range(2 * SAMPLES)]
+
+
+def test_elsewhere_is_the_same_with_a_bounded_part_on_disk(folder: Path, elsewhere: tuple[str, Path], tmp_path: Path) -> None:
+    urls, index = elsewhere
+    here = read_shards(folder, "", None, Path("none"), 1, 2)
+    size = max(file.stat().st_size for file in folder.glob("*.tar"))
+    cache = tmp_path / "cache"
+    there = read_shards(None, urls, index, cache, 2 * size, 2)
+    assert there.fingerprint == here.fingerprint  # wherever they lie
+    for order in (range(30), reversed(range(30)), [3, 29, 3, 15]):
+        for number in order:
+            assert there.dialogues[number].exchanges == here.dialogues[number].exchanges or there.dialogues[number].pictures
+            assert there.dialogues[number].exchanges[0].answer == f"answer {number}"
+            kept = list(cache.glob("*.tar"))
+            assert sum(file.stat().st_size for file in kept) <= 2 * size
+    assert not list(cache.glob("*.part"))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 3))
+def test_a_pass_has_every_sample_once_and_few_shards_at_a_time(counts: list[int], mixed: int, epoch: int) -> None:
+    order = _order(5, 0, epoch, sum(counts), tuple(counts), mixed)
+    assert sorted(order.tolist()) == list(range(sum(counts)))
+    owner = np.repeat(np.arange(len(counts)), counts)[order]
+    seen: list[int] = []
+    for one in owner.tolist():
+        if one not in seen:
+            seen.append(one)
+    for start in range(0, len(counts), mixed):  # a group is done before the next begins
+        group = set(seen[start : start + mixed])
+        places = [i for i, one in enumerate(owner.tolist()) if one in group]
+        assert places == list(range(places[0], places[0] + len(places)))
+
+
+def test_each_shard_is_fetched_once_a_pass(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = elsewhere
+    fetched: list[str] = []
+    real = fsspec.open
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or real(url, mode))
+    pool = read_shards(None, urls, index, tmp_path / "cache", 2 * 10240 + 20480, 2)
+    for number in _order(1, 0, 0, len(pool), pool.chunks, pool.mixed):
+        pool.dialogues[int(number)]
+    assert sorted(fetched) == expanded(urls)
+
+
+def fetch_all(folder: Path, urls: list[str]) -> None:
+    cache = Cache(folder, 10**9)
+    for url in urls:
+        members_of(cache.fetch(url), url)
+
+
+def test_processes_share_one_copy(folder: Path, tmp_path: Path) -> None:
+    """Each sees whole shards, whoever fetched them."""
+    urls = [f"file://{file}" for file in sorted(folder.glob("*.tar"))]
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=fetch_all, args=(tmp_path / "cache", urls)) for _ in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(30)
+    assert [process.exitcode for process in started] == [0] * 4
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 5
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def recipe_of(base: Path, output: Path, **source: Any) -> Recipe:
+    made = small(base, output, max_steps=6).model_dump(mode="json", exclude_none=True)
+    made["sources"]["vqa"] = {"type": "shards", "share": 0.5, "mixed": 2, **source}
+    return Recipe.model_validate(made)
+
+
+def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, elsewhere: tuple[str, Path], tmp_path: Path) -> None:
+    """Without its cache, which another machine would not have."""
+    urls, index = elsewhere
+    source = {"urls": urls, "index": str(index), "cache": str(tmp_path / "cache"), "keep": "1MB"}
+    whole = recipe_of(pocket_tiny, tmp_path / "whole", **source)
+    trainer.train(whole)
+    half = recipe_of(pocket_tiny, tmp_path / "half", **source)
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_: Any) -> Any:
+        class Callback(trainer.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 3:
+                    raise StopError
+
+        return Callback()
+
+    with pytest.raises(StopError):
+        trainer.train(half, watching=stop)
+    for file in (tmp_path / "cache").glob("*"):
+        file.unlink()
+    trainer.train(half, resume=True)
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert read_manifest(tmp_path / "half")["tokens"] == read_manifest(tmp_path / "whole")["tokens"]
+
+
+def test_a_bad_sample_is_left_out_and_counted(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "set-001.tar").write_bytes(shard(SAMPLES, broken=SAMPLES + 1))
+    made = recipe_of(pocket_tiny, tmp_path / "run", path=str(folder), cap=40)
+    found = trainer.train(made)
+    told = found["bad_pictures"]
+    assert not told or any("00007" in fault for fault in told)
+    pool = read_shards(folder, "", None, Path("none"), 1, 4)
+    with pytest.raises(DataError, match=r"set-001.tar: sample 'part/00007': .*are expected"):
+        pool.dialogues[7]
+
+
+def cut(folder: Path) -> None:
+    file = folder / "set-002.tar"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (cut, "set-002.tar"),
+        (lambda f: (f / "set-000.tar").write_bytes(b"<html>no tar</html>" * 100), "set-000.tar: not a tar"),
+        (lambda f: [file.unlink() for file in f.glob("*.tar")], "no [*].tar in it"),
+        (lambda f: [file.write_bytes(shard(0, 0)) for file in f.glob("*.tar")], "no sample in any shard"),
+    ],
+)
+def test_broken_shards_are_named(folder: Path, spoil: Any, told: str) -> None:
+    spoil(folder)
+    with pytest.raises(DataError, match=told):
+        answers(read_shards(folder, "", None, Path("none"), 1, 4))
+
+
+def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = elsewhere
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match="widsindex create"):
+        read_shards(None, urls, None, cache, 1, 4)
+    with pytest.raises(DataError, match=r"says nothing of set-005.tar"):
+        read_shards(None, urls.replace("004", "005"), index, cache, 1, 4)
+    told = json.loads(index.read_text())
+    told["shardlist"][1]["nsamples"] = 7
+    index.write_text(json.dumps(told))
+    with pytest.raises(DataError, match=r"has 6 samples, its index says 7"):
+        answers(read_shards(None, urls, index, cache, 10**9, 4))
+    fsspec.filesystem("memory").rm("/bucket/set-000.tar")
+    with pytest.raises(DataError, match=r"set-000.tar: no such shard"):
+        read_shards(None, urls, index, tmp_path / "other", 10**9, 4).dialogues[0]
+    with pytest.raises(DataError, match=r"cannot be (read without another package|fetched)"):
+        Cache(cache, 1).fetch("nowhere://bucket/x.tar")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fsspec, "open", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        Cache(tmp_path / "full", 1).fetch("memory://bucket/set-001.tar")
+
+
+def test_a_recipe_says_where_shards_are(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"base: {pocket_tiny}\noutput: {tmp_path / 'run'}\nsources:\n  a: {{type: shards}}\n  b: {{type: shards, path: {folder}, keep: much}}\n"
+    )
+    with pytest.raises(RecipeError) as told:
+        load(file)
+    assert "give `path`" in str(told.value)
+    assert "no amount of memory" in str(told.value)
+
+
+def test_the_mixture_draws_from_them(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
+    mixture = Mixture(recipe_of(pocket_tiny, tmp_path, path=str(folder)))
+    drawn = [mixture.draw(i) for i in range(30) if mixture.slot(i).source == "vqa"]
+    assert len({dialogue.origin for row in drawn for dialogue in row}) == len(drawn)  # type: ignore[union-attr]
+    assert mixture.draw(4) == Mixture(recipe_of(pocket_tiny, tmp_path, path=str(folder))).draw(4)
