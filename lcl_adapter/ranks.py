@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lcl_adapter.errors import RecipeError
+from lcl_adapter.errors import RecipeError, RunError
+
+SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # what `accelerate launch` tells by
 
 
 def world() -> int:
@@ -28,7 +30,16 @@ def is_first() -> bool:
 
 
 def join() -> None:
-    """Meet the others, and take this process's own device. Does nothing where there is one process."""
+    """Meet the others, and take this process's own device. Does nothing where there is one process.
+
+    Raises RunError for a launcher that would shard the weights.
+    """
+    sharded = [name for name, key in SHARDING.items() if os.environ.get(key, "false").lower() == "true"]
+    if sharded:
+        raise RunError(
+            f"{sharded[0]}: sharded weights are not trained here, for frozen features are computed outside the model's forward. Use data parallel "
+            "(launch/ddp.yaml), with a base in 4 bits where memory is short."
+        )
     if world() > 1:
         from accelerate import PartialState
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +24,13 @@ from torch.utils.data import BatchSampler
 from lcl_adapter import ranks, trainer
 from lcl_adapter.adapter import read_manifest
 from lcl_adapter.batches import BucketedOrder, Collator
-from lcl_adapter.errors import RecipeError
+from lcl_adapter.errors import RecipeError, RunError
 from lcl_adapter.mixture import Mixture
 from lcl_adapter.model import load_encoder
 from lcl_adapter.recipe import Recipe, save
 from tests.test_trainer import losses, small
+
+ROOT = Path(__file__).parent.parent
 
 
 @given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
@@ -39,6 +43,19 @@ def test_a_step_is_shared_evenly_or_refused(batch: int, accumulate: int, process
         assert size <= batch
         assert size * times * processes == batch * accumulate
     assert ranks.share(batch, accumulate, 1) == (batch, accumulate)
+
+
+@pytest.mark.parametrize("key", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_shards_weights_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv(key, "true")
+    with pytest.raises(RunError, match=r"launch/ddp\.yaml"):
+        ranks.join()
+
+
+def test_the_launch_files_are_read_by_accelerate_and_bash() -> None:
+    config = load_config_from_file(str(ROOT / "launch" / "ddp.yaml"))
+    assert str(config.distributed_type.value) == "MULTI_GPU"
+    assert subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sh"], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("bucket", [1, 4])
