@@ -82,6 +82,7 @@ class LclTrainer(SFTTrainer):
             train_dataset=Dataset.from_dict({"index": range(total)}),
             processing_class=base.tokenizer,
         )
+        base.llava.register_forward_pre_hook(self._see, with_kwargs=True)
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base; a CPU is slow in it, Adam imprecise
                 parameter.data = parameter.data.float()
@@ -94,7 +95,7 @@ class LclTrainer(SFTTrainer):
         self.tally.count(inputs.pop("told", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
-        outputs = model(**inputs, mm_encoder_outputs=self.vision.projected(pictures, self._noise()), logits_to_keep=keep, use_cache=False)
+        outputs = model(**inputs, pictures=pictures, logits_to_keep=keep, use_cache=False)
         logits = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
         total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
@@ -102,6 +103,12 @@ class LclTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _see(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pictures become features inside the model's forward, where sharded weights are whole."""
+        if "pictures" in given:
+            given = {**given, "mm_encoder_outputs": self.vision.projected(given.pop("pictures"), self._noise())}
+        return args, given
 
     def _noise(self) -> float:
         return self.recipe.train.feature_noise if self.model.training else 0.0
