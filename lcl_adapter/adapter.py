@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.families import Family
@@ -31,14 +33,14 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "lcl-adapter")
 
 
-def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write the adapter's files into ``folder``, whole or not at all; ``facts`` go into the manifest.
 
-    Raises RunError where the disk is full.
+    state: :func:`whole_state` of a model whose weights are shared out among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
     with scratch_folder(folder / "adapter") as partial:
-        save_plain(base.model, partial)
+        save_plain(base.model, partial, state)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
@@ -72,10 +74,20 @@ def keep_start(model: PeftModel, folder: Path) -> None:
     model.started_from = folder
 
 
-def save_plain(model: PeftModel, folder: Path) -> None:
+def whole_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The trained weights put together from all processes, each of which has to ask; None where every process has them whole."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not any(isinstance(parameter, DTensor) for parameter in trained.values()):
+        return None
+    return {name: p.full_tensor().detach().cpu() if isinstance(p, DTensor) else p.detach().cpu() for name, p in trained.items()}
+
+
+def save_plain(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """PEFT's files. PiSSA's changed base is subtracted, so that what is saved belongs to the base as it was (PEFT, `init_lora_weights`)."""
     started = getattr(model, "started_from", None)
-    more = {} if started is None else {"path_initial_model_for_weight_conversion": str(started)}
+    more: dict[str, Any] = {} if started is None else {"path_initial_model_for_weight_conversion": str(started)}
+    if state is not None:
+        more["state_dict"] = dict(state)
     model.save_pretrained(folder, safe_serialization=True, **more)
 
 

@@ -13,8 +13,6 @@ from torch import distributed
 
 from lcl_adapter.errors import RecipeError, RunError
 
-SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}  # what `accelerate launch` tells by
-
 
 def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -32,18 +30,25 @@ def is_first() -> bool:
 def join() -> None:
     """Meet the others, and take this process's own device. Does nothing where there is one process.
 
-    Raises RunError for a launcher that would shard the weights.
+    Raises RunError for DeepSpeed, whose sharded weights are not trained here.
     """
-    sharded = [name for name, key in SHARDING.items() if os.environ.get(key, "false").lower() == "true"]
-    if sharded:
+    if _says_yes("ACCELERATE_USE_DEEPSPEED"):
         raise RunError(
-            f"{sharded[0]}: sharded weights are not trained here, for frozen features are computed outside the model's forward. Use data parallel "
-            "(launch/ddp.yaml), with a base in 4 bits where memory is short."
+            "DeepSpeed: not supported. Use data parallel (launch/ddp.yaml), or FSDP2 for a 16-bit base that no GPU holds (launch/fsdp2.yaml)."
         )
     if world() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+
+
+def sharded() -> bool:
+    """Whether the launcher shares the weights out among processes (FSDP)."""
+    return _says_yes("ACCELERATE_USE_FSDP")
+
+
+def _says_yes(key: str) -> bool:
+    return os.environ.get(key, "false").lower() == "true"
 
 
 def leave() -> None:

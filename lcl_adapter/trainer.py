@@ -279,6 +279,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
     output, options = recipe.output, recipe.train
+    _check_sharding(recipe)
     ranks.join()
     console.quiet = not ranks.is_first()
     _together(lambda: adapter.claim_run_folder(output, resume))
@@ -318,11 +319,11 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         return facts_of(mixture, trainer.tally.so_far(vision), parts, longest)
 
     def save_now(folder: Path, more: Mapping[str, Any]) -> None:
-        facts = facts_now()
+        facts, state = facts_now(), adapter.whole_state(base.model)
         if ranks.is_first():
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, folder / "recipe.yaml")
-            adapter.save_adapter(base, folder, recipe.base, {**facts, **more})
+            adapter.save_adapter(base, folder, recipe.base, {**facts, **more}, state)
         ranks.wait()
 
     if watching is not None:
@@ -340,11 +341,21 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     for name, (rows, tokens, learned) in done["sources"].items():
         console.print(f"{name:>15}: {rows:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
-    facts = facts_now()
+    facts, state = facts_now(), adapter.whole_state(base.model)
     if ranks.is_first():
-        adapter.save_adapter(base, output, recipe.base, facts)
+        adapter.save_adapter(base, output, recipe.base, facts, state)
     ranks.wait()
     return facts
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    """Raises RunError for what cannot be done with weights that are shared out among processes."""
+    if not ranks.sharded():
+        return
+    if recipe.precision in {"nf4", "int8"}:
+        raise RunError(f"precision: {recipe.precision} weights cannot be shared out; use data parallel (launch/ddp.yaml), each GPU holds them whole.")
+    if recipe.evaluate.every or recipe.evaluate.watched:
+        raise RunError("evaluate.every: nothing is measured during a run with shared-out weights; leave it out, it is measured at the end.")
 
 
 def _together(work: Callable[[], Any]) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
@@ -21,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lcl_adapter import ranks, trainer
+from lcl_adapter import adapter, ranks, trainer
 from lcl_adapter.adapter import read_manifest
 from lcl_adapter.batches import BucketedOrder, Collator
 from lcl_adapter.errors import RecipeError, RunError
@@ -45,16 +48,24 @@ def test_a_step_is_shared_evenly_or_refused(batch: int, accumulate: int, process
     assert ranks.share(batch, accumulate, 1) == (batch, accumulate)
 
 
-@pytest.mark.parametrize("key", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_launcher_that_shards_weights_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setenv(key, "true")
-    with pytest.raises(RunError, match=r"launch/ddp\.yaml"):
+def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, pocket_tiny: Path, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RunError, match=r"launch/fsdp2\.yaml"):
         ranks.join()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    told = without_chance(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+    with pytest.raises(RunError, match="nf4 weights cannot be shared out"):
+        trainer.train(Recipe.model_validate({**told, "precision": "nf4"}))
+    watched = {"every": 2, "suites": {"a": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}}}}
+    with pytest.raises(RunError, match="measured at the end"):
+        trainer.train(Recipe.model_validate({**told, "evaluate": watched}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_launch_files_are_read_by_accelerate_and_bash() -> None:
-    config = load_config_from_file(str(ROOT / "launch" / "ddp.yaml"))
-    assert str(config.distributed_type.value) == "MULTI_GPU"
+    kinds = {name: load_config_from_file(str(ROOT / "launch" / f"{name}.yaml")) for name in ("ddp", "fsdp2")}
+    assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert {f"FSDP_{key.removeprefix('fsdp_').upper()}" for key in kinds["fsdp2"].fsdp_config} >= set(FSDP2) - {"FSDP_TRANSFORMER_CLS_TO_WRAP"}
     assert subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sh"], capture_output=True).returncode == 0
 
 
@@ -73,12 +84,38 @@ def test_the_union_over_ranks_is_the_single_process_schedule(pocket_tiny: Path, 
         assert steps == wanted, processes
 
 
-def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...]) -> None:
+FSDP2 = {  # what `accelerate launch` makes of launch/fsdp2.yaml
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def shard_on_cpus() -> None:
+    """accelerate shares weights out among GPUs alone; FSDP2 itself does so on CPUs too, with gloo."""
+    os.environ |= {**FSDP2, "ACCELERATE_USE_FSDP": "true"}
+    begin = PartialState.__init__
+
+    def begun(self: PartialState, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begun  # type: ignore[method-assign]
+
+
+def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: bool) -> None:
     """What a launcher's process does; it prints as the first rank alone may."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     from lcl_adapter import run
 
+    if shard:
+        shard_on_cpus()
+        whole = adapter.whole_state
+        adapter.whole_state = lambda model: whole(model) or os._exit(7)  # type: ignore[func-returns-value]  # nothing was shared out
     try:
         run.train(str(recipe), overrides)
     except Exception as error:
@@ -86,14 +123,14 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...]) -> None
         os._exit(1)
 
 
-def launched(recipe: Path, *overrides: str) -> list[Any]:
+def launched(recipe: Path, *overrides: str, shard: bool = False) -> list[Any]:
     """As torchrun starts them; forked from a server that has imported everything, for that is most of the time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lcl_adapter.run", "trl", "tests.test_ranks"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=work, args=(rank, port, recipe, overrides)) for rank in range(2)]
+    processes = [context.Process(target=work, args=(rank, port, recipe, overrides, shard)) for rank in range(2)]
     for process in processes:
         process.start()
     return processes
@@ -105,11 +142,33 @@ def without_chance(base: Path, output: Path) -> Recipe:
     return Recipe.model_validate(made)
 
 
-def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def one(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process makes of it."""
+    output = tmp_path_factory.mktemp("ranks") / "one"
+    trainer.train(without_chance(tiny_folder("pocket"), output))
+    return output
+
+
+def is_the_same(two: Path, one: Path) -> None:
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=2e-3, rtol=1e-2), name
+    manifests = [read_manifest(folder) for folder in (one, two)]
+    assert manifests[0]["tokens"] == manifests[1]["tokens"]
+    assert manifests[0]["images"]["shown"] == manifests[1]["images"]["shown"]
+
+
+def recipe_file(pocket_tiny: Path, tmp_path: Path) -> Path:
+    save(without_chance(pocket_tiny, tmp_path / "two"), tmp_path / "two.yaml")
+    return tmp_path / "two.yaml"
+
+
+def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: Path, one: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two processes, one of them killed after the first checkpoint, and gone on with: every loss and the adapter are one process's."""
-    trainer.train(without_chance(pocket_tiny, tmp_path / "one"))
-    file = tmp_path / "two.yaml"
-    save(without_chance(pocket_tiny, tmp_path / "two"), file)
+    file = recipe_file(pocket_tiny, tmp_path)
     first = launched(file)
     complete = tmp_path / "two" / "checkpoints" / "checkpoint-2" / trainer.COMPLETE
     until = time.monotonic() + 120
@@ -127,10 +186,22 @@ def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: 
         process.join(120)
     assert [process.exitcode for process in second] == [0, 0]
     assert capfd.readouterr().err.count("adapter saved in") == 1  # one process speaks
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    weights = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")}
-    for name, weight in weights["one"].items():
-        assert torch.allclose(weight, weights["two"][name], atol=2e-3, rtol=1e-2), name
-    manifests = [read_manifest(tmp_path / name) for name in ("one", "two")]
-    assert manifests[0]["tokens"] == manifests[1]["tokens"]
-    assert manifests[0]["images"]["shown"] == manifests[1]["images"]["shown"]
+    is_the_same(tmp_path / "two", one)
+
+
+def test_weights_that_are_shared_out_learn_the_same(pocket_tiny: Path, tmp_path: Path, one: Path) -> None:
+    """FSDP2: half of the run, and gone on with from its sharded checkpoint."""
+    file = recipe_file(pocket_tiny, tmp_path)
+    whole = launched(file, shard=True)
+    for process in whole:
+        process.join(120)
+    assert [process.exitcode for process in whole] == [0, 0]
+    is_the_same(tmp_path / "two", one)
+    for file_name in ("adapter_model.safetensors", "lcl_adapter.json"):
+        (tmp_path / "two" / file_name).unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-8")
+    again = launched(file, "resume=true", shard=True)
+    for process in again:
+        process.join(120)
+    assert [process.exitcode for process in again] == [0, 0]
+    is_the_same(tmp_path / "two", one)
