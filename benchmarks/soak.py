@@ -1,6 +1,7 @@
 """Five minutes of 32 clients with everything that goes wrong mixed in: what was answered wrongly, and whether memory comes back.
 
 python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
+python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed in the middle of it, so many times, on one store
 
 Each client draws what it does: most classify photos of a known set (compared with the offline engine), the others send a broken image, one
 that is too large, a wrong key, an unknown set, no JSON, write a set, chat, or go away before the answer.
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +135,72 @@ class Soak:
                     self.wrong.append(f"a probability differs by {gap:.3g}")
 
 
-def main(run: Path, seconds: float) -> None:
-    soak = Soak(run)
+def checked(store: Path, stored: dict[str, int]) -> tuple[bool, list[str]]:
+    """Whether SQLite finds its file sound, and which acknowledged sets it has not, or only older ones of."""
+    with closing(sqlite3.connect(store / "support.sqlite")) as opened:
+        sound = opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        there = {f"{n}/{name}": v for n, name, v in opened.execute("SELECT namespace, name, version FROM heads")}
+    return sound, [key for key, version in stored.items() if there.get(key, 0) < version]
+
+
+def command_of(soak: Soak, run: Path) -> tuple[list[str], Path]:
+    """The server's command, on a store of its own."""
     place = Path("build/soak").absolute()
     place.mkdir(parents=True, exist_ok=True)
     keys, store = place / "keys.txt", place / f"store-{time.time():.0f}"
     keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
     command = [str(BIN / "lcl-adapter"), "serve", "pocket", "--adapter", f"lcl={run.absolute()}", "--api-key-file", str(keys), "--store", str(store)]
-    with running([*command, "--memory", f"{soak.weights / 1e6 + ROOM:.0f}MB"], "/ready") as (client, process):
-        for name, key in KEYS.items():
-            for number, one in enumerate(soak.sets):
-                body = {"examples": one["examples"]}
-                client.put(f"/v1/support-sets/set-{number}", json=body, headers={"Authorization": f"Bearer {key}"}).raise_for_status()
-                soak.stored[f"{name}/set-{number}"] = 1
+    return [*command, "--memory", f"{soak.weights / 1e6 + ROOM:.0f}MB"], store
+
+
+def fill(soak: Soak, client: httpx2.Client) -> None:
+    for name, key in KEYS.items():
+        for number, one in enumerate(soak.sets):
+            body = {"examples": one["examples"]}
+            client.put(f"/v1/support-sets/set-{number}", json=body, headers={"Authorization": f"Bearer {key}"}).raise_for_status()
+            soak.stored[f"{name}/set-{number}"] = 1
+
+
+def killed(run: Path, times: int) -> None:
+    """32 clients, and SIGKILL in the middle; the next server on the same store has everything that was acknowledged."""
+    soak, rng = Soak(run), np.random.default_rng(7)
+    WEIGHTS["put"], WEIGHTS["classify"] = 0.34, 0.3  # mostly writing: that is what a kill may spoil
+    command, store = command_of(soak, run)
+    unsound, gone, starts = 0, 0, []
+    for turn in range(times):
+        began = time.monotonic()
+        with running(command, "/ready") as (client, process):
+            starts.append(time.monotonic() - began)
+            if turn == 0:
+                fill(soak, client)
+            up = float(rng.uniform(2, 5))
+            threads = [
+                threading.Thread(target=soak.client, args=(100 * turn + n, str(client.base_url), time.monotonic() + up)) for n in range(CLIENTS)
+            ]
+            for thread in threads:
+                thread.start()
+            time.sleep(up - float(rng.uniform(0.2, 1)))
+            process.kill()
+            for thread in threads:
+                thread.join()
+        sound, lost = checked(store, soak.stored)
+        unsound, gone = unsound + (not sound), gone + len(lost)
+    odd = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status and status not in EXPECTED[what]}
+    answered = Counter(what for (what, status), n in soak.statuses.items() for _ in range(n) if status)
+    rows = [("kills", str(times)), ("answers", ", ".join(f"{n} x {what}" for what, n in sorted(answered.items())))]
+    rows += [("cut off or refused a connection", str(sum(n for (_, status), n in soak.statuses.items() if not status)))]
+    rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
+    rows += [("answers of another kind than expected", str(odd or "none")), ("acknowledged sets", f"{len(soak.stored)}, {gone} lost")]
+    rows += [("SQLite's integrity check after each", "ok" if not unsound else f"BROKEN {unsound} times")]
+    finish("soak-kills", ("what", "seen"), rows, {"slowest start / fastest": max(starts) / min(starts)})
+    sys.exit(1 if soak.wrong or odd or gone or unsound else 0)
+
+
+def main(run: Path, seconds: float) -> None:
+    soak = Soak(run)
+    command, store = command_of(soak, run)
+    with running(command, "/ready") as (client, process):
+        fill(soak, client)
         levels: list[int] = []
         threads = [threading.Thread(target=soak.client, args=(n, str(client.base_url), time.monotonic() + seconds)) for n in range(CLIENTS)]
         for thread in threads:
@@ -158,10 +213,7 @@ def main(run: Path, seconds: float) -> None:
             thread.join()
         time.sleep(2)
         after = process.memory_info().rss
-    with sqlite3.connect(store / "support.sqlite") as opened:
-        sound = opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        there = {f"{n}/{name}": v for n, name, v in opened.execute("SELECT namespace, name, version FROM heads")}
-    lost = [key for key, version in soak.stored.items() if there.get(key, 0) < version]
+    sound, lost = checked(store, soak.stored)
     odd = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
     rows = [(what, ", ".join(f"{n} x {s or 'went away'}" for (w, s), n in sorted(soak.statuses.items()) if w == what)) for what in WEIGHTS]
     rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
@@ -174,4 +226,8 @@ def main(run: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"), float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
+    adapter = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    if "--kills" in sys.argv:
+        killed(adapter, int(sys.argv[sys.argv.index("--kills") + 1]))
+    else:
+        main(adapter, float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
