@@ -211,19 +211,34 @@ def test_a_set_is_read_once_and_again_after_it_was_evicted(client: TestClient, e
         return client.post("/v1/classify", json={"support_set": name, "images": [url(png(7))]}).json()["results"][0]["probabilities"]
 
     first = asked("one")
-    size = next(reversed(engine.kept.values())).bytes
+    size = list(engine.kept.values())[-1].bytes
     start = replace(engine.counters)
     assert [asked("one") for _ in range(3)] == [first] * 3
     assert (engine.counters.hits - start.hits, engine.counters.prefills - start.prefills) == (3, 0)
-    monkeypatch.setattr(engine, "memory", size)
+    monkeypatch.setattr(engine.kept, "budget", size)
     asked("two")
     assert engine.counters.evictions > start.evictions
     assert asked("one") == pytest.approx(first)
     assert engine.counters.rebuilds - start.rebuilds == 1
-    assert engine.bytes == sum(kept.bytes for kept in engine.kept.values()) <= size
-    monkeypatch.setattr(engine, "memory", size - 1)
+    assert engine.kept.bytes == sum(kept.bytes for kept in engine.kept.values()) <= size
+    monkeypatch.setattr(engine.kept, "budget", size - 1)
     assert asked("two")
-    assert engine.bytes == 0, "a set that is larger than all there is, is used and not kept"
+    assert engine.kept.bytes == 0, "a set that is larger than all there is, is used and not kept"
+
+
+def test_old_sets_make_room_before_a_new_one_is_read(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not beside them: memory would be over its bound for that long."""
+    for name, seed in (("here", 0), ("next", 50)):
+        put(client, name, examples=examples(seed=seed))
+    body = {"images": [url(png(7))]}
+    client.post("/v1/classify", json={"support_set": "here", **body})
+    monkeypatch.setattr(engine.kept, "budget", list(engine.kept.values())[-1].bytes)
+    beside: list[int] = []
+    read = engine._predictor.prefill
+    monkeypatch.setattr(engine._predictor, "prefill", lambda supports: beside.append(engine.kept.bytes) or read(supports))
+    client.post("/v1/classify", json={"support_set": "next", **body})
+    assert beside.pop(0) == 0
+    assert set(beside) <= {0}  # those of the calibration, and the set itself
 
 
 def test_a_new_version_is_what_is_asked(client: TestClient) -> None:
@@ -803,7 +818,7 @@ def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine
     engine.submit(alone)
     alone.future.result(30)
     engine.call(lambda _: None, 30)
-    length = next(reversed(engine.kept.values())).ready.cache.get_seq_length()
+    length = list(engine.kept.values())[-1].ready.cache.get_seq_length()
     stopped, beside = job(lambda token: heard[1].append(token.id) is None), job(lambda token: heard[2].append(token.id) is None)
     beside.sampling = alone.sampling
 
@@ -818,7 +833,7 @@ def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine
     assert heard[2] == heard[0]
     assert len(heard[1]) == 1
     engine.call(lambda _: None, 30)  # until it has tidied up
-    assert next(reversed(engine.kept.values())).ready.cache.get_seq_length() == length
+    assert list(engine.kept.values())[-1].ready.cache.get_seq_length() == length
 
 
 def test_what_a_kept_set_takes_is_what_is_counted(client: TestClient, engine: Engine) -> None:
@@ -826,7 +841,7 @@ def test_what_a_kept_set_takes_is_what_is_counted(client: TestClient, engine: En
     put(client)
     for count in (1, 12):
         client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(n)) for n in range(count)]})
-        kept = next(reversed(engine.kept.values()))
+        kept = list(engine.kept.values())[-1]
         held = sum(getattr(layer, name).untyped_storage().nbytes() for layer in kept.ready.cache.layers for name in ("keys", "values"))
         assert held == kept.bytes
 

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from lcl_adapter.probe import probe, probe_turns
 from lcl_adapter.recipe import load
 from lcl_adapter.serve.images import digest_of
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, Key, Work, alike
+from lcl_adapter.serve.kept import Counters, Kept, KeptSets, size_of
 from lcl_adapter.serve.speech import Chooser
 from lcl_adapter.sources import Picture
 from lcl_adapter.templates import Wording
@@ -41,34 +42,11 @@ WAVE = 8192  # tokens behind a set at a time: the mask grows with their square
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A prefilled set, and its pictures as the tower sees them: unit vectors [N, width], in the order of its turns."""
-
-    ready: Prefilled
-    vectors: torch.Tensor
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Scored:
     """similarities: cosines to the set's pictures, in the order of its turns."""
 
     reply: Reply
     similarities: tuple[float, ...]
-
-
-@dataclass
-class Counters:
-    """Since the start."""
-
-    hits: int = 0
-    prefills: int = 0
-    rebuilds: int = 0
-    evictions: int = 0
-    answered: int = 0
-    refused: int = 0
-    cancelled: int = 0
-    waves: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,16 +66,13 @@ class Engine:
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
         self.base = base
-        self.memory = memory
         self.limit = queue
         self.name = name
         own = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
         self.models: dict[str, Model] = {name: Model(name, own, identity=base.checkpoint.hash())}
         self.counters = Counters()
-        self.kept: OrderedDict[tuple[str, Key], Kept] = OrderedDict()
-        self.bytes = 0
+        self.kept = KeptSets(memory, self.counters)
         self._pack = pack
-        self._evicted: set[tuple[str, Key]] = set()
         self._waiting: deque[Job | Work] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -274,6 +249,8 @@ class Engine:
         return nullcontext()
 
     def prefill(self, turns: Sequence[Turn]) -> Prefilled:
+        if turns:
+            self.kept.make_room(len(self._predictor.encoder.turns(turns)[0]))
         return self._predictor.prefill([turns])
 
     def ask(self, ready: Prefilled, asked: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
@@ -288,42 +265,24 @@ class Engine:
 
     def _prefilled(self, job: Job) -> Kept:
         place = None if job.key is None else (job.model, job.key)
-        if place is not None and place in self.kept:
-            self.kept.move_to_end(place)
-            self.counters.hits += 1
-            return self.kept[place]
+        if place is not None and (known := self.kept.get(place)) is not None:
+            return known
         turns = job.support()
         ready = self.prefill(turns)
-        kept = Kept(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), _size(ready))
-        if place is None:
-            return kept
-        self.counters.prefills += 1
-        self.counters.rebuilds += place in self._evicted
-        self._evicted.discard(place)
-        while self.kept and self.bytes + kept.bytes > self.memory:
-            self._drop(next(iter(self.kept)))
-        if kept.bytes <= self.memory:
-            self.kept[place] = kept
-            self.bytes += kept.bytes
+        kept = Kept(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), size_of(ready))
+        if place is not None:
+            self.kept.put(place, kept)
         return kept
 
-    def _drop(self, place: tuple[str, Key]) -> None:
-        self.bytes -= self.kept.pop(place).bytes
-        self.counters.evictions += 1
-        if len(self._evicted) > 10_000:
-            self._evicted.clear()
-        self._evicted.add(place)
-
     def _forget(self, job: Job) -> None:
-        if job.key is not None and (kept := self.kept.pop((job.model, job.key), None)) is not None:
-            self.bytes -= kept.bytes
+        if job.key is not None:
+            self.kept.drop(lambda place: place == (job.model, job.key))
 
     def forget(self, key: Key) -> None:
         """A set that was changed or removed; on any thread."""
 
         def run(_: Engine) -> None:
-            for place in [place for place in self.kept if place[1] == key]:
-                self.bytes -= self.kept.pop(place).bytes
+            self.kept.drop(lambda place: place[1] == key)
 
         with suppress(BusyError):  # nothing asks for it by this key any more, so it goes as the least recently used
             self.submit(Work(run))
@@ -406,8 +365,7 @@ class Engine:
         if found.folder is None:
             raise ModelError(f"{name!r} is the base, which stays.")
         del self.models[name]
-        for place in [place for place in self.kept if place[0] == name]:
-            self.bytes -= self.kept.pop(place).bytes
+        self.kept.drop(lambda place: place[0] == name)
         self._take_off(found.adapter)
 
     def _take_off(self, own: str) -> None:
@@ -434,12 +392,3 @@ class Engine:
             raise AdapterError(f"{folder.name}: its answers are not finite (NaNs or infinities); the adapter is broken.")
         if change == 0.0:
             raise AdapterError(f"{folder.name}: changes nothing in what the base answers, so it is not served under a name of its own.")
-
-
-def _size(ready: Prefilled) -> int:
-    total = 0
-    for layer in ready.cache.layers:
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
-    return total

@@ -61,7 +61,7 @@ def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], wh
     told = what if isinstance(what, str) else what(service.engine.models)
     console.print(
         f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{options.port} serves {told}; "
-        f"kept support sets may take {service.engine.memory / 1e9:.2f} GB",
+        f"kept support sets may take {service.engine.kept.budget / 1e9:.2f} GB",
         highlight=False,
         markup=False,
     )
