@@ -20,7 +20,7 @@ from lcl_adapter.conversations import WORDINGS, Conversation, Turn, speak
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.families import IMAGE, Family, Rendered
 from lcl_adapter.mixture import Mixture
-from lcl_adapter.recipe.sources import QuestionOptions
+from lcl_adapter.recipe.sources import QuestionOptions, ShardsSource
 from lcl_adapter.sources import Picture
 
 IGNORED = -100
@@ -246,7 +246,9 @@ class Collator:
                         self.check(picture)
                 return conversation, self.encoder.conversation(conversation)
             except DataError as error:
-                if self.on_fault == "refuse":
+                options = self.mixture.options[self.mixture.slot(index).source]
+                strict = isinstance(options, ShardsSource) and options.on_fault == "refuse"  # whose samples were not read before
+                if self.on_fault == "refuse" or strict:
                     raise
                 last = str(error)
             except EpisodeError as error:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
@@ -21,7 +23,7 @@ from lcl_adapter.client import Endpoint, RemotePredictor
 from lcl_adapter.client.messages import image_of
 from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.episodes.base import clash
-from lcl_adapter.errors import DataError, RecipeError, RunError, did_you_mean
+from lcl_adapter.errors import DataError, RecipeError, RequestError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
@@ -162,8 +164,12 @@ def ask_stored(name: str, queries: Sequence[Path], url: str, model: str | None =
     sent = [image for image in images if isinstance(image, str)]
     if not sent:
         raise DataError("; ".join(str(error) for error in images))
+    try:
+        request = wire.ClassifyIn(support_set=name, images=sent, model=model, question=question)
+    except ValidationError as error:
+        raise RequestError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors()[:3])) from error
     with Endpoint(url) as endpoint:
-        found = endpoint.classify(wire.ClassifyIn(support_set=name, images=sent, model=model, question=question))
+        found = endpoint.classify(request)
     judged = iter(found.results)
     results: list[dict[str, Any]] = []
     for path, image in zip(queries, images, strict=True):

@@ -60,6 +60,7 @@ class Watch(TrainerCallback):
         mean = sum(figures.values()) / len(figures)
         best = self.told["best"]
         better = passed and (best is None or mean > best["mean"])
+        better = ranks.gathered(better)[0]  # saving is done together: all go by what the first found
         if better:
             self.told["best"] = {"step": state.global_step, "mean": round(mean, 4)}
             self.save(self.folder / BEST, {"step": state.global_step, "watched": figures})

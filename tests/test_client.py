@@ -396,6 +396,9 @@ def test_ask_by_a_stored_set(own: str, photos: Path, tmp_path: Path) -> None:
     good, bad = json.loads(told.stdout)["answers"]
     assert set(good["scores"]) == {"good", "scratched", "dented"}
     assert "not an image" in bad["error"]
+    unnamed = CliRunner().invoke(main, ["ask", "my set", str(photos / "good/3.png"), "--stored", "--endpoint", own])
+    assert unnamed.exit_code == 2
+    assert "support_set" in unnamed.output
     missing = CliRunner().invoke(main, ["ask", "four", str(photos / "good/3.png"), "--stored", "--endpoint", own])
     assert missing.exit_code == 2
     assert "four" in missing.output

@@ -160,11 +160,11 @@ def teach(page: Page, photos: Path, name: str, labels: tuple[str, ...] = ("good"
     expect(page.get_by_role("status").filter(has_text=f"Saved {name}, version 1: 2 good, 2 scratched.")).to_be_visible()
 
 
-def store(running: Running, photos: Path, name: str = "screws") -> None:
+def store(running: Running, photos: Path, name: str = "screws", question: str | None = None) -> None:
     """A set that is there already."""
     examples = [wire.LabelledImage(label=one, image=image_of(Picture(photos / one / f"{n}.png"))) for one in ("good", "scratched") for n in range(2)]
     with Endpoint(running.url) as endpoint:
-        endpoint.put_set(name, wire.SupportSetIn(examples=examples))
+        endpoint.put_set(name, wire.SupportSetIn(examples=examples, question=question))
 
 
 def test_teach_ask_save_reload_and_compare(visit: Callable[..., Page], running: Running, photos: Path) -> None:
@@ -216,6 +216,25 @@ def test_what_was_opened_is_stored_byte_for_byte(visit: Callable[..., Page], run
     expect(page.get_by_role("status").filter(has_text="Saved bolts, version 2")).to_be_visible()
     one, two = (running.store.get("local", "bolts", version) for version in (1, 2))
     assert one.examples == two.examples
+
+
+def test_a_sets_question_is_kept_and_a_removed_set_can_be_saved_again(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+    store(running, photos, "washers", "Which part is this?")
+    page = visit()
+    press(page, "Open")
+    status = page.get_by_role("status")
+    expect(status.filter(has_text="Opened washers, version 1")).to_be_visible()
+    press(page, "Save")
+    expect(status.filter(has_text="Saved washers, version 2")).to_be_visible()
+    assert running.store.get("local", "washers").question == "Which part is this?"
+    press(page, "Remove")
+    expect(status.filter(has_text="Removed washers")).to_be_visible()
+    press(page, "Save")
+    expect(status.filter(has_text="Saved washers")).to_be_visible()
+    page.get_by_label(ENGLISH["set_name"]).fill("washers#2")
+    press(page, "Save")
+    expect(page.get_by_role("alert")).to_contain_text("no name for a support set")
+    assert running.store.names("local") == ["washers"]
 
 
 def test_another_writer_is_not_overwritten(visit: Callable[..., Page], running: Running, photos: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ from PIL import Image
 
 from lcl_adapter import trainer
 from lcl_adapter.adapter import read_manifest
-from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.errors import DataError, RecipeError, RunError
 from lcl_adapter.mixture import Mixture, _order
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.sources import read_image
+from lcl_adapter.sources import read_image, shards
 from lcl_adapter.sources.shards import Cache, expanded, members_of, read_shards
 from tests.test_trainer import losses, small
 
@@ -35,7 +36,7 @@ def png(colour: int) -> bytes:
     return buffer.getvalue()
 
 
-def shard(first: int, count: int = SAMPLES, broken: int | None = None) -> bytes:
+def shard(first: int, count: int = SAMPLES, broken: range = range(0)) -> bytes:
     """Samples ``first``…: every third a LLaVA record with two pictures, the others a question each."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -47,7 +48,7 @@ def shard(first: int, count: int = SAMPLES, broken: int | None = None) -> bytes:
 
         for number in range(first, first + count):
             key = f"part/{number:05d}"
-            if number == broken:
+            if number in broken:
                 add(f"{key}.json", b"{not json")
             elif number % 3 == 0:
                 turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": f"answer {number}"}]
@@ -143,7 +144,8 @@ def test_each_shard_is_fetched_once_a_pass(elsewhere: tuple[str, Path], tmp_path
 def fetch_all(folder: Path, urls: list[str]) -> None:
     cache = Cache(folder, 10**9)
     for url in urls:
-        members_of(cache.fetch(url), url)
+        with cache.fetch(url).open("rb") as file:
+            assert len(members_of(file, url)) == SAMPLES
 
 
 def test_processes_share_one_copy(folder: Path, tmp_path: Path) -> None:
@@ -158,6 +160,55 @@ def test_processes_share_one_copy(folder: Path, tmp_path: Path) -> None:
     assert [process.exitcode for process in started] == [0] * 4
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 5
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_members_suffix_begins_at_its_first_dot(tmp_path: Path) -> None:
+    """A key that is in its own suffix, and what a Mac puts beside each file."""
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        for name, data in (("0.0.png", png(1)), ("0.1.png", png(2)), ("._0.0.png", b"mac"), (".DS_Store", b"mac")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        told = json.dumps({"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "two"}]}).encode()
+        info = tarfile.TarInfo("0.json")
+        info.size = len(told)
+        archive.addfile(info, io.BytesIO(told))
+    (dialogue,) = read_shards(tmp_path, "", None, Path("none"), 1, 4).dialogues
+    assert [np.asarray(read_image(p))[0, 0, 0] for p in dialogue.pictures] == [1, 2]
+
+
+def test_a_network_that_fails_now_and_then(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = elsewhere
+    real, tries = fsspec.open, []
+
+    def flaky(url: str, mode: str) -> Any:
+        tries.append(url)
+        if len(tries) % 3:
+            raise ConnectionError("reset by peer")
+        return real(url, mode)
+
+    monkeypatch.setattr(shards, "PATIENCE", 0.001)
+    monkeypatch.setattr(fsspec, "open", flaky)
+    (tmp_path / "cache").mkdir()
+    assert answers(read_shards(None, urls, index, tmp_path / "cache", 10**9, 4)) == [f"answer {n}" for n in range(30)]
+
+    def down(url: str, mode: str) -> Any:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(fsspec, "open", down)
+    with pytest.raises(RunError, match=r"cannot be fetched \(ConnectionError: reset by peer\). Go on with resume=true"):
+        read_shards(None, urls, index, tmp_path / "other", 10**9, 4).dialogues[0]
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    url = f"file://{folder / 'set-000.tar'}"
+    cache = Cache(tmp_path / "cache", 10**9)
+    target = cache.fetch(url)
+    target.unlink()
+    left = target.with_suffix(".12345.part")
+    left.write_bytes(b"half")
+    assert cache.fetch(url) == target
+    assert not left.exists()
 
 
 def recipe_of(base: Path, output: Path, **source: Any) -> Recipe:
@@ -195,11 +246,14 @@ def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, elsewher
 
 
 def test_a_bad_sample_is_left_out_and_counted(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
-    (folder / "set-001.tar").write_bytes(shard(SAMPLES, broken=SAMPLES + 1))
-    made = recipe_of(pocket_tiny, tmp_path / "run", path=str(folder), cap=40)
+    for number in (1, 2, 3):
+        (folder / f"set-{number:03d}.tar").write_bytes(shard(number * SAMPLES, broken=range(100)))
+    made = recipe_of(pocket_tiny, tmp_path / "run", path=str(folder))
     found = trainer.train(made)
-    told = found["bad_pictures"]
-    assert not told or any("00007" in fault for fault in told)
+    assert any(re.search(r"set-00[123].tar: sample", fault) for fault in found["bad_pictures"])
+    strict = recipe_of(pocket_tiny, tmp_path / "strict", path=str(folder), on_fault="refuse")
+    with pytest.raises(DataError, match=r"set-00[123]\.tar"):
+        trainer.train(strict)
     pool = read_shards(folder, "", None, Path("none"), 1, 4)
     with pytest.raises(DataError, match=r"set-001.tar: sample 'part/00007': .*are expected"):
         pool.dialogues[7]
@@ -225,6 +279,12 @@ def test_broken_shards_are_named(folder: Path, spoil: Any, told: str) -> None:
         answers(read_shards(folder, "", None, Path("none"), 1, 4))
 
 
+def test_a_pattern_that_counts_down_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="counts down"):
+        expanded("a-{5..2}.tar")
+    assert expanded("a-{1..2}-{08..09}.tar") == ["a-1-08.tar", "a-1-09.tar", "a-2-08.tar", "a-2-09.tar"]
+
+
 def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     urls, index = elsewhere
     cache = tmp_path / "cache"
@@ -238,16 +298,16 @@ def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path
     with pytest.raises(DataError, match=r"has 6 samples, its index says 7"):
         answers(read_shards(None, urls, index, cache, 10**9, 4))
     fsspec.filesystem("memory").rm("/bucket/set-000.tar")
-    with pytest.raises(DataError, match=r"set-000.tar: no such shard"):
+    with pytest.raises(RunError, match=r"set-000.tar: no such shard"):
         read_shards(None, urls, index, tmp_path / "other", 10**9, 4).dialogues[0]
-    with pytest.raises(DataError, match=r"cannot be (read without another package|fetched)"):
+    with pytest.raises(RunError, match=r"cannot be (read without another package|fetched)"):
         Cache(cache, 1).fetch("nowhere://bucket/x.tar")
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fsspec, "open", full)
-    with pytest.raises(DataError, match="the disk is full"):
+    with pytest.raises(RunError, match="the disk is full"):
         Cache(tmp_path / "full", 1).fetch("memory://bucket/set-001.tar")
 
 

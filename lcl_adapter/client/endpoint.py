@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,13 @@ class Endpoint:
             raise EndpointError(f"{url!r} is no server's address; http://127.0.0.1:8000 is one.")
         key = key or os.environ.get(KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Not through a proxy that the environment names: photos and keys go to the server that was named.
-        self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        try:
+            # Not through a proxy that the environment names: photos and keys go to the server that was named.
+            self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        except httpx2.InvalidURL as error:
+            raise EndpointError(f"{url!r} is no server's address ({error}).") from error
+        except UnicodeEncodeError as error:
+            raise EndpointError(f"{KEY} holds characters that no key has.") from error
         self.patience = patience
         self.tells_logprobs = True
 
@@ -107,12 +113,12 @@ class Endpoint:
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
                     told = json.loads(line[len("data: ") :])
-                    if "error" in told:
-                        raise EndpointError(f"{self.url}: {told['error'].get('message')}")
-                    yield "".join(choice.get("delta", {}).get("content") or "" for choice in told.get("choices", []))
+                    if error := told.get("error"):
+                        raise EndpointError(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
+                    yield "".join((choice.get("delta") or {}).get("content") or "" for choice in told.get("choices") or [])
         except httpx2.TransportError as error:
             raise EndpointError(f"{self.url} cannot be reached, or left in the middle of its answer ({error}).") from error
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise EndpointError(f"{self.url}: its answer is no stream of events; is this the right server?") from error
 
     # This project's own server
@@ -124,14 +130,14 @@ class Endpoint:
         return self._read(wire.SupportSets, self._send("GET", "/v1/support-sets")).data
 
     def read_set(self, name: str, images: bool = False) -> wire.SupportSetWhole:
-        told = self._send("GET", f"/v1/support-sets/{name}", query={"images": "true"} if images else None)
+        told = self._send("GET", _set_path(name), query={"images": "true"} if images else None)
         return self._read(wire.SupportSetWhole, told)
 
     def put_set(self, name: str, given: wire.SupportSetIn) -> wire.SupportSetOut:
-        return self._read(wire.SupportSetOut, self._send("PUT", f"/v1/support-sets/{name}", given.model_dump(exclude_none=True)))
+        return self._read(wire.SupportSetOut, self._send("PUT", _set_path(name), given.model_dump(exclude_none=True)))
 
     def remove_set(self, name: str) -> None:
-        self._send("DELETE", f"/v1/support-sets/{name}")
+        self._send("DELETE", _set_path(name))
 
     def _read(self, kind: type[Answer], told: Any) -> Answer:
         try:
@@ -147,7 +153,8 @@ class Endpoint:
             except httpx2.TimeoutException as error:
                 raise EndpointError(f"{self.url}: no answer within {self.http.timeout.read:.0f} s.") from error
             except httpx2.TransportError as error:
-                if last or method not in {"GET", "POST", "PUT"}:
+                cut_off = not isinstance(error, httpx2.ConnectError)  # it may have been done: a second writing would be told as another's
+                if last or (cut_off and method not in {"GET", "POST"}):
                     raise EndpointError(f"{self.url} cannot be reached ({error}). Is the server running there?") from error
                 time.sleep(self.patience * 2**turn / 8)
                 continue
@@ -175,6 +182,13 @@ class Endpoint:
         if 400 <= status < 500 and status != 429:
             raise RequestError(f"{self.url}: {message}")
         raise EndpointError(f"{self.url} answers {status}: {message}")
+
+
+def _set_path(name: str) -> str:
+    """Quoted whole: what a slash or a question mark would make of a name is another route, or another set."""
+    if not re.fullmatch(wire.SET_NAME, name):
+        raise RequestError(f"{name!r} is no name for a support set: letters, digits, dots, dashes and underscores, 64 at most.")
+    return f"/v1/support-sets/{name}"
 
 
 def _message(response: httpx2.Response) -> str:

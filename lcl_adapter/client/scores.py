@@ -27,7 +27,9 @@ def log_likelihoods(answers: Sequence[str], text: str, tokens: Sequence[Said] | 
     to it where it parts from what was said (answers that turn off by the same token share it), or as what no told token accounts for:
     bounds from above, and close ones where labels part early. Without tokens, the answer that the text gives has all.
     """
-    scored = _by_tokens(answers, text, tokens) if tokens else ()
+    # A character in several tokens is told in pieces that are no text ("\ufffd"): what was said by then cannot be followed.
+    whole = tokens and not any("\ufffd" in token.text for token in tokens)
+    scored = _by_tokens(answers, text, tokens) if whole and tokens else ()
     if scored and max(scored) - min(scored) > 1e-6:
         return scored
     said = which(answers, text)

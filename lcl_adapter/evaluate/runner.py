@@ -65,7 +65,7 @@ def evaluate(
         for cell in build_cells(recipe, limit, suites, seed):
             key = _key(cell, manifest, recipe, sides.told)
             kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
-            measured = None if fresh else _kept(kept, key)
+            measured = None if fresh or served else _kept(kept, key)  # another model may be behind a server's name by now
             if measured is None:
                 measured = {"key": key, **measure(cell, sides)}
                 write_json(kept, measured)

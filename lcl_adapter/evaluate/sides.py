@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lcl_adapter.client import Endpoint, RemotePredictor
+from lcl_adapter.errors import MissingError
 from lcl_adapter.predict import Predictor, Reply, Request
 from lcl_adapter.vision import VisionFeatures
 
@@ -63,5 +64,7 @@ class Served:
             adapter = self.adapter
             if adapter is None:
                 others = [name for name in endpoint.models() if name != base]
+                if not others:
+                    raise MissingError(f"{endpoint.url} serves {base} alone; load the adapter there, or name it with --model.")
                 adapter = run.name if run.name in others else others[0] if len(others) == 1 else None
             yield Sides.behind(endpoint, base, endpoint.model(adapter), self.workers, self.pad)

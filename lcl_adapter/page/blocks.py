@@ -49,10 +49,10 @@ NAME_THE_FIELD = """() => new MutationObserver(() => {
 
 def make_page(handlers: Handlers) -> gr.Blocks:
     """Everything a visitor sees; ``handlers`` ask the API."""
-    with gr.Blocks(title="lcl-adapter", analytics_enabled=False, delete_cache=(600, 3600), fill_width=False) as page:
+    with gr.Blocks(title="lcl-adapter", analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=False) as page:
         gr.Markdown(t("title"), elem_classes="lcl-title")
         gr.Markdown(t("lead"))
-        opened = gr.State(None)  # (name, version) of the set that the piles were opened from
+        opened = gr.State(None)  # what the piles were opened from: handlers.Opened
         talk = gr.State([])
         with gr.Tab(t("teach"), id="teach"):
             teach = _teach()
@@ -70,7 +70,7 @@ def make_page(handlers: Handlers) -> gr.Blocks:
         teach["add"].click(handlers.add_pile, [teach["count"]], [teach["count"], *teach["piles"]])
         teach["save"].click(handlers.save, [teach["name"], opened, *teach["labels"], *teach["galleries"]], [teach["status"], opened, *pickers])
         teach["load"].click(handlers.load, [teach["stored"]], [teach["status"], opened, teach["name"], teach["count"], *piles])
-        teach["remove"].click(handlers.remove, [teach["stored"]], [teach["status"], *pickers])
+        teach["remove"].click(handlers.remove, [teach["stored"], opened], [teach["status"], opened, *pickers])
         teach["example"].click(
             handlers.example, None, [teach["status"], opened, teach["name"], teach["count"], *piles, ask["queries"], compare["queries"]]
         )

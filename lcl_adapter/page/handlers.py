@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import lzma
 import shutil
 import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,12 +32,11 @@ from lcl_adapter.sources.images import read_bytes
 from lcl_adapter.sources.pocket import read_pocket
 
 KEEP = 3600  # seconds that opened photos stay on disk for the browser to fetch
-LARGEST_SET = 256 * 2**20  # bytes of a zip's photos, unpacked
 NEW_TOKENS = 256
 SESSIONS = 1000  # whose last turn is known
 EXAMPLE = (("key", "paperclip"), 4, 2)  # held-out classes, how many drawings of each are shown, and how many asked about
 STRANGER = "mushroom"  # and one drawing of a class that is not shown
-Opened = tuple[str, int] | None
+Opened = tuple[str, int, str | None] | None  # name, version (0 for none yet) and question of the set that is in the piles
 Photos = Sequence[tuple[str, str | None]] | None
 
 
@@ -81,16 +82,18 @@ class Handlers:
         try:
             half = len(fields) // 2
             examples = self._piles(tongue, fields[:half], fields[half:])
-            known = opened[1] if opened and opened[0] == name else None
-            if known is None and name in [one.name for one in self._api(request).sets()]:
-                known = 0  # another set has the name: not to be lost unseen
-            stored = self._api(request).put_set(name, wire.SupportSetIn(examples=examples, expected_version=known))
+            if not name:
+                raise DataError(say(tongue, "no_name"))
+            known = opened[1] if opened and opened[0] == name else 0  # a set that was not opened here is not to be lost unseen
+            question = opened[2] if opened else None
+            given = wire.SupportSetIn(examples=examples, question=question, expected_version=known)
+            stored = self._api(request).put_set(name, given)
         except ConflictError:
             return [shown.note(say(tongue, "conflict"), wrong=True), opened, *self._pickers(request)]
         except (UserError, ValidationError) as error:
             return [self._wrong(tongue, error), opened, *self._pickers(request)]
         told = say(tongue, "saved", name=stored.name, version=stored.version, counts=_counts(stored.labels))
-        return [shown.note(told), (stored.name, stored.version), *self._pickers(request, stored.name)]
+        return [shown.note(told), (stored.name, stored.version, stored.question), *self._pickers(request, stored.name)]
 
     def _piles(self, tongue: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[wire.LabelledImage]:
         examples = []
@@ -115,17 +118,19 @@ class Handlers:
         except UserError as error:
             return self._left(error)
         told = say(tongue, "opened", name=found.name, version=found.version, counts=_counts(found.labels))
-        return self._filled(told, (found.name, found.version), found.name, piles)
+        return self._filled(told, (found.name, found.version, found.question), found.name, piles)
 
-    def remove(self, name: str | None, request: gr.Request) -> list[Any]:
+    def remove(self, name: str | None, opened: Opened, request: gr.Request) -> list[Any]:
+        """What is in the piles stays there, and can be saved anew."""
         tongue = language(request)
         if not name:
-            return [shown.note(say(tongue, "no_set"), wrong=True), *self._pickers(request)]
+            return [shown.note(say(tongue, "no_set"), wrong=True), opened, *self._pickers(request)]
         try:
             self._api(request).remove_set(name)
         except UserError as error:
-            return [self._wrong(tongue, error), *self._pickers(request)]
-        return [shown.note(say(tongue, "removed", name=name)), *self._pickers(request, first=True)]
+            return [self._wrong(tongue, error), opened, *self._pickers(request)]
+        left = (name, 0, opened[2]) if opened and opened[0] == name else opened
+        return [shown.note(say(tongue, "removed", name=name)), left, *self._pickers(request, first=True)]
 
     def example(self, request: gr.Request) -> list[Any]:
         """Drawings of classes that the shipped base was not trained on."""
@@ -158,12 +163,16 @@ class Handlers:
         tongue = language(request)
         if not file:
             return self._left("")
+        unpacked = self._folder()
         try:
-            written = folders.read(_unpacked(Path(file), self._folder() / "set"))
+            written = folders.read(_unpacked(Path(file), unpacked / "set"))
             piles = self._on_disk(written.examples)
-        except (UserError, OSError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
-            return self._left(say(tongue, "bad_zip", why=str(error).replace(str(self.scratch), "")))
-        return self._filled(say(tongue, "taken", count=len(written.examples)), None, written.name or "", piles)
+        except (UserError, OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
+            return self._left(say(tongue, "bad_zip", why=str(error).replace(str(unpacked / "set"), "")))
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+        taken = (written.name or "", 0, written.question)
+        return self._filled(say(tongue, "taken", count=len(written.examples)), taken, written.name or "", piles)
 
     # Ask and compare
 
@@ -314,6 +323,9 @@ class Handlers:
 
     def _on_disk(self, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
         """For the browser to fetch, byte for byte what is stored. Raises DataError for more labels than there are piles."""
+        labels = len({label for label, _ in examples})
+        if labels > MOST:
+            raise DataError(f"{labels} labels are more than the {MOST} this page shows; `lcl-adapter support` takes it.")
         folder = self._folder()
         piles: dict[str, list[Path]] = {}
         for number, (label, data) in enumerate(examples):
@@ -321,8 +333,6 @@ class Handlers:
             path = folder / f"{number:03d}.{kind}"
             path.write_bytes(data)
             piles.setdefault(label, []).append(path)
-        if len(piles) > MOST:
-            raise DataError(f"{len(piles)} labels are more than the {MOST} this page shows; `lcl-adapter support` takes it.")
         return piles
 
 
@@ -330,8 +340,8 @@ def _unpacked(file: Path, out: Path) -> Path:
     """Raises DataError for more than a set can be; entries that are links or lead outside are written inside or not at all (zipfile)."""
     with zipfile.ZipFile(file) as archive:
         listed = archive.infolist()
-        if sum(one.file_size for one in listed) > LARGEST_SET or len(listed) > 4 * wire.MOST_IMAGES:
-            raise DataError(f"it unpacks to more than {LARGEST_SET >> 20} MiB or {4 * wire.MOST_IMAGES} files.")
+        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * wire.MOST_IMAGES:
+            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * wire.MOST_IMAGES} files.")
         archive.extractall(out)
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
     return inside[0] if len(inside) == 1 and not (out / folders.SHEET).exists() else out
@@ -342,9 +352,12 @@ def _who(request: gr.Request) -> str:
 
 
 def _picture(path: str | Path) -> Picture:
-    """Named as the visitor knows it, without this machine's folders."""
+    """Named as the visitor knows it, without this machine's folders. Raises DataError where the upload was tidied away in the meantime."""
     path = Path(path)
-    return Picture(Path(path.name), data=path.read_bytes() or b"\0")
+    try:
+        return Picture(Path(path.name), data=path.read_bytes() or b"\0")
+    except OSError as error:
+        raise DataError(f"{path.name}: is not here any more; add the photo again.") from error
 
 
 def _paths(photos: Photos) -> list[Path]:

@@ -15,6 +15,7 @@ from lcl_adapter.sources import read_class_folders
 from lcl_adapter.sources.images import read_bytes
 
 SHEET = "support-set.json"
+LARGEST = 256 * 2**20  # bytes of a set's photos
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,16 @@ def read(source: Path) -> Written:
         listed = [(str(one["label"]), str(one["file"])) for one in sheet["examples"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{sheet_file}: not a sheet that `support export` wrote ({error}).") from error
-    examples = []
+    if len(listed) > wire.MOST_IMAGES:
+        raise DataError(f"{sheet_file}: names {len(listed)} photos, {wire.MOST_IMAGES} are the most that a set has.")
+    examples, total = [], 0
     for label, file in listed:
         place = (source / file).resolve()
         if not place.is_relative_to(source.resolve()) or not place.is_file():
             raise DataError(f"{sheet_file}: {file!r} is no photo in this folder.")
+        total += place.stat().st_size
+        if total > LARGEST:
+            raise DataError(f"{sheet_file}: its photos are more than {LARGEST >> 20} MiB.")
         examples.append((label, _checked(place.read_bytes(), str(place))))
     name, question = sheet.get("name"), sheet.get("question")
     return Written(None if name is None else str(name), None if question is None else str(question), tuple(examples))

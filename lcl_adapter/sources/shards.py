@@ -15,22 +15,25 @@ import json
 import os
 import re
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full
 from lcl_adapter.sources.base import Dialogue, Exchange, Picture, QuestionPool
 from lcl_adapter.sources.images import SUFFIXES
 from lcl_adapter.sources.llava_json import exchanges_of
 
 CHUNK = 1 << 22
+TRIES = 4
+PATIENCE = 0.5  # seconds before the second try
 LONGEST = 2**24  # bytes of a sample's JSON
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -50,7 +53,10 @@ class Cache:
         self.folder, self.keep = folder, keep
 
     def fetch(self, url: str) -> Path:
-        """The shard on this disk. Processes that want the same one wait for the first. Raises DataError."""
+        """The shard on this disk. Processes that want the same one wait for the first.
+
+        Raises RunError: that a shard cannot be had is no bad sample, to be left out.
+        """
         target = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
         if self._touched(target):
             return target
@@ -58,24 +64,40 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(target.with_suffix(".lock")):
                 if not self._touched(target):
-                    partial = target.with_suffix(f".{os.getpid()}.part")
-                    try:
-                        with fsspec.open(url, "rb") as source, partial.open("wb") as file:
-                            while chunk := source.read(CHUNK):
-                                file.write(chunk)
-                        partial.replace(target)
-                    finally:
-                        partial.unlink(missing_ok=True)
+                    for left in self.folder.glob(f"{target.stem}.*.part"):  # of a process that was killed: we have its lock
+                        left.unlink(missing_ok=True)
+                    self._copy(url, target)
                     self._make_room(target)
         except ImportError as error:
-            raise DataError(f"{url}: cannot be read without another package ({error}).") from error
+            raise RunError(f"{url}: cannot be read without another package ({error}).") from error
         except FileNotFoundError as error:
-            raise DataError(f"{url}: no such shard.") from error
+            raise RunError(f"{url}: no such shard.") from error
+        except RunError:
+            raise
         except Exception as error:  # whatever a file system's client raises
             if disk_is_full(error):
-                raise DataError(f"{self.folder}: the disk is full; make room, or lower `keep`.") from error
-            raise DataError(f"{url}: cannot be fetched ({type(error).__name__}: {error}).") from error
+                raise RunError(f"{self.folder}: the disk is full; make room, or lower `keep`.") from error
+            raise RunError(f"{url}: cannot be fetched ({type(error).__name__}: {error}). Go on with resume=true when it can.") from error
         return target
+
+    def _copy(self, url: str, target: Path) -> None:
+        """Tried a few times, ever later: a network fails now and then."""
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        for turn in range(TRIES):
+            try:
+                with fsspec.open(url, "rb") as source, partial.open("wb") as file:
+                    while chunk := source.read(CHUNK):
+                        file.write(chunk)
+                partial.replace(target)
+                return
+            except (FileNotFoundError, ImportError, ValueError):
+                raise
+            except Exception as error:
+                if turn == TRIES - 1 or disk_is_full(error):
+                    raise
+                time.sleep(PATIENCE * 2**turn)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _touched(self, target: Path) -> bool:
         try:
@@ -144,16 +166,31 @@ class ShardDialogues(Sequence[Dialogue]):
     def _here(self, url: str) -> Path:
         return Path(url) if self.cache is None else self.cache.fetch(url)
 
+    @contextmanager
+    def _opened(self, url: str) -> Iterator[BinaryIO]:
+        """Another process may make room in the moment between fetching and opening: then it is fetched again."""
+        for turn in range(TRIES):
+            try:
+                file = self._here(url).open("rb")
+            except FileNotFoundError as error:
+                if turn == TRIES - 1:
+                    raise RunError(f"{url}: goes as soon as it comes; `keep` holds too few shards for so many processes.") from error
+                continue
+            with file:
+                yield file
+            return
+
     def _read_members(self, shard: int) -> dict[str, list[Place]]:
-        members = members_of(self._here(self.urls[shard]), self.urls[shard])
+        with self._opened(self.urls[shard]) as file:
+            members = members_of(file, self.urls[shard])
         if len(members) != self.counts[shard]:
             raise DataError(f"{self.urls[shard]}: has {len(members)} samples, its index says {self.counts[shard]}. Make the index anew.")
         return members
 
     def _sample(self, url: str, key: str, places: Sequence[Place]) -> Dialogue:
         origin = f"{url}: sample {key!r}"
-        with self._here(url).open("rb") as file:
-            files = {place.name.rpartition(key)[2]: os.pread(file.fileno(), place.size, place.offset) for place in places}
+        with self._opened(url) as file:
+            files = {suffix_of(place.name): os.pread(file.fileno(), place.size, place.offset) for place in places}
         told = files.get(".json")
         if told is None:
             raise DataError(f"{origin} has no {key}.json beside {', '.join(sorted(files))}.")
@@ -171,19 +208,24 @@ class ShardDialogues(Sequence[Dialogue]):
             raise DataError(f"{origin}: `conversations`, or `question` and `answer`, are expected ({error}).") from error
 
 
-def members_of(path: Path, name: str) -> dict[str, list[Place]]:
+def suffix_of(name: str) -> str:
+    """From the first dot of the file's name on, which is WebDataset's rule: ``.a.jpg``."""
+    return "." + PurePosixPath(name).name.partition(".")[2]
+
+
+def members_of(file: BinaryIO, name: str) -> dict[str, list[Place]]:
     """Sample's key -> its members, in the shard's order; by headers alone. Raises DataError for what is no whole tar."""
     found: dict[str, list[Place]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
-            end = path.stat().st_size
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            end = os.fstat(file.fileno()).st_size
             for member in archive:
-                if not member.isreg():
+                if not member.isreg() or PurePosixPath(member.name).name.startswith("."):  # what a Mac puts beside each file
                     continue
                 if member.offset_data + member.size > end:
                     raise DataError(f"{name}: is cut short, in {member.name!r}. Copy it again.")
                 base = PurePosixPath(member.name)
-                key = str(base.with_name(base.name.partition(".")[0]))  # WebDataset's rule: up to the first dot of the file's name
+                key = str(base.with_name(base.name.partition(".")[0]))
                 if base.name.endswith(".json") and member.size > LONGEST:
                     raise DataError(f"{name}: {member.name!r} is {member.size:,} bytes of JSON; that is no sample.")
                 found.setdefault(key, []).append(Place(member.name, member.offset_data, member.size))
@@ -201,6 +243,8 @@ def expanded(pattern: str) -> list[str]:
         return [pattern]
     width = len(match[1])
     numbers = range(int(match[1]), int(match[2]) + 1)
+    if not numbers:
+        raise DataError(f"{pattern}: {match[0]} counts down; write the smaller number first.")
     return [one for number in numbers for one in expanded(f"{pattern[: match.start()]}{number:0{width}d}{pattern[match.end() :]}")]
 
 
@@ -223,7 +267,7 @@ def read_shards(
     if not places:
         raise DataError(f"{path}: no *.tar in it.")
     if counts is None:
-        numbers = [len(members_of(Path(place), place)) for place in places]
+        numbers = [_counted(Path(place)) for place in places]
     else:
         missing = [place for place in places if _base(place) not in counts]
         if missing:
@@ -239,6 +283,14 @@ def read_shards(
     dialogues = ShardDialogues([place for place, _ in used], [count for _, count in used], None if path is not None else Cache(cache, keep))
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
     return QuestionPool(name or "shards", dialogues, {}, (), fingerprint, chunks=dialogues.counts, mixed=mixed)
+
+
+def _counted(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return len(members_of(file, str(path)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def _base(place: str) -> str:
