@@ -19,8 +19,9 @@ quickstart: $(READY)
 	rm -rf runs/quickstart
 	$(BIN)/lcl-adapter train recipes/pocket.yaml output=runs/quickstart
 
+# Two processes of one thread each: most tests are too small for two threads.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
