@@ -25,6 +25,11 @@ EVERY = (
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that trains for minutes begins, so that of several processes none waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pocket.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> the folder of its tiny base."""
