@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from lcl_adapter import ask as asking
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
-from lcl_adapter import exchange, ranks, report, wire
+from lcl_adapter import exchange, ranks, report
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
 from lcl_adapter import plan as planning
 from lcl_adapter import trainer as training
-from lcl_adapter.adapter import load_adapter
 from lcl_adapter.batches import Collator
-from lcl_adapter.client import Endpoint, RemotePredictor
-from lcl_adapter.client.messages import image_of
-from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
-from lcl_adapter.episodes.base import clash
-from lcl_adapter.errors import DataError, RecipeError, RequestError, RunError, did_you_mean
+from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import load_base, load_encoder
-from lcl_adapter.predict import Predictor, Question, Reply
+from lcl_adapter.model import load_encoder
 from lcl_adapter.recipe import load
-from lcl_adapter.recipe.schema import Precision
-from lcl_adapter.sources import Picture, read_class_folders, read_image
-from lcl_adapter.templates import Wording
+from lcl_adapter.sources import read_image
 from lcl_adapter.terminal import console
 from lcl_adapter.watch import BEST, Watch, best_of
 
@@ -104,139 +94,19 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
-def ask(
-    support: Path,
-    queries: Sequence[Path],
-    adapter: Path | None = None,
-    base_name: str | None = None,
-    shots: int | None = None,
-    question: str | None = None,
-    tower: str | None = None,
-    precision: Precision | None = None,
-) -> dict[str, Any]:
-    """Judge pictures by class folders; the support set is read once for all queries.
-
-    Raises DataError: a broken picture, one class only, an empty class.
-    """
-    if adapter is None:
-        base = load_base(base_name or "pocket", precision or "auto", tower=tower)
-        wording = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
-    else:
-        base, _ = load_adapter(adapter, base_name, precision, tower=tower)
-        wording = WORDINGS[load(adapter / "recipe.yaml").wording]
-    taught = _Taught.by(support, queries, shots, wording, question)
-    predictor = Predictor(base)
-    ready = predictor.prefill([taught.turns])
-    return taught.told(predictor.ask(ready, [Question(0, query, taught.answers) for query in taught.queries]))
+def ask(support: Path, queries: Sequence[Path], **options: Any) -> dict[str, Any]:
+    """Judge pictures by class folders. Options: those of ``lcl_adapter.ask.here``."""
+    return asking.here(support, queries, **options)
 
 
-def ask_endpoint(
-    support: Path,
-    queries: Sequence[Path],
-    url: str,
-    model: str | None = None,
-    shots: int | None = None,
-    question: str | None = None,
-    wording: str = "lcl",
-    pad: bool = False,
-) -> dict[str, Any]:
-    """The same of a model behind a server; what it cannot score is judged by its text.
-
-    Raises DataError; EndpointError, MissingError, RequestError.
-    """
-    taught = _Taught.by(support, queries, shots, WORDINGS[wording], question)
-    with Endpoint(url) as endpoint:
-        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
-        return taught.told(remote.run([(taught.turns, query, taught.answers) for query in taught.queries]))
+def ask_endpoint(support: Path, queries: Sequence[Path], url: str, **options: Any) -> dict[str, Any]:
+    """The same of a model behind a server. Options: those of ``lcl_adapter.ask.behind``."""
+    return asking.behind(support, queries, url, **options)
 
 
-def ask_stored(name: str, queries: Sequence[Path], url: str, model: str | None = None, question: str | None = None) -> dict[str, Any]:
-    """Judge pictures by a set that this project's own server keeps. A broken picture has its error in its own result.
-
-    Raises EndpointError, MissingError, RequestError.
-    """
-    images: list[str | DataError] = []
-    for path in queries:
-        try:
-            images.append(image_of(Picture(path)))
-        except DataError as error:
-            images.append(error)
-    sent = [image for image in images if isinstance(image, str)]
-    if not sent:
-        raise DataError("; ".join(str(error) for error in images))
-    try:
-        request = wire.ClassifyIn(support_set=name, images=sent, model=model, question=question)
-    except ValidationError as error:
-        raise RequestError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors()[:3])) from error
-    with Endpoint(url) as endpoint:
-        found = endpoint.classify(request)
-    judged = iter(found.results)
-    results: list[dict[str, Any]] = []
-    for path, image in zip(queries, images, strict=True):
-        one = next(judged) if isinstance(image, str) else wire.Judgement(error=wire.Fault(message=str(image), type="invalid_request_error"))
-        if one.error is not None:
-            results.append({"query": str(path), "error": one.error.message})
-            console.print(f"{path}: {one.error.message}", highlight=False, markup=False, style="red")
-            continue
-        results.append(
-            {"query": str(path), "answer": one.label or "", **one.model_dump(exclude={"error", "probabilities"}), "scores": one.probabilities}
-        )
-        _say_scores(path, one.label or f"none of these (nearest: {one.nearest})", one.probabilities)
-    return {"support_set": name, "version": found.version, "model": found.model, "answers": results}
-
-
-@dataclass(frozen=True)
-class _Taught:
-    """Class folders and pictures as turns, for whoever answers."""
-
-    paths: tuple[Path, ...]
-    counts: dict[str, int]
-    turns: tuple[Turn, ...]
-    queries: tuple[Turn, ...]
-    answers: tuple[str, ...]
-
-    @classmethod
-    def by(cls, support: Path, queries: Sequence[Path], shots: int | None, wording: Wording, question: str | None) -> _Taught:
-        """Every picture is read once, before any model is asked. Raises DataError."""
-        pool = read_class_folders(support)
-        if len(pool) < 2:
-            raise DataError(f"{support}: one class only ({pool.classes[0].name!r}); a judgement needs at least two folders of photos.")
-        labels = tuple(c.name for c in pool.classes)
-        for n, one in enumerate(labels):
-            for other in labels[:n]:
-                if clash(one, other):
-                    console.print(
-                        f"note: the label {other!r} and {one!r} begin alike; scores are sound, a generated answer may stop early",
-                        style="yellow",
-                        markup=False,
-                    )
-        shown = [(p, c.name) for c in pool.classes for p in c.pictures[:shots]]
-        asked = [Picture(path) for path in queries]
-        for picture in (*(p for p, _ in shown), *asked):
-            read_image(picture)
-        return cls(
-            tuple(queries),
-            {c.name: len(c.pictures[:shots]) for c in pool.classes},
-            from_labelled(shown, wording),
-            tuple(Turn("user", question or wording.query, p) for p in asked),
-            tuple(wording.answered(label) for label in labels),
-        )
-
-    def told(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """Printed and returned: the text, the label ("" where nothing tells the labels apart), and their scores."""
-        labels, results = tuple(self.counts), []
-        for path, reply in zip(self.paths, replies, strict=True):
-            scores = dict(zip(labels, reply.probabilities, strict=True))
-            label = labels[reply.best] if reply.decided else ""
-            results.append({"query": str(path), "answer": reply.text, "label": label, "scores": scores})
-            _say_scores(path, reply.text, scores)
-        return {"support": self.counts, "answers": results}
-
-
-def _say_scores(path: Path, answer: str, scores: dict[str, float]) -> None:
-    console.print(f"{path}: {answer}", highlight=False, markup=False, style="bold")
-    for label, score in sorted(scores.items(), key=lambda item: -item[1]):
-        console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
+def ask_stored(name: str, queries: Sequence[Path], url: str, **options: Any) -> dict[str, Any]:
+    """By a set that a server keeps. Options: those of ``lcl_adapter.ask.stored``."""
+    return asking.stored(name, queries, url, **options)
 
 
 def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:

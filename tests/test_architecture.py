@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lcl_adapter"
 ORDER = [
     "errors", "terminal", "memory", "ranks", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture",
     "conversations", "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict",
-    "wire", "client", "evaluate", "watch", "check",
+    "wire", "client", "ask", "evaluate", "watch", "check",
     "deltas", "probe",
     "convert", "merge", "exchange", "describe", "serve", "report", "page", "run", "cli",
 ]  # fmt: skip

@@ -110,16 +110,17 @@ def ask(
     if endpoint is None:
         if stored or model:
             raise click.UsageError(f"{'--stored' if stored else '--model'} needs --endpoint.")
-        emit(run.ask(support, queries, adapter, base_name, shots, question, tower, precision), as_json)
+        here = {"adapter": adapter, "base_name": base_name, "tower": tower, "precision": precision}
+        emit(run.ask(support, queries, shots=shots, question=question, **here), as_json)
         return
     if given := [name for name, value in local.items() if value is not None]:
         raise click.UsageError(f"{', '.join(given)}: with --endpoint the server has the model; name it with --model.")
     if not stored:
-        emit(run.ask_endpoint(support, queries, endpoint, model, shots, question, wording, pad), as_json)
+        emit(run.ask_endpoint(support, queries, endpoint, model=model, shots=shots, question=question, wording=wording, pad=pad), as_json)
         return
     if shots:
         raise click.UsageError("--shots: a stored set is asked as it was stored.")
-    found = run.ask_stored(str(support), queries, endpoint, model, question)
+    found = run.ask_stored(str(support), queries, endpoint, model=model, question=question)
     emit(found, as_json)
     if any("error" in one for one in found["answers"]):
         click.get_current_context().exit(1)

@@ -185,7 +185,7 @@ class Endpoint:
 
 
 def _set_path(name: str) -> str:
-    """Quoted whole: what a slash or a question mark would make of a name is another route, or another set."""
+    """Raises RequestError: a slash or a question mark in a name would make another route of it, or another set."""
     if not re.fullmatch(wire.SET_NAME, name):
         raise RequestError(f"{name!r} is no name for a support set: letters, digits, dots, dashes and underscores, 64 at most.")
     return f"/v1/support-sets/{name}"

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from pydantic import ValidationError
+
+from lcl_adapter import wire
 from lcl_adapter.client.endpoint import Endpoint
-from lcl_adapter.client.messages import to_messages
+from lcl_adapter.client.messages import image_of, to_messages
 from lcl_adapter.client.scores import log_likelihoods
 from lcl_adapter.conversations import Turn
+from lcl_adapter.errors import DataError, RequestError
 from lcl_adapter.predict import Reply, Request
+from lcl_adapter.sources import Picture
 
 
 @dataclass
@@ -53,3 +58,27 @@ class RemotePredictor:
         support, query, answers = request
         spoken = self.endpoint.chat(self.model, [*told(support), *to_messages([query], self.pad)], new_tokens, scored=bool(answers))
         return Reply(spoken.text, log_likelihoods(answers, spoken.text, spoken.tokens) if answers else ())
+
+
+def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str | None = None, question: str | None = None) -> wire.ClassifyOut:
+    """Pictures by a set that this project's own server keeps; one that cannot be read here has its fault in its own result, as there.
+
+    Raises DataError where none can be read; RequestError, MissingError, EndpointError.
+    """
+    images: list[str | DataError] = []
+    for picture in pictures:
+        try:
+            images.append(image_of(picture))
+        except DataError as error:
+            images.append(error)
+    sent = [image for image in images if isinstance(image, str)]
+    if not sent:
+        raise DataError(" ".join(str(error) for error in images))
+    try:
+        request = wire.ClassifyIn(support_set=name, images=sent, model=model, question=question)
+    except ValidationError as error:
+        raise RequestError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors()[:3])) from error
+    found = endpoint.classify(request)
+    judged, kind = iter(found.results), "invalid_request_error"
+    results = [next(judged) if isinstance(image, str) else wire.Judgement(error=wire.Fault(message=str(image), type=kind)) for image in images]
+    return found.model_copy(update={"results": results})

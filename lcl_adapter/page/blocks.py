@@ -102,19 +102,7 @@ def _teach() -> dict[str, Any]:
         for number in range(MOST):
             with gr.Column(visible=number < 2, min_width=280) as pile:
                 made["labels"].append(gr.Textbox(label=t("pile"), max_length=200, elem_id=f"lcl-label-{number}"))
-                made["galleries"].append(
-                    gr.Gallery(
-                        label=t("photos"),
-                        type="filepath",
-                        file_types=["image"],
-                        columns=3,
-                        height=240,
-                        interactive=True,
-                        object_fit="contain",
-                        fit_columns=False,
-                        elem_id=f"lcl-pile-{number}",
-                    )
-                )
+                made["galleries"].append(_gallery(t("photos"), f"lcl-pile-{number}"))
             made["piles"].append(pile)
     with gr.Row(elem_classes="lcl-row"):
         made["add"] = gr.Button(t("add_pile"), min_width=120)
@@ -128,17 +116,11 @@ def _teach() -> dict[str, Any]:
     return made
 
 
-def _asked() -> dict[str, Any]:
-    """What asking and comparing share."""
-    made: dict[str, Any] = {"set": gr.Dropdown([], label=t("set_asked"), min_width=200)}
-    return made
-
-
 def _ask() -> dict[str, Any]:
     with gr.Row():
-        made = _asked()
+        made: dict[str, Any] = {"set": gr.Dropdown([], label=t("set_asked"), min_width=200)}
         made["model"] = gr.Dropdown([], label=t("model"), min_width=160)
-    made["queries"] = _queries("lcl-queries")
+    made["queries"] = _gallery(t("queries"), "lcl-queries")
     made["question"] = gr.Textbox(label=t("question"), info=t("question_info"), max_length=500)
     made["bar"] = gr.Checkbox(True, label=t("bar"), info=t("bar_info"))
     made["button"] = gr.Button(t("ask_button"), variant="primary")
@@ -148,28 +130,22 @@ def _ask() -> dict[str, Any]:
 
 def _compare() -> dict[str, Any]:
     with gr.Row():
-        made = _asked()
+        made: dict[str, Any] = {"set": gr.Dropdown([], label=t("set_asked"), min_width=200)}
         made["base"] = gr.Dropdown([], label=t("base"), min_width=160)
         made["adapter"] = gr.Dropdown([], label=t("adapter"), min_width=160)
-    made["queries"] = _queries("lcl-compared")
+    made["queries"] = _gallery(t("queries"), "lcl-compared")
     made["bar"] = gr.Checkbox(False, label=t("bar"), info=t("bar_info"))
     made["button"] = gr.Button(t("compare_button"), variant="primary")
     made["result"] = gr.HTML('<p role="status"></p>', elem_id="lcl-comparison", min_height=80)
     return made
 
 
-def _queries(name: str) -> gr.Gallery:
+def _gallery(label: Any, name: str) -> gr.Gallery:
+    """Photos as they were given: nothing is decoded, so that what is stored is what was dropped."""
     return gr.Gallery(
-        label=t("queries"),
-        type="filepath",
-        file_types=["image"],
-        columns=3,
-        height=240,
-        interactive=True,
-        object_fit="contain",
-        fit_columns=False,
+        label=label, type="filepath", file_types=["image"], columns=3, height=240, interactive=True, object_fit="contain", fit_columns=False,
         elem_id=name,
-    )
+    )  # fmt: skip
 
 
 def _chat() -> dict[str, Any]:

@@ -20,7 +20,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from lcl_adapter import wire
-from lcl_adapter.client import Endpoint
+from lcl_adapter.client import Endpoint, judge
 from lcl_adapter.client.messages import image_of
 from lcl_adapter.errors import ConflictError, DataError, UserError
 from lcl_adapter.page import MOST, shown
@@ -203,21 +203,7 @@ class Handlers:
         return _paths(photos)
 
     def _classified(self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None) -> wire.ClassifyOut:
-        """A photo that cannot be read here has its fault in its own result, as one that the API cannot read."""
-        images: list[str | DataError] = []
-        for path in paths:
-            try:
-                images.append(image_of(_picture(path)))
-            except DataError as error:
-                images.append(error)
-        sent = [image for image in images if isinstance(image, str)]
-        if not sent:
-            raise DataError(" ".join(str(error) for error in images))
-        found = self._api(request).classify(wire.ClassifyIn(support_set=name, images=sent, model=model, question=question))
-        judged = iter(found.results)
-        broken = "invalid_request_error"
-        results = [next(judged) if isinstance(image, str) else wire.Judgement(error=wire.Fault(message=str(image), type=broken)) for image in images]
-        return found.model_copy(update={"results": results})
+        return judge(self._api(request), name, [_picture(path) for path in paths], model, question)
 
     # Chat
 
