@@ -1,6 +1,7 @@
 """Classified images a second over HTTP: a stored 8-shot set, against the same server and `transformers serve` given the whole conversation.
 
 python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens, 32 clients; each server alone
+python -m benchmarks.serve pocket     # the shipped base, 16 photos of 9 tokens, for information
 
 Whole conversations are asked once by every client, the stored set EACH times, for it would be over before it began. The memory is the
 server's own resident set, first after the warm-up and then at the end.
@@ -30,6 +31,7 @@ from PIL import Image
 
 from benchmarks.common import THREADS, finish, random_model
 from lcl_adapter.conversations import WORDINGS, from_labelled
+from lcl_adapter.pocket import BASE
 from lcl_adapter.sources import Picture
 
 CLIENTS = 32
@@ -141,8 +143,8 @@ def theirs(base: str) -> dict[str, float]:
         return asked(whole, 1)
 
 
-def main() -> None:
-    base = str(random_model().absolute())
+def main(name: str | None = None) -> None:
+    base = str(BASE if name == "pocket" else random_model().absolute())
     kept, alone, grown = ours(base)
     peer = theirs(base)
     rows = [
@@ -154,8 +156,8 @@ def main() -> None:
         "stored set / the same server without": kept["rate"] / alone["rate"],
         "resident memory at the end / after the warm-up": grown,
     }
-    finish("serve", ("32 clients", "images a second", "p50", "p99"), rows, ratios)
+    finish("serve" if name is None else f"serve-{name}", ("32 clients", "images a second", "p50", "p99"), rows, ratios)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -209,7 +209,7 @@ def check(version: str, root: Path) -> list[Line]:
     lines.append(Line(version, "merged in fp16 against the adapter", apart(here, answers[merged]), half(here), effect))
     merged_here = load_base(str(root / f"llava-{version}-merged-hf"))
     lines.append(Line(version, "merged here to Hugging Face's, fp32", float((ours(merged_here, made) - here).abs().max()), CLOSE, effect))
-    said = {a["query"]: a["answer"] for a in run.ask(support, queries, root / "ours", precision="fp32")["answers"]}
+    said = {a["query"]: a["answer"] for a in run.ask(support, queries, adapter=root / "ours", precision="fp32")["answers"]}
     wrong = [q for q, text in said.items() if answers[script][q] != text]
     lines.append(Line(version, f"ask_upstream.py: answers that differ, of {len(said)}", float(len(wrong)), 0.0))
     assert answers[theirs]

@@ -354,8 +354,10 @@ def _check_sharding(recipe: Recipe) -> None:
         return
     if recipe.precision in {"nf4", "int8"}:
         raise RunError(f"precision: {recipe.precision} weights cannot be shared out; use data parallel (launch/ddp.yaml), each GPU holds them whole.")
-    if recipe.evaluate.every or recipe.evaluate.watched:
-        raise RunError("evaluate.every: nothing is measured during a run with shared-out weights; leave it out, it is measured at the end.")
+    if recipe.precision == "auto":
+        raise RunError("precision: auto may choose 4 bits, which cannot be shared out; give precision=bf16.")
+    if recipe.evaluate.every:
+        raise RunError("evaluate.every: nothing is measured during a run with shared-out weights, but at its end; give evaluate.every=null.")
 
 
 def _together(work: Callable[[], Any]) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lcl_adapter import trainer
 from lcl_adapter.evaluate import build_cells, evaluate, metrics, rules, runner
 from lcl_adapter.evaluate.baselines import nearest_prototype
+from lcl_adapter.evaluate.cases import Cell
+from lcl_adapter.evaluate.sides import Sides
 from lcl_adapter.model import load_base
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.vision import VisionFeatures
 from tests.test_trainer import small
@@ -123,17 +125,20 @@ def test_a_killed_evaluation_goes_on_where_it_was(pocket_tiny: Path, tmp_path: P
     whole = runner.measure
     measured: list[str] = []
 
-    def until_the_third(cell, predictor: Predictor):  # type: ignore[no-untyped-def]
+    def until_the_third(cell: Cell, sides: Sides) -> Any:
         if len(measured) == 3:
             raise KeyboardInterrupt
+        return counted(cell, sides)
+
+    def counted(cell: Cell, sides: Sides) -> Any:
         measured.append(cell.name)
-        return whole(cell, predictor)
+        return whole(cell, sides)
 
     monkeypatch.setattr(runner, "measure", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(run)
     assert not (run / "report.json").exists()
-    monkeypatch.setattr(runner, "measure", lambda cell, predictor: measured.append(cell.name) or whole(cell, predictor))
+    monkeypatch.setattr(runner, "measure", counted)
     resumed = evaluate(run)
     assert len(measured) == len(set(measured)) == 9, "no cell twice"
     monkeypatch.setattr(runner, "measure", whole)

@@ -142,8 +142,14 @@ def test_weights_are_merged_and_checked_in_blocks_of_rows(
 ) -> None:
     """What no tiny weight is large enough for: the same bits, and every layer asked once."""
     monkeypatch.setattr(weights, "BLOCK", 2048)
-    asked = []
-    monkeypatch.setattr(deltas, "_asked", lambda module, layer, own=deltas._asked: asked.append((module, layer.out_features)) or own(module, layer))
+    asked: list[tuple[str, int]] = []
+    own = deltas._asked
+
+    def counted(module: str, layer: Any) -> Any:
+        asked.append((module, layer.out_features))
+        return own(module, layer)
+
+    monkeypatch.setattr(deltas, "_asked", counted)
     merge(runs(kind), tmp_path / "llava-out", str(bases["v1.5", "hf"]), "fp32", verify="layers")
     assert differing(by_peft(runs(kind), bases["v1.5", "hf"]), merged_in(tmp_path / "llava-out")) == []
     for module, parts in Adapter(runs(kind)).layers.items():

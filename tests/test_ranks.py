@@ -57,7 +57,9 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, p
     with pytest.raises(RunError, match="nf4 weights cannot be shared out"):
         trainer.train(Recipe.model_validate({**told, "precision": "nf4"}))
     watched = {"every": 2, "suites": {"a": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}}}}
-    with pytest.raises(RunError, match="measured at the end"):
+    with pytest.raises(RunError, match="precision=bf16"):
+        trainer.train(Recipe.model_validate({**told, "precision": "auto"}))
+    with pytest.raises(RunError, match=r"evaluate\.every=null"):
         trainer.train(Recipe.model_validate({**told, "evaluate": watched}))
     assert not (tmp_path / "run").exists()
 

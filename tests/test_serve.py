@@ -26,11 +26,13 @@ import openai
 import pytest
 import torch
 import uvicorn
+from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from lcl_adapter import wire
 from lcl_adapter.adapter import load_adapter
+from lcl_adapter.cli import main
 from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.model import load_base
@@ -986,6 +988,22 @@ def test_the_command_serves_and_stops_when_it_is_told(run_folder: Path, tmp_path
     assert KEYS["ops"] not in output
     assert "base64" not in output
     assert Store(tmp_path / "store").get("a", "parts-set").version == 1
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(server, "make_service", lambda options: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        told = CliRunner().invoke(main, [command, "pocket", "--port", port, "--store", str(tmp_path / "store")])
+    assert told.exit_code == 2, told.output
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in " ".join(told.output.split())
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_address_that_is_none_is_told() -> None:
+    with pytest.raises(RunError, match=r"cannot listen on not\.a\.host\.invalid, port 80: .*; give another"):
+        server.take_address("not.a.host.invalid", 80)
 
 
 def test_too_little_memory_is_told_before_it_listens() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,26 +57,48 @@ def run(options: Options) -> None:
 def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], what: str | Callable[[Iterable[str]], str]) -> None:
     """``make``: of a running service and its keys, what answers. ``what``: is served, as it is announced."""
     keys = check_address(options.host, options.key_file)
-    began = time.monotonic()
-    service = make_service(options)
-    app = make(service, keys)
-    told = what if isinstance(what, str) else what(service.engine.models)
-    console.print(
-        f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{options.port} serves {told}; "
-        f"kept support sets may take {service.engine.kept.budget / 1e9:.2f} GB",
-        highlight=False,
-        markup=False,
-    )
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        timeout_graceful_shutdown=PATIENCE,
-        timeout_keep_alive=30,
-        limit_concurrency=CONNECTIONS,
-        server_header=False,
-    )
+    with take_address(options.host, options.port) as taken:
+        began = time.monotonic()
+        service = make_service(options)
+        config = uvicorn.Config(
+            make(service, keys),
+            log_level="warning",
+            timeout_graceful_shutdown=PATIENCE,
+            timeout_keep_alive=30,
+            limit_concurrency=CONNECTIONS,
+            server_header=False,
+        )
+        told = what if isinstance(what, str) else what(service.engine.models)
+        with _listening(options.host, options.port):
+            taken.listen(config.backlog)  # who reads the next line may ask at once
+        console.print(
+            f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{taken.getsockname()[1]} serves {told}; "
+            f"kept support sets may take {service.engine.kept.budget / 1e9:.2f} GB",
+            highlight=False,
+            markup=False,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[taken])
+
+
+def take_address(host: str, port: int) -> socket.socket:
+    """Bound, and not yet listening: a port in use is told before the model is loaded. Raises RunError."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with contextlib.ExitStack() as undo:
+        undo.callback(taken.close)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _listening(host, port):
+            taken.bind((host, port))
+        undo.pop_all()
+    return taken
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host.") from error
 
 
 def check_address(host: str, key_file: Path | None) -> Keys | None:
