@@ -12,6 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE = 1
 
 UPSTREAM := build/upstream
+DEEPSPEED := build/deepspeed
 
 .PHONY: quickstart test check interop bench clean
 
@@ -28,8 +29,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-interop: $(READY) $(UPSTREAM)/ready
+interop: $(READY) $(UPSTREAM)/ready $(DEEPSPEED)/ready
 	$(BIN)/python -m interop.check
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/pytest tests/test_ranks.py -k zero3
 
 $(UPSTREAM)/ready: interop/requirements.txt
 	$(PYTHON) -m venv $(UPSTREAM)
@@ -37,6 +39,11 @@ $(UPSTREAM)/ready: interop/requirements.txt
 	$(UPSTREAM)/bin/pip install --quiet -r interop/requirements.txt
 	$(UPSTREAM)/bin/pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $(UPSTREAM)/ready
+
+$(DEEPSPEED)/ready: $(READY) interop/deepspeed.txt
+	rm -rf $(DEEPSPEED)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(DEEPSPEED) -r interop/deepspeed.txt
+	touch $(DEEPSPEED)/ready
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.predict
@@ -53,4 +60,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(UPSTREAM) runs build merged
+	rm -rf $(VENV) runs build merged

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.families import Family
@@ -36,7 +35,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes
 def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write the adapter's files into ``folder``, whole or not at all; ``facts`` go into the manifest.
 
-    state: :func:`whole_state` of a model whose weights are shared out among processes. Raises RunError where the disk is full.
+    state: the trained weights of a model whose weights are shared out among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
     with scratch_folder(folder / "adapter") as partial:
@@ -72,14 +71,6 @@ def keep_start(model: PeftModel, folder: Path) -> None:
     if not (folder / "adapter_model.safetensors").exists():
         model.save_pretrained(folder, safe_serialization=True)
     model.started_from = folder
-
-
-def whole_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """The trained weights put together from all processes, each of which has to ask; None where every process has them whole."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not any(isinstance(parameter, DTensor) for parameter in trained.values()):
-        return None
-    return {name: p.full_tensor().detach().cpu() if isinstance(p, DTensor) else p.detach().cpu() for name, p in trained.items()}
 
 
 def save_plain(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:

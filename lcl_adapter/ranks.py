@@ -6,6 +6,7 @@ torchrun, `accelerate launch` and Slurm all tell by the same environment variabl
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,21 +31,27 @@ def is_first() -> bool:
 def join() -> None:
     """Meet the others, and take this process's own device. Does nothing where there is one process.
 
-    Raises RunError for DeepSpeed, whose sharded weights are not trained here.
+    Raises RunError where DeepSpeed is asked for and not installed.
     """
-    if _says_yes("ACCELERATE_USE_DEEPSPEED"):
-        raise RunError(
-            "DeepSpeed: not supported. Use data parallel (launch/ddp.yaml), or FSDP2 for a 16-bit base that no GPU holds (launch/fsdp2.yaml)."
-        )
+    if deepspeed() and find_spec("deepspeed") is None:
+        raise RunError("the launcher asks for DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
     if world() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()
 
 
 def sharded() -> bool:
-    """Whether the launcher shares the weights out among processes (FSDP)."""
-    return _says_yes("ACCELERATE_USE_FSDP")
+    """Whether the launcher shares the weights out among processes."""
+    return deepspeed() or _says_yes("ACCELERATE_USE_FSDP")
+
+
+def deepspeed() -> bool:
+    return _says_yes("ACCELERATE_USE_DEEPSPEED")
 
 
 def _says_yes(key: str) -> bool:
@@ -52,6 +59,11 @@ def _says_yes(key: str) -> bool:
 
 
 def leave() -> None:
+    """Alone again: what is loaded from here on is nobody else's."""
+    if deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import adapter, ranks
+from lcl_adapter import adapter, ranks, sharding
 from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, collate
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full, write_json, write_text
@@ -62,8 +62,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         save_strategy="steps",
         report_to="none",
         disable_tqdm=True,
-        bf16=False,  # the base is loaded in its precision, the adapter stays in fp32
-        use_cpu=not torch.cuda.is_available(),
+        **sharding.halves(recipe.precision),  # else the base is in its precision and the adapter in fp32, without autocast
+        use_cpu=ranks.on_cpu(),
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
     )
@@ -75,6 +75,7 @@ class LclTrainer(SFTTrainer):
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
         self.tally = Tally()
+        self.idle: Any = 0.0
         super().__init__(
             model=base.model,
             args=sft_config(recipe),
@@ -85,7 +86,11 @@ class LclTrainer(SFTTrainer):
         base.llava.register_forward_pre_hook(self._see, with_kwargs=True)
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base; a CPU is slow in it, Adam imprecise
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(base.dtype if ranks.deepspeed() else torch.float32)
+        if ranks.sharded():
+            base.llava.enable_input_require_grads()  # the layers' backward in one order, pictures or none
+        if ranks.deepspeed():
+            sharding.share_out(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Mean cross entropy over learned tokens; only their hidden states reach the head."""
@@ -95,9 +100,10 @@ class LclTrainer(SFTTrainer):
         self.tally.count(inputs.pop("told", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
+        self.idle = 0.0
         outputs = model(**inputs, pictures=pictures, logits_to_keep=keep, use_cache=False)
         logits = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
-        total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
+        total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum") + self.idle
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -107,7 +113,11 @@ class LclTrainer(SFTTrainer):
     def _see(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pictures become features inside the model's forward, where sharded weights are whole."""
         if "pictures" in given:
-            given = {**given, "mm_encoder_outputs": self.vision.projected(given.pop("pictures"), self._noise())}
+            pictures = given.pop("pictures")
+            if pictures:
+                given = {**given, "mm_encoder_outputs": self.vision.projected(pictures, self._noise())}
+            elif ranks.sharded():
+                self.idle = self.vision.idle()
         return args, given
 
     def _noise(self) -> float:
@@ -279,7 +289,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     Raises RecipeError, DataError, EpisodeError, ModelError before anything is trained; RunError for the folder.
     """
     output, options = recipe.output, recipe.train
-    _check_sharding(recipe)
+    sharding.check(recipe)
     ranks.join()
     console.quiet = not ranks.is_first()
     _together(lambda: adapter.claim_run_folder(output, resume))
@@ -293,10 +303,10 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     total = mixture.total
     unread = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault)
     rows = check_rows(unread)  # before any weight is loaded
-    base = attach(load_base(recipe.base, recipe.precision, **recipe.pictures), recipe.adapter)
+    base = attach(load_base(recipe.base, recipe.precision, "cpu" if ranks.sharded() else None, **recipe.pictures), recipe.adapter)
     if recipe.adapter.pissa and ranks.is_first():
         adapter.keep_start(base.model, output / "start")
-    vision = VisionFeatures(base, memory_bytes(options.feature_cache))
+    vision = VisionFeatures(base, memory_bytes(options.feature_cache), in_step=ranks.deepspeed())
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
     if ranks.is_first():
         write_json(output / DATA, mixture.hashes())
@@ -310,7 +320,8 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
-    trainer.add_callback(LongestFirst(trainer, rows.longest))
+    if not ranks.deepspeed():  # its backward is its engine's, which would keep what it saw
+        trainer.add_callback(LongestFirst(trainer, rows.longest))
     checkpoint = _together(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
     longest = max(length for found in rows.lengths.values() for length in found)
@@ -319,7 +330,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         return facts_of(mixture, trainer.tally.so_far(vision), parts, longest)
 
     def save_now(folder: Path, more: Mapping[str, Any]) -> None:
-        facts, state = facts_now(), adapter.whole_state(base.model)
+        facts, state = facts_now(), sharding.whole(base.model)
         if ranks.is_first():
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, folder / "recipe.yaml")
@@ -341,23 +352,11 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     for name, (rows, tokens, learned) in done["sources"].items():
         console.print(f"{name:>15}: {rows:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
-    facts, state = facts_now(), adapter.whole_state(base.model)
+    facts, state = facts_now(), sharding.whole(base.model)
     if ranks.is_first():
         adapter.save_adapter(base, output, recipe.base, facts, state)
     ranks.wait()
     return facts
-
-
-def _check_sharding(recipe: Recipe) -> None:
-    """Raises RunError for what cannot be done with weights that are shared out among processes."""
-    if not ranks.sharded():
-        return
-    if recipe.precision in {"nf4", "int8"}:
-        raise RunError(f"precision: {recipe.precision} weights cannot be shared out; use data parallel (launch/ddp.yaml), each GPU holds them whole.")
-    if recipe.precision == "auto":
-        raise RunError("precision: auto may choose 4 bits, which cannot be shared out; give precision=bf16.")
-    if recipe.evaluate.every:
-        raise RunError("evaluate.every: nothing is measured during a run with shared-out weights, but at its end; give evaluate.every=null.")
 
 
 def _together(work: Callable[[], Any]) -> Any:

@@ -7,16 +7,21 @@ are read by a few threads, and pass the tower in batches.
 from __future__ import annotations
 
 import inspect
+import io
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lcl_adapter import ranks
 from lcl_adapter.families.chat_template import process
 from lcl_adapter.model import Base, side_of
 from lcl_adapter.sources import Picture, read_image
@@ -46,6 +51,14 @@ def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return page
 
 
+@cache
+def blank() -> Picture:
+    """For a process that has no picture where others have some."""
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), "grey").save(png, "PNG")
+    return Picture(Path("blank.png"), data=png.getvalue())
+
+
 class _CaughtError(Exception):
     """What would reach the projector, on its way out."""
 
@@ -57,8 +70,10 @@ class _CaughtError(Exception):
 class VisionFeatures:
     """Pictures -> what the projector reads, [N, tiles, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
 
-    def __init__(self, base: Base, limit: int = 10**9, batch: int = 32) -> None:
+    def __init__(self, base: Base, limit: int = 10**9, batch: int = 32, in_step: bool = False) -> None:
+        """in_step: each process holds a part of the tower; whenever one of them runs it, all do."""
         self.base = base
+        self.in_step = in_step
         self.limit = limit
         self.batch = batch
         self.kept: OrderedDict[Picture, torch.Tensor] = OrderedDict()
@@ -102,6 +117,10 @@ class VisionFeatures:
         for start in range(0, len(fresh), self.batch):
             part = fresh[start : start + self.batch]
             local.update(zip(part, self._tower(part), strict=True))
+        if self.in_step:
+            passes = math.ceil(len(fresh) / self.batch)
+            for _ in range(max(ranks.gathered(passes)) - passes):
+                self._tower([blank()])
         self.computed += len(fresh)
         rows = []
         for picture in pictures:
@@ -141,6 +160,13 @@ class VisionFeatures:
         features = features.to(self.base.dtype)  # a trained projector is fp32, whatever the base is
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
 
+    def idle(self) -> torch.Tensor:
+        """Zero, by way of tower and projector, uncounted: what a process without a picture runs, for the others need its part of the weights."""
+        counted = self.asked, self.computed
+        features = self.projected([blank()])["image"].pooler_output
+        self.asked, self.computed = counted
+        return 0.0 * torch.stack(features).sum()  # type: ignore[arg-type]
+
     def _packed(self, features: torch.Tensor) -> torch.Tensor:
         """[N, tiles, tokens, width] -> [N, tokens an image, width], with line breaks where the model has them."""
         llava = self.base.llava
@@ -165,7 +191,8 @@ class VisionFeatures:
 
         pixels = made["pixel_values"]
         sizes = {"image_sizes": made["image_sizes"]} if "image_sizes" in made else {}
-        hook = self.base.llava.model.multi_modal_projector.register_forward_pre_hook(catch)
+        # First of its hooks: DeepSpeed's would fetch weights that are not given back where the forward ends here.
+        hook = self.base.llava.model.multi_modal_projector.register_forward_pre_hook(catch, prepend=True)
         try:
             self.base.llava.get_image_features(pixels.flatten(0, -4), return_dict=True, **sizes)
         except _CaughtError as caught:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lcl_adapter"
 # From left to right; a module imports its own layer and those before it.
 ORDER = [
     "errors", "terminal", "memory", "ranks", "files", "weights", "pocket", "layouts", "recipe", "templates", "sources", "episodes", "mixture",
-    "conversations", "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "trainer", "plan", "predict",
+    "conversations", "families", "batches", "lengths", "model", "vision", "index", "budget", "adapter", "sharding", "trainer", "plan", "predict",
     "wire", "client", "ask", "evaluate", "watch", "check",
     "deltas", "probe",
     "convert", "merge", "exchange", "describe", "serve", "report", "page", "run", "cli",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lcl_adapter import adapter, ranks, trainer
+from lcl_adapter import ranks, sharding, trainer
 from lcl_adapter.adapter import read_manifest
 from lcl_adapter.batches import BucketedOrder, Collator
 from lcl_adapter.errors import RecipeError, RunError
@@ -50,8 +52,10 @@ def test_a_step_is_shared_evenly_or_refused(batch: int, accumulate: int, process
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, pocket_tiny: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RunError, match=r"launch/fsdp2\.yaml"):
+    monkeypatch.setattr(ranks, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="pip install --no-build-isolation deepspeed"):
         ranks.join()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     told = without_chance(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
     with pytest.raises(RunError, match="nf4 weights cannot be shared out"):
@@ -59,14 +63,16 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, p
     watched = {"every": 2, "suites": {"a": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}}}}
     with pytest.raises(RunError, match="precision=bf16"):
         trainer.train(Recipe.model_validate({**told, "precision": "auto"}))
+    with pytest.raises(RunError, match=r"adapter\.pissa=false"):
+        trainer.train(Recipe.model_validate({**told, "adapter": {"pissa": True}}))
     with pytest.raises(RunError, match=r"evaluate\.every=null"):
         trainer.train(Recipe.model_validate({**told, "evaluate": watched}))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_launch_files_are_read_by_accelerate_and_bash() -> None:
-    kinds = {name: load_config_from_file(str(ROOT / "launch" / f"{name}.yaml")) for name in ("ddp", "fsdp2")}
-    assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    kinds = {name: load_config_from_file(str(ROOT / "launch" / f"{name}.yaml")) for name in ("ddp", "fsdp2", "zero3")}
+    assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
     assert {f"FSDP_{key.removeprefix('fsdp_').upper()}" for key in kinds["fsdp2"].fsdp_config} >= set(FSDP2) - {"FSDP_TRANSFORMER_CLS_TO_WRAP"}
     assert subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sh"], capture_output=True).returncode == 0
 
@@ -96,7 +102,17 @@ FSDP2 = {  # what `accelerate launch` makes of launch/fsdp2.yaml
 }
 
 
-def shard_on_cpus() -> None:
+def zero3() -> dict[str, str]:
+    """What `accelerate launch` makes of launch/zero3.yaml."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(ROOT / "launch" / "zero3.yaml"), "train"]))
+    args.deepspeed_fields_from_accelerate_config = ""
+    return {k: v for k, v in prepare_deepspeed_cmd_env(args)[1].items() if k.startswith("ACCELERATE_")}
+
+
+def fsdp2_on_cpus() -> None:
     """accelerate shares weights out among GPUs alone; FSDP2 itself does so on CPUs too, with gloo."""
     os.environ |= {**FSDP2, "ACCELERATE_USE_FSDP": "true"}
     begin = PartialState.__init__
@@ -108,16 +124,41 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = begun  # type: ignore[method-assign]
 
 
-def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: bool) -> None:
+def zero3_on_cpus() -> None:
+    """And so does DeepSpeed. Its small weights are left whole by default, which is all that a tiny base has."""
+    os.environ |= {**zero3(), "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    from accelerate import DeepSpeedPlugin
+    from deepspeed.comm import torch as talk
+
+    begin = DeepSpeedPlugin.__post_init__
+
+    def begun(self: DeepSpeedPlugin) -> None:
+        begin(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = begun  # type: ignore[method-assign]
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    talk.build_shm_op = lambda: None  # it would be compiled
+    ranks.on_cpu = lambda: False
+
+
+def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:
     """What a launcher's process does; it prints as the first rank alone may."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     from lcl_adapter import run
 
     if shard:
-        shard_on_cpus()
-        whole = adapter.whole_state
-        adapter.whole_state = lambda model: whole(model) or os._exit(7)  # type: ignore[func-returns-value]  # nothing was shared out
+        {"fsdp2": fsdp2_on_cpus, "zero3": zero3_on_cpus}[shard]()
+        whole = sharding.whole
+
+        def checked(model: Any) -> Any:
+            parts = [p for n, p in model.named_parameters() if "lora_A" in n or n.endswith("q_proj.base_layer.weight")]
+            if not all(p.numel() == 0 if shard == "zero3" else p.to_local().shape[0] * 2 == p.shape[0] for p in parts):
+                os._exit(7)  # not shared out
+            return whole(model) or os._exit(8)  # type: ignore[func-returns-value]
+
+        sharding.whole = checked
     try:
         run.train(str(recipe), overrides)
     except Exception as error:
@@ -125,7 +166,7 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: 
         os._exit(1)
 
 
-def launched(recipe: Path, *overrides: str, shard: bool = False) -> list[Any]:
+def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
     """As torchrun starts them; forked from a server that has imported everything, for that is most of the time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lcl_adapter.run", "trl", "tests.test_ranks"])
@@ -139,8 +180,14 @@ def launched(recipe: Path, *overrides: str, shard: bool = False) -> list[Any]:
 
 
 def without_chance(base: Path, output: Path) -> Recipe:
+    """A third of the rows are text alone, so that a process may have no picture where the other has some."""
     made = small(base, output, max_steps=8, per_device_train_batch_size=4, save_steps=2).model_dump(mode="json", exclude_none=True)
     made["adapter"]["dropout"] = 0.0
+    said = [{"from": "human", "value": "What is red and blue?"}, {"from": "gpt", "value": "purple"}]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = output.parent / "text.json"
+    text.write_text(json.dumps([{"id": str(n), "conversations": said} for n in range(40)]))
+    made["sources"]["text"] = {"type": "llava-json", "file": str(text), "images": str(output.parent), "share": 0.5}
     return Recipe.model_validate(made)
 
 
@@ -191,10 +238,14 @@ def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: 
     is_the_same(tmp_path / "two", one)
 
 
-def test_weights_that_are_shared_out_learn_the_same(pocket_tiny: Path, tmp_path: Path, one: Path) -> None:
-    """FSDP2: half of the run, and gone on with from its sharded checkpoint."""
+WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="`make interop` has DeepSpeed")
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=WITH_DEEPSPEED)])
+def test_weights_that_are_shared_out_learn_the_same(pocket_tiny: Path, tmp_path: Path, one: Path, kind: str) -> None:
+    """Half of the run, and gone on with from its sharded checkpoint."""
     file = recipe_file(pocket_tiny, tmp_path)
-    whole = launched(file, shard=True)
+    whole = launched(file, shard=kind)
     for process in whole:
         process.join(120)
     assert [process.exitcode for process in whole] == [0, 0]
@@ -202,7 +253,7 @@ def test_weights_that_are_shared_out_learn_the_same(pocket_tiny: Path, tmp_path:
     for file_name in ("adapter_model.safetensors", "lcl_adapter.json"):
         (tmp_path / "two" / file_name).unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-8")
-    again = launched(file, "resume=true", shard=True)
+    again = launched(file, "resume=true", shard=kind)
     for process in again:
         process.join(120)
     assert [process.exitcode for process in again] == [0, 0]

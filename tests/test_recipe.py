@@ -66,6 +66,7 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         ("base: pocket\nsources: {a: {type: pocket, share: 0}}", "all shares are 0"),
         ("base: pocket\nsources: {a: {type: pocket, share: -1}}", "greater than or equal to 0"),
         ("base: pocket\nbase: other\nsources: {a: {type: pocket}}", "written twice"),
+        ("base: pocket\nsources: {a: {type: pocket}}\ntrain: {feature_cache: 0MB}", "no amount of memory"),
         ("- a\n- b\n", "a mapping of keys"),
         ("base: [unclosed", "not YAML"),
         ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {keep: {vqa: 1}}", "no suite; there are none"),

@@ -10,14 +10,20 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lcl_adapter.errors import did_you_mean
+from lcl_adapter.memory import memory_bytes
 from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.recipe.suites import TaggedSuite, filled
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
+
+
+def _amount(text: str) -> str:
+    memory_bytes(text)
+    return text
 
 
 class DataOptions(Options):
@@ -66,7 +72,7 @@ class TrainOptions(Options):
     dataloader_num_workers: int = Field(0, ge=0, le=16)
     seed: int = Field(0, ge=0, lt=2**32)
     bucket: int = Field(8, ge=1, description="batches drawn together and sorted by length, so that little is padding")
-    feature_cache: str = Field("1GB", pattern=r"^\d+(\.\d+)? ?(MB|GB|MiB|GiB)$", description="memory for frozen vision features")
+    feature_cache: Annotated[str, AfterValidator(_amount)] = Field("1GB", description="memory for frozen vision features")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores where left out")
 
 
