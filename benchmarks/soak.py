@@ -173,7 +173,7 @@ def killed(run: Path, times: int) -> None:
             starts.append(time.monotonic() - began)
             if turn == 0:
                 fill(soak, client)
-            up = float(rng.uniform(2, 5))
+            up = float(rng.uniform(4, 8))
             threads = [
                 threading.Thread(target=soak.client, args=(100 * turn + n, str(client.base_url), time.monotonic() + up)) for n in range(CLIENTS)
             ]
@@ -193,7 +193,7 @@ def killed(run: Path, times: int) -> None:
     rows += [("answers of another kind than expected", str(odd or "none")), ("acknowledged sets", f"{len(soak.stored)}, {gone} lost")]
     rows += [("SQLite's integrity check after each", "ok" if not unsound else f"BROKEN {unsound} times")]
     finish("soak-kills", ("what", "seen"), rows, {"slowest start / fastest": max(starts) / min(starts)})
-    sys.exit(1 if soak.wrong or odd or gone or unsound else 0)
+    sys.exit(1 if soak.wrong or odd or gone or unsound or not soak.compared else 0)
 
 
 def main(run: Path, seconds: float) -> None:
@@ -222,7 +222,7 @@ def main(run: Path, seconds: float) -> None:
     early, late = float(np.median(levels[3:8])), float(np.median(levels[-5:]))
     rows += [("resident memory, start / middle / end / after", " / ".join(f"{v / 1e6:.0f} MB" for v in (levels[0], early, late, after)))]
     finish("soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early})
-    sys.exit(1 if soak.wrong or odd or lost or not sound else 0)
+    sys.exit(1 if soak.wrong or odd or lost or not sound or not soak.compared else 0)
 
 
 if __name__ == "__main__":

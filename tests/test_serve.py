@@ -911,6 +911,33 @@ def test_an_error_in_one_of_a_batch_is_its_own(engine: Engine) -> None:
     assert engine.alive
 
 
+def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) -> None:
+    """And what is short goes in between; an error in one is its own, and one that is stopped before it began never runs."""
+    told: list[str] = []
+
+    def steps(name: str, wrong: bool = False) -> Callable[[Engine], Any]:
+        def run(_: Engine) -> Iterator[None]:
+            for n in range(3):
+                told.append(f"{name}{n}")
+                yield
+            if wrong:
+                raise RunError(name)
+            return name  # a generator's value, as a calibration has it
+
+        return run
+
+    first, second, third, never = Work(steps("a")), Work(steps("b", wrong=True)), Work(steps("c")), Work(steps("d"))
+    never.cancelled.set()
+    engine.submit(Work(lambda _: time.sleep(0.2)), first, second, third, never, Work(lambda _: told.append("short")))
+    assert first.future.result(30) == "a"
+    assert third.future.result(30) == "c"
+    assert isinstance(second.future.exception(30), RunError)
+    assert never.future.exception(30)
+    assert [one for one in told if one != "short"] == [f"{name}{n}" for name in "abc" for n in range(3)]
+    assert told.index("short") <= 3
+    assert engine.alive
+
+
 def test_a_stopped_engine_refuses_and_ends(tiny_folder: Callable[[str], Path]) -> None:
     own = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), 10**6).start()
     slow, waiting = Work(lambda _: time.sleep(0.3)), Work(lambda _: None)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from lcl_adapter.predict import Predictor, Prefilled, Question, Reply
 from lcl_adapter.probe import probe, probe_turns
 from lcl_adapter.recipe import load
 from lcl_adapter.serve.images import digest_of
-from lcl_adapter.serve.jobs import BusyError, GoneError, Job, Key, Work, alike
+from lcl_adapter.serve.jobs import BusyError, Job, Key, Work, Works, alike
 from lcl_adapter.serve.kept import Counters, Kept, KeptSets, size_of
 from lcl_adapter.serve.speech import Chooser
 from lcl_adapter.sources import Picture
@@ -74,6 +74,7 @@ class Engine:
         self.kept = KeptSets(memory, self.counters)
         self._pack = pack
         self._waiting: deque[Job | Work] = deque()
+        self._works = Works()
         self._changed = threading.Condition()
         self._stopping = False
         self._loaded = 0
@@ -140,7 +141,9 @@ class Engine:
             began = time.monotonic()
             try:
                 if isinstance(batch[0], Work):
-                    self._run_work(batch[0])
+                    if self._works.turn(batch[0], self):
+                        with self._changed:
+                            self._waiting.append(batch[0])  # behind what has come in the meantime
                 else:
                     self._answer([job for job in batch if isinstance(job, Job)])
             except BaseException as error:  # the thread must outlive whatever a request causes
@@ -155,8 +158,9 @@ class Engine:
             while not self._waiting and not self._stopping:
                 self._changed.wait()
             if self._stopping:
-                for job in self._waiting:
-                    job.future.set_exception(BusyError(5))
+                for job in (*self._waiting, *self._works.begun):
+                    if not job.future.done():
+                        job.future.set_exception(BusyError(5))
                 self._waiting.clear()
                 return []
             first = self._waiting.popleft()
@@ -179,26 +183,6 @@ class Engine:
     def spare(self) -> int:
         """Tokens that a question must leave in the context."""
         return self._predictor.max_new_tokens
-
-    def _run_work(self, work: Work) -> None:
-        """A step of it, where it has several: then it goes behind what has come in the meantime."""
-        if work.cancelled.is_set():
-            work.future.set_exception(GoneError("cancelled"))
-            return
-        try:
-            result = work.steps or work.run(self)
-            if isinstance(result, Generator):
-                work.steps = result
-                next(result)
-                with self._changed:
-                    self._waiting.append(work)
-                return
-        except StopIteration as finished:
-            result = finished.value
-        except Exception as error:
-            work.future.set_exception(error)
-            return
-        work.future.set_result(result)
 
     def _answer(self, jobs: list[Job]) -> None:
         jobs = self._living(jobs)

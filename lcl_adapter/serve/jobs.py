@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lcl_adapter.conversations import Turn
 from lcl_adapter.errors import LclError
@@ -76,6 +77,39 @@ class Work:
     steps: Generator[None, None, Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Works:
+    """Those of several steps that were begun. The oldest has the turns of all, so that the first is done early and not all of them late."""
+
+    begun: deque[Work] = field(default_factory=deque)
+
+    def turn(self, work: Work, engine: Engine) -> bool:
+        """All of a work, or one step of the oldest that has several; whether this turn is to come again."""
+        if work.steps is None:
+            try:
+                if work.cancelled.is_set():
+                    raise GoneError("cancelled")
+                result = work.run(engine)
+            except Exception as error:
+                work.future.set_exception(error)
+                return False
+            if not isinstance(result, Generator):
+                work.future.set_result(result)
+                return False
+            work.steps = result
+            self.begun.append(work)
+        oldest = self.begun[0]
+        try:
+            next(cast("Generator[None, None, Any]", oldest.steps))
+        except StopIteration as finished:
+            self.begun.popleft().future.set_result(finished.value)
+        except Exception as error:
+            self.begun.popleft().future.set_exception(error)
+        else:
+            return True
+        return False
 
 
 def alike(one: Job, other: Job) -> bool:
