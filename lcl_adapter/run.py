@@ -10,7 +10,7 @@ from lcl_adapter import ask as asking
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
-from lcl_adapter import exchange, ranks, report
+from lcl_adapter import exchange, ranks, report, sharding
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
 from lcl_adapter import plan as planning
@@ -36,16 +36,19 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     """
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
+    sharding.check(recipe)
+    ranks.join()  # from here on this process has its own GPU
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
     check_suites(recipe, load_encoder(recipe.base, **recipe.pictures))
-    forecast = planning.make(recipe, mixture=mixture)
-    if not forecast["fits"]:
-        report.show_plan(forecast)
-        if not force:
-            raise RunError(
-                f"{recipe_path}: the forecast is more than this machine's free memory; change what is shown above, or insist with --force."
-            )
+    if not ranks.sharded():  # the forecast is of one device that holds everything
+        forecast = planning.make(recipe, mixture=mixture)
+        if not forecast["fits"]:
+            report.show_plan(forecast)
+            if not force:
+                raise RunError(
+                    f"{recipe_path}: the forecast is more than this machine's free memory; change what is shown above, or insist with --force."
+                )
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
     facts = training.train(recipe, resume, watching, mixture)
     if not ranks.is_first():

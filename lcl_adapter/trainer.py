@@ -75,7 +75,9 @@ class LclTrainer(SFTTrainer):
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
         self.tally = Tally()
-        self.idle: Any = 0.0
+        self.idle: torch.Tensor | None = None
+        # A trained projector has a gradient at every step then, whoever had the pictures; and weights that are shared out need everyone.
+        self.idles = recipe.adapter.projector or ranks.sharded()
         super().__init__(
             model=base.model,
             args=sft_config(recipe),
@@ -84,6 +86,7 @@ class LclTrainer(SFTTrainer):
             processing_class=base.tokenizer,
         )
         base.llava.register_forward_pre_hook(self._see, with_kwargs=True)
+        base.llava.register_forward_hook(self._or_not)
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base; a CPU is slow in it, Adam imprecise
                 parameter.data = parameter.data.to(base.dtype if ranks.deepspeed() else torch.float32)
@@ -100,10 +103,9 @@ class LclTrainer(SFTTrainer):
         self.tally.count(inputs.pop("told", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
-        self.idle = 0.0
         outputs = model(**inputs, pictures=pictures, logits_to_keep=keep, use_cache=False)
         logits = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
-        total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum") + self.idle
+        total = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -116,9 +118,16 @@ class LclTrainer(SFTTrainer):
             pictures = given.pop("pictures")
             if pictures:
                 given = {**given, "mm_encoder_outputs": self.vision.projected(pictures, self._noise())}
-            elif ranks.sharded():
+            elif self.idles:
                 self.idle = self.vision.idle()
         return args, given
+
+    def _or_not(self, _: Any, args: tuple[Any, ...], outputs: Any) -> Any:
+        """What stands for no picture is part of what the model says, where data parallel looks for what was used."""
+        if self.idle is not None:
+            outputs.logits = outputs.logits + self.idle.to(outputs.logits.dtype)
+            self.idle = None
+        return outputs
 
     def _noise(self) -> float:
         return self.recipe.train.feature_noise if self.model.training else 0.0

@@ -53,7 +53,7 @@ def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
 
 @cache
 def blank() -> Picture:
-    """For a process that has no picture where others have some."""
+    """What is looked at where there is nothing to look at."""
     png = io.BytesIO()
     Image.new("RGB", (8, 8), "grey").save(png, "PNG")
     return Picture(Path("blank.png"), data=png.getvalue())
@@ -114,13 +114,13 @@ class VisionFeatures:
         self.asked += len(pictures)
         fresh = list(dict.fromkeys(p for p in pictures if p not in self.kept))
         local: dict[Picture, torch.Tensor] = {}
+        passes = math.ceil(len(fresh) / self.batch)
+        idle = max(ranks.gathered(passes)) - passes if self.in_step else 0  # asked before any pass, which is a talk between processes too
         for start in range(0, len(fresh), self.batch):
             part = fresh[start : start + self.batch]
             local.update(zip(part, self._tower(part), strict=True))
-        if self.in_step:
-            passes = math.ceil(len(fresh) / self.batch)
-            for _ in range(max(ranks.gathered(passes)) - passes):
-                self._tower([blank()])
+        for _ in range(idle):
+            self._tower([blank()])
         self.computed += len(fresh)
         rows = []
         for picture in pictures:
@@ -161,7 +161,7 @@ class VisionFeatures:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
 
     def idle(self) -> torch.Tensor:
-        """Zero, by way of tower and projector, uncounted: what a process without a picture runs, for the others need its part of the weights."""
+        """Zero, by way of tower and projector, uncounted: for a batch of text alone, so that no process does without what the others run."""
         counted = self.asked, self.computed
         features = self.projected([blank()])["image"].pooler_output
         self.asked, self.computed = counted

@@ -125,20 +125,21 @@ def fsdp2_on_cpus() -> None:
 
 
 def zero3_on_cpus() -> None:
-    """And so does DeepSpeed. Its small weights are left whole by default, which is all that a tiny base has."""
+    """And so does DeepSpeed. Small weights are left whole by default, and kept once gathered; here they are all small, so neither is done."""
     os.environ |= {**zero3(), "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    import deepspeed
     from accelerate import DeepSpeedPlugin
-    from deepspeed.comm import torch as talk
 
     begin = DeepSpeedPlugin.__post_init__
 
     def begun(self: DeepSpeedPlugin) -> None:
         begin(self)
-        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        for few in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            self.deepspeed_config["zero_optimization"][f"stage3_{few}"] = 0
 
     DeepSpeedPlugin.__post_init__ = begun  # type: ignore[method-assign]
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
-    talk.build_shm_op = lambda: None  # it would be compiled
+    sys.modules[f"{deepspeed.comm.__name__}.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # it would be compiled
     ranks.on_cpu = lambda: False
 
 
@@ -173,21 +174,21 @@ def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=work, args=(rank, port, recipe, overrides, shard)) for rank in range(2)]
+    processes = [context.Process(target=work, args=(rank, port, recipe, overrides, shard), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     return processes
 
 
 def without_chance(base: Path, output: Path) -> Recipe:
-    """A third of the rows are text alone, so that a process may have no picture where the other has some."""
+    """Most rows are text alone: a process may have no picture where the other has some, and a step none at all."""
     made = small(base, output, max_steps=8, per_device_train_batch_size=4, save_steps=2).model_dump(mode="json", exclude_none=True)
     made["adapter"]["dropout"] = 0.0
     said = [{"from": "human", "value": "What is red and blue?"}, {"from": "gpt", "value": "purple"}]
     output.parent.mkdir(parents=True, exist_ok=True)
     text = output.parent / "text.json"
     text.write_text(json.dumps([{"id": str(n), "conversations": said} for n in range(40)]))
-    made["sources"]["text"] = {"type": "llava-json", "file": str(text), "images": str(output.parent), "share": 0.5}
+    made["sources"]["text"] = {"type": "llava-json", "file": str(text), "images": str(output.parent), "share": 3.0}
     return Recipe.model_validate(made)
 
 

@@ -77,8 +77,11 @@ def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], wh
             highlight=False,
             markup=False,
         )
+        server = uvicorn.Server(config)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[taken])
+            server.run(sockets=[taken])
+        if not server.started:
+            raise RunError("the server could not start; what went wrong stands above.")
 
 
 def take_address(host: str, port: int) -> socket.socket:
