@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from lcl_adapter.client import Endpoint
 from lcl_adapter.client.messages import image_of
 from lcl_adapter.model import load_base
 from lcl_adapter.page import shown
+from lcl_adapter.page.handlers import Handlers
 from lcl_adapter.page.server import with_page
 from lcl_adapter.page.texts import ENGLISH, JAPANESE, SAID
 from lcl_adapter.serve.engine import Engine
@@ -116,6 +118,7 @@ def visit(browser: Browser, running: Running, request: pytest.FixtureRequest) ->
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
+        expect.set_options(timeout=15_000)  # a machine may be busy; what is there is found at once all the same
         page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url or running.url, "data:", "blob:")) else None)
         page.goto(url or running.url)
         page.get_by_role("tab").first.wait_for()
@@ -358,6 +361,26 @@ def test_chat_streams_stops_and_begins_again(visit: Callable[..., Page], running
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("mark of the model's own prompt")
     expect(page.locator("#lcl-message textarea")).to_have_value("<image> is a mark")  # to be mended and sent again
+
+
+def test_who_asks_before_a_model_is_picked_asks_the_first(running: Running, photos: Path, tmp_path: Path) -> None:
+    """A page that is still filling its pickers has none."""
+    store(running, photos, "washers")
+    handlers = Handlers(running.url, tmp_path, None)
+    request: Any = SimpleNamespace(headers={"accept-language": "en"}, username=None, session_hash="early")
+    file = str(photos / "good/3.png")
+    photo = [(file, None)]
+    try:
+        picked = handlers.ask("washers", "lcl", photo, "", False, request)
+        assert handlers.ask("washers", None, photo, "", False, request) == picked
+        sides = handlers.compare("washers", "base", "lcl", photo, False, request)
+        assert handlers.compare("washers", None, None, photo, False, request) == sides
+        message = {"text": "What is this?", "files": [file]}
+        early, later = (list(handlers.chat(message, [], model, None, request))[-2][2] for model in (None, "lcl"))
+        assert early[-1]["role"] == "assistant"
+        assert early == later
+    finally:
+        handlers.close()
 
 
 @pytest.mark.parametrize("locale", ["en-US", "ja-JP"])

@@ -49,6 +49,7 @@ class Handlers:
     keys: Mapping[str, str] | None = None
     _clients: dict[str, Endpoint] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _left_as: dict[str | None, list[Any]] = field(default_factory=dict)
     _turns: dict[str | None, int] = field(default_factory=dict)
     _count: int = 0
 
@@ -64,13 +65,17 @@ class Handlers:
     def begin(self, request: gr.Request) -> list[Any]:
         """Sets and models, in every picker."""
         try:
-            names = self._api(request).models()
+            names, base, first = self._models(request)
         except UserError:
-            names = []
-        base = "base" if "base" in names else (names[0] if names else None)
-        first = next((name for name in names if name != base), base)
+            names, base, first = [], None, None
         picked = [gr.Dropdown(choices=names, value=value) for value in (first, base, first, first)]
         return [*self._pickers(request, first=True), *picked]
+
+    def _models(self, request: gr.Request) -> tuple[list[str], str | None, str | None]:
+        """All of them, the base, and the first adapter or else the base: what is asked where nothing is picked, or not yet."""
+        names = self._api(request).models()
+        base = "base" if "base" in names else (names[0] if names else None)
+        return names, base, next((name for name in names if name != base), base)
 
     def add_pile(self, count: int) -> list[Any]:
         count = min(MOST, count + 1)
@@ -180,7 +185,7 @@ class Handlers:
         tongue = language(request)
         try:
             paths = self._given(tongue, name, photos)
-            found = self._classified(request, str(name), model, paths, question.strip() or None)
+            found = self._classified(request, str(name), model or self._models(request)[2], paths, question.strip() or None)
             return shown.judged(tongue, paths, found, self._thumbs(_who(request), str(name), found.version), bar)
         except (UserError, ValidationError) as error:
             return self._wrong(tongue, error)
@@ -189,7 +194,8 @@ class Handlers:
         tongue = language(request)
         try:
             paths = self._given(tongue, name, photos)
-            told = [(model, self._classified(request, str(name), model, paths)) for model in (base, adapter)]
+            _, plain, first = self._models(request)
+            told = [(model, self._classified(request, str(name), model, paths)) for model in (base or plain, adapter or first)]
             sides = {f"{model}{' ' * n}": found for n, (model, found) in enumerate(told)}  # the same model twice is two sides
             return shown.compared(tongue, paths, sides, self._thumbs(_who(request), str(name), told[0][1].version), bar)
         except (UserError, ValidationError) as error:
@@ -221,37 +227,44 @@ class Handlers:
             messages = [_message(one) for one in (*talk, asked)]
             more = {"support_set": name} if name else {}
             yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), shown.note("")]
-            for piece in self._api(request).stream(str(model), messages, NEW_TOKENS, **more):
-                if self._turns.get(request.session_hash) != turn:  # stopped: leaving the stream ends the server's work
-                    yield [gr.skip()] * 4  # what was yielded last is shown once more at the end
-                    return
+            for piece in self._api(request).stream(str(model or self._models(request)[2]), messages, NEW_TOKENS, **more):
+                if self._turns.get(request.session_hash) != turn:  # leaving the stream ends the server's work
+                    break
                 said += piece
                 answer = {"role": "assistant", "text": said, "files": []}
                 yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
         except UserError as error:
-            stopped = self._turns.get(request.session_hash) != turn
-            yield [gr.skip()] * 4 if stopped else [dict(message), talk, _told(talk), self._wrong(tongue, error)]
+            if self._turns.get(request.session_hash) == turn:
+                yield [dict(message), talk, _told(talk), self._wrong(tongue, error)]
+                return
+        if self._turns.get(request.session_hash) != turn:
+            yield self._left_as.get(request.session_hash, [gr.skip()] * 4)  # a piece that was on its way may have been shown after it
             return
         if not said.strip():
             answer = {"role": "assistant", "text": say(tongue, "silent"), "files": []}
             yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
+        yield [gr.skip()] * 4  # what is yielded last is shown once more at the end, when it may no longer be true
 
     def stop(self, talk: list[dict[str, Any]], request: gr.Request) -> list[Any]:
         """What was said so far stays."""
-        self._next_turn(request)
-        return [gr.skip(), talk, _told(talk), shown.note("")]
+        left = [gr.skip(), talk, _told(talk), shown.note("")]
+        self._next_turn(request, left)
+        return left
 
     def forget(self, request: gr.Request) -> list[Any]:
-        self._next_turn(request)
+        self._next_turn(request, [gr.skip(), [], [], shown.note("")])
         return [{"text": "", "files": []}, [], [], shown.note("")]
 
-    def _next_turn(self, request: gr.Request) -> int:
-        """Of this browser window; an answer to an earlier turn is not shown any more."""
+    def _next_turn(self, request: gr.Request, left: list[Any] | None = None) -> int:
+        """Of this browser window; an answer to an earlier turn is not shown any more. ``left``: what is to be seen instead."""
         with self._lock:
             self._count += 1
             self._turns[request.session_hash] = self._count
+            self._left_as[request.session_hash] = left or [gr.skip()] * 4
             while len(self._turns) > SESSIONS:
-                self._turns.pop(next(iter(self._turns)))
+                oldest = next(iter(self._turns))
+                self._turns.pop(oldest)
+                self._left_as.pop(oldest, None)
             return self._count
 
     # What they share
