@@ -249,6 +249,7 @@ def test_another_writer_is_not_overwritten(visit: Callable[..., Page], running: 
     press(page, "Save")
     expect(page.get_by_role("alert")).to_contain_text("Another has saved this set")
     press(page, "Clear all")
+    expect(page.locator("#lcl-label-0 textarea, #lcl-label-0 input")).to_have_value("")  # what is written before that would be cleared too
     teach(page, photos, "others")
     page.get_by_label(ENGLISH["set_name"]).fill("nuts")  # a new set, under a name that is taken
     press(page, "Save")
