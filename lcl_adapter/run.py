@@ -10,7 +10,7 @@ from lcl_adapter import ask as asking
 from lcl_adapter import check as checking
 from lcl_adapter import convert as converting
 from lcl_adapter import describe as describing
-from lcl_adapter import exchange, ranks, report, sharding
+from lcl_adapter import exchange, ranks, report
 from lcl_adapter import index as indexing
 from lcl_adapter import merge as merging
 from lcl_adapter import plan as planning
@@ -36,7 +36,6 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     """
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
-    sharding.check(recipe)
     ranks.join()  # from here on this process has its own GPU
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
