@@ -19,12 +19,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import THREADS, finish
-from lcl_adapter.conversations import Turn, from_labelled, shown_order
-from lcl_adapter.model import load_base
+from lcl_adapter.base.model import load_base
+from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.serve.calibrate import calibrate, familiarity
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.sources import Picture
-from lcl_adapter.sources.pocket import read_pocket
 
 SETS = 300
 SHOTS = (2, 4, 5)  # no held-out class has more than six drawings

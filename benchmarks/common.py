@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lcl_adapter.pocket import BASE
-from lcl_adapter.pocket.tokenizer import CHAT_TEMPLATE
+from tools.pocket.tokenizer import CHAT_TEMPLATE
 
 RANDOM = Path("build/random-150m")
 THREADS = 2

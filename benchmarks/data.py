@@ -22,12 +22,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from benchmarks.common import THREADS, finish
-from lcl_adapter import recipe, trainer
-from lcl_adapter.batches import Collator
+from lcl_adapter import recipe
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import read_image, read_llava_json
 from lcl_adapter.files import whole_file
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import load_encoder
-from lcl_adapter.sources import read_image, read_llava_json
+from lcl_adapter.training import trainer
+from lcl_adapter.training.collate import Collator
 
 LARGE, SMALL, DRAWN = 1_000_000, 10_000, 20_000
 FOLDER = Path("build/data")

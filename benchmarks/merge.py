@@ -21,13 +21,13 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.common import Size, child, finish, random_llava
-from lcl_adapter.adapter import save_adapter
-from lcl_adapter.convert import convert
-from lcl_adapter.layouts import keys, open_checkpoint
-from lcl_adapter.merge import merge
-from lcl_adapter.model import attach, load_base
+from lcl_adapter.base.adapter import save_adapter
+from lcl_adapter.base.layouts import keys, open_checkpoint
+from lcl_adapter.base.layouts.tensors import Planned, Shards
+from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.checkpoints.merge import merge
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.weights import Planned, Shards
 from tests.tiny import save_original
 
 FOLDER = Path("build/merge")

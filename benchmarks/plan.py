@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import THREADS, Size, child, finish, random_llava
-from lcl_adapter import budget, model, plan
-from lcl_adapter.batches import Collator
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import attach, load_base
+from lcl_adapter.base import model
+from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.memory import budget, plan
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe.schema import AdapterOptions, TrainOptions
-from lcl_adapter.trainer import LclTrainer
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.trainer import LclTrainer
 
 FOLDER = Path("build/plan")
 SIZES = {

@@ -14,12 +14,12 @@ import time
 import torch
 
 from benchmarks.common import THREADS, finish, random_model
-from lcl_adapter import episodes
-from lcl_adapter.conversations import WORDINGS, Turn, from_episode
-from lcl_adapter.model import Base, load_base
-from lcl_adapter.predict import Predictor, Question
+from lcl_adapter.answering.predict import Predictor, Question
+from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
+from lcl_adapter.data.sources import read_pocket
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import read_pocket
 
 QUERIES = 32
 NEW_TOKENS = 8

@@ -30,9 +30,9 @@ import psutil
 from PIL import Image
 
 from benchmarks.common import THREADS, finish, random_model
-from lcl_adapter.conversations import WORDINGS, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, from_labelled
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.pocket import BASE
-from lcl_adapter.sources import Picture
 
 CLIENTS = 32
 EACH = 8

@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.common import THREADS, finish
 from benchmarks.serve import BIN, CLIENTS, running
-from lcl_adapter.adapter import load_adapter
-from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
-from lcl_adapter.predict import Predictor, Question
+from lcl_adapter.answering.predict import Predictor, Question
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.recipe import load
-from lcl_adapter.sources.images import read_bytes
-from lcl_adapter.sources.pocket import read_pocket
 
 SECONDS = 300.0
 SETS, QUERIES, SHOTS = 12, 4, 4

@@ -24,14 +24,14 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.common import THREADS, child, finish, random_model
-from lcl_adapter.batches import Collator
-from lcl_adapter.conversations import WORDINGS, Conversation, speak
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import attach, load_base
+from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import WORDINGS, Conversation, speak
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import read_image
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.sources import read_image
-from lcl_adapter.trainer import LclTrainer
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.trainer import LclTrainer
 
 QUERIES = 4
 SIZES = {"random-150m": (1, 5), "pocket": (24, 15)}  # episodes a step (the pocket recipe's own), steps

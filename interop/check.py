@@ -24,14 +24,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lcl_adapter import run
-from lcl_adapter.adapter import load_adapter
-from lcl_adapter.conversations import WORDINGS, Turn
-from lcl_adapter.convert import convert
-from lcl_adapter.families import FAMILIES
-from lcl_adapter.model import Base, load_base
-from lcl_adapter.sources import Picture
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.families import FAMILIES
+from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.cli import commands as run
+from lcl_adapter.data.conversations import WORDINGS, Turn
+from lcl_adapter.data.sources import Picture
 from tests.tiny import SIDE, VERSIONS, save_language, save_original
 
 HERE = Path(__file__).parent

@@ -13,12 +13,12 @@ from pathlib import Path
 import click
 from safetensors.torch import load_file, save_file
 
-from lcl_adapter.adapter import load_adapter
-from lcl_adapter.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.layouts.keys import TOWER, to_hugging_face
+from lcl_adapter.checkpoints.exchange import export_for_vllm
 from lcl_adapter.evaluate import build_cells
-from lcl_adapter.exchange import export_for_vllm
-from lcl_adapter.layouts.keys import TOWER, to_hugging_face
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe
 from tests.test_evaluate import SUITES
 from tests.test_merge import adapter_on

@@ -8,7 +8,7 @@ Importing this imports neither torch nor transformers; the names below load what
     base, manifest = lcl_adapter.load_adapter(Path("runs/pocket"))
     lcl_adapter.Predictor(base).prefill(...)
 
-The functions behind the other commands are in ``lcl_adapter.run``.
+The functions behind the other commands are in ``lcl_adapter.cli.commands``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 _HOMES = {
     "LclError": "lcl_adapter.errors",
-    "Picture": "lcl_adapter.sources",
-    "Predictor": "lcl_adapter.predict",
-    "Question": "lcl_adapter.predict",
+    "Picture": "lcl_adapter.data.sources",
+    "Predictor": "lcl_adapter.answering.predict",
+    "Question": "lcl_adapter.answering.predict",
     "Recipe": "lcl_adapter.recipe",
-    "Turn": "lcl_adapter.conversations",
+    "Turn": "lcl_adapter.data.conversations",
     "UserError": "lcl_adapter.errors",
-    "load_adapter": "lcl_adapter.adapter",
-    "load_base": "lcl_adapter.model",
+    "load_adapter": "lcl_adapter.base.adapter",
+    "load_base": "lcl_adapter.base.model",
     "load_recipe": "lcl_adapter.recipe",
-    "train": "lcl_adapter.run",
+    "train": "lcl_adapter.cli.commands",
 }
 _ALIASES = {"load_recipe": "load"}
 

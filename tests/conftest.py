@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lcl_adapter.model import Base, load_base
+from lcl_adapter.base.model import Base, load_base
 from tests.tiny import save_tiny
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -10,11 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from lcl_adapter import merge as merging
-from lcl_adapter import recipe, trainer
-from lcl_adapter.adapter import MANIFEST, load_adapter, read_manifest
+from lcl_adapter import recipe
+from lcl_adapter.base.adapter import MANIFEST, load_adapter, read_manifest
+from lcl_adapter.base.model import load_base
+from lcl_adapter.checkpoints import merge as merging
 from lcl_adapter.errors import AdapterError, MergeError, ModelError, RunError
-from lcl_adapter.model import load_base
+from lcl_adapter.training import trainer
 from tests.test_trainer import small
 from tests.tiny import save_tiny
 

@@ -16,16 +16,17 @@ from click.testing import CliRunner
 from PIL import Image
 from pydantic import TypeAdapter
 
-from lcl_adapter import episodes, recipe
-from lcl_adapter.check import check
+from lcl_adapter import recipe
 from lcl_adapter.cli import main
+from lcl_adapter.data import episodes
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
 from lcl_adapter.evaluate import check_held_out
-from lcl_adapter.mixture import Mixture
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import InspectionOptions, TaggedSource
-from lcl_adapter.sources import open_reader
-from lcl_adapter.trainer import train
+from lcl_adapter.training.preflight import check
+from lcl_adapter.training.trainer import train
 from tests.conftest import paint
 from tests.test_formats import FIXTURES, SOURCES, P, Q
 
@@ -463,10 +464,10 @@ def test_suites_that_cannot_be(tmp_path: Path, suites: str, said: str) -> None:
 
 
 def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path, parts: Path) -> None:
+    from lcl_adapter.answering.predict import Predictor
+    from lcl_adapter.base.model import load_base
     from lcl_adapter.evaluate import build_cells
     from lcl_adapter.evaluate.runner import Sides, measure
-    from lcl_adapter.model import load_base
-    from lcl_adapter.predict import Predictor
 
     (parts / "tile" / "test" / "hole" / "000.png").write_bytes(b"")
     suite = {"kind": "inspection", "source": {**SOURCES["mvtec"], "path": parts}, "references": 1}
@@ -570,8 +571,8 @@ def test_other_forms_of_one_name_are_one_picture(tmp_path: Path) -> None:
 
 
 def test_a_rec_suite_passes_over_a_box_outside_its_picture(pocket_tiny: Path, questions: Path) -> None:
+    from lcl_adapter.base.model import load_encoder
     from lcl_adapter.evaluate import build_cells, check_suites
-    from lcl_adapter.model import load_encoder
 
     image = json.loads((questions / "REC_val.jsonl").read_text().splitlines()[0])["img_path"]
     file = appended(questions / "REC_val.jsonl", json.dumps({"img_path": image, "expression": "it", "bbox": [1, 1, 500, 500]}))
@@ -588,7 +589,7 @@ def test_a_rec_suite_passes_over_a_box_outside_its_picture(pocket_tiny: Path, qu
 
 
 def test_a_broken_picture_does_not_end_a_watched_training(pocket_tiny: Path, tmp_path: Path, parts: Path) -> None:
-    from lcl_adapter.watch import Watch
+    from lcl_adapter.training.during import Watch
 
     (parts / "screw" / "test" / "hole" / "000.png").write_bytes(b"")
     held = {**SOURCES["mvtec"], "path": parts, "held_out": ["screw"]}
@@ -614,7 +615,7 @@ def test_phrasings_in_one_language_of_two(pocket_tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_records_are_found_whatever_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Strings that hold brackets, commas, quotes and backslashes, cut anywhere."""
-    from lcl_adapter.sources import records
+    from lcl_adapter.data.sources import records
 
     monkeypatch.setattr(records, "CHUNK", chunk)
     values = [{"a": 'x"],[{\\'}, {"b": [1, {"c": []}]}, {}, {"é": "日本\n"}, {"e": "\\"}, {"f": "{"}]

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, attention, collate
-from lcl_adapter.conversations import WORDINGS, Conversation, Turn, speak
+from lcl_adapter.base.encoder import IGNORED
+from lcl_adapter.base.model import Base, attach
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, speak
+from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import Base, attach
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training.collate import BucketedOrder, Collator, attention, collate
 from tests.conftest import paint
 
 
@@ -135,7 +136,7 @@ def test_bucketed_order_is_a_permutation_and_a_pure_function(tiny_base: Base) ->
 
 
 def test_a_bad_picture_is_replaced_and_counted_or_refused(tiny_base: Base, tmp_path: Path) -> None:
-    from lcl_adapter.sources import read_image
+    from lcl_adapter.data.sources import read_image
 
     for number in range(4):
         for index in range(4):

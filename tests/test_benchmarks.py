@@ -18,8 +18,8 @@ def test_the_last_line_is_the_result(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_both_sides_of_the_training_benchmark_see_the_same_questions() -> None:
-    from lcl_adapter.conversations import WORDINGS, speak
-    from lcl_adapter.mixture import Mixture
+    from lcl_adapter.data.conversations import WORDINGS, speak
+    from lcl_adapter.data.mixture import Mixture
 
     made = train.recipe("pocket", 2, 1, "out")
     conversation = speak(Mixture(made).draw(0), WORDINGS["short"])

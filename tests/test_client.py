@@ -27,21 +27,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lcl_adapter import run as commands
-from lcl_adapter.cli import main
-from lcl_adapter.client import Endpoint, RemotePredictor
-from lcl_adapter.client.messages import image_of, to_messages
-from lcl_adapter.client.scores import Said, log_likelihoods, which
-from lcl_adapter.conversations import Turn
+from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client.messages import image_of, to_messages
+from lcl_adapter.answering.client.scores import Said, log_likelihoods, which
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.model import load_base
+from lcl_adapter.cli import commands, main
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError
 from lcl_adapter.evaluate import Served, build_cells, evaluate
-from lcl_adapter.model import load_base
-from lcl_adapter.predict import Predictor
 from lcl_adapter.serve import api
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
-from lcl_adapter.sources import Picture, read_image
 from tests.conftest import paint
 from tests.test_evaluate import with_suites
 from tests.test_merge import adapter_on

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcl_adapter import episodes
-from lcl_adapter.episodes import Episode
-from lcl_adapter.episodes.base import clash
-from lcl_adapter.episodes.two_way import rank_weight
+from lcl_adapter.data import episodes
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.episodes.base import clash
+from lcl_adapter.data.episodes.two_way import rank_weight
+from lcl_adapter.data.sources import ClassPool, Picture, PictureClass, read_pocket
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool, Picture, PictureClass, read_pocket
 
 QUICK = settings(max_examples=150, deadline=None)
 

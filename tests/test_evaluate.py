@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from lcl_adapter import trainer
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.evaluate import build_cells, evaluate, metrics, rules, runner
 from lcl_adapter.evaluate.baselines import nearest_prototype
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.sides import Sides
-from lcl_adapter.model import load_base
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training import trainer
 from tests.test_trainer import small
 
 SUITES = {

@@ -18,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcl_adapter.adapter import load_adapter, read_manifest
-from lcl_adapter.conversations import WORDINGS, Turn
-from lcl_adapter.convert import convert
-from lcl_adapter.deltas import Adapter
+from lcl_adapter.base.adapter import load_adapter, read_manifest
+from lcl_adapter.base.layouts import open_checkpoint
+from lcl_adapter.base.model import family_of, load_base
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.checkpoints.deltas import Adapter
+from lcl_adapter.checkpoints.exchange import export_adapter, import_adapter
+from lcl_adapter.checkpoints.exchange.exporting import SCRIPT
+from lcl_adapter.checkpoints.merge import merge
+from lcl_adapter.checkpoints.probe import probe, probe_turns
+from lcl_adapter.data.conversations import WORDINGS, Turn
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, ModelError, RunError, UserError
-from lcl_adapter.exchange import export_adapter, import_adapter
-from lcl_adapter.exchange.exporting import SCRIPT
-from lcl_adapter.layouts import open_checkpoint
-from lcl_adapter.merge import merge
-from lcl_adapter.model import family_of, load_base
-from lcl_adapter.probe import probe, probe_turns
-from lcl_adapter.sources import Picture
 from tests.test_merge import WEIGHTS, adapter_on, delta, merged_in, rewritten
 from tests.tiny import VERSIONS, save_language, save_original
 
@@ -210,8 +210,8 @@ def test_the_script_writes_the_familys_own_prompt(
 
 def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
     """Of twice the rank."""
-    from lcl_adapter.adapter import keep_start, save_adapter
-    from lcl_adapter.model import attach
+    from lcl_adapter.base.adapter import keep_start, save_adapter
+    from lcl_adapter.base.model import attach
     from lcl_adapter.recipe.schema import AdapterOptions
 
     made = attach(load_base(str(bases["v1.5"]), device="cpu"), AdapterOptions(rank=4, alpha=4, pissa=True))

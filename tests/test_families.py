@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcl_adapter.batches import IGNORED, check_alignment
-from lcl_adapter.conversations import WORDINGS, Conversation, Turn, from_episode
-from lcl_adapter.episodes import Episode, Example, LearnedAnswers
+from lcl_adapter.base.encoder import IGNORED, check_alignment
+from lcl_adapter.base.families import FAMILIES, chat_template
+from lcl_adapter.base.model import Base, load_base, tokens_an_image
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_episode
+from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, ModelError
-from lcl_adapter.families import FAMILIES, chat_template
-from lcl_adapter.model import Base, load_base, tokens_an_image
-from lcl_adapter.sources import Picture
-from lcl_adapter.vision import VisionFeatures
 from tests.conftest import EVERY, paint
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
+from lcl_adapter.data.sources import ClassPool, InspectionPool, QuestionPool, open_reader, read_image, read_isekai_questions, read_test_pairs
+from lcl_adapter.data.sources.base import pictures_of
+from lcl_adapter.data.sources.boxes import Box, located, parse
 from lcl_adapter.recipe.sources import TaggedSource
-from lcl_adapter.sources import ClassPool, InspectionPool, QuestionPool, open_reader, read_image, read_isekai_questions, read_test_pairs
-from lcl_adapter.sources.base import pictures_of
-from lcl_adapter.sources.boxes import Box, located, parse
 
 ROOT = Path(__file__).parent.parent / "datasets"
 FIXTURES = ROOT / "fixtures"

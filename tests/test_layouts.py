@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, dynamic_module_utils
 
-from lcl_adapter import convert as converting
-from lcl_adapter import weights
-from lcl_adapter.convert import convert
+from lcl_adapter.base.layouts import Checkpoint, layout_of, open_checkpoint, read_config
+from lcl_adapter.base.layouts import tensors as weights
+from lcl_adapter.base.layouts.tensors import INDEX, SINGLE, Planned
+from lcl_adapter.base.layouts.writing import Writing
+from lcl_adapter.base.model import load_base
+from lcl_adapter.checkpoints import convert as converting
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.checkpoints.probe import Answers, probe, probe_turns
 from lcl_adapter.errors import MergeError, ModelError, RunError, UserError
-from lcl_adapter.layouts import Checkpoint, layout_of, open_checkpoint, read_config
-from lcl_adapter.layouts.writing import Writing
-from lcl_adapter.model import load_base
-from lcl_adapter.probe import Answers, probe, probe_turns
-from lcl_adapter.weights import INDEX, SINGLE, Planned
 from tests.tiny import SIDE, VERSIONS, save_original, save_tiny
 
 Q_PROJ = {"original": "model.layers.0.self_attn.q_proj.weight", "hf": "language_model.model.layers.0.self_attn.q_proj.weight"}

@@ -16,17 +16,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lcl_adapter import deltas, trainer, weights
-from lcl_adapter.adapter import MANIFEST, keep_start, load_adapter, save_adapter
-from lcl_adapter.convert import convert
-from lcl_adapter.deltas import Adapter, check_fits
+from lcl_adapter.base.adapter import MANIFEST, keep_start, load_adapter, save_adapter
+from lcl_adapter.base.layouts import open_checkpoint
+from lcl_adapter.base.layouts import tensors as weights
+from lcl_adapter.base.layouts.tensors import SINGLE, Planned
+from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.checkpoints import deltas
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.checkpoints.deltas import Adapter, check_fits
+from lcl_adapter.checkpoints.merge import merge, trained_on
+from lcl_adapter.checkpoints.probe import Answers, probe, probe_turns
 from lcl_adapter.errors import AdapterError, MergeError, RunError
-from lcl_adapter.layouts import open_checkpoint
-from lcl_adapter.merge import merge, trained_on
-from lcl_adapter.model import attach, load_base
-from lcl_adapter.probe import Answers, probe, probe_turns
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.weights import SINGLE, Planned
+from lcl_adapter.training import trainer
 from tests.test_trainer import small
 from tests.tiny import VERSIONS, save_original, save_tiny
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcl_adapter.data.mixture import BLOCK, Mixture
+from lcl_adapter.data.sources import ClassPool, Dialogue, Exchange, Picture, PictureClass, QuestionPool
 from lcl_adapter.errors import RecipeError
-from lcl_adapter.mixture import BLOCK, Mixture
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.sources import ClassPool, Dialogue, Exchange, Picture, PictureClass, QuestionPool
 
 CLASSES = ClassPool("c", tuple(PictureClass(f"n{i}", (Picture(Path(f"{i}a")), Picture(Path(f"{i}b")))) for i in range(5)))
 QUESTIONS = QuestionPool("q", tuple(Dialogue((Exchange(f"q{i}?", f"a{i}"),), f"q{i}") for i in range(7)))

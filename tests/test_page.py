@@ -25,11 +25,12 @@ from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering.client import Endpoint
+from lcl_adapter.answering.client.messages import image_of
+from lcl_adapter.base.model import load_base
 from lcl_adapter.cli import main
-from lcl_adapter.client import Endpoint
-from lcl_adapter.client.messages import image_of
-from lcl_adapter.model import load_base
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.page import shown
 from lcl_adapter.page.handlers import Handlers
 from lcl_adapter.page.server import with_page
@@ -38,7 +39,6 @@ from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
-from lcl_adapter.sources import Picture
 from tests.test_merge import adapter_on
 
 SHOTS = Path(__file__).parent.parent / "build" / "screenshots"

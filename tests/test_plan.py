@@ -12,17 +12,21 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl_adapter import adapter, budget, plan, recipe, run, trainer
-from lcl_adapter.batches import Collator
+from lcl_adapter import recipe
+from lcl_adapter.amounts import UNITS, memory_bytes
+from lcl_adapter.base import adapter
+from lcl_adapter.base.layouts import open_checkpoint
+from lcl_adapter.base.model import attach, choose_precision, load_base, parameters_by_part
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.cli import commands as run
 from lcl_adapter.cli import main
+from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import ModelError, RunError
-from lcl_adapter.layouts import open_checkpoint
-from lcl_adapter.lengths import check_rows
-from lcl_adapter.memory import UNITS, memory_bytes
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import attach, choose_precision, load_base, parameters_by_part
+from lcl_adapter.memory import budget, plan
 from lcl_adapter.recipe.schema import AdapterOptions, TrainOptions
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training import trainer
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.lengths import check_rows
 from tests.test_trainer import small
 from tests.tiny import save_original
 
@@ -200,7 +204,7 @@ def test_auto_precision_says_why(pocket_tiny: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "nf4", "auto"])
 def test_every_precision_loads_and_answers_on_a_cpu(precision: str, pocket_tiny: Path, tmp_path: Path) -> None:
     """Close to fp32 in logits; only the language model is quantised."""
-    from lcl_adapter.probe import probe, probe_turns
+    from lcl_adapter.checkpoints.probe import probe, probe_turns
 
     base = load_base(str(pocket_tiny), precision)  # type: ignore[arg-type]
     probes = probe_turns("short")[:2]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lcl_adapter import episodes
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.model import load_base, parameters_by_part
 from lcl_adapter.cli import main
-from lcl_adapter.conversations import WORDINGS, Turn, from_episode
-from lcl_adapter.model import load_base, parameters_by_part
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
+from lcl_adapter.data.sources import read_image, read_llava_json, read_pocket
 from lcl_adapter.pocket import BASE, DATA
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import read_image, read_llava_json, read_pocket
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_ask_judges_photos_on_disk(run: Path, tmp_path: Path) -> None:
 
 def test_a_merged_model_gives_the_adapters_answers(run: Path, tmp_path: Path) -> None:
     """fp32: within one episode in a thousand, as the report's own question asks them."""
-    from lcl_adapter.adapter import load_adapter
+    from lcl_adapter.base.adapter import load_adapter
 
     merged = tmp_path / "merged"
     assert CliRunner().invoke(main, ["merge", str(run), "--out", str(merged), "--dtype", "fp32"]).exit_code == 0
@@ -138,8 +138,8 @@ def test_drawn_data_is_the_same_every_time(tmp_path: Path) -> None:
     """Parts and products are drawn from the shipped emoji, with masks, in MVTec's layout; classes keep their split."""
     import zipfile
 
+    from lcl_adapter.data.sources.inspection import read_mvtec
     from lcl_adapter.pocket import parts, shipped
-    from lcl_adapter.sources.inspection import read_mvtec
 
     archives = {split: tmp_path / f"{split}.zip" for split in ("train", "held_out")}
     counts = parts.TRAIN, parts.HELD_OUT

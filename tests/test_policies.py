@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lcl_adapter import episodes
-from lcl_adapter.conversations import WORDINGS, from_episode
-from lcl_adapter.episodes import Episode
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, from_episode
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.sources import ClassPool, InspectionPool, Part, Picture, Specimen, read_image
+from lcl_adapter.data.sources.boxes import located, parse
 from lcl_adapter.errors import EpisodeError, RecipeError
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import ClassPool, InspectionPool, Part, Picture, Specimen, read_image
-from lcl_adapter.sources.boxes import located, parse
-from lcl_adapter.templates import load, phrase
+from lcl_adapter.recipe.wording import load, phrase
 from tests.conftest import paint
 from tests.test_episodes import made_pool
 from tests.test_formats import opened

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcl_adapter import episodes
-from lcl_adapter.conversations import WORDINGS, Turn, from_episode
+from lcl_adapter.answering.predict import Predictor, Question, Reply
+from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
+from lcl_adapter.data.sources import read_pocket
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.model import Base, load_base
-from lcl_adapter.predict import Predictor, Question, Reply
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import read_pocket
 from tests.conftest import EVERY, FAMILIES
 
 SHORT = WORDINGS["short"]

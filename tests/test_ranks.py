@@ -26,13 +26,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lcl_adapter import ranks, sharding, trainer
-from lcl_adapter.adapter import read_manifest
-from lcl_adapter.batches import BucketedOrder, Collator
+from lcl_adapter import processes as ranks
+from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import RecipeError, RunError
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import load_encoder
 from lcl_adapter.recipe import Recipe, save
+from lcl_adapter.training import sharding, trainer
+from lcl_adapter.training.collate import BucketedOrder, Collator
 from tests.test_trainer import losses, small
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +148,7 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: 
     """What a launcher's process does; it prints as the first rank alone may."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     if shard:
         {"fsdp2": fsdp2_on_cpus, "zero3": zero3_on_cpus}[shard]()
@@ -170,7 +171,7 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: 
 def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
     """As torchrun starts them; forked from a server that has imported everything, for that is most of the time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcl_adapter.run", "trl", "tests.test_ranks"])
+    context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_ranks"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

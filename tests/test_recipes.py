@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from lcl_adapter import recipe
-from lcl_adapter.adapter import read_manifest
+from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.cli import main
 from lcl_adapter.recipe.shipped import recipes_folder
 from tests.conftest import paint

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lcl_adapter.conversations import Turn
+from lcl_adapter.answering.predict import Reply
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.sources.boxes import Box
 from lcl_adapter.evaluate import judges, metrics, rules
 from lcl_adapter.evaluate.cases import Case
-from lcl_adapter.predict import Reply
-from lcl_adapter.sources.boxes import Box
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])

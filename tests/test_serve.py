@@ -30,22 +30,22 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from lcl_adapter import wire
-from lcl_adapter.adapter import load_adapter
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering.predict import Predictor, Question
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.model import load_base
 from lcl_adapter.cli import main
-from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, RunError
-from lcl_adapter.model import load_base
-from lcl_adapter.predict import Predictor, Question
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import api, server
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.jobs import BusyError, Job, Work
+from lcl_adapter.serve.jobs import BusyError, Job, Task
 from lcl_adapter.serve.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.speech import Speaker, Token
 from lcl_adapter.serve.store import Store
-from lcl_adapter.sources import Picture
 from tests.test_merge import adapter_on
 
 KEYS = {"plant-a": "key-of-plant-a-0123456789", "plant-b": "key-of-plant-b-0123456789", "ops": "key-of-ops-0123456789-xyz"}
@@ -267,7 +267,7 @@ def test_requests_of_many_clients_go_together_and_stay_apart(client: TestClient,
     queries = {name: [png(200 + n) for n in range(20)] for name in ("one", "two")}
     expected = {name: offline(run_folder, examples(seed=seed), queries[name]) for name, seed in (("one", 0), ("two", 50))}
     before = engine.counters.waves
-    blocker = Work(lambda _: time.sleep(0.5))
+    blocker = Task(lambda: time.sleep(0.5))
     engine.submit(blocker)
 
     def ask(number: int) -> dict[str, Any]:
@@ -471,7 +471,7 @@ def test_a_seed_makes_a_draw_again_whatever_is_asked_beside_it(client: TestClien
     put(client)
     body = {"model": "parts", "messages": messages(png(1)), "max_tokens": 12, "temperature": 1.5, "seed": 11, "support_set": "parts-set"}
     alone = client.post("/v1/chat/completions", json=body).json()["choices"][0]
-    engine.submit(Work(lambda _: time.sleep(0.3)))
+    engine.submit(Task(lambda: time.sleep(0.3)))
     with ThreadPoolExecutor(6) as pool:
         together = list(
             pool.map(lambda seed: client.post("/v1/chat/completions", json={**body, "seed": seed}).json()["choices"][0], [11, 12, 13, 11])
@@ -768,7 +768,7 @@ def test_a_full_queue_is_told_with_a_time(client: TestClient, engine: Engine, mo
     body = {"support_set": "parts-set", "images": [url(png(n)) for n in range(5)]}
     assert client.post("/v1/classify", json=body).status_code == 200
     monkeypatch.setattr(engine, "limit", 8)
-    engine.submit(Work(lambda _: time.sleep(0.5)))
+    engine.submit(Task(lambda: time.sleep(0.5)))
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: client.post("/v1/classify", json=body), range(3)))
     assert sorted(one.status_code for one in answers) == [200, 429, 429]
@@ -784,7 +784,7 @@ def test_a_full_queue_is_told_with_a_time(client: TestClient, engine: Engine, mo
 def test_a_request_that_takes_too_long_is_ended(client: TestClient, service: Service, engine: Engine) -> None:
     put(client)
     service.timeout = 0.2
-    engine.submit(Work(lambda _: time.sleep(1.5)))
+    engine.submit(Task(lambda: time.sleep(1.5)))
     found = client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(1))]})
     assert found.status_code == 504
     assert error_of(found)["code"] == "timeout"
@@ -795,7 +795,7 @@ def test_a_request_that_takes_too_long_is_ended(client: TestClient, service: Ser
 def test_a_client_that_goes_away_stops_using_the_model(live: str, engine: Engine) -> None:
     """In the queue, and in the middle of a stream."""
     before = engine.counters.cancelled
-    engine.submit(Work(lambda _: time.sleep(2)))
+    engine.submit(Task(lambda: time.sleep(2)))
     body = {"model": "parts", "messages": messages(png(1)), "max_tokens": 300}
     for stream in (False, True):
         with pytest.raises(httpx2.ReadTimeout):
@@ -830,7 +830,7 @@ def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine
         return True
 
     stopped.say = leave
-    engine.submit(Work(lambda _: time.sleep(0.2)), stopped, beside)
+    engine.submit(Task(lambda: time.sleep(0.2)), stopped, beside)
     beside.future.result(30)
     assert heard[2] == heard[0]
     assert len(heard[1]) == 1
@@ -855,7 +855,7 @@ def test_long_questions_go_in_waves_of_their_own(client: TestClient, engine: Eng
     short, long = messages(png(1)), messages(png(1), text="What is this? " * 30)
     expected = [client.post("/v1/chat/completions", json={**body, "messages": one}).json()["choices"] for one in (short, long)]
     monkeypatch.setattr("lcl_adapter.serve.engine.WAVE", 600)
-    engine.submit(Work(lambda _: time.sleep(0.3)))
+    engine.submit(Task(lambda: time.sleep(0.3)))
     before = engine.counters.waves
     with ThreadPoolExecutor(6) as pool:
         asked = [short, long, short, long, short, long]
@@ -870,7 +870,7 @@ def test_a_long_wish_spoils_no_other_answer(client: TestClient, engine: Engine) 
     body = {"model": "parts", "messages": messages(png(1)), "max_tokens": 4, "support_set": "parts-set"}
     alone = client.post("/v1/chat/completions", json=body).json()["choices"]
     without_set = client.post("/v1/chat/completions", json={**body, "support_set": None}).json()["usage"]["prompt_tokens"]
-    engine.submit(Work(lambda _: time.sleep(0.3)))
+    engine.submit(Task(lambda: time.sleep(0.3)))
     wishes = [{}, {"max_tokens": engine.base.encoder().context - without_set}, {"temperature": 1e-38}, {}]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda wish: client.post("/v1/chat/completions", json={**body, **wish}), wishes))
@@ -900,7 +900,7 @@ def test_an_error_in_one_of_a_batch_is_its_own(engine: Engine) -> None:
         return Job("parts", lambda: support, Turn("user", "What is this?", Picture(Path(f"q{len(data)}"), data=data)), ("test", "fault"), answers)
 
     good, bad, also = job(png(1)), job(b"no image"), job(png(2, (50, 50)))
-    engine.submit(Work(lambda _: time.sleep(0.2)), good, bad, also)
+    engine.submit(Task(lambda: time.sleep(0.2)), good, bad, also)
     assert good.future.result(30).reply.log_likelihoods
     assert also.future.result(30).reply.log_likelihoods
     with pytest.raises(Exception, match="not an image"):
@@ -928,7 +928,7 @@ def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) 
 
     first, second, third, never = Work(steps("a")), Work(steps("b", wrong=True)), Work(steps("c")), Work(steps("d"))
     never.cancelled.set()
-    engine.submit(Work(lambda _: time.sleep(0.2)), first, second, third, never, Work(lambda _: told.append("short")))
+    engine.submit(Task(lambda: time.sleep(0.2)), first, second, third, never, Task(lambda: told.append("short")))
     assert first.future.result(30) == "a"
     assert third.future.result(30) == "c"
     assert isinstance(second.future.exception(30), RunError)
@@ -940,7 +940,7 @@ def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) 
 
 def test_a_stopped_engine_refuses_and_ends(tiny_folder: Callable[[str], Path]) -> None:
     own = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), 10**6).start()
-    slow, waiting = Work(lambda _: time.sleep(0.3)), Work(lambda _: None)
+    slow, waiting = Task(lambda: time.sleep(0.3)), Task(lambda: None)
     own.submit(slow, waiting)
     time.sleep(0.1)
     own.stop()
@@ -948,7 +948,7 @@ def test_a_stopped_engine_refuses_and_ends(tiny_folder: Callable[[str], Path]) -
     with pytest.raises(BusyError):
         waiting.future.result(1)
     with pytest.raises(BusyError):
-        own.submit(Work(lambda _: None))
+        own.submit(Task(lambda: None))
     assert not own.alive
 
 

@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lcl_adapter import trainer
-from lcl_adapter.adapter import read_manifest
+from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.data.mixture import Mixture, _order
+from lcl_adapter.data.sources import read_image, shards
+from lcl_adapter.data.sources.shards import Cache, expanded, members_of, read_shards
 from lcl_adapter.errors import DataError, RecipeError, RunError
-from lcl_adapter.mixture import Mixture, _order
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.sources import read_image, shards
-from lcl_adapter.sources.shards import Cache, expanded, members_of, read_shards
+from lcl_adapter.training import trainer
 from tests.test_trainer import losses, small
 
 SAMPLES = 6

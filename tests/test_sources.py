@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lcl_adapter.data.sources import Picture, read_class_folders, read_image, read_llava_json, read_pocket
 from lcl_adapter.errors import DataError
 from lcl_adapter.pocket import DATA
-from lcl_adapter.sources import Picture, read_class_folders, read_image, read_llava_json, read_pocket
 from tests.conftest import paint
 
 

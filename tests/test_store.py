@@ -21,10 +21,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from lcl_adapter.cli import main
+from lcl_adapter.data.sources import read_class_folders
 from lcl_adapter.errors import ConflictError, MissingError, RunError
 from lcl_adapter.serve import store as storing
 from lcl_adapter.serve.store import VERSIONS_KEPT, Example, Store
-from lcl_adapter.sources import read_class_folders
 
 ONE, TWO = [("good", b"a photo"), ("bad", b"another")], [("good", b"a photo"), ("bad", b"a third"), ("ugly", b"a photo")]
 

@@ -11,17 +11,17 @@ import pytest
 from click.testing import CliRunner
 
 from lcl_adapter import recipe as recipes
-from lcl_adapter import trainer
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.evaluate import Sides, build_cells, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
-from lcl_adapter.model import load_base
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe, presets
 from lcl_adapter.report.plots import defect_score
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training import trainer
 from tests.conftest import paint
 from tests.test_formats import FIXTURES, SOURCES, P
 
@@ -227,7 +227,7 @@ def test_the_gate_fails_loudly_and_keeps_the_best_that_passes(tmp_path: Path, po
 
 
 def test_watching_changes_nothing_of_the_training(tmp_path: Path, pocket_tiny: Path) -> None:
-    from lcl_adapter.watch import Watch
+    from lcl_adapter.training.during import Watch
 
     plain, watched = (small(pocket_tiny, tmp_path / n, {"pope": SUITES["pope"]}, keep={"pope": 5}, every=1) for n in ("plain", "watched"))
     trainer.train(plain)
@@ -237,7 +237,7 @@ def test_watching_changes_nothing_of_the_training(tmp_path: Path, pocket_tiny: P
 
 
 def test_the_page_shows_curves_confusion_and_mistakes(tmp_path: Path, pocket_tiny: Path) -> None:
-    from lcl_adapter import run as commands
+    from lcl_adapter.cli import commands
 
     run = tmp_path / "run"
     suites = {"product": SUITES["product"], "parts": {**SUITES["mvtec"], "source": {**SOURCES["mvtec"], "split": "held_out", "held_out": ["screw"]}}}

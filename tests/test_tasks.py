@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lcl_adapter import episodes
-from lcl_adapter.batches import IGNORED, check_alignment
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.encoder import IGNORED, check_alignment
+from lcl_adapter.base.families import FAMILIES
+from lcl_adapter.base.model import Base
+from lcl_adapter.base.vision import squared
 from lcl_adapter.cli import main
-from lcl_adapter.conversations import WORDINGS, Conversation, from_dialogues, from_episode
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, Conversation, from_dialogues, from_episode
+from lcl_adapter.data.sources import read_class_folders
 from lcl_adapter.errors import DataError
-from lcl_adapter.families import FAMILIES
-from lcl_adapter.model import Base
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import read_class_folders
-from lcl_adapter.vision import squared
 from tests.conftest import paint
 from tests.test_episodes import made_pool
 from tests.test_formats import opened

@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from lcl_adapter import adapter, recipe, trainer
-from lcl_adapter.batches import IGNORED, Collator, collate
-from lcl_adapter.conversations import WORDINGS, speak
+from lcl_adapter import recipe
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.base import adapter
+from lcl_adapter.base.encoder import IGNORED
+from lcl_adapter.base.model import Base, attach, load_base, parameters_by_part
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import WORDINGS, speak
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import EpisodeError, RunError
-from lcl_adapter.memory import memory_bytes
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import Base, attach, load_base, parameters_by_part
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.sources import Picture, read_image
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training import trainer
+from lcl_adapter.training.collate import Collator, collate
 
 
 def small(base: Path, output: Path, **train: Any) -> Recipe:
@@ -103,8 +106,8 @@ def test_resuming_under_another_recipe_is_refused(pocket_tiny: Path, tmp_path: P
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"feature_noise": 0.5}])
 def test_other_ways_to_train(pocket_tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """bf16 with a trained fp32 projector, checkpointing, noise: each trains, saves and answers."""
-    from lcl_adapter.predict import Predictor
-    from lcl_adapter.probe import probe_turns
+    from lcl_adapter.answering.predict import Predictor
+    from lcl_adapter.checkpoints.probe import probe_turns
 
     train = {k: v for k, v in change.items() if k != "precision"}
     made = small(pocket_tiny, tmp_path / "run", max_steps=2, **train)

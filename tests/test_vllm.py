@@ -17,15 +17,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from lcl_adapter.base.layouts import open_checkpoint
+from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.checkpoints.exchange import export_for_vllm
+from lcl_adapter.checkpoints.exchange.for_vllm import RANKS
 from lcl_adapter.cli import main
-from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.data.conversations import WORDINGS, Turn
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, RunError
-from lcl_adapter.exchange import export_for_vllm
-from lcl_adapter.exchange.for_vllm import RANKS
-from lcl_adapter.layouts import open_checkpoint
-from lcl_adapter.model import family_of, load_encoder
 from lcl_adapter.pocket import BASE
-from lcl_adapter.sources import Picture
 from tests.test_merge import adapter_on
 
 MAPPED = {"model.language_model.": "language_model.model.", "model.multi_modal_projector.": "multi_modal_projector."}  # hf_to_vllm_mapper
@@ -59,7 +59,7 @@ def test_the_template_is_the_familys_prompt(tiny_folder: Callable[[str], Path], 
     """Rendered as vLLM renders it, with content in parts and nothing added in front."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from lcl_adapter.exchange.for_vllm import template_of
+    from lcl_adapter.checkpoints.exchange.for_vllm import template_of
 
     checkpoint, encoder = open_checkpoint(str(tiny_folder(family))), load_encoder(str(tiny_folder(family)))
     wording, picture = WORDINGS["lcl"], Picture(Path("a.png"))

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lcl_adapter import weights
+from lcl_adapter.base.layouts import tensors as weights
+from lcl_adapter.base.layouts.tensors import INDEX, SINGLE, TYPES, Planned, Shards, blocks_of, stored_in, stored_in_file
 from lcl_adapter.errors import ModelError
-from lcl_adapter.weights import INDEX, SINGLE, TYPES, Planned, Shards, blocks_of, stored_in, stored_in_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}
 

@@ -33,8 +33,8 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
-from lcl_adapter.pocket import tokenizer as tk
-from lcl_adapter.weights import stored_in
+from lcl_adapter.base.layouts.tensors import stored_in
+from tools.pocket import tokenizer as tk
 
 WORDS = ["what", "is", "this", "the", "names", "learn", "now", "image", "good", "scratched", "question", "assistant", "user"]
 CORPUS = ["USER: What is this? ASSISTANT: " + w for w in WORDS] * 4

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.adapter import load_adapter
-from lcl_adapter.client import Endpoint, RemotePredictor, judge
-from lcl_adapter.conversations import WORDINGS, Turn, from_labelled
-from lcl_adapter.episodes.base import clash
+from lcl_adapter.answering.client import Endpoint, RemotePredictor, judge
+from lcl_adapter.answering.predict import Predictor, Question, Reply
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.model import load_base
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.episodes.base import clash
+from lcl_adapter.data.sources import Picture, read_class_folders, read_image
 from lcl_adapter.errors import DataError
-from lcl_adapter.model import load_base
-from lcl_adapter.predict import Predictor, Question, Reply
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.schema import Precision
-from lcl_adapter.sources import Picture, read_class_folders, read_image
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.terminal import console
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import DynamicCache
 
-from lcl_adapter.batches import Position, position_ids
-from lcl_adapter.conversations import Turn
+from lcl_adapter.base.encoder import Position, position_ids
+from lcl_adapter.base.model import Base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EpisodeError
-from lcl_adapter.model import Base
-from lcl_adapter.vision import VisionFeatures
 
 Ids = list[int]
 Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]

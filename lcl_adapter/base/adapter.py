@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from lcl_adapter.base.families import Family
+from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.errors import AdapterError, RunError
-from lcl_adapter.families import Family
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
-from lcl_adapter.layouts import Checkpoint, open_checkpoint
-from lcl_adapter.model import Base, check_adapted, load_base
 from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"

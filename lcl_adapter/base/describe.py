@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.adapter import MANIFEST, read_manifest
-from lcl_adapter.batches import Encoder
-from lcl_adapter.conversations import Turn
+from lcl_adapter.base.adapter import MANIFEST, read_manifest
+from lcl_adapter.base.encoder import Encoder
+from lcl_adapter.base.families import LLAVA_TYPES
+from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, read_config
+from lcl_adapter.base.layouts.keys import PROJECTOR, TOWER
+from lcl_adapter.base.layouts.tensors import Stored, stored_in_file
+from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
-from lcl_adapter.families import LLAVA_TYPES
-from lcl_adapter.layouts import Checkpoint, find_base, open_checkpoint, read_config
-from lcl_adapter.layouts.keys import PROJECTOR, TOWER
-from lcl_adapter.model import family_of, load_encoder
-from lcl_adapter.weights import Stored, stored_in_file
 
 
 def describe(name: str, tower: str | None = None) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from lcl_adapter.batches import Encoder
+from lcl_adapter.amounts import give_back
+from lcl_adapter.base.encoder import Encoder
+from lcl_adapter.base.families import FAMILIES, LLAVA_TYPES, Family, chat_template, detect
+from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.base.layouts.keys import DROPPED, skeleton
 from lcl_adapter.errors import ModelError
-from lcl_adapter.families import FAMILIES, LLAVA_TYPES, Family, chat_template, detect
-from lcl_adapter.layouts import Checkpoint, open_checkpoint
-from lcl_adapter.layouts.keys import DROPPED, skeleton
-from lcl_adapter.memory import give_back
 from lcl_adapter.recipe.schema import AdapterOptions, Precision
 from lcl_adapter.terminal import console
 

@@ -12,13 +12,13 @@ import torch
 from rich.progress import track
 from torch.nn import functional
 
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.sources import read_class_folders, read_image
+from lcl_adapter.data.sources.class_folder import NEIGHBOURS
 from lcl_adapter.errors import DataError
 from lcl_adapter.files import write_json
-from lcl_adapter.model import load_base
-from lcl_adapter.sources import read_class_folders, read_image
-from lcl_adapter.sources.class_folder import NEIGHBOURS
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures
 
 NEAREST = 16
 

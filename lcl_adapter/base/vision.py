@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lcl_adapter import ranks
-from lcl_adapter.families.chat_template import process
-from lcl_adapter.model import Base, side_of
-from lcl_adapter.sources import Picture, read_image
+from lcl_adapter import processes as ranks
+from lcl_adapter.base.families.chat_template import process
+from lcl_adapter.base.model import Base, side_of
+from lcl_adapter.data.sources import Picture, read_image
 
 
 def _weight_type(projector: Any) -> torch.dtype:

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lcl_adapter.amounts import trim
+from lcl_adapter.base.layouts import Checkpoint, Layout, Writing, check_folder_name, find_base, open_checkpoint
+from lcl_adapter.base.layouts.tensors import stored_in
+from lcl_adapter.base.layouts.writing import TOWER, Change
+from lcl_adapter.base.model import family_of, load_base
+from lcl_adapter.checkpoints.probe import LARGE, Answers, fitting, probe, probe_turns, room_for
 from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import resumable_folder
-from lcl_adapter.layouts import Checkpoint, Layout, Writing, check_folder_name, find_base, open_checkpoint
-from lcl_adapter.layouts.writing import TOWER, Change
-from lcl_adapter.memory import trim
-from lcl_adapter.model import family_of, load_base
-from lcl_adapter.probe import LARGE, Answers, fitting, probe, probe_turns, room_for
 from lcl_adapter.terminal import console
-from lcl_adapter.weights import stored_in
 
 BOTH = ("llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral")  # families that have both layouts
 SPARE = 64 * 2**20  # configs, tokenizer, and what a file system needs

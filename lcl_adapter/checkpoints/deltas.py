@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
+from lcl_adapter.base.layouts.tensors import stored_in_file
 from lcl_adapter.errors import AdapterError
-from lcl_adapter.weights import stored_in_file
 
 PREFIX = "base_model.model."
 INPUTS = 4

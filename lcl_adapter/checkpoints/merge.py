@@ -23,18 +23,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from lcl_adapter.adapter import base_of, read_manifest
-from lcl_adapter.convert import SPARE, same_tensors, tower_of, write, writing_of
-from lcl_adapter.deltas import Adapter, Expected, check_fits, refuse_together, whole_of, with_adapters
+from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.layouts import Checkpoint, Layout, Writing
+from lcl_adapter.base.layouts.checkpoint import Weight
+from lcl_adapter.base.layouts.tensors import Stored, blocks_of, stored_in
+from lcl_adapter.base.layouts.writing import Change
+from lcl_adapter.base.model import TYPES, Base, load_base
+from lcl_adapter.checkpoints.convert import SPARE, same_tensors, tower_of, write, writing_of
+from lcl_adapter.checkpoints.deltas import Adapter, Expected, check_fits, refuse_together, whole_of, with_adapters
+from lcl_adapter.checkpoints.probe import LARGE, Answers, Probes, fitting, probe, probe_turns, room_for
 from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
-from lcl_adapter.layouts import Checkpoint, Layout, Writing
-from lcl_adapter.layouts.checkpoint import Weight
-from lcl_adapter.layouts.writing import Change
-from lcl_adapter.model import TYPES, Base, load_base
-from lcl_adapter.probe import LARGE, Answers, Probes, fitting, probe, probe_turns, room_for
 from lcl_adapter.recipe import load
-from lcl_adapter.weights import Stored, blocks_of, stored_in
 
 SLACK = 32  # how many roundings of the largest logit the merged model may differ by ...
 LEAST = 1e-3  # a difference that no answer depends on

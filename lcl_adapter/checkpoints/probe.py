@@ -9,14 +9,14 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from lcl_adapter import episodes
-from lcl_adapter.conversations import WORDINGS, Turn, from_episode
-from lcl_adapter.layouts import Checkpoint
-from lcl_adapter.model import Base, load_encoder
-from lcl_adapter.predict import Predictor
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.layouts import Checkpoint
+from lcl_adapter.base.model import Base, load_encoder
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
+from lcl_adapter.data.sources import read_pocket
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import read_pocket
-from lcl_adapter.vision import VisionFeatures
 
 PROBES = 8
 LARGE = 5 * 3 * 10**9  # bytes that ``room_for`` counts for 3 B parameters: above it a CPU takes hours

@@ -57,7 +57,7 @@ def merge(
     lcl-adapter merge runs/mix --out llava-merged/ --to original --dtype bf16
     lcl-adapter merge runs/a --out both/ --weight 0.5 --add runs/b=0.5
     """  # fmt: skip
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     options = {"base_name": base_name, "tower": tower, "dtype": dtype, "to": to, "onto": onto, "verify": verify, "tower_as": tower_as}
     emit(run.merge(run_folder, out, more=[_weighted(one) for one in more], weight=weight, shard_size=shard_size, **options), as_json)
@@ -87,7 +87,7 @@ def convert(source: str, out: Path, to: str | None, tower: str | None, shard_siz
     lcl-adapter convert /models/llava-v1.5-7b llava-1.5-7b-hf
     lcl-adapter convert llava-1.5-7b-hf llava-v1.5-7b --to original
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     emit(run.convert(source, out, to=to, tower=tower, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
 
@@ -111,7 +111,7 @@ def export(
     lcl-adapter export runs/mix --to original -o llava-lora-mix
     lcl-adapter export runs/mix --for vllm -o exported
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     if engine and to:
         raise click.UsageError("--to and --for: give one of them.")
@@ -135,7 +135,7 @@ def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, 
     \b
     lcl-adapter import llava-v1.5-7b-lora -o runs/theirs --base /models/vicuna-7b-v1.5
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     emit(run.adopt(adapter, out, base_name, tower), as_json)
 
@@ -150,7 +150,7 @@ def inspect(path: str, tower: str | None, as_json: bool) -> None:
     \b
     lcl-adapter inspect /models/llava-v1.5-7b
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     found = run.inspect(path, tower)
     if as_json:

@@ -6,25 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter import ask as asking
-from lcl_adapter import check as checking
-from lcl_adapter import convert as converting
-from lcl_adapter import describe as describing
-from lcl_adapter import exchange, ranks, report
-from lcl_adapter import index as indexing
-from lcl_adapter import merge as merging
-from lcl_adapter import plan as planning
-from lcl_adapter import trainer as training
-from lcl_adapter.batches import Collator
+from lcl_adapter import processes as ranks
+from lcl_adapter import report
+from lcl_adapter.answering import ask as asking
+from lcl_adapter.base import describe as describing
+from lcl_adapter.base import neighbours as indexing
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.checkpoints import convert as converting
+from lcl_adapter.checkpoints import exchange
+from lcl_adapter.checkpoints import merge as merging
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import read_image
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import load_encoder
+from lcl_adapter.memory import plan as planning
 from lcl_adapter.recipe import load
-from lcl_adapter.sources import read_image
 from lcl_adapter.terminal import console
-from lcl_adapter.watch import BEST, Watch, best_of
+from lcl_adapter.training import preflight as checking
+from lcl_adapter.training import trainer as training
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.during import BEST, Watch, best_of
 
 
 def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
@@ -97,22 +99,22 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
 
 
 def ask(support: Path, queries: Sequence[Path], **options: Any) -> dict[str, Any]:
-    """Judge pictures by class folders. Options: those of ``lcl_adapter.ask.here``."""
+    """Judge pictures by class folders. Options: those of ``lcl_adapter.answering.ask.here``."""
     return asking.here(support, queries, **options)
 
 
 def ask_endpoint(support: Path, queries: Sequence[Path], url: str, **options: Any) -> dict[str, Any]:
-    """The same of a model behind a server. Options: those of ``lcl_adapter.ask.behind``."""
+    """The same of a model behind a server. Options: those of ``lcl_adapter.answering.ask.behind``."""
     return asking.behind(support, queries, url, **options)
 
 
 def ask_stored(name: str, queries: Sequence[Path], url: str, **options: Any) -> dict[str, Any]:
-    """By a set that a server keeps. Options: those of ``lcl_adapter.ask.stored``."""
+    """By a set that a server keeps. Options: those of ``lcl_adapter.answering.ask.stored``."""
     return asking.stored(name, queries, url, **options)
 
 
 def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """Merge, and say how equal the result is. Options: those of ``lcl_adapter.merge.merge``."""
+    """Merge, and say how equal the result is. Options: those of ``lcl_adapter.checkpoints.merge.merge``."""
     result = merging.merge(run, out, **options)
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
     console.print(f"{out}: {written}", highlight=False)
@@ -140,7 +142,7 @@ def _say_probes(result: dict[str, Any]) -> None:
 
 
 def convert(source: str, out: Path, **options: Any) -> dict[str, Any]:
-    """Convert, and say how equal the result is. Options: those of ``lcl_adapter.convert.convert``."""
+    """Convert, and say how equal the result is. Options: those of ``lcl_adapter.checkpoints.convert.convert``."""
     result = converting.convert(source, out, **options)
     console.print(
         f"{out}: {result['from']} -> {result['to']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s), "

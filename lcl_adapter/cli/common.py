@@ -47,7 +47,7 @@ class Memory(click.ParamType[int]):
     name = "memory"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from lcl_adapter.memory import memory_bytes
+        from lcl_adapter.amounts import memory_bytes
 
         try:
             return value if isinstance(value, int) else memory_bytes(value)

@@ -24,7 +24,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 
     Exits with 3 where a suite under `evaluate.keep` fell further below the base than it may.
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     found = run.train(recipe, overrides, force)
     emit(found, as_json)
@@ -70,7 +70,7 @@ def evaluate(
 
     A server's key is read from LCL_API_KEY.
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
     from lcl_adapter.evaluate import Served
 
     served = Served(endpoint, model, base_model, workers, pad) if endpoint else None
@@ -104,7 +104,7 @@ def ask(
     lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model lcl --wording short
     lcl-adapter ask screws query.png --stored --endpoint http://127.0.0.1:8000
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     local = {"--adapter": adapter, "--base": base_name, "--vision-tower": tower, "--precision": precision}
     if endpoint is None:
@@ -141,7 +141,7 @@ def plan(recipe: str, overrides: tuple[str, ...], memory: int | None, device: st
     \b
     lcl-adapter plan recipes/mix.yaml base=/models/llava-v1.5-7b data.root=/data --memory 16GB
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     found = run.plan(recipe, overrides, memory, device or ("cuda" if memory and not probe else None), probe)
     emit(found, as_json)
@@ -172,7 +172,7 @@ def preview(
     lcl-adapter data preview recipes/mix-pocket.yaml --png
     lcl-adapter data preview recipes/mix-pocket.yaml --policy inspection
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     emit(run.preview(recipe, overrides, episodes, out, png, sources, policies), as_json)
 
@@ -187,7 +187,7 @@ def check_data(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     \b
     lcl-adapter data check recipes/mix-pocket.yaml
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     found = run.check(recipe, overrides)
     emit(found, as_json)
@@ -206,7 +206,7 @@ def index_data(photos: Path, base_name: str, out: Path | None, as_json: bool) ->
     \b
     lcl-adapter data index photos/ --base /models/llava-1.5-7b-hf
     """
-    from lcl_adapter import run
+    from lcl_adapter.cli import commands as run
 
     emit(run.index(photos, base_name, out), as_json)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcl_adapter.episodes import Episode, LearnedAnswers
-from lcl_adapter.sources import Dialogue, Picture
-from lcl_adapter.sources.boxes import located
-from lcl_adapter.templates import Wording
+from lcl_adapter.data.episodes import Episode, LearnedAnswers
+from lcl_adapter.data.sources import Dialogue, Picture
+from lcl_adapter.data.sources.boxes import located
+from lcl_adapter.recipe.wording import Wording
 
 
 @dataclass(frozen=True)

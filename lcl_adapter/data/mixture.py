@@ -17,12 +17,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from lcl_adapter import episodes
-from lcl_adapter.episodes import Episode
+from lcl_adapter.data import episodes
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, PocketSource, QuestionOptions, SourceOptions
-from lcl_adapter.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 
 BLOCK = 100
 RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import mean
-from lcl_adapter.sources import Picture
-from lcl_adapter.sources.boxes import parse
-from lcl_adapter.vision import VisionFeatures
 
 CHUNK = 256
 

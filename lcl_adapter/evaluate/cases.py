@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lcl_adapter import episodes
-from lcl_adapter.conversations import Turn, from_episode
-from lcl_adapter.episodes import Episode
+from lcl_adapter.answering.predict import Reply
+from lcl_adapter.data import episodes
+from lcl_adapter.data.conversations import Turn, from_episode
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.sources import ClassPool, InspectionPool
 from lcl_adapter.errors import DataError
-from lcl_adapter.predict import Reply
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import ClassPool, InspectionPool
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 
 @dataclass(frozen=True)

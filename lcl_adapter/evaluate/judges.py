@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lcl_adapter.answering.predict import Reply
+from lcl_adapter.data.sources.boxes import Box, parse
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import metrics, rules
 from lcl_adapter.evaluate.cases import Case
 from lcl_adapter.evaluate.metrics import mean
-from lcl_adapter.predict import Reply
-from lcl_adapter.sources.boxes import Box, parse
 
 RIGHT_IOU = 0.5
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from lcl_adapter.adapter import load_adapter, read_manifest
-from lcl_adapter.conversations import Turn
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.answering.predict import Predictor, Reply
+from lcl_adapter.base.adapter import load_adapter, read_manifest
+from lcl_adapter.base.model import Base
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines, judges
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.sides import Served, Sides
 from lcl_adapter.evaluate.suites import build_cells, check_measured
 from lcl_adapter.files import write_json, write_text
-from lcl_adapter.memory import memory_bytes
-from lcl_adapter.model import Base
-from lcl_adapter.predict import Predictor, Reply
 from lcl_adapter.recipe import Recipe, load, presets
-from lcl_adapter.sources import Picture, read_image
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures
 
 CACHE = "evaluation"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lcl_adapter.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.predict import Predictor, Reply, Request
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.errors import MissingError
-from lcl_adapter.predict import Predictor, Reply, Request
-from lcl_adapter.vision import VisionFeatures
 
 
 class Asks(Protocol):

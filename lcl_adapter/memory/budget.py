@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcl_adapter.batches import IGNORED, Encoded, pad_to
-from lcl_adapter.layouts.keys import skeleton
-from lcl_adapter.memory import memory_bytes
-from lcl_adapter.model import BITS, PROJECTOR, TYPES, language_path
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.base.encoder import IGNORED, Encoded
+from lcl_adapter.base.layouts.keys import skeleton
+from lcl_adapter.base.model import BITS, PROJECTOR, TYPES, language_path
 from lcl_adapter.recipe.schema import AdapterOptions, Precision, TrainOptions
+from lcl_adapter.training.collate import pad_to
 
 FULL = 4  # bytes of fp32, which adapters, gradients and optimiser are in
 RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, the context that CUDA takes

@@ -18,18 +18,19 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from lcl_adapter import budget
-from lcl_adapter.batches import Collator, Encoded
+from lcl_adapter.base.encoder import Encoded
+from lcl_adapter.base.layouts import open_checkpoint
+from lcl_adapter.base.model import attach, choose_precision, load_base, load_encoder
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
-from lcl_adapter.layouts import open_checkpoint
-from lcl_adapter.lengths import check_rows
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import attach, choose_precision, load_base, load_encoder
+from lcl_adapter.memory import budget
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.trainer import LclTrainer
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.lengths import check_rows
+from lcl_adapter.training.trainer import LclTrainer
 
 ENOUGH = 3  # ways to fit that are shown
 

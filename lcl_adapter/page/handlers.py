@@ -19,17 +19,17 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
-from lcl_adapter import wire
-from lcl_adapter.client import Endpoint, judge
-from lcl_adapter.client.messages import image_of
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering.client import Endpoint, judge
+from lcl_adapter.answering.client.messages import image_of
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import ConflictError, DataError, UserError
 from lcl_adapter.page import MOST, shown
 from lcl_adapter.page.texts import language, say
 from lcl_adapter.report.thumbs import data_url
 from lcl_adapter.serve import folders
-from lcl_adapter.sources import Picture
-from lcl_adapter.sources.images import read_bytes
-from lcl_adapter.sources.pocket import read_pocket
 
 KEEP = 3600  # seconds that opened photos stay on disk for the browser to fetch
 NEW_TOKENS = 256

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.page.texts import say
 from lcl_adapter.report.thumbs import data_url
-from lcl_adapter.sources import Picture
 
 CLOSE = 0.2  # a margin below this is told
 WEAK = 0.75  # as is a set whose own photos are right less often

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.errors import did_you_mean
-from lcl_adapter.memory import memory_bytes
 from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.recipe.suites import TaggedSuite, filled

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lcl_adapter.memory import memory_bytes
+from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.recipe.options import IntList, Options, Share, Weight, as_list
 
 PolicyName = Literal["2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "jigsaw", "n-way", "product", "locate"]

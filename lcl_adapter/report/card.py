@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.adapter import read_manifest
+from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.files import write_text
 from lcl_adapter.report.table import figure
 

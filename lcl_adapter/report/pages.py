@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.files import write_text
 from lcl_adapter.report.thumbs import data_url
-from lcl_adapter.sources import Picture
 
 WORST = 40
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 from PIL import Image, ImageDraw, ImageFont
 
-from lcl_adapter.batches import IGNORED, Collator, Encoded
+from lcl_adapter.base.encoder import IGNORED, Encoded
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.files import whole_file, write_text
 from lcl_adapter.report.thumbs import SIDE, data_url, thumbnail
-from lcl_adapter.sources import Picture
+from lcl_adapter.training.collate import Collator
 
 GREEN, GREY, INK = (11, 110, 79), (105, 110, 118), (24, 26, 30)
 

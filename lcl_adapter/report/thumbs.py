@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from lcl_adapter.sources import Picture, read_image
+from lcl_adapter.data.sources import Picture, read_image
 
 SIDE = 96
 

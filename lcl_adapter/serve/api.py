@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
 from lcl_adapter.serve.gate import Gate, Measured, fault
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lcl_adapter.conversations import Turn, from_labelled
-from lcl_adapter.predict import Prefilled, Reply
-from lcl_adapter.sources import Picture
-from lcl_adapter.templates import Wording
+from lcl_adapter.answering.predict import Prefilled, Reply
+from lcl_adapter.data.conversations import Turn, from_labelled
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.recipe.wording import Wording
 
 FORMAT = 2
 MOST_FOLDS = 6

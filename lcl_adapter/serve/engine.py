@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,20 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
-from lcl_adapter.adapter import base_of, read_manifest
-from lcl_adapter.conversations import WORDINGS, Turn
+from lcl_adapter.answering.predict import Predictor, Prefilled, Question, Reply
+from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.model import Base, check_adapted
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.checkpoints.probe import probe, probe_turns
+from lcl_adapter.data.conversations import WORDINGS, Turn
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
-from lcl_adapter.model import Base, check_adapted
-from lcl_adapter.predict import Predictor, Prefilled, Question, Reply
-from lcl_adapter.probe import probe, probe_turns
 from lcl_adapter.recipe import load
+from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.serve.images import digest_of
-from lcl_adapter.serve.jobs import BusyError, Job, Key, Work, Works, alike
+from lcl_adapter.serve.jobs import BusyError, Job, Key, RunningTasks, Task, alike
 from lcl_adapter.serve.kept import Counters, Kept, KeptSets, size_of
 from lcl_adapter.serve.speech import Chooser
-from lcl_adapter.sources import Picture
-from lcl_adapter.templates import Wording
-from lcl_adapter.vision import VisionFeatures
 
 VISION = 64 * 2**20  # bytes of vision features that are kept between requests
 DECODED = 4  # pictures in memory at a time, each up to 200 MB when it is padded to a square
@@ -73,8 +74,8 @@ class Engine:
         self.counters = Counters()
         self.kept = KeptSets(memory, self.counters)
         self._pack = pack
-        self._waiting: deque[Job | Work] = deque()
-        self._works = Works()
+        self._waiting: deque[Job | Task] = deque()
+        self._tasks = RunningTasks()
         self._changed = threading.Condition()
         self._stopping = False
         self._loaded = 0
@@ -109,7 +110,7 @@ class Engine:
             raise MissingError(f"no model {name!r}{did_you_mean(name, list(self.models))}; there are {', '.join(self.models)}.")
         return found
 
-    def submit(self, *jobs: Job | Work) -> None:
+    def submit(self, *jobs: Job | Task) -> None:
         """All of them or none. Raises BusyError where the queue has no room, or the server is stopping."""
         with self._changed:
             if self._stopping:
@@ -123,12 +124,12 @@ class Engine:
 
     def call(self, run: Callable[[Engine], Any], timeout: float | None = None) -> Any:
         """Run something on the engine's thread and wait for it."""
-        work = Work(run)
-        self.submit(work)
+        task = Task(partial(run, self))
+        self.submit(task)
         try:
-            return work.future.result(timeout)
+            return task.future.result(timeout)
         except TimeoutError:
-            work.cancelled.set()
+            task.cancelled.set()
             raise
 
     # The engine's own thread from here on.
@@ -140,8 +141,8 @@ class Engine:
                 return
             began = time.monotonic()
             try:
-                if isinstance(batch[0], Work):
-                    if self._works.turn(batch[0], self):
+                if isinstance(batch[0], Task):
+                    if self._tasks.step(batch[0]):
                         with self._changed:
                             self._waiting.append(batch[0])  # behind what has come in the meantime
                 else:
@@ -152,19 +153,19 @@ class Engine:
                         job.future.set_exception(error)
             self._pace = 0.8 * self._pace + 0.2 * (time.monotonic() - began) / len(batch)
 
-    def _next(self) -> list[Job | Work]:
+    def _next(self) -> list[Job | Task]:
         """The oldest, and what goes with it. Empty when the server stops."""
         with self._changed:
             while not self._waiting and not self._stopping:
                 self._changed.wait()
             if self._stopping:
-                for job in (*self._waiting, *self._works.begun):
+                for job in (*self._waiting, *self._tasks.running):
                     if not job.future.done():
                         job.future.set_exception(BusyError(5))
                 self._waiting.clear()
                 return []
             first = self._waiting.popleft()
-            if isinstance(first, Work) or first.key is None:
+            if isinstance(first, Task) or first.key is None:
                 return [first]
             wave, length = [first], self._length(first)
             for job in self._waiting:
@@ -265,11 +266,11 @@ class Engine:
     def forget(self, key: Key) -> None:
         """A set that was changed or removed; on any thread."""
 
-        def run(_: Engine) -> None:
+        def run() -> None:
             self.kept.drop(lambda place: place[1] == key)
 
         with suppress(BusyError):  # nothing asks for it by this key any more, so it goes as the least recently used
-            self.submit(Work(run))
+            self.submit(Task(run))
 
     def _say(self, ready: Prefilled, jobs: list[Job]) -> None:
         choosers = [Chooser(job.sampling) for job in jobs]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.data.sources import read_class_folders
+from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import read_object, whole_folder, write_json
 from lcl_adapter.serve.images import Bounds, check
-from lcl_adapter.sources import read_class_folders
-from lcl_adapter.sources.images import read_bytes
 
 SHEET = "support-set.json"
 LARGEST = 256 * 2**20  # bytes of a set's photos

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
 from lcl_adapter.serve.keys import LOCAL, Keys
 
 if TYPE_CHECKING:

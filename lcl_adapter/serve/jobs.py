@@ -9,14 +9,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from lcl_adapter.conversations import Turn
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.speech import Sampling, Token
-
-if TYPE_CHECKING:
-    from lcl_adapter.serve.engine import Engine
 
 Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
 
@@ -70,43 +67,43 @@ class Job:
 
 
 @dataclass
-class Work:
-    """Something else that needs the model, such as a calibration: ``run`` is given the engine; a generator is run a step at a time."""
+class Task:
+    """Other work on the model, such as a calibration. ``run`` may return a generator, which is run a step at a time."""
 
-    run: Callable[[Engine], Any]
+    run: Callable[[], Any]
     steps: Generator[None, None, Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
-class Works:
-    """Those of several steps that were begun. The oldest has the turns of all, so that the first is done early and not all of them late."""
+class RunningTasks:
+    """Tasks of several steps, under way. Each step goes to the oldest one, so that the first is done early and not all of them late."""
 
-    begun: deque[Work] = field(default_factory=deque)
+    running: deque[Task] = field(default_factory=deque)
 
-    def turn(self, work: Work, engine: Engine) -> bool:
-        """All of a work, or one step of the oldest that has several; whether this turn is to come again."""
-        if work.steps is None:
+    def step(self, task: Task) -> bool:
+        """Run a task that has one step, or a step of the oldest that has several. True where ``task`` is to be queued again."""
+        if task.steps is None:
             try:
-                if work.cancelled.is_set():
+                if task.cancelled.is_set():
                     raise GoneError("cancelled")
-                result = work.run(engine)
+                result = task.run()
             except Exception as error:
-                work.future.set_exception(error)
+                task.future.set_exception(error)
                 return False
             if not isinstance(result, Generator):
-                work.future.set_result(result)
+                task.future.set_result(result)
                 return False
-            work.steps = result
-            self.begun.append(work)
-        oldest = self.begun[0]
+            task.steps = result
+            self.running.append(task)
+        oldest = self.running[0]
         try:
             next(cast("Generator[None, None, Any]", oldest.steps))
         except StopIteration as finished:
-            self.begun.popleft().future.set_result(finished.value)
+            self.running.popleft().future.set_result(finished.value)
         except Exception as error:
-            self.begun.popleft().future.set_exception(error)
+            self.running.popleft().future.set_exception(error)
         else:
             return True
         return False

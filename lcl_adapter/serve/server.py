@@ -14,9 +14,9 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from lcl_adapter.adapter import read_manifest
+from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.model import load_base
 from lcl_adapter.errors import RunError
-from lcl_adapter.model import load_base
 from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine

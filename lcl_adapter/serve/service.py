@@ -13,17 +13,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter import wire
-from lcl_adapter.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.base.families import IMAGE
+from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, RunError, UserError
-from lcl_adapter.families import IMAGE
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
 from lcl_adapter.serve.engine import Engine, Model, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
-from lcl_adapter.serve.jobs import Job, Work
+from lcl_adapter.serve.jobs import Job, Task
 from lcl_adapter.serve.speech import Sampling, Speaker
 from lcl_adapter.serve.store import Store, StoredSet
-from lcl_adapter.sources import Picture
 
 
 @dataclass
@@ -146,11 +146,11 @@ class Service:
             under_way = self._calibrating.get(place)
             if under_way is not None:
                 return under_way
-            work = Work(lambda engine: self._calibrated(engine, stored, model))
-            self.engine.submit(work)
-            self._calibrating[place] = work.future
-        work.future.add_done_callback(lambda _: self._calibrating.pop(place, None))
-        return work.future
+            task = Task(lambda: self._calibrated(self.engine, stored, model))
+            self.engine.submit(task)
+            self._calibrating[place] = task.future
+        task.future.add_done_callback(lambda _: self._calibrating.pop(place, None))
+        return task.future
 
     def _calibrated(self, engine: Engine, stored: StoredSet, model: Model) -> Generator[None, None, Calibration]:
         shown = [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]

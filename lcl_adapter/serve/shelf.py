@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lcl_adapter import wire
+from lcl_adapter.answering import api_types as wire
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve import folders
 from lcl_adapter.serve.service import summary

@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lcl_adapter import ranks
+from lcl_adapter import processes as ranks
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.model import Base
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base, readable
 from lcl_adapter.files import write_json
-from lcl_adapter.memory import memory_bytes
-from lcl_adapter.model import Base
-from lcl_adapter.predict import Predictor
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures
 
 BEST = "best"
 WATCHED = "watched.json"

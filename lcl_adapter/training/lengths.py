@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcl_adapter.batches import Collator, Encoded, check_alignment
-from lcl_adapter.conversations import WORDINGS, speak
-from lcl_adapter.episodes import draw
+from lcl_adapter.base.encoder import Encoded, check_alignment
+from lcl_adapter.data.conversations import WORDINGS, speak
+from lcl_adapter.data.episodes import draw
+from lcl_adapter.data.sources import QuestionPool
+from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, QuestionReader
-from lcl_adapter.sources import QuestionPool
-from lcl_adapter.sources.records import longest_dialogues
-from lcl_adapter.templates import load as load_phrases
+from lcl_adapter.recipe.wording import load as load_phrases
 from lcl_adapter.terminal import console
+from lcl_adapter.training.collate import Collator
 
 CHECKED = 256  # conversations of the schedule that are made
 LONGEST = 2000  # questions of a source, the longest ones, that are made too

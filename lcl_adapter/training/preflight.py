@@ -8,16 +8,9 @@ from typing import Any
 
 from rich.progress import Progress
 
-from lcl_adapter.batches import Collator
-from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
-from lcl_adapter.evaluate import check_held_out, check_suites
-from lcl_adapter.lengths import check_rows
-from lcl_adapter.mixture import Mixture, open_options
-from lcl_adapter.model import load_encoder
-from lcl_adapter.recipe import Recipe, packaged
-from lcl_adapter.recipe.sources import SourceOptions
-from lcl_adapter.recipe.suites import ImageNet100Suite
-from lcl_adapter.sources import (
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.data.mixture import Mixture, open_options
+from lcl_adapter.data.sources import (
     ClassPool,
     Fault,
     InspectionPool,
@@ -30,9 +23,16 @@ from lcl_adapter.sources import (
     read_image,
     read_test_pairs,
 )
-from lcl_adapter.sources.base import pictures_of
-from lcl_adapter.sources.boxes import located
+from lcl_adapter.data.sources.base import pictures_of
+from lcl_adapter.data.sources.boxes import located
+from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
+from lcl_adapter.evaluate import check_held_out, check_suites
+from lcl_adapter.recipe import Recipe, packaged
+from lcl_adapter.recipe.sources import SourceOptions
+from lcl_adapter.recipe.suites import ImageNet100Suite
 from lcl_adapter.terminal import console
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.lengths import check_rows
 
 THREADS = 4
 Look = tuple[str, Picture, Region | None]  # the record that names it, the picture, and where in it something is

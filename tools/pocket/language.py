@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from lcl_adapter.pocket import tokenizer as tk
+from tools.pocket import tokenizer as tk
 
 IGNORED = -100
 KIND_QUESTION = "What kind of thing is this?"

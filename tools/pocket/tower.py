@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lcl_adapter.pocket import drawings
+from tools.pocket import drawings
 
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # most of an emoji's pixels are white paper
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from lcl_adapter import wire
-from lcl_adapter.client.scores import Said
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering.client.scores import Said
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError, did_you_mean
 
 KEY = "LCL_API_KEY"  # an environment variable: a key on a command line can be read by everyone on the machine

@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from lcl_adapter import wire
-from lcl_adapter.conversations import Turn
-from lcl_adapter.families import IMAGE
-from lcl_adapter.sources import Picture, read_image
-from lcl_adapter.sources.images import read_bytes
-from lcl_adapter.vision import squared
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.base.families import IMAGE
+from lcl_adapter.base.vision import squared
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.sources import Picture, read_image
+from lcl_adapter.data.sources.images import read_bytes
 
 AS_THEY_ARE = {"PNG", "JPEG", "WEBP"}
 ORIENTATION = 0x0112  # EXIF

@@ -10,21 +10,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lcl_adapter import wire
-from lcl_adapter.client.endpoint import Endpoint
-from lcl_adapter.client.messages import image_of, to_messages
-from lcl_adapter.client.scores import log_likelihoods
-from lcl_adapter.conversations import Turn
+from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering.client.endpoint import Endpoint
+from lcl_adapter.answering.client.messages import image_of, to_messages
+from lcl_adapter.answering.client.scores import log_likelihoods
+from lcl_adapter.answering.predict import Reply, Request
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, RequestError
-from lcl_adapter.predict import Reply, Request
-from lcl_adapter.sources import Picture
 
 
 @dataclass
 class RemotePredictor:
     """workers: requests under way at a time. pad: pictures are made square before they are sent.
 
-    Label scores are what :mod:`lcl_adapter.client.scores` makes of the tokens told.
+    Label scores are what :mod:`lcl_adapter.answering.client.scores` makes of the tokens told.
     """
 
     endpoint: Endpoint

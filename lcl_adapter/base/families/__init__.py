@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lcl_adapter.families.base import IMAGE, Family, Rendered
-from lcl_adapter.families.llava_15 import LLAVA_15
-from lcl_adapter.families.llava_next import LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_VICUNA
-from lcl_adapter.families.llava_qwen import LLAVA_INTERLEAVE, LLAVA_ONEVISION
-from lcl_adapter.families.llava_v1 import LLAVA_V1
-from lcl_adapter.families.pocket import POCKET
+from lcl_adapter.base.families.base import IMAGE, Family, Rendered
+from lcl_adapter.base.families.llava_15 import LLAVA_15
+from lcl_adapter.base.families.llava_next import LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_VICUNA
+from lcl_adapter.base.families.llava_qwen import LLAVA_INTERLEAVE, LLAVA_ONEVISION
+from lcl_adapter.base.families.llava_v1 import LLAVA_V1
+from lcl_adapter.base.families.pocket import POCKET
 
 # In the order they are tried: a narrower one before a wider one.
 FAMILIES = {

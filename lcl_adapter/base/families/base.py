@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lcl_adapter.conversations import Turn
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import DataError
 
 IMAGE = "<image>"

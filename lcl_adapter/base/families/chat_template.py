@@ -17,10 +17,10 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from lcl_adapter.conversations import Turn
+from lcl_adapter.base.families.base import IMAGE, Family, Rendered, refuse_marks
+from lcl_adapter.base.layouts import Checkpoint
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
-from lcl_adapter.families.base import IMAGE, Family, Rendered, refuse_marks
-from lcl_adapter.layouts import Checkpoint
 
 ASKED = Turn("user", "q")
 ANSWERED = Turn("assistant", "a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lcl_adapter.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, is_llava
 
 LLAVA_15 = Family(
     "llava-1.5",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.families.base import Family, is_llava
-from lcl_adapter.families.llava_15 import LLAVA_15
+from lcl_adapter.base.families.base import Family, is_llava
+from lcl_adapter.base.families.llava_15 import LLAVA_15
 
 LLAVA_NEXT_VICUNA = replace(
     LLAVA_15,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, is_llava
 
 LLAVA_ONEVISION = Family(
     "llava-onevision",

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lcl_adapter.families.base import IMAGE, is_llava
-from lcl_adapter.families.llava_15 import LLAVA_15
+from lcl_adapter.base.families.base import IMAGE, is_llava
+from lcl_adapter.base.families.llava_15 import LLAVA_15
 
 START, PATCH, END = "<im_start>", "<im_patch>", "<im_end>"
 

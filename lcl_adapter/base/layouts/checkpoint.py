@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lcl_adapter.base.layouts import configs, keys
+from lcl_adapter.base.layouts.tensors import Stored, blocks_of, digest, stored_in
 from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
-from lcl_adapter.layouts import configs, keys
 from lcl_adapter.pocket import BASE as POCKET_BASE
-from lcl_adapter.weights import Stored, blocks_of, digest, stored_in
 
 Layout = Literal["hf", "original"]
 MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcessor
 
+from lcl_adapter.base.layouts import configs, keys
+from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight
+from lcl_adapter.base.layouts.tensors import Planned, Shards, blocks_of
 from lcl_adapter.errors import ModelError
 from lcl_adapter.files import write_json
-from lcl_adapter.layouts import configs, keys
-from lcl_adapter.layouts.checkpoint import Checkpoint, Layout, Weight
-from lcl_adapter.weights import Planned, Shards, blocks_of
 
 Change = Callable[[Weight], Iterator[torch.Tensor]]  # to the rows of what is written in its place
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}

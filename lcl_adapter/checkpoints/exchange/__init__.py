@@ -1,7 +1,7 @@
 """Adapters to and from others: upstream LLaVA runs what is trained here and the other way round; vLLM serves it."""
 
-from lcl_adapter.exchange.exporting import export_adapter
-from lcl_adapter.exchange.for_vllm import export_for_vllm
-from lcl_adapter.exchange.importing import import_adapter
+from lcl_adapter.checkpoints.exchange.exporting import export_adapter
+from lcl_adapter.checkpoints.exchange.for_vllm import export_for_vllm
+from lcl_adapter.checkpoints.exchange.importing import import_adapter
 
 __all__ = ["export_adapter", "export_for_vllm", "import_adapter"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint
+from lcl_adapter.base.layouts.checkpoint import layout_of, read_config
+from lcl_adapter.base.layouts.configs import LANGUAGE_TYPES
+from lcl_adapter.base.layouts.tensors import INDEX, stored_in, stored_in_file
+from lcl_adapter.base.layouts.writing import copy_beside
 from lcl_adapter.errors import AdapterError, ModelError
 from lcl_adapter.files import write_json
-from lcl_adapter.layouts import Checkpoint, find_base, open_checkpoint
-from lcl_adapter.layouts.checkpoint import layout_of, read_config
-from lcl_adapter.layouts.configs import LANGUAGE_TYPES
-from lcl_adapter.layouts.writing import copy_beside
-from lcl_adapter.weights import INDEX, stored_in, stored_in_file
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 FOLDER = "base"

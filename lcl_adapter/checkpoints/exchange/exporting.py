@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from lcl_adapter.adapter import base_of, read_manifest
-from lcl_adapter.conversations import WORDINGS
-from lcl_adapter.convert import BOTH
-from lcl_adapter.deltas import Adapter, check_fits
+from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.layouts import Checkpoint, check_folder_name
+from lcl_adapter.base.model import family_of
+from lcl_adapter.checkpoints.convert import BOTH
+from lcl_adapter.checkpoints.deltas import Adapter, check_fits
+from lcl_adapter.checkpoints.exchange import names
+from lcl_adapter.checkpoints.exchange.importing import read_upstream
+from lcl_adapter.data.conversations import WORDINGS
 from lcl_adapter.errors import AdapterError, MergeError, RunError
-from lcl_adapter.exchange import names
-from lcl_adapter.exchange.importing import read_upstream
 from lcl_adapter.files import whole_folder, write_json, write_text
-from lcl_adapter.layouts import Checkpoint, check_folder_name
-from lcl_adapter.model import family_of
 from lcl_adapter.recipe import load
 
 SCRIPT = Path(__file__).parent / "ask_upstream.py"

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lcl_adapter.adapter import base_of, read_manifest
-from lcl_adapter.batches import Encoder
-from lcl_adapter.conversations import Turn
-from lcl_adapter.deltas import Adapter, check_fits
+from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.encoder import Encoder
+from lcl_adapter.base.layouts import Checkpoint
+from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.checkpoints.deltas import Adapter, check_fits
+from lcl_adapter.checkpoints.exchange import names
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import AdapterError, MergeError, RunError
-from lcl_adapter.exchange import names
 from lcl_adapter.files import whole_folder, write_json, write_text
-from lcl_adapter.layouts import Checkpoint
-from lcl_adapter.model import family_of, load_encoder
 from lcl_adapter.recipe import load
 
 WITH_LORA = ("llava", "llava_next")

@@ -12,17 +12,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from lcl_adapter.adapter import FILES, manifest_of
-from lcl_adapter.deltas import Adapter, check_fits
+from lcl_adapter.base.adapter import FILES, manifest_of
+from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.base.layouts.keys import skeleton
+from lcl_adapter.base.layouts.tensors import stored_in_file
+from lcl_adapter.base.model import PROJECTOR, family_of, lora_targets
+from lcl_adapter.checkpoints.deltas import Adapter, check_fits
+from lcl_adapter.checkpoints.exchange import names
+from lcl_adapter.checkpoints.exchange.composing import FOLDER, compose_base, language_model_of
 from lcl_adapter.errors import AdapterError, ModelError, RunError
-from lcl_adapter.exchange import names
-from lcl_adapter.exchange.composing import FOLDER, compose_base, language_model_of
 from lcl_adapter.files import read_object, whole_folder, write_json, write_text
-from lcl_adapter.layouts import Checkpoint, open_checkpoint
-from lcl_adapter.layouts.keys import skeleton
-from lcl_adapter.model import PROJECTOR, family_of, lora_targets
 from lcl_adapter.terminal import console
-from lcl_adapter.weights import stored_in_file
 
 RECIPE = """# An adapter trained elsewhere; these suites measure it. Add sources to train on from here.
 base: {base}

@@ -6,8 +6,8 @@ import re
 
 import torch
 
+from lcl_adapter.base.layouts import keys
 from lcl_adapter.errors import AdapterError
-from lcl_adapter.layouts import keys
 
 PREFIX = "base_model.model."
 LAYER = r"(\d+)\.((?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj)"

@@ -7,16 +7,16 @@ line in ``POLICIES`` or ``PART_POLICIES``.
 from collections.abc import Mapping
 from typing import Any
 
-from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Policy, generator
-from lcl_adapter.episodes.inspection import inspection, judged
-from lcl_adapter.episodes.jigsaw import jigsaw
-from lcl_adapter.episodes.locate import locate
-from lcl_adapter.episodes.n_way import n_way
-from lcl_adapter.episodes.product import product
-from lcl_adapter.episodes.references import ref_or_weight, two_way_ref
-from lcl_adapter.episodes.two_way import two_way_random_shot, two_way_weight
+from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Policy, generator
+from lcl_adapter.data.episodes.inspection import inspection, judged
+from lcl_adapter.data.episodes.jigsaw import jigsaw
+from lcl_adapter.data.episodes.locate import locate
+from lcl_adapter.data.episodes.n_way import n_way
+from lcl_adapter.data.episodes.product import product
+from lcl_adapter.data.episodes.references import ref_or_weight, two_way_ref
+from lcl_adapter.data.episodes.two_way import two_way_random_shot, two_way_weight
+from lcl_adapter.data.sources import ClassPool, InspectionPool
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, InspectionPolicy, PolicyName
-from lcl_adapter.sources import ClassPool, InspectionPool
 
 __all__ = ["PART_POLICIES", "POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "generator", "judged", "pictures_needed"]
 

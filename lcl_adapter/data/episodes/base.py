@@ -8,10 +8,10 @@ from enum import Enum
 
 import numpy as np
 
+from lcl_adapter.data.sources import ClassPool, Picture, PictureClass
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool, Picture, PictureClass
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 Rng = np.random.Generator
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))

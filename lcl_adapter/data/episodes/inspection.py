@@ -17,12 +17,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Rng, first_that_works, random_names
+from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Rng, first_that_works, random_names
+from lcl_adapter.data.sources import InspectionPool, Part, Picture, Region, Specimen
+from lcl_adapter.data.sources.boxes import located
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import InspectionOptions
-from lcl_adapter.sources import InspectionPool, Part, Picture, Region, Specimen
-from lcl_adapter.sources.boxes import located
-from lcl_adapter.templates import Wording, phrase
+from lcl_adapter.recipe.wording import Wording, phrase
 
 Thing = TypeVar("Thing", Picture, Specimen)
 MOST_KINDS = 3  # named defects in one episode, beside "good"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Rng
+from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Rng
+from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool
-from lcl_adapter.templates import phrase
+from lcl_adapter.recipe.wording import phrase
 
 GRIDS = {4: ((2, 2),), 6: ((2, 3), (3, 2)), 9: ((3, 3),), 12: ((3, 4), (4, 3)), 16: ((4, 4),)}  # pieces -> rows and columns
 

@@ -5,12 +5,12 @@ Boxes come from class folders with ``boxes.jsonl``, lists with a box column, ref
 
 from __future__ import annotations
 
-from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Rng
+from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Rng
+from lcl_adapter.data.sources import ClassPool, InspectionPool
+from lcl_adapter.data.sources.boxes import located
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
-from lcl_adapter.sources import ClassPool, InspectionPool
-from lcl_adapter.sources.boxes import located
-from lcl_adapter.templates import phrase
+from lcl_adapter.recipe.wording import phrase
 
 
 def locate(pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, rng: Rng, origin: str) -> Episode:

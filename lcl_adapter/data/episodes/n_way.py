@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lcl_adapter.episodes.base import Episode, Rng, assemble, clash, draw_classes, first_that_works, random_names
+from lcl_adapter.data.episodes.base import Episode, Rng, assemble, clash, draw_classes, first_that_works, random_names
+from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool
 
 
 def n_way(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:

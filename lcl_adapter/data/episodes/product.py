@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.episodes.base import Episode, Example, LearnedAnswers, Rng, clash, divide, draw_classes, first_that_works, random_names
+from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Rng, clash, divide, draw_classes, first_that_works, random_names
+from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool
-from lcl_adapter.templates import Wording, phrase
+from lcl_adapter.recipe.wording import Wording, phrase
 
 
 def product(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.episodes.base import Episode, Rng, assemble, first_that_works, random_names
-from lcl_adapter.episodes.two_way import opponents, two_way_weight
+from lcl_adapter.data.episodes.base import Episode, Rng, assemble, first_that_works, random_names
+from lcl_adapter.data.episodes.two_way import opponents, two_way_weight
+from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool
-from lcl_adapter.templates import phrase
+from lcl_adapter.recipe.wording import phrase
 
 FEWEST = 3  # shots a class in the published code; fewer where the recipe's `shots` has fewer
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lcl_adapter.episodes.base import Episode, Rng, assemble, first_that_works, random_names
+from lcl_adapter.data.episodes.base import Episode, Rng, assemble, first_that_works, random_names
+from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
-from lcl_adapter.sources import ClassPool
 
 
 def rank_weight(rng: Rng, ranked: Sequence[int]) -> int:

@@ -8,7 +8,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_never, overload
 
-from lcl_adapter.memory import memory_bytes
+from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.data.sources.base import (
+    ClassPool,
+    Dialogue,
+    Exchange,
+    Fault,
+    InspectionPool,
+    Part,
+    Picture,
+    PictureClass,
+    Pool,
+    QuestionPool,
+    Region,
+    Specimen,
+)
+from lcl_adapter.data.sources.class_folder import read_class_folders
+from lcl_adapter.data.sources.hugging_face import read_hf_classes, read_hf_questions
+from lcl_adapter.data.sources.imagenet_lcl import read_test_pairs, read_train_pairs
+from lcl_adapter.data.sources.images import read as read_image
+from lcl_adapter.data.sources.inspection import read_mvtec, read_visa
+from lcl_adapter.data.sources.isekai import read_isekai, read_isekai_questions
+from lcl_adapter.data.sources.llava_json import read_llava_json
+from lcl_adapter.data.sources.manifest import read_manifest
+from lcl_adapter.data.sources.pocket import read_pocket
+from lcl_adapter.data.sources.shards import read_shards
+from lcl_adapter.data.sources.shikra import read_shikra, read_shikra_classes
+from lcl_adapter.data.sources.vqa import read_llava_questions, read_pope, read_vqav2
 from lcl_adapter.recipe import packaged
 from lcl_adapter.recipe.sources import (
     AnyReader,
@@ -32,32 +58,6 @@ from lcl_adapter.recipe.sources import (
     Visa,
     VqaV2,
 )
-from lcl_adapter.sources.base import (
-    ClassPool,
-    Dialogue,
-    Exchange,
-    Fault,
-    InspectionPool,
-    Part,
-    Picture,
-    PictureClass,
-    Pool,
-    QuestionPool,
-    Region,
-    Specimen,
-)
-from lcl_adapter.sources.class_folder import read_class_folders
-from lcl_adapter.sources.hugging_face import read_hf_classes, read_hf_questions
-from lcl_adapter.sources.imagenet_lcl import read_test_pairs, read_train_pairs
-from lcl_adapter.sources.images import read as read_image
-from lcl_adapter.sources.inspection import read_mvtec, read_visa
-from lcl_adapter.sources.isekai import read_isekai, read_isekai_questions
-from lcl_adapter.sources.llava_json import read_llava_json
-from lcl_adapter.sources.manifest import read_manifest
-from lcl_adapter.sources.pocket import read_pocket
-from lcl_adapter.sources.shards import read_shards
-from lcl_adapter.sources.shikra import read_shikra, read_shikra_classes
-from lcl_adapter.sources.vqa import read_llava_questions, read_pope, read_vqav2
 
 __all__ = [
     "ClassPool",

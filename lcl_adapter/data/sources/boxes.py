@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lcl_adapter.data.sources.base import Picture, PixelBox, Region
+from lcl_adapter.data.sources.images import MAX_PIXELS, read, read_bytes
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Picture, PixelBox, Region
-from lcl_adapter.sources.images import MAX_PIXELS, read, read_bytes
 
 PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")
 

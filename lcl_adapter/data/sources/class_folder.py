@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
+from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
-from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
-from lcl_adapter.sources.images import SUFFIXES
-from lcl_adapter.sources.tree import Tree
 
 NEIGHBOURS = "neighbours.json"
 BOXES = "boxes.jsonl"

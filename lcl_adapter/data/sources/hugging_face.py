@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, settled
+from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.images import saved_dataset
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, settled
-from lcl_adapter.sources.class_folder import is_held_out
-from lcl_adapter.sources.images import saved_dataset
 
 
 def read_hf_classes(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
+from lcl_adapter.data.sources.records import Records
+from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Fault, Picture, PictureClass, settled
-from lcl_adapter.sources.records import Records
-from lcl_adapter.sources.tree import Tree
 
 
 def read_train_pairs(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:

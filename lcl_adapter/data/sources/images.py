@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
+from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Picture
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than any camera in a plant, less than a decompression bomb

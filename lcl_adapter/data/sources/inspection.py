@@ -13,11 +13,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcl_adapter.data.sources.base import Fault, InspectionPool, Part, Picture, Specimen, settled
+from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
-from lcl_adapter.sources.base import Fault, InspectionPool, Part, Picture, Specimen, settled
-from lcl_adapter.sources.class_folder import is_held_out
-from lcl_adapter.sources.images import SUFFIXES
-from lcl_adapter.sources.tree import Tree
 
 GOOD = "good"
 VISA_SPLIT = "split_csv/1cls.csv"

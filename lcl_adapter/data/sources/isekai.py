@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_adapter.sources.base import ClassPool, Fault, Picture, PictureClass, settled
-from lcl_adapter.sources.imagenet_lcl import listed_pictures, other_form, read_lines
-from lcl_adapter.sources.tree import Tree
+from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
+from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, other_form, read_lines
+from lcl_adapter.data.sources.tree import Tree
 
 KEYS = "image_name, positive_list, negative_list, positive_promt, negative_promt, label_name"
 

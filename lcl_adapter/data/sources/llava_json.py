@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.sources.base import Dialogue, Exchange, Picture, QuestionPool, settled
-from lcl_adapter.sources.records import Records, dialogues
-from lcl_adapter.sources.tree import check_inside
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, settled
+from lcl_adapter.data.sources.records import Records, dialogues
+from lcl_adapter.data.sources.tree import check_inside
 
 MARK = "<image>"
 

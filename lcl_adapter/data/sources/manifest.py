@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
+from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
-from lcl_adapter.sources.class_folder import is_held_out
-from lcl_adapter.sources.tree import Tree
 
 Row = tuple[str, dict[str, Any]]  # where it was read, and its columns
 LINES = (".jsonl", ".json")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from lcl_adapter.data.sources.base import ClassPool, Picture, PictureClass
 from lcl_adapter.errors import DataError
 from lcl_adapter.pocket import DATA
-from lcl_adapter.sources.base import ClassPool, Picture, PictureClass
 
 SPLITS = ("train", "validation", "held_out")
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from lcl_adapter.data.sources.base import Dialogue, Fault, QuestionPool
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Dialogue, Fault, QuestionPool
 
 CHUNK = 1 << 22
 KEPT = 8  # files whose index is kept: a run opens the same one for training, checks and suites

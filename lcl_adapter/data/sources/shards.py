@@ -25,11 +25,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
+from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.llava_json import exchanges_of
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full
-from lcl_adapter.sources.base import Dialogue, Exchange, Picture, QuestionPool
-from lcl_adapter.sources.images import SUFFIXES
-from lcl_adapter.sources.llava_json import exchanges_of
 
 CHUNK = 1 << 22
 TRIES = 4

@@ -12,11 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter.data.sources.base import (
+    ClassPool,
+    Dialogue,
+    Exchange,
+    Fault,
+    Picture,
+    PictureClass,
+    PixelBox,
+    QuestionPool,
+    Region,
+    pixel_box,
+    settled,
+)
+from lcl_adapter.data.sources.llava_json import named_once, picture
+from lcl_adapter.data.sources.records import Records, broken, dialogues, named
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, PixelBox, QuestionPool, Region, pixel_box, settled
-from lcl_adapter.sources.llava_json import named_once, picture
-from lcl_adapter.sources.records import Records, broken, dialogues, named
-from lcl_adapter.templates import phrase
+from lcl_adapter.recipe.wording import phrase
 
 CAPTION = "Describe the image in one sentence."
 

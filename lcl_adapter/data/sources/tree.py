@@ -10,8 +10,8 @@ import zipfile
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Picture
 
 ARCHIVES = frozenset({".zip"})
 

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
+from lcl_adapter.data.sources.llava_json import named_once, picture
+from lcl_adapter.data.sources.records import Records, broken, dialogues, named
 from lcl_adapter.errors import DataError
-from lcl_adapter.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
-from lcl_adapter.sources.llava_json import named_once, picture
-from lcl_adapter.sources.records import Records, broken, dialogues, named
 
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's suffix for VQA
 

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.batches import Encoder
-from lcl_adapter.conversations import WORDINGS, Turn, from_dialogues
+from lcl_adapter.base.encoder import Encoder
+from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
+from lcl_adapter.data.sources.base import names_of, pictures_of
+from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
-from lcl_adapter.mixture import Mixture
 from lcl_adapter.recipe import Recipe, packaged, presets
 from lcl_adapter.recipe.suites import (
     ImageNet100Suite,
@@ -26,10 +29,7 @@ from lcl_adapter.recipe.suites import (
     SuiteOptions,
     VqaSuite,
 )
-from lcl_adapter.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
-from lcl_adapter.sources.base import names_of, pictures_of
-from lcl_adapter.sources.records import longest_dialogues
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 

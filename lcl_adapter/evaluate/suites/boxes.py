@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lcl_adapter.data.sources import InspectionPool, open_reader
+from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell, case_of, drawn
 from lcl_adapter.evaluate.suites.questions import asked
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.suites import LocateSuite, RecSuite
-from lcl_adapter.sources import InspectionPool, open_reader
-from lcl_adapter.sources.boxes import parse
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 BOX_TOKENS = 40  # four numbers of three decimals are 25 tokens where digits stand alone
 

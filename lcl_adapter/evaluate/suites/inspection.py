@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lcl_adapter.episodes import judged
+from lcl_adapter.data.episodes import judged
+from lcl_adapter.data.sources import InspectionPool, Part, Specimen, open_reader
+from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
 from lcl_adapter.evaluate.cases import Case, Cell, case_of, drawn
 from lcl_adapter.evaluate.suites.boxes import BOX_TOKENS
 from lcl_adapter.recipe.sources import InspectionForm, InspectionOptions
 from lcl_adapter.recipe.suites import InspectionSuite
-from lcl_adapter.sources import InspectionPool, Part, Specimen, open_reader
-from lcl_adapter.sources.boxes import parse
-from lcl_adapter.templates import Wording, phrase
+from lcl_adapter.recipe.wording import Wording, phrase
 
 
 def cells(name: str, options: InspectionSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from lcl_adapter import episodes
-from lcl_adapter.episodes import Episode
+from lcl_adapter.data import episodes
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Cell, case_of
 from lcl_adapter.recipe.sources import EpisodeOptions, PocketClasses
 from lcl_adapter.recipe.suites import ControlSuite, LclSuite
-from lcl_adapter.sources import open_reader
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 
 def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:

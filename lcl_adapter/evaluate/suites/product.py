@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lcl_adapter import episodes
-from lcl_adapter.episodes import Episode
+from lcl_adapter.data import episodes
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.sources import ClassPool, open_reader
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Cell, case_of
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.recipe.suites import ProductSuite
-from lcl_adapter.sources import ClassPool, open_reader
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 
 def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lcl_adapter.episodes import Episode, Example, LearnedAnswers
+from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
+from lcl_adapter.data.sources import Picture, read_isekai_questions, read_test_pairs
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
 from lcl_adapter.evaluate.cases import Case, Cell, case_of
 from lcl_adapter.recipe import packaged
 from lcl_adapter.recipe.suites import ImageNet100Suite, IsekaiSuite
-from lcl_adapter.sources import Picture, read_isekai_questions, read_test_pairs
-from lcl_adapter.templates import Wording
+from lcl_adapter.recipe.wording import Wording
 
 
 def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from lcl_adapter.conversations import from_dialogues
+from lcl_adapter.data.conversations import from_dialogues
+from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.recipe.sources import QuestionReader
 from lcl_adapter.recipe.suites import InstructSuite, PopeSuite, VqaSuite
-from lcl_adapter.sources import open_reader
 
 
 def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
