@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import THREADS, finish
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.pocket import read_pocket
@@ -86,7 +87,7 @@ def ece(rows: list[Row]) -> float:
 
 def main(run: Path) -> None:
     torch.set_num_threads(THREADS)
-    engine = Engine(load_base("pocket", device="cpu"), 10**9)
+    engine = Engine(load_base(BaseRef("pocket", device="cpu")), 10**9)
     engine.load_adapter("adapter", run)
     test = frozenset(one.name for one in read_pocket("held_out", min_pictures=3).classes[1::2])
     table: list[tuple[str, ...]] = []

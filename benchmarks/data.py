@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks.common import THREADS, finish
 from lcl_adapter import recipe
 from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import read_image, read_llava_json
 from lcl_adapter.files import whole_file
@@ -85,7 +86,7 @@ def loader_pace() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
         mixture = Mixture(made)
-        collator = Collator(mixture, load_encoder(made.base, **made.pictures), check=read_image)
+        collator = Collator(mixture, load_encoder(BaseRef.of(made)), check=read_image)
         rows = [{"index": i} for i in range(mixture.total)]
         batch = made.train.per_device_train_batch_size
         began = time.perf_counter()

@@ -25,6 +25,7 @@ from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.layouts import keys, open_checkpoint
 from lcl_adapter.base.layouts.tensors import Planned, Shards
 from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.merge import merge
 from lcl_adapter.recipe.schema import AdapterOptions
@@ -46,7 +47,7 @@ def run_of(kind: str) -> Path:
     folder = FOLDER / f"run-{kind}"
     if (folder / "lcl_adapter.json").exists():
         return folder
-    base = attach(load_base(str(base_of(kind)), "bf16"), AdapterOptions(rank=64, alpha=128))
+    base = attach(load_base(BaseRef(str(base_of(kind)), "bf16")), AdapterOptions(rank=64, alpha=128))
     torch.manual_seed(1)
     for name, parameter in base.model.named_parameters():
         if "lora_" in name:

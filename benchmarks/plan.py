@@ -20,6 +20,7 @@ import torch
 from benchmarks.common import THREADS, Size, child, finish, random_llava
 from lcl_adapter.base import model
 from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.memory import budget, plan
@@ -114,7 +115,7 @@ def measure(name: str, plain: bool = False) -> dict[str, float]:
     started = peak()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(case, folder)
-        base = attach(load_base(recipe.base, recipe.precision), recipe.adapter)
+        base = attach(load_base(BaseRef(recipe.base, recipe.precision)), recipe.adapter)
         loaded = peak()
         collator = Collator(Mixture(recipe), base.encoder())
         trainer = LclTrainer(base, recipe, collator, VisionFeatures(base), 2 * case.rows)

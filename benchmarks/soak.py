@@ -27,6 +27,7 @@ from benchmarks.common import THREADS, finish
 from benchmarks.serve import BIN, CLIENTS, running
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
@@ -51,7 +52,7 @@ def url(data: bytes) -> str:
 class Soak:
     def __init__(self, run: Path) -> None:
         torch.set_num_threads(THREADS)
-        base, _ = load_adapter(run, device="cpu")
+        base, _ = load_adapter(run, BaseRef(device="cpu"))
         self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
         self.wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)

@@ -27,6 +27,7 @@ from rich.table import Table
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.families import FAMILIES
 from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.cli import commands as run
@@ -181,22 +182,27 @@ def check(version: str, root: Path) -> list[Line]:
     lines = [Line(version, "base, original layout read here", apart(bare, answers[there[kinds[0]]]), CLOSE)]
     if version == "v1.6":
         lines.append(
-            Line(version, "the same, any-resolution tiles", apart(ours(load_base(str(base), tiles=True), made), answers[there["upstream"]]), CLOSE)
+            Line(
+                version,
+                "the same, any-resolution tiles",
+                apart(ours(load_base(BaseRef(str(base), tiles=True)), made), answers[there["upstream"]]),
+                CLOSE,
+            )
         )
     lines.append(Line(version, "base, converted to Hugging Face's", apart(ours(load_base(str(root / "hf")), made), answers[there[kinds[0]]]), CLOSE))
     lines.append(Line(version, "base, converted there and back", apart(bare, answers[back]), CLOSE))
     here = ours(adapted, made)
     effect = float((here - bare).abs().max())
     lines.append(Line(version, "adapter out: trained here, loaded upstream", apart(here, answers[out]), CLOSE, effect))
-    run.adopt(root / f"llava-{version}-lora-theirs", root / "theirs", str(base))
-    imported, _ = load_adapter(root / "theirs", precision="fp32")
+    run.import_adapter(root / f"llava-{version}-lora-theirs", root / "theirs", BaseRef(str(base)))
+    imported, _ = load_adapter(root / "theirs", BaseRef(precision="fp32"))
     foreign = ours(imported, made)
     lines.append(
         Line(version, "adapter in: trained upstream, loaded here", apart(foreign, answers[taken]), CLOSE, float((foreign - bare).abs().max()))
     )
     if version != "v1":  # whose start and end tokens upstream does not save
-        run.adopt(root / f"llava-{version}-lora-theirs", root / "theirs-bare", str(bare_language))
-        brought, _ = load_adapter(root / "theirs-bare", precision="fp32")
+        run.import_adapter(root / f"llava-{version}-lora-theirs", root / "theirs-bare", BaseRef(str(bare_language)))
+        brought, _ = load_adapter(root / "theirs-bare", BaseRef(precision="fp32"))
         whole = ours(brought, made)
         with brought.without_adapter():
             own = float((whole - ours(brought, made)).abs().max())
@@ -278,7 +284,7 @@ def check_pixels(root: Path) -> list[Line]:
         )
         place = session.add(do="pixels", model=base, pixels="upstream", images=[str(f) for f in files])
         theirs = torch.tensor(session.done()[place])
-        found = VisionFeatures(load_base(str(base), tiles=version == "v1.6")).pixels([Picture(f) for f in files])["pixel_values"]
+        found = VisionFeatures(load_base(BaseRef(str(base), tiles=version == "v1.6"))).pixels([Picture(f) for f in files])["pixel_values"]
         lines.append(Line(version, "pixels", float((theirs - found.reshape(theirs.shape)).abs().max()), 1e-6))
     return lines
 

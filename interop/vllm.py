@@ -17,6 +17,7 @@ from lcl_adapter.answering.client import Endpoint, RemotePredictor
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.layouts.keys import TOWER, to_hugging_face
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints.exchange import export_for_vllm
 from lcl_adapter.evaluate import build_cells
 from lcl_adapter.recipe import Recipe
@@ -53,7 +54,7 @@ def _published(key: str) -> str:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--endpoint", required=True)
 def compare(folder: Path, endpoint: str) -> None:
-    base, _ = load_adapter(folder / "run", str(folder / "base"), precision="fp32", device="cpu")
+    base, _ = load_adapter(folder / "run", BaseRef(str(folder / "base"), precision="fp32", device="cpu"))
     recipe = {"base": str(folder / "base"), "output": str(folder), "sources": {"lcl": {"type": "pocket"}}, "evaluate": {"suites": SUITES}}
     predictor, differ = Predictor(base, max_new_tokens=NEW_TOKENS), 0
     with Endpoint(endpoint) as server:

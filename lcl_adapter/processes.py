@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -15,7 +15,7 @@ from torch import distributed
 from lcl_adapter.errors import RecipeError, RunError
 
 
-def world() -> int:
+def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -33,34 +33,35 @@ def join() -> None:
 
     Raises RunError where DeepSpeed is asked for and not installed.
     """
-    if deepspeed() and find_spec("deepspeed") is None:
+    if uses_deepspeed() and find_spec("deepspeed") is None:
         raise RunError("the launcher asks for DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
-    if world() > 1:
+    if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=on_cpu())
+        PartialState(cpu=default_device() == "cpu")
 
 
-def on_cpu() -> bool:
-    return not torch.cuda.is_available()
+def default_device() -> Literal["cuda", "cpu"]:
+    """The device that work goes to where none is named: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def sharded() -> bool:
     """Whether the launcher shares the weights out among processes."""
-    return deepspeed() or _says_yes("ACCELERATE_USE_FSDP")
+    return uses_deepspeed() or _is_set("ACCELERATE_USE_FSDP")
 
 
-def deepspeed() -> bool:
-    return _says_yes("ACCELERATE_USE_DEEPSPEED")
+def uses_deepspeed() -> bool:
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
-def _says_yes(key: str) -> bool:
+def _is_set(key: str) -> bool:
     return os.environ.get(key, "false").lower() == "true"
 
 
 def leave() -> None:
     """Alone again: what is loaded from here on is nobody else's."""
-    if deepspeed():
+    if uses_deepspeed():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
@@ -68,22 +69,22 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here."""
-    if world() > 1:
+    if count() > 1:
         distributed.barrier()
 
 
-def gathered(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Each process's value, by rank; all must call it."""
-    if world() == 1:
+    if count() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * count()
     distributed.all_gather_object(found, value)
     return found
 
 
-def share(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
+def split_step(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
     """Rows at a time and times, for one process, so that a step has the same rows whatever the number of processes.
 
     ``batch`` rows at a time, ``accumulate`` times, are one process's step. Raises RecipeError where a step cannot be shared evenly.

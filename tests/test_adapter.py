@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from lcl_adapter import recipe
 from lcl_adapter.base.adapter import MANIFEST, load_adapter, read_manifest
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import merge as merging
 from lcl_adapter.errors import AdapterError, MergeError, ModelError, RunError
 from lcl_adapter.training import trainer
@@ -41,12 +42,12 @@ def test_plain_peft_loads_it(run: Path) -> None:
 def test_another_base_is_refused_by_its_weights(run: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "base", seed=1)
     with pytest.raises(AdapterError, match="hashes of the weights differ"):
-        load_adapter(run, str(other))
+        load_adapter(run, BaseRef(str(other)))
 
 
 def test_a_moved_base_is_taken(run: Path, tmp_path: Path) -> None:
     moved = save_tiny(tmp_path / "moved")
-    assert load_adapter(run, str(moved))[0].path == moved.resolve()
+    assert load_adapter(run, BaseRef(str(moved)))[0].path == moved.resolve()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import Said, log_likelihoods, which
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
@@ -325,7 +326,7 @@ def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def own(tiny_folder: Callable[[str], Path], run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    engine = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), memory=10**8, queue=64)
+    engine = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
     engine.load_adapter("parts", run_folder)
     engine.start()
     service = Service(engine, Store(tmp_path_factory.mktemp("client-store") / "store"), timeout=60)
@@ -344,7 +345,7 @@ def test_evaluation_over_the_line_is_the_offline_one(own: str, run_folder: Path,
     made = with_suites(pocket_tiny, tmp_path)
     cell = next(cell for cell in build_cells(made, limit=8) if cell.shots == 2)
     requests = [(c.support, c.query, c.answers) for c in cell.cases]
-    predictor = Predictor(load_base(str(pocket_tiny), device="cpu"), max_new_tokens=6)
+    predictor = Predictor(load_base(BaseRef(str(pocket_tiny), device="cpu")), max_new_tokens=6)
     offline = predictor.run(requests)
     served = RemotePredictor(Endpoint(own), "base", workers=4).run(requests, new_tokens=6)
     assert [r.text for r in served] == [r.text for r in offline]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import family_of, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.deltas import Adapter
 from lcl_adapter.checkpoints.exchange import export_adapter, import_adapter
@@ -129,11 +130,11 @@ def test_what_came_back_answers_and_merges_as_what_went_out(runs: Callable[..., 
     run = runs(version, projector=True)
     export_adapter(run, tmp_path / "llava-lora")
     import_adapter(tmp_path / "llava-lora", tmp_path / "back")
-    one, other = (load_adapter(folder, precision="fp32", device="cpu")[0] for folder in (run, tmp_path / "back"))
+    one, other = (load_adapter(folder, BaseRef(precision="fp32", device="cpu"))[0] for folder in (run, tmp_path / "back"))
     expected = probe(one, probe_turns("lcl")[:3])
     assert probe(other, probe_turns("lcl")[:3]).distance(expected) < 1e-4
     merge(tmp_path / "back", tmp_path / "llava-merged", dtype="fp32")
-    assert probe(load_base(str(tmp_path / "llava-merged"), device="cpu"), probe_turns("lcl")[:3]).distance(expected) < 1e-4
+    assert probe(load_base(BaseRef(str(tmp_path / "llava-merged"), device="cpu")), probe_turns("lcl")[:3]).distance(expected) < 1e-4
     export_adapter(tmp_path / "back", tmp_path / "llava-lora-again")
     for name in ("adapter_model.bin", "non_lora_trainables.bin"):
         first, again = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("llava-lora", "llava-lora-again"))
@@ -214,7 +215,7 @@ def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path]
     from lcl_adapter.base.model import attach
     from lcl_adapter.recipe.schema import AdapterOptions
 
-    made = attach(load_base(str(bases["v1.5"]), device="cpu"), AdapterOptions(rank=4, alpha=4, pissa=True))
+    made = attach(load_base(BaseRef(str(bases["v1.5"]), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
     keep_start(made.model, tmp_path / "start")
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
@@ -243,9 +244,9 @@ def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_
     with pytest.raises(AdapterError, match=r"in the original layout, .* is in Hugging Face's\. Give the original one with --base .*convert BASE OUT"):
         export_adapter(run, tmp_path / "llava-lora")
     with pytest.raises(AdapterError, match="the hashes of the weights differ"):
-        export_adapter(run, tmp_path / "llava-lora", str(bases["v1.6"]))
+        export_adapter(run, tmp_path / "llava-lora", BaseRef(str(bases["v1.6"])))
     assert not (tmp_path / "llava-lora").exists()
-    told = export_adapter(run, tmp_path / "llava-lora", str(bases["v1.5"]))
+    told = export_adapter(run, tmp_path / "llava-lora", BaseRef(str(bases["v1.5"])))
     assert told["layers"] == 14
     assert json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bases["v1.5"])
 
@@ -366,7 +367,7 @@ def test_a_tower_that_was_adapted_by_nothing_is_dropped(exported: Path, runs: Ca
     told = import_adapter(foreign(exported, tmp_path / "theirs", lambda s: s.update(nothing)), tmp_path / "run")
     assert (told["layers"], told["dropped"]) == (14, 2)
     assert Adapter(tmp_path / "run").modules == Adapter(runs(projector=True)).modules
-    load_adapter(tmp_path / "run", precision="fp32", device="cpu")
+    load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
 
 
 def test_weights_that_upstream_left_as_they_were_are_dropped(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path) -> None:
@@ -438,24 +439,24 @@ def test_plain_pefts_adapters_are_taken(
     """By whichever names its version gave; onto a base in either layout."""
     run = runs(**options)
     folder = plain(run, tmp_path / "theirs", named, projector)
-    told = import_adapter(folder, tmp_path / "run", str(hf))
+    told = import_adapter(folder, tmp_path / "run", BaseRef(str(hf)))
     assert (told["layers"], told["projector"], told["dropped"]) == (14, "projector" in options, 0)
     assert all(torch.allclose(delta(run, module), delta(tmp_path / "run", module), atol=1e-6) for module in Adapter(run).layers)
-    one, other = (load_adapter(place, precision="fp32", device="cpu")[0] for place in (run, tmp_path / "run"))
+    one, other = (load_adapter(place, BaseRef(precision="fp32", device="cpu"))[0] for place in (run, tmp_path / "run"))
     assert probe(one, probe_turns("lcl")[:2]).distance(probe(other, probe_turns("lcl")[:2])) < 1e-4
 
 
 def test_an_adapter_of_some_projections_is_taken(runs: Callable[..., Path], hf: Path, tmp_path: Path) -> None:
     """Such as PEFT's common choice of q and v: loads without a warning, and the others are as they were."""
     folder = plain(runs(), tmp_path / "theirs", "language_model.model.layers", "multi_modal_projector", keep="q_proj")
-    assert import_adapter(folder, tmp_path / "run", str(hf))["layers"] == 2
-    base, _ = load_adapter(tmp_path / "run", precision="fp32", device="cpu")
+    assert import_adapter(folder, tmp_path / "run", BaseRef(str(hf)))["layers"] == 2
+    base, _ = load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
     merge(tmp_path / "run", tmp_path / "out", dtype="fp32", verify="layers")
     before, after = merged_in(hf), merged_in(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed == {f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
     asked = probe_turns("lcl")[:2]
-    assert probe(load_base(str(tmp_path / "out"), device="cpu"), asked).distance(probe(base, asked)) < 1e-4
+    assert probe(load_base(BaseRef(str(tmp_path / "out"), device="cpu")), asked).distance(probe(base, asked)) < 1e-4
 
 
 @pytest.fixture
@@ -477,17 +478,17 @@ def test_an_adapter_trained_on_a_bare_language_model_brings_its_own_base(
     """Its parts, put together without copying a shard, answer as they did: for ask, merge, and as a base for anything else."""
     vicuna = save_language(tmp_path / "bare", bases["v1.5"], pickled)
     before = {file.name: file.read_bytes() for file in vicuna.iterdir()}
-    told = import_adapter(on_vicuna, tmp_path / "theirs", str(vicuna))
+    told = import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
     assert told["base"] == read_manifest(tmp_path / "theirs")["base"] == str(tmp_path / "theirs" / "base")
     links = {file.name for file in (tmp_path / "theirs" / "base").iterdir() if file.is_symlink()}
     assert links == {name for name in before if name.endswith((".bin", ".safetensors"))}
     assert {file.name: file.read_bytes() for file in vicuna.iterdir()} == before
     assert Adapter(tmp_path / "theirs").whole == {}, "the projector is the base's"
     turns = probe_turns("lcl")[:3]
-    expected = probe(load_adapter(runs(projector=True), precision="fp32", device="cpu")[0], turns)
-    assert probe(load_adapter(tmp_path / "theirs", precision="fp32", device="cpu")[0], turns).distance(expected) < 1e-5
+    expected = probe(load_adapter(runs(projector=True), BaseRef(precision="fp32", device="cpu"))[0], turns)
+    assert probe(load_adapter(tmp_path / "theirs", BaseRef(precision="fp32", device="cpu"))[0], turns).distance(expected) < 1e-5
     merge(tmp_path / "theirs", tmp_path / "llava-merged", dtype="fp32")
-    assert probe(load_base(str(tmp_path / "llava-merged"), device="cpu"), turns).distance(expected) < 1e-4
+    assert probe(load_base(BaseRef(str(tmp_path / "llava-merged"), device="cpu")), turns).distance(expected) < 1e-4
     convert(str(tmp_path / "theirs" / "base"), tmp_path / "hf")
     assert open_checkpoint(str(tmp_path / "hf")).hash() == read_manifest(tmp_path / "theirs")["base_hash"]
     export_adapter(tmp_path / "theirs", tmp_path / "llava-lora-again")
@@ -495,7 +496,7 @@ def test_an_adapter_trained_on_a_bare_language_model_brings_its_own_base(
 
 def test_on_a_llava_such_an_adapter_is_refused(bases: dict[str, Path], on_vicuna: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"answer nonsense\. Give that language model with --base"):
-        import_adapter(on_vicuna, tmp_path / "theirs", str(bases["v1.5"]))
+        import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(bases["v1.5"])))
     assert not (tmp_path / "theirs").exists()
 
 
@@ -534,5 +535,5 @@ def test_parts_that_make_no_base_are_refused(on_vicuna: Path, vicuna: Path, tmp_
     """Told with what is wrong, and nothing is left."""
     spoil(on_vicuna, vicuna)
     with pytest.raises(UserError, match=said):
-        import_adapter(on_vicuna, tmp_path / "theirs", str(vicuna))
+        import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
     assert not list(tmp_path.glob("theirs*"))

@@ -18,6 +18,7 @@ from PIL import Image
 from lcl_adapter.base.encoder import IGNORED, check_alignment
 from lcl_adapter.base.families import FAMILIES, chat_template
 from lcl_adapter.base.model import Base, load_base, tokens_an_image
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_episode
 from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
@@ -76,7 +77,7 @@ def striped(size: tuple[int, int]) -> Picture:
 @pytest.mark.parametrize(("family", "tiles"), [*((family, False) for family in EVERY), *((family, True) for family in TILED)])
 def test_golden_pixels(tiny_folder: Callable[[str], Path], family: str, tiles: bool) -> None:
     """What the tower is given for a square, a wide and a high picture: shapes, and a thin grid of values. GOLDEN=write writes them anew."""
-    vision = VisionFeatures(load_base(str(tiny_folder(family)), device="cpu", tiles=tiles))
+    vision = VisionFeatures(load_base(BaseRef(str(tiny_folder(family)), device="cpu", tiles=tiles)))
     found: dict[str, Any] = {}
     for size in ((64, 64), (50, 30), (30, 50)):
         made = vision.pixels([striped(size)])
@@ -190,7 +191,7 @@ def test_every_family_is_told_apart_and_its_prompt_holds(family: str, tiny_folde
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("family", [f for f in EVERY if f.startswith(("llava-next", "llava-onevision"))])
 def test_tiles_cost_what_is_said(family: str, tiles: bool, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    base = load_base(str(tiny_folder(family)), tiles=tiles)
+    base = load_base(BaseRef(str(tiny_folder(family)), tiles=tiles))
     picture = Picture(paint(tmp_path / "wide.png", (200, 40, 40), size=(90, 50)))
     features = VisionFeatures(base).projected([picture])["image"].pooler_output[0]
     assert len(features) == base.tokens_an_image == (4 + 4 * 5 if tiles else 5)
@@ -198,7 +199,7 @@ def test_tiles_cost_what_is_said(family: str, tiles: bool, tiny_folder: Callable
 
 def test_tiles_are_for_those_that_have_them(pocket_tiny: Path) -> None:
     with pytest.raises(ModelError, match="LLaVA-NeXT and OneVision"):
-        load_base(str(pocket_tiny), tiles=True)
+        load_base(BaseRef(str(pocket_tiny), tiles=True))
 
 
 def test_published_sizes_cost_what_their_papers_say() -> None:

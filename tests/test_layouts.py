@@ -23,6 +23,7 @@ from lcl_adapter.base.layouts import tensors as weights
 from lcl_adapter.base.layouts.tensors import INDEX, SINGLE, Planned
 from lcl_adapter.base.layouts.writing import Writing
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import convert as converting
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.probe import Answers, probe, probe_turns
@@ -46,7 +47,7 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def answers(folder: Path) -> Answers:
-    return probe(load_base(str(folder), device="cpu"), probe_turns("lcl")[:3])
+    return probe(load_base(BaseRef(str(folder), device="cpu")), probe_turns("lcl")[:3])
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -179,7 +180,7 @@ def test_another_tower_is_another_hash(originals: dict[str, Path], tmp_path: Pat
     """Also where it lies outside the base."""
     tower = Path(shutil.copytree(f"{originals['v1.5']}-tower", tmp_path / "tower"))
     rewrite(tower, lambda state: next(iter(state.values())).view(-1)[0].add_(1))
-    assert open_checkpoint(str(originals["v1.5"]), str(tower)).hash() != opened(originals["v1.5"]).hash()
+    assert open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tower))).hash() != opened(originals["v1.5"]).hash()
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
@@ -188,7 +189,7 @@ def test_a_base_folder_is_only_read(copied: Callable[..., Path], originals: dict
     for version in VERSIONS:
         folder = copied(layout, version)
         before = snapshot(folder.parent), snapshot(originals[version].parent)
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
         opened(folder).hash()
         convert(str(folder), tmp_path / "llava-out" / f"llava-{version}")
         assert (snapshot(folder.parent), snapshot(originals[version].parent)) == before
@@ -215,7 +216,7 @@ def test_weights_that_are_not_the_models_are_refused(copied: Callable[..., Path]
     with pytest.raises(ModelError, match=said):
         _ = opened(folder).weights
     with pytest.raises(ModelError, match=said):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
@@ -273,7 +274,7 @@ def test_weights_of_both_layouts_in_one_folder_are_refused(copied: Callable[...,
     folder = copied()
     shutil.copyfile(converted["v1.5"] / SINGLE, folder / "other.safetensors")
     with pytest.raises(ModelError, match="weights of both layouts lie mixed in it"):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
@@ -281,7 +282,7 @@ def test_a_config_of_the_other_layout_is_refused(copied: Callable[..., Path], la
     folder, other = copied(layout), copied("hf" if layout == "original" else "original")
     shutil.copyfile(other / SINGLE, folder / SINGLE)
     with pytest.raises(ModelError, match=rf"config\.json is of the {layout} layout, the weights are of the other"):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_an_original_config_that_cannot_be_said_otherwise_is_refused(copied: Cal
     folder = copied()
     edit(folder / "config.json", **fields)
     with pytest.raises(ModelError, match=said.replace("(", r"\(")):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
 
 
 def test_a_missing_tower_is_refused_with_the_way_to_get_it(copied: Callable[..., Path]) -> None:
@@ -306,19 +307,19 @@ def test_a_missing_tower_is_refused_with_the_way_to_get_it(copied: Callable[...,
     folder = copied()
     edit(folder / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336-not-here")
     with pytest.raises(ModelError, match=r"keeps its vision tower in a folder of its own.*`hf download openai/clip-vit-large-patch14-336-not-here`"):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
     edit(folder / "config.json", mm_vision_tower="/nowhere/tower")
     with pytest.raises(ModelError, match=r"its config says '/nowhere/tower', which is not here\. Give it with vision_tower=FOLDER"):
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
     with pytest.raises(ModelError, match=r"'/not/here' is no folder with a config\.json"):
-        load_base(str(folder), device="cpu", tower="/not/here")
+        load_base(BaseRef(str(folder), device="cpu", tower="/not/here"))
 
 
 def test_a_tower_may_be_given(copied: Callable[..., Path], originals: dict[str, Path]) -> None:
     """Where the config's is not here; and one beside the base is found by its name."""
     folder = copied()
     edit(folder / "config.json", mm_vision_tower="/nowhere/tower")
-    base = load_base(str(folder), device="cpu", tower=f"{originals['v1.5']}-tower")
+    base = load_base(BaseRef(str(folder), device="cpu", tower=f"{originals['v1.5']}-tower"))
     assert base.checkpoint.hash() == opened(originals["v1.5"]).hash()
     shutil.copytree(f"{originals['v1.5']}-tower", folder.parent / "tower")
     assert opened(folder).tower == folder.parent / "tower"
@@ -335,7 +336,7 @@ def test_a_whole_clip_serves_as_a_tower(originals: dict[str, Path], tmp_path: Pa
     state |= {f"{half}_model.embeddings.position_ids": torch.arange(5)[None] for half in ("vision", "text")}
     torch.save(state, tmp_path / "pytorch_model.bin")
     shutil.copyfile(own / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
-    found = open_checkpoint(str(originals["v1.5"]), str(tmp_path))
+    found = open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tmp_path)))
     assert found.hash() == opened(originals["v1.5"]).hash()
     one, other = (checkpoint.config.vision_config.to_dict() for checkpoint in (found, opened(originals["v1.5"])))
     assert {**one, "dtype": None} == {**other, "dtype": None}
@@ -347,7 +348,7 @@ def test_a_tower_of_another_width_is_refused(originals: dict[str, Path], tmp_pat
     size = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": SIDE}
     CLIPVisionModel(CLIPVisionConfig(**size)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"linear_1\.weight is \[64, 32\], its config says \[64, 48\]"):
-        _ = open_checkpoint(str(originals["v1.5"]), str(tmp_path)).weights
+        _ = open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tmp_path))).weights
 
 
 def test_a_base_without_tokenizer_model_cannot_become_original(copied: Callable[..., Path], tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_code_in_a_checkpoint_is_never_run(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     try:
-        load_base(str(folder), device="cpu")
+        load_base(BaseRef(str(folder), device="cpu"))
         refused = ""
     except UserError as error:
         refused = str(error)
@@ -435,7 +436,7 @@ def test_an_index_without_metadata_is_read_or_refused(copied: Callable[..., Path
     keys = load_file(folder / "model-00001-of-00001.safetensors").keys()
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}))
     with suppress(ModelError):
-        assert load_base(str(folder), device="cpu").checkpoint.hash()
+        assert load_base(BaseRef(str(folder), device="cpu")).checkpoint.hash()
 
 
 @pytest.mark.parametrize("named", ["a tower by its path", "a published tower by its name"])
@@ -445,7 +446,7 @@ def test_the_tower_may_be_named_instead_of_written(originals: dict[str, Path], c
     convert(str(converted["v1.5"]), tmp_path / "llava-out", tower_as=tower)
     assert read_config(tmp_path / "llava-out")["mm_vision_tower"] == tower
     assert not (tmp_path / "llava-out" / "vision_tower").exists()
-    assert open_checkpoint(str(tmp_path / "llava-out"), f"{originals['v1.5']}-tower").hash() == opened(originals["v1.5"]).hash()
+    assert open_checkpoint(BaseRef(str(tmp_path / "llava-out"), tower=f"{originals['v1.5']}-tower")).hash() == opened(originals["v1.5"]).hash()
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])

@@ -21,6 +21,7 @@ from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.layouts import tensors as weights
 from lcl_adapter.base.layouts.tensors import SINGLE, Planned
 from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import deltas
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
@@ -38,7 +39,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def adapter_on(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
     """A run folder with a random adapter of any kind, saved as training saves it."""
-    made = attach(load_base(str(base), device="cpu"), AdapterOptions(**{"rank": 4, "alpha": 8, **options}))
+    made = attach(load_base(BaseRef(str(base), device="cpu")), AdapterOptions(**{"rank": 4, "alpha": 8, **options}))
     torch.manual_seed(seed)
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
@@ -69,7 +70,7 @@ def rewritten(run: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]],
 
 def by_peft(run: Path, base: Path) -> dict[str, torch.Tensor]:
     """What PEFT's own merging makes of it, in fp32."""
-    model = PeftModel.from_pretrained(load_base(str(base), "fp32", "cpu").model, str(run))
+    model = PeftModel.from_pretrained(load_base(BaseRef(str(base), "fp32", "cpu")).model, str(run))
     return {name: value.detach() for name, value in model.merge_and_unload().state_dict().items()}
 
 
@@ -82,7 +83,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 
 def said(folder: Path, tower: str | None = None) -> Answers:
-    return probe(load_base(str(folder), "fp32", "cpu", tower), probe_turns("short"))
+    return probe(load_base(BaseRef(str(folder), "fp32", "cpu", tower)), probe_turns("short"))
 
 
 def delta(run: Path, module: str) -> torch.Tensor:
@@ -129,7 +130,7 @@ def test_a_merge_in_fp32_is_pefts_own_bit_for_bit(
 ) -> None:
     """Every weight, from either layout into either, in shards; and the adapter shows in every layer it is in."""
     run, base = runs(kind, version), bases[version, layout]
-    result = merge(run, tmp_path / "llava-out", str(base), "fp32", to, shard_size=120_000, verify="layers")
+    result = merge(run, tmp_path / "llava-out", BaseRef(str(base)), "fp32", to, shard_size=120_000, verify="layers")
     wanted, found = by_peft(run, base), merged_in(tmp_path / "llava-out")
     assert open_checkpoint(str(tmp_path / "llava-out")).layout == result["layout"] == to
     assert result["shards"] > 1
@@ -152,7 +153,7 @@ def test_weights_are_merged_and_checked_in_blocks_of_rows(
         return own(module, layer)
 
     monkeypatch.setattr(deltas, "_asked", counted)
-    merge(runs(kind), tmp_path / "llava-out", str(bases["v1.5", "hf"]), "fp32", verify="layers")
+    merge(runs(kind), tmp_path / "llava-out", BaseRef(str(bases["v1.5", "hf"])), "fp32", verify="layers")
     assert differing(by_peft(runs(kind), bases["v1.5", "hf"]), merged_in(tmp_path / "llava-out")) == []
     for module, parts in Adapter(runs(kind)).layers.items():
         rows = [count for name, count in asked if name == module]
@@ -191,7 +192,7 @@ def test_each_weight_keeps_its_own_type(bases: dict[tuple[str, str], Path], runs
 def test_a_merged_model_answers_as_the_adapter(bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
     """In the other layout too; asked here again, of what lies on the disk."""
     run = runs("projector", version)
-    adapted, _ = load_adapter(run, precision="fp32", device="cpu")
+    adapted, _ = load_adapter(run, BaseRef(precision="fp32", device="cpu"))
     expected, bare = probe(adapted, probe_turns("short")), said(bases[version, "original"])
     assert expected.distance(bare) > 0.1
     for to in ("original", "hf"):
@@ -296,7 +297,7 @@ def test_every_shape_is_compared_before_anything_is_written(bases: dict[tuple[st
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_that_changes_nothing_is_refused(bases: dict[tuple[str, str], Path], tmp_path: Path, kind: str) -> None:
     """All its products are zero: it was never trained, or was lost on the way."""
-    made = attach(load_base(str(bases["v1.5", "original"]), device="cpu"), AdapterOptions(rank=4, **KINDS[kind]))
+    made = attach(load_base(BaseRef(str(bases["v1.5", "original"]), device="cpu")), AdapterOptions(rank=4, **KINDS[kind]))
     (tmp_path / "run").mkdir()
     save_adapter(made, tmp_path / "run", str(bases["v1.5", "original"]), {})
     with pytest.raises(MergeError, match=r"the adapter changes nothing: all its products are zero\. Not kept"):
@@ -315,12 +316,12 @@ def test_an_adapter_that_is_not_finite_is_refused(runs: Callable[..., Path], tmp
 def test_a_base_that_was_changed_since_is_refused(runs: Callable[..., Path], bases: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """One value is enough; the unchanged one in either layout is taken."""
     changed = Path(shutil.copytree(bases["v1.5", "hf"], tmp_path / "base"))
-    merge(runs(), tmp_path / "one", str(changed), verify="layers")
+    merge(runs(), tmp_path / "one", BaseRef(str(changed)), verify="layers")
     state = load_file(changed / SINGLE)
     state["language_model.model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(state, changed / SINGLE, metadata={"format": "pt"})
     with pytest.raises(AdapterError, match=r"or that was changed since \(the hashes of the weights differ"):
-        merge(runs(), tmp_path / "two", str(changed))
+        merge(runs(), tmp_path / "two", BaseRef(str(changed)))
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +349,7 @@ def test_what_a_qlora_adapter_saw_is_known_exactly(bases: dict[tuple[str, str], 
     """The four-bit weights of a loaded base, made whole by bitsandbytes itself, are what merging adds to."""
     from bitsandbytes import functional as bnb
 
-    base, plain = (load_base(str(bases["v1.5", "original"]), precision, "cpu") for precision in ("nf4", "fp32"))  # type: ignore[arg-type]
+    base, plain = (load_base(BaseRef(str(bases["v1.5", "original"]), precision, "cpu")) for precision in ("nf4", "fp32"))  # type: ignore[arg-type]
     whole, seen = dict(plain.model.named_parameters()), 0
     for name, parameter in base.model.named_parameters():
         state = getattr(parameter, "quant_state", None)
@@ -367,7 +368,7 @@ def test_onto_trained_is_for_four_bits_alone(runs: Callable[..., Path], tmp_path
 def test_pissa_is_saved_as_plain_lora(bases: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """Of twice the rank, on the base as it was: what PEFT loads and what is merged answers as the trained model did."""
     base = bases["v1.5", "hf"]
-    made = attach(load_base(str(base), device="cpu"), AdapterOptions(rank=4, alpha=4, pissa=True))
+    made = attach(load_base(BaseRef(str(base), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
     keep_start(made.model, tmp_path / "start")
     torch.manual_seed(0)
     for name, parameter in made.model.named_parameters():
@@ -377,7 +378,7 @@ def test_pissa_is_saved_as_plain_lora(bases: dict[tuple[str, str], Path], tmp_pa
     assert trained.distance(said(base)) > 0.1
     (tmp_path / "run").mkdir()
     save_adapter(made, tmp_path / "run", str(base), {})
-    plain = load_base(str(base), device="cpu")
+    plain = load_base(BaseRef(str(base), device="cpu"))
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     assert probe(plain.with_model(PeftModel.from_pretrained(model, tmp_path / "run").eval()), probe_turns("short")).distance(trained) < 1e-3
     merge(tmp_path / "run", tmp_path / "llava-out", dtype="fp32")
@@ -393,7 +394,7 @@ def test_a_pissa_recipe_trains_loads_and_merges(bases: dict[tuple[str, str], Pat
     assert config["init_lora_weights"] is True
     ranks = {parts["A"].shape[0] for parts in Adapter(tmp_path / "run").layers.values()}
     assert ranks == {8} == {config["r"]}
-    adapted, _ = load_adapter(tmp_path / "run", precision="fp32", device="cpu")
+    adapted, _ = load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
     result = merge(tmp_path / "run", tmp_path / "llava-out", dtype="fp32")
     assert result["largest_layer_effect"] > 0
     assert said(tmp_path / "llava-out").distance(probe(adapted, probe_turns("short"))) < 1e-4
@@ -469,7 +470,7 @@ def test_the_place_is_told_about_before_anything_is_written(runs: Callable[..., 
 def test_the_tower_may_be_named_instead_of_written(bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path) -> None:
     """From Hugging Face's layout to the original one, with the tower that is there already."""
     tower = f"{bases['v1.5', 'original']}-tower"
-    merge(runs(), tmp_path / "llava-out", str(bases["v1.5", "hf"]), "fp32", "original", tower_as=tower)
+    merge(runs(), tmp_path / "llava-out", BaseRef(str(bases["v1.5", "hf"])), "fp32", "original", tower_as=tower)
     assert json.loads((tmp_path / "llava-out" / "config.json").read_text())["mm_vision_tower"] == tower
     assert not (tmp_path / "llava-out" / "vision_tower").exists()
 

@@ -29,6 +29,7 @@ from lcl_adapter.answering import api_types as wire
 from lcl_adapter.answering.client import Endpoint
 from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.page import shown
@@ -56,7 +57,7 @@ class Running:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.delay = f"http://127.0.0.1:{port}", 0.0
-        self.engine = Engine(load_base(str(base), device="cpu"), memory=10**8, queue=64)
+        self.engine = Engine(load_base(BaseRef(str(base), device="cpu")), memory=10**8, queue=64)
         self.engine.load_adapter("lcl", run)
         self.engine.start()
         self.store = Store(folder / "store")

@@ -16,7 +16,9 @@ from lcl_adapter import recipe
 from lcl_adapter.amounts import UNITS, memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.layouts import open_checkpoint
-from lcl_adapter.base.model import attach, choose_precision, load_base, parameters_by_part
+from lcl_adapter.base.model import attach, load_base, parameters_by_part
+from lcl_adapter.base.precision import choose_precision
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import commands as run
 from lcl_adapter.cli import main
@@ -75,7 +77,7 @@ def test_quantised_weights_are_forecast_to_the_byte(tiny_folder: Callable[[str],
     folder = tiny_folder("llava-1.5")
     shape = budget.shape_of(open_checkpoint(str(folder)).config)
     held = 0
-    for _, module in load_base(str(folder), "nf4").model.named_modules():
+    for _, module in load_base(BaseRef(str(folder), "nf4")).model.named_modules():
         if type(module).__name__ == "Linear4bit":
             state = module.weight.quant_state
             held += module.weight.numel() + state.absmax.numel() + state.state2.absmax.numel() * 4
@@ -206,7 +208,7 @@ def test_every_precision_loads_and_answers_on_a_cpu(precision: str, pocket_tiny:
     """Close to fp32 in logits; only the language model is quantised."""
     from lcl_adapter.checkpoints.probe import probe, probe_turns
 
-    base = load_base(str(pocket_tiny), precision)  # type: ignore[arg-type]
+    base = load_base(BaseRef(str(pocket_tiny), precision))  # type: ignore[arg-type]
     probes = probe_turns("short")[:2]
     gap = probe(base, probes).distance(probe(load_base(str(pocket_tiny)), probes))
     assert gap < {"bf16": 1.0, "fp16": 0.1, "int8": 2.0, "nf4": 20.0, "auto": 1e-6}[precision]

@@ -10,6 +10,7 @@ import torch
 
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.data.sources import read_pocket
@@ -109,7 +110,7 @@ def test_a_support_set_beyond_the_context_is_refused(tiny_base: Base) -> None:
 @pytest.mark.parametrize("family", [f for f in EVERY if f not in FAMILIES])
 def test_every_family_answers_as_transformers_does(family: str, tiny_folder: Callable[[str], Path]) -> None:
     """Prefilled and packed, against the model's own forward and generate on its own pixels; tiles where the model has no other way."""
-    base = load_base(str(tiny_folder(family)), tiles=family.startswith(("llava-next", "llava-onevision")))
+    base = load_base(BaseRef(str(tiny_folder(family)), tiles=family.startswith(("llava-next", "llava-onevision"))))
     asked = requests(2, [1, 2], 2)
     for one, reply in zip(asked, Predictor(base, pack=2).run(asked), strict=True):
         expected = plainly(base, one)

@@ -34,6 +34,7 @@ from lcl_adapter.answering import api_types as wire
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.data.sources import Picture
@@ -72,7 +73,7 @@ def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Callable[[str], Path], run_folder: Path) -> Iterator[Engine]:
-    made = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), memory=10**8, queue=64)
+    made = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
     made.load_adapter("parts", run_folder)
     yield made.start()
     made.stop()
@@ -121,7 +122,7 @@ def put(client: Any, name: str = "parts-set", **body: Any) -> Any:
 
 def offline(run: Path, shown: list[dict[str, str]], queries: list[bytes]) -> list[tuple[float, ...]]:
     """The same questions asked of the engine that evaluation uses, one at a time."""
-    base, _ = load_adapter(run, precision="fp32", device="cpu")
+    base, _ = load_adapter(run, BaseRef(precision="fp32", device="cpu"))
     wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
     labels = list(dict.fromkeys(one["label"] for one in shown))
     pictures = [(Picture(Path(str(n)), data=base64.b64decode(one["image"].partition(",")[2])), one["label"]) for n, one in enumerate(shown)]
@@ -749,7 +750,7 @@ def test_an_adapter_that_changes_nothing_or_is_anothers_is_refused(
     assert found.status_code == 400
     assert "another base" in error_of(found)["message"]
     assert list(engine.models) == ["base", "parts"]
-    fresh = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), 10**6)
+    fresh = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), 10**6)
     with pytest.raises(AdapterError, match="changes nothing"):
         fresh.load_adapter("zero", zero)
     assert list(fresh.models) == ["base"]
@@ -915,8 +916,8 @@ def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) 
     """And what is short goes in between; an error in one is its own, and one that is stopped before it began never runs."""
     told: list[str] = []
 
-    def steps(name: str, wrong: bool = False) -> Callable[[Engine], Any]:
-        def run(_: Engine) -> Iterator[None]:
+    def steps(name: str, wrong: bool = False) -> Callable[[], Any]:
+        def run() -> Iterator[None]:
             for n in range(3):
                 told.append(f"{name}{n}")
                 yield
@@ -926,7 +927,7 @@ def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) 
 
         return run
 
-    first, second, third, never = Work(steps("a")), Work(steps("b", wrong=True)), Work(steps("c")), Work(steps("d"))
+    first, second, third, never = Task(steps("a")), Task(steps("b", wrong=True)), Task(steps("c")), Task(steps("d"))
     never.cancelled.set()
     engine.submit(Task(lambda: time.sleep(0.2)), first, second, third, never, Task(lambda: told.append("short")))
     assert first.future.result(30) == "a"
@@ -939,7 +940,7 @@ def test_what_has_several_steps_is_finished_one_after_the_other(engine: Engine) 
 
 
 def test_a_stopped_engine_refuses_and_ends(tiny_folder: Callable[[str], Path]) -> None:
-    own = Engine(load_base(str(tiny_folder("pocket")), device="cpu"), 10**6).start()
+    own = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), 10**6).start()
     slow, waiting = Task(lambda: time.sleep(0.3)), Task(lambda: None)
     own.submit(slow, waiting)
     time.sleep(0.1)

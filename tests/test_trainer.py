@@ -15,6 +15,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import Base, attach, load_base, parameters_by_part
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, speak
 from lcl_adapter.data.mixture import Mixture
@@ -23,6 +24,7 @@ from lcl_adapter.errors import EpisodeError, RunError
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.training import trainer
+from lcl_adapter.training.callbacks import BarCallback
 from lcl_adapter.training.collate import Collator, collate
 
 
@@ -67,7 +69,7 @@ def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Pat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.BarCallback, "on_step_end", stop)
+        patched.setattr(BarCallback, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(small(pocket_tiny, tmp_path / "cut"))
     # Remains of a save that was killed: newer than the last complete one, and not to be picked up.
@@ -86,7 +88,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(pocket_tiny: Path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.BarCallback, "on_step_end", stop)
+        patched.setattr(BarCallback, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(small(pocket_tiny, tmp_path / "cut", max_steps=2))
     with pytest.raises(RunError, match="exists already"):
@@ -178,7 +180,7 @@ def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp
     assert len(four_bit) == 14
     assert all("language_model" in n for n in four_bit)
     assert manifest["precision"] == "nf4"
-    trained = [p for n, p in load_base(str(pocket_tiny), "nf4").model.named_parameters() if p.requires_grad]
+    trained = [p for n, p in load_base(BaseRef(str(pocket_tiny), "nf4")).model.named_parameters() if p.requires_grad]
     assert not trained
 
 

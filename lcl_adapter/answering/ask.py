@@ -11,12 +11,12 @@ from lcl_adapter.answering.client import Endpoint, RemotePredictor, judge
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe import load
-from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.terminal import console
 
@@ -25,24 +25,22 @@ def here(
     support: Path,
     queries: Sequence[Path],
     adapter: Path | None = None,
-    base_name: str | None = None,
+    base: BaseRef = NOT_GIVEN,
     shots: int | None = None,
     question: str | None = None,
-    tower: str | None = None,
-    precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Judge pictures by class folders; the support set is read once for all queries.
 
     Raises DataError: a broken picture, one class only, an empty class.
     """
     if adapter is None:
-        base = load_base(base_name or "pocket", precision or "auto", tower=tower)
-        wording = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
+        loaded = load_base(base.defaulting_to(precision="auto"))
+        wording = WORDINGS[loaded.family.wording]
     else:
-        base, _ = load_adapter(adapter, base_name, precision, tower=tower)
+        loaded, _ = load_adapter(adapter, base)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
     taught = _Taught.by(support, queries, shots, wording, question)
-    predictor = Predictor(base)
+    predictor = Predictor(loaded)
     ready = predictor.prefill([taught.turns])
     return taught.told(predictor.ask(ready, [Question(0, query, taught.answers) for query in taught.queries]))
 

@@ -25,6 +25,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EpisodeError
 
+TOGETHER = 8  # questions behind one support set that the model reads at a time
 Ids = list[int]
 Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -125,7 +126,7 @@ class Predictor:
     base: Base
     vision: VisionFeatures = field(default=None)  # type: ignore[assignment]
     batch_size: int = 32
-    pack: int = 8
+    pack: int = TOGETHER
     max_new_tokens: int = 24
 
     def __post_init__(self) -> None:

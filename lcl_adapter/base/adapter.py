@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from peft import PeftModel
 from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
-from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,7 +54,7 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
         "base": name,
         "base_hash": checkpoint.hash(),
         "layout": checkpoint.layout,
-        "vision_tower": _text(checkpoint.tower),
+        "vision_tower": checkpoint.ref.tower,
         "family": family.name,
         "prompt_version": family.version,
         "precision": "auto",
@@ -117,47 +118,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_adapter(
-    folder: Path, base_name: str | None = None, precision: Precision | None = None, device: str | None = None, tower: str | None = None
-) -> tuple[Base, dict[str, Any]]:
+def load_adapter(folder: Path, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter on it, ready to predict; and its manifest.
 
-    ``base_name`` and ``tower`` stand in for the manifest's where those have moved; either layout will do, the hash must be the same.
+    base: what replaces the manifest's values, for a base that has moved or another precision. Either layout will do; the hash must be the same.
 
     Raises AdapterError where the base is another one.
     """
     manifest = read_manifest(folder)
-    checkpoint = base_of(folder, manifest, base_name, tower)
-    base = load_base(str(checkpoint.folder), precision or manifest["precision"], device, _text(checkpoint.tower), manifest["tiles"])
-    if (base.family.name, base.family.version) != (manifest["family"], manifest["prompt_version"]):
+    checkpoint = checkpoint_of(folder, manifest, base)
+    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], device=base.device, tiles=manifest["tiles"]))
+    if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
-    model = PeftModel.from_pretrained(base.llava, str(folder), is_trainable=False)
+    model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
     check_adapted(model)
     model.eval()
-    return base.with_model(model), manifest
+    return loaded.with_model(model), manifest
 
 
-def base_of(folder: Path, manifest: Mapping[str, Any], base_name: str | None = None, tower: str | None = None) -> Checkpoint:
+def checkpoint_of(folder: Path, manifest: Mapping[str, Any], base: BaseRef = NOT_GIVEN) -> Checkpoint:
     """The checkpoint that an adapter was trained on, in either layout.
 
     Raises AdapterError where its hash is another's: the base is another one, or was changed since.
     """
-    given = base_name or manifest["base"]
-    checkpoint = open_checkpoint(given, tower or (manifest["vision_tower"] if _is_there(manifest["vision_tower"]) else None))
+    tower = manifest["vision_tower"]
+    checkpoint = open_checkpoint(base.defaulting_to(name=manifest["base"], tower=tower if tower and Path(tower).exists() else None))
     if checkpoint.hash() != manifest["base_hash"]:
         raise AdapterError(
             f"{folder}: trained on another base than {checkpoint.folder}, or that was changed since (the hashes of the weights differ). "
             "Give the right one with --base."
         )
     return checkpoint
-
-
-def _is_there(tower: str | None) -> bool:
-    return tower is not None and Path(tower).exists()
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def claim_run_folder(folder: Path, resume: bool) -> None:

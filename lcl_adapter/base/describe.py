@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.base.families import LLAVA_TYPES
 from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, read_config
+from lcl_adapter.base.layouts.checkpoint import POCKET
+from lcl_adapter.base.layouts.configs import LLAVA_TYPES
 from lcl_adapter.base.layouts.keys import PROJECTOR, TOWER
 from lcl_adapter.base.layouts.tensors import Stored, stored_in_file
 from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
 
 
-def describe(name: str, tower: str | None = None) -> dict[str, Any]:
+def describe(base: BaseRef | str) -> dict[str, Any]:
     """Facts by name, ``kind`` first. Nothing is loaded but configs, tokenizer and the headers of weights.
 
     Raises ModelError for what is none of these; AdapterError for an adapter that is not whole.
     """
-    folder = find_base(name)
+    folder = find_base(BaseRef.of(base).name or POCKET)
     if (folder / MANIFEST).exists():
         return _run(folder)
     if (folder / "adapter_config.json").exists():
@@ -37,18 +40,16 @@ def describe(name: str, tower: str | None = None) -> dict[str, Any]:
             "folder": str(folder),
             **{k: raw.get(k) for k in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")},
         }
-    return _base(open_checkpoint(name, tower), name, tower)
+    return _base(open_checkpoint(base))
 
 
-def _base(checkpoint: Checkpoint, name: str, tower: str | None) -> dict[str, Any]:
-    family, encoder, config = family_of(checkpoint), load_encoder(name, tower), checkpoint.config
+def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    family, encoder, config = family_of(checkpoint), load_encoder(checkpoint.ref), checkpoint.config
     weights = checkpoint.weights if config.model_type in LLAVA_TYPES else {}
     parts: dict[str, int] = {"vision tower": 0, "projector": 0, "language model": 0}
     kinds: Counter[str] = Counter()
     for weight_name, weight in weights.items():
-        count = 1
-        for side in weight.shape:
-            count *= side
+        count = math.prod(weight.shape)
         part = "vision tower" if weight_name.startswith(TOWER) else "projector" if weight_name.startswith(PROJECTOR) else "language model"
         parts[part] += count
         kinds[str(weight.dtype).removeprefix("torch.")] += count

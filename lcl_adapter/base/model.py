@@ -1,4 +1,4 @@
-"""Load a base of either layout, freeze it, attach the adapter. The one place that knows about precisions and module paths."""
+"""Load a base of either layout, freeze it, attach the adapter by full module paths."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText
 
 from lcl_adapter.amounts import give_back
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.base.families import FAMILIES, LLAVA_TYPES, Family, chat_template, detect
+from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
-from lcl_adapter.base.layouts.keys import DROPPED, skeleton
+from lcl_adapter.base.layouts.configs import LLAVA_TYPES, TILED_TYPES
+from lcl_adapter.base.layouts.keys import DROPPED, language_path, skeleton
+from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision, compute_type, quantisation
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import ModelError
-from lcl_adapter.recipe.schema import AdapterOptions, Precision
+from lcl_adapter.processes import default_device
+from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision
 from lcl_adapter.terminal import console
 
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
 SMALL = 10**8  # bytes of a checkpoint whose tensors are so small that giving them back costs more time than room
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BITS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # precisions that quantise, and the layer each makes
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def tokens_an_image(config: Any, tiles: bool = False) -> int:
     side = vision.image_size // vision.patch_size
     classed = "clip" in vision.model_type
     base = side * side + classed - (config.vision_feature_select_strategy == "default")
-    lined = config.model_type in {"llava_next", "llava_onevision"}
+    lined = config.model_type in TILED_TYPES
     return int(base + (2 * side * (2 * side + 1) if tiles else lined))
 
 
@@ -128,13 +129,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return chat_template.read(checkpoint, side_of(checkpoint.config))
 
 
-def load_encoder(name: str, tower: str | None = None, tiles: bool = False) -> Encoder:
+def load_encoder(base: BaseRef | str) -> Encoder:
     """The prompt side of a base, without its weights: for lengths, masks and previews.
 
     Raises ModelError as :func:`load_base` does.
     """
-    checkpoint = open_checkpoint(name, tower)
-    return _encoder(checkpoint, family_of(checkpoint), tiles)
+    checkpoint = open_checkpoint(base)
+    return _encoder(checkpoint, family_of(checkpoint), bool(BaseRef.of(base).tiles))
 
 
 def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
@@ -150,32 +151,33 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
     return Encoder(family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid)
 
 
-def load_base(name: str, precision: Precision = "fp32", device: str | None = None, tower: str | None = None, tiles: bool = False) -> Base:
-    """Load a base of either layout, frozen, in the precision asked; on ``device``, else on the GPU where there is one.
+def load_base(base: BaseRef | str) -> Base:
+    """Load a base of either layout, frozen, as its reference says.
 
     nf4 and int8 quantise the linear layers of the language model alone, nf4 with double quantisation; ``auto`` chooses.
-    tower: the vision tower's folder, where the original layout's config names one that is elsewhere.
-    tiles: LLaVA-NeXT's and OneVision's pictures at twice the size in tiles, not whole alone.
 
     Raises ModelError: no such base, no image-text model, weights that do not fit their config.
     """
-    checkpoint = open_checkpoint(name, tower)
+    ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False)
+    precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
+    checkpoint = open_checkpoint(ref)
     config, family = checkpoint.config, family_of(checkpoint)
-    if tiles and config.model_type not in {"llava_next", "llava_onevision"}:
-        raise ModelError(f"base {name}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Leave it out.")
+    if tiles and config.model_type not in TILED_TYPES:
+        raise ModelError(
+            f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Leave it out."
+        )
     _ = checkpoint.image_processor  # what is wrong with it is told before any weight is read
     if config.model_type in LLAVA_TYPES:
         _ = checkpoint.weights  # and so is a shard that is missing, cut short, or another's
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
     if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
         give_back()
-    dtype = TYPES.get(precision) or _half(device)
+    dtype = TYPES.get(precision) or compute_type(device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
-    if precision in BITS:
-        options["quantization_config"] = _quantised(precision, dtype, outside_language(config))
+    if precision in QUANTISED:
+        options["quantization_config"] = quantisation(precision, dtype, config)
         options["device_map"] = {"": device}
     try:
         if checkpoint.layout == "hf":
@@ -197,54 +199,11 @@ def load_base(name: str, precision: Precision = "fp32", device: str | None = Non
         found = [k for k in map(str, report.get(fault) or ()) if not DROPPED.search(k)]
         if found:
             raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {sorted(found)[0]}.")
-    if precision in BITS:
-        _check_quantised(model, BITS[precision])
-    model = model if precision in BITS else model.to(device)
+    if precision in QUANTISED:
+        check_quantised(model, precision)
+    model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     return Base(model, checkpoint, family, precision, tiles)
-
-
-def choose_precision(config: Any, device: str, memory: int | None = None) -> tuple[Precision, str]:
-    """What ``auto`` is, and why: the widest that fits ``memory`` (what is free, where left out) with a third of room; on a CPU fp32 where it fits."""
-    count = sum(p.numel() for p in skeleton(config).parameters())
-    if device == "cpu":
-        free = memory or psutil.virtual_memory().available
-        fits = 1.3 * 4 * count < free
-        return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
-    free = memory or torch.cuda.mem_get_info()[0]
-    old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    half: Precision = "fp16" if old else "bf16"
-    if 1.35 * 2 * count < free:
-        return half, f"{2 * count / 1e9:.1f} GB of weights in 16 bits, {free / 1e9:.1f} GB free on the GPU"
-    return "nf4", f"{2 * count / 1e9:.1f} GB of weights in 16 bits and {free / 1e9:.1f} GB free on the GPU: too tight"
-
-
-def _half(device: str) -> torch.dtype:
-    """What a quantised base computes in: 16 bits on a GPU, which on a CPU would be slower and no smaller."""
-    if device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def language_path(model: nn.Module) -> str:
-    """The module path of the language model inside a model, for instance ``model.language_model``.
-
-    Raises ModelError where it has none of its own.
-    """
-    decoder = model.get_decoder()  # type: ignore[operator]
-    for path, module in model.named_modules():
-        if module is decoder and path:
-            return path
-    raise ModelError("this model has no language model apart from its vision part; it cannot be adapted here.")
-
-
-def outside_language(config: Any) -> list[str]:
-    """Patterns of what is never quantised. transformers 5: giving any list drops the automatic skip of lm_head, and bare names match nothing."""
-    model = skeleton(config)
-    language = language_path(model)
-    parent = language.rpartition(".")[0]
-    siblings = [name for name, _ in model.get_submodule(parent).named_children() if f"{parent}.{name}".lstrip(".") != language]
-    return ["lm_head", *(f".*{name}.*" for name in siblings)]
 
 
 def lora_targets(model: nn.Module) -> str:
@@ -301,23 +260,3 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
         table[part]["total"] += count
         table[part]["trained"] += count if parameter.requires_grad else 0
     return table
-
-
-def _quantised(precision: Precision, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
-    if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
-
-
-def _check_quantised(model: nn.Module, kind: str) -> None:
-    inside = language_path(model)
-    quantised = [n for n, m in model.named_modules() if type(m).__name__ == kind]
-    stray = [n for n in quantised if not n.startswith(inside)]
-    if not quantised or stray:
-        raise ModelError(f"quantised loading changed {len(quantised)} modules, {len(stray)} of them outside the language model: {stray[:1]}.")

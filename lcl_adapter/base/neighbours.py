@@ -13,6 +13,7 @@ from rich.progress import track
 from torch.nn import functional
 
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import read_class_folders, read_image
 from lcl_adapter.data.sources.class_folder import NEIGHBOURS
@@ -23,7 +24,7 @@ from lcl_adapter.terminal import console
 NEAREST = 16
 
 
-def index(folder: Path, base_name: str, out: Path | None = None) -> dict[str, Any]:
+def index(folder: Path, base: BaseRef | str, out: Path | None = None) -> dict[str, Any]:
     """Rank every class's nearest classes and write them beside the folders. Broken pictures are left out and counted.
 
     Similarity is the cosine of class means of the mean patch, standardised over all pictures, as the prototype baseline has it.
@@ -34,7 +35,7 @@ def index(folder: Path, base_name: str, out: Path | None = None) -> dict[str, An
     pool = read_class_folders(folder, on_fault="skip")
     if len(pool) < 2:
         raise DataError(f"{folder}: {len(pool)} class; neighbours need at least two.")
-    vision = VisionFeatures(load_base(base_name))
+    vision = VisionFeatures(load_base(base))
     rows, owners, broken = [], [], 0
     for number, one in enumerate(track(pool.classes, "reading classes", console=console, transient=True, disable=not console.is_terminal)):
         readable = []

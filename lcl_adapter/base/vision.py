@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lcl_adapter import processes as ranks
+from lcl_adapter import processes
 from lcl_adapter.base.families.chat_template import process
 from lcl_adapter.base.model import Base, side_of
 from lcl_adapter.data.sources import Picture, read_image
+
+BATCH = 32  # pictures that pass the tower at a time
 
 
 def _weight_type(projector: Any) -> torch.dtype:
@@ -70,7 +72,7 @@ class _CaughtError(Exception):
 class VisionFeatures:
     """Pictures -> what the projector reads, [N, tiles, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
 
-    def __init__(self, base: Base, limit: int = 10**9, batch: int = 32, in_step: bool = False) -> None:
+    def __init__(self, base: Base, limit: int = 10**9, batch: int = BATCH, in_step: bool = False) -> None:
         """in_step: each process holds a part of the tower; whenever one of them runs it, all do."""
         self.base = base
         self.in_step = in_step
@@ -115,7 +117,7 @@ class VisionFeatures:
         fresh = list(dict.fromkeys(p for p in pictures if p not in self.kept))
         local: dict[Picture, torch.Tensor] = {}
         passes = math.ceil(len(fresh) / self.batch)
-        idle = max(ranks.gathered(passes)) - passes if self.in_step else 0  # asked before any pass, which is a talk between processes too
+        idle = max(processes.gather(passes)) - passes if self.in_step else 0  # asked before any pass, which is a talk between processes too
         for start in range(0, len(fresh), self.batch):
             part = fresh[start : start + self.batch]
             local.update(zip(part, self._tower(part), strict=True))

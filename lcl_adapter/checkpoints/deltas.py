@@ -92,6 +92,11 @@ class Adapter:
         layer.scaling[name] *= self.weight
 
     @property
+    def scaling(self) -> float:
+        """What B @ A is multiplied by, of all layers: alpha / r, of rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
+        return float(self.config.lora_alpha) / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
+
+    @property
     def starts_from_weight(self) -> bool:
         """Like PiSSA, whose two halves are taken out of the whole weight."""
         return isinstance(self.config.init_lora_weights, str) and self.config.init_lora_weights.startswith(("pissa", "olora"))

@@ -12,9 +12,9 @@ where the model fits into memory, whole episodes are asked of both.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from functools import partial as bound
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,15 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.layouts import Checkpoint, Layout, Writing
 from lcl_adapter.base.layouts.checkpoint import Weight
+from lcl_adapter.base.layouts.keys import skeleton
 from lcl_adapter.base.layouts.tensors import Stored, blocks_of, stored_in
 from lcl_adapter.base.layouts.writing import Change
-from lcl_adapter.base.model import TYPES, Base, load_base
-from lcl_adapter.checkpoints.convert import SPARE, same_tensors, tower_of, write, writing_of
+from lcl_adapter.base.model import Base, family_of, load_base
+from lcl_adapter.base.precision import TYPES, quantised_weights
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, Expected, check_fits, refuse_together, whole_of, with_adapters
 from lcl_adapter.checkpoints.probe import LARGE, Answers, Probes, fitting, probe, probe_turns, room_for
 from lcl_adapter.errors import AdapterError, MergeError
@@ -55,9 +57,14 @@ class Job:
     onto: Onto
     expected: dict[str, Expected] = field(default_factory=dict)  # by module, noted while a weight is there anyway
 
+    @cached_property
+    def quantised(self) -> frozenset[str]:
+        """The weights that QLoRA trained on in 4 bits."""
+        return quantised_weights(skeleton(self.checkpoint.config))
+
     def onto_rows(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
         """What the adapter is added to: the weight, or what QLoRA made of it."""
-        if self.onto == "base" or not _is_quantised(name):
+        if self.onto == "base" or name not in self.quantised:
             return weight.blocks()
         return blocks_of(trained_on(weight.read(), getattr(torch, self.manifest["compute_dtype"])))
 
@@ -65,7 +72,7 @@ class Job:
         changed: dict[str, Change] = {}
         modules = {module for one in self.adapters for module in one.layers}
         if self.onto == "trained":
-            changed |= {name: bound(self.onto_rows, name) for name in self.checkpoint.weights if _is_quantised(name)}
+            changed |= {name: bound(self.onto_rows, name) for name in self.checkpoint.weights if name in self.quantised}
         changed |= {f"{module}.weight": bound(self._added, module) for module in modules}
         for name in {name for one in self.adapters for name in one.whole}:
             changed[name] = bound(self._trained_in_full, name)
@@ -88,14 +95,13 @@ class Job:
 def merge(
     run: Path,
     out: Path,
-    base_name: str | None = None,
+    base: BaseRef = NOT_GIVEN,
     dtype: str = "base",
     to: Layout | None = None,
     onto: Onto = "base",
     shard_size: int = 5 * 10**9,
     more: Sequence[tuple[Path, float]] = (),
     weight: float = 1.0,
-    tower: str | None = None,
     tower_as: str | None = None,
     verify: Verify = "auto",
 ) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def merge(
     nothing left behind, where what was saved answers otherwise.
     """
     manifest = read_manifest(run)
-    checkpoint = base_of(run, manifest, base_name, tower)
+    checkpoint = checkpoint_of(run, manifest, base)
     adapters = (Adapter(run, weight), *(Adapter(folder, part) for folder, part in more))
     for folder, _ in more:
         if read_manifest(folder)["base_hash"] != manifest["base_hash"]:
@@ -124,18 +130,18 @@ def merge(
     job = Job(adapters, checkpoint, manifest, onto)
     to = to or checkpoint.layout
     target = None if dtype == "base" else TYPES[dtype]
-    writing = writing_of(checkpoint, to, job.changes(), target, shard_size, tower_as, out)
+    writing = Writing.of(checkpoint, family_of(checkpoint), to, out, job.changes(), target, shard_size, tower_as)
     plan = {
         "merge": [[read_manifest(a.folder)["files"], a.weight] for a in adapters],
         "base": checkpoint.hash(), "to": to, "onto": onto, "dtype": dtype, "shard_size": shard_size, "tower": tower_as,
     }  # fmt: skip
-    with resumable_folder(out, plan, writing.size + SPARE) as partial:
-        write(writing, partial, out)
+    with resumable_folder(out, plan, writing.space) as partial:
+        writing.write_with_bar(partial, out)
         layers = _check_layers(job, writing, partial, out)
-        same_tensors(writing, partial, frozenset(f"{module}.weight" for one in adapters for module in one.layers))
-        tower_there = tower_of(checkpoint, partial, to, tower_as)
-        asked, told = _can_ask(job, verify, to == "original" and tower_there is None)
-        found = _check_answers(job, run, partial, out, tower_there, writing) if asked else {"probes": told}
+        writing.verify(partial, frozenset(f"{module}.weight" for one in adapters for module in one.layers))
+        written = writing.ref(partial)
+        refused = _cannot_ask(job, verify, written)
+        answers = {"probes": refused} if refused or written is None else _check_answers(job, run, written, out, writing)
     return {
         "out": str(out),
         "layout": to,
@@ -144,7 +150,7 @@ def merge(
         "bytes": writing.size,
         "shards": len(writing.shards.files),
         **layers,
-        **found,
+        **answers,
     }
 
 
@@ -154,11 +160,6 @@ def trained_on(weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
 
     kept, state = bnb.quantize_4bit(weight.to(compute).contiguous(), quant_type="nf4", compress_statistics=True)
     return bnb.dequantize_4bit(kept, state).reshape(weight.shape).float()
-
-
-def _is_quantised(name: str) -> bool:
-    """The language model's linear layers."""
-    return re.search(r"\.(language_model|text_model)\.layers\..+_proj\.weight$", name) is not None
 
 
 def _named(writing: Writing) -> str:
@@ -190,30 +191,31 @@ def _check_layers(job: Job, writing: Writing, partial: Path, out: Path) -> dict[
     return {"layers": len(modules), "largest_layer_difference": worst, "in_layer": where, "largest_layer_effect": effect}
 
 
-def _can_ask(job: Job, verify: Verify, blind: bool) -> tuple[bool, str]:
+def _cannot_ask(job: Job, verify: Verify, written: BaseRef | None) -> str:
+    """Why whole episodes are not asked; "" where they are."""
     if verify == "layers":
-        return False, "not asked (--verify layers)"
+        return "not asked (--verify layers)"
     if (len(job.adapters) > 1 and any(one.whole for one in job.adapters)) or any(one.whole and one.weight != 1 for one in job.adapters):
-        return False, "not asked: PEFT cannot hold a part of a projector that was trained in full"
-    if blind:
-        return False, "not asked: the vision tower that was named is not here"
+        return "not asked: PEFT cannot hold a part of a projector that was trained in full"
+    if written is None:
+        return "not asked: the vision tower that was named is not here"
     fits, needed, free = room_for(job.checkpoint)
     large = needed > LARGE
     if large and verify != "full":
-        return False, f"not asked: that takes hours on a CPU for {needed / 5e9:.0f} B parameters; --verify full asks them all the same"
+        return f"not asked: that takes hours on a CPU for {needed / 5e9:.0f} B parameters; --verify full asks them all the same"
     if fits or verify == "full":
-        return True, ""
-    return False, f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free; --verify full asks them all the same"
+        return ""
+    return f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free; --verify full asks them all the same"
 
 
 def _adapted(job: Job, precision: Literal["fp32", "nf4"]) -> Base:
     """The base with all adapters beside it, as PEFT holds them."""
-    tower = None if job.checkpoint.tower is None else str(job.checkpoint.tower)
-    base = load_base(str(job.checkpoint.folder), precision, "cpu" if precision == "fp32" else None, tower, job.manifest["tiles"])
+    device = "cpu" if precision == "fp32" else None
+    base = load_base(replace(job.checkpoint.ref, precision=precision, device=device, tiles=job.manifest["tiles"]))
     if job.onto == "trained" and precision == "fp32":
         with torch.no_grad():
             for name, parameter in base.llava.named_parameters():
-                if _is_quantised(name):
+                if name in job.quantised:
                     parameter.copy_(trained_on(parameter, getattr(torch, job.manifest["compute_dtype"])))
     names = [f"adapter{n}" for n in range(len(job.adapters))]
     model = PeftModel.from_pretrained(base.llava, str(job.adapters[0].folder), adapter_name=names[0])
@@ -228,7 +230,7 @@ def _adapted(job: Job, precision: Literal["fp32", "nf4"]) -> Base:
     return base.with_model(model.eval())
 
 
-def _check_answers(job: Job, run: Path, partial: Path, out: Path, tower: Path | None, writing: Writing) -> dict[str, Any]:
+def _check_answers(job: Job, run: Path, written: BaseRef, out: Path, writing: Writing) -> dict[str, Any]:
     """Whole episodes, asked of the adapter on its base and of what was written."""
     wording = load(run / "recipe.yaml").wording if (run / "recipe.yaml").exists() else "lcl"
     probes = fitting(probe_turns(wording), job.checkpoint, job.manifest["tiles"])
@@ -239,7 +241,7 @@ def _check_answers(job: Job, run: Path, partial: Path, out: Path, tower: Path | 
     with adapted.without_adapter():
         effect = expected.distance(probe(adapted, probes))
     del adapted  # one copy of the weights in memory at a time
-    merged = load_base(str(partial), "fp32", "cpu", None if tower is None else str(tower), job.manifest["tiles"])
+    merged = load_base(replace(written, precision="fp32", device="cpu", tiles=job.manifest["tiles"]))
     found = probe(merged, probes)
     del merged
     difference = expected.distance(found)

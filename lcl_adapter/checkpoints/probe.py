@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
@@ -50,8 +51,7 @@ def probe_turns(wording: Literal["short", "lcl"]) -> list[tuple[tuple[Turn, ...]
 
 def fitting(probes: Probes, checkpoint: Checkpoint, tiles: bool) -> list[tuple[tuple[Turn, ...], Turn]]:
     """Those that the base's context holds, with room for an answer."""
-    tower = None if checkpoint.tower is None else str(checkpoint.tower)
-    encoder = load_encoder(str(checkpoint.folder), tower, tiles)
+    encoder = load_encoder(replace(checkpoint.ref, tiles=tiles))
     return [(support, query) for support, query in probes if len(encoder.turns([*support, query], opened=True)[0]) + ROOM < encoder.context]
 
 
@@ -78,13 +78,6 @@ def _grid(positions: Sequence[Any]) -> torch.Tensor:
 
 def room_for(checkpoint: Checkpoint) -> tuple[bool, int, int]:
     """Whether the whole model fits this machine's free memory in fp32, with a quarter of room; the bytes it takes, and those free."""
-    needed = 5 * sum(_size(w.shape) for w in checkpoint.weights.values())
+    needed = 5 * sum(math.prod(w.shape) for w in checkpoint.weights.values())
     free = int(psutil.virtual_memory().available)
     return needed < free, needed, free
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

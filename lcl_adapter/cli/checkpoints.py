@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import LAYOUT, PATH, emit, json_option, main, shard_option, tower_as_option, tower_option
+from lcl_adapter.cli.common import LAYOUT, PATH, base_options, emit, json_option, main, shard_option, tower_as_option
+
+if TYPE_CHECKING:
+    from lcl_adapter.base.ref import BaseRef
 
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The folder to write; it must not exist.")
-@click.option("--base", "base_name", help="Where the base is now, if it has moved.")
-@tower_option
+@base_options("--base", "Where the base is now, if it has moved.")
 @click.option("--dtype", type=click.Choice(["base", "fp32", "bf16", "fp16"]), default="base", show_default=True, help="Type of the merged weights.")
 @click.option("--to", type=LAYOUT, help="Layout to write [default: the base's own].")
 @click.option(
@@ -38,8 +41,7 @@ from lcl_adapter.cli.common import LAYOUT, PATH, emit, json_option, main, shard_
 def merge(
     run_folder: Path,
     out: Path,
-    base_name: str | None,
-    tower: str | None,
+    base: BaseRef,
     dtype: str,
     to: str | None,
     onto: str,
@@ -59,7 +61,7 @@ def merge(
     """  # fmt: skip
     from lcl_adapter.cli import commands as run
 
-    options = {"base_name": base_name, "tower": tower, "dtype": dtype, "to": to, "onto": onto, "verify": verify, "tower_as": tower_as}
+    options = {"base": base, "dtype": dtype, "to": to, "onto": onto, "verify": verify, "tower_as": tower_as}
     emit(run.merge(run_folder, out, more=[_weighted(one) for one in more], weight=weight, shard_size=shard_size, **options), as_json)
 
 
@@ -72,15 +74,14 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 @main.command()
-@click.argument("source")
+@base_options("SOURCE")
 @click.argument("out", type=PATH)
 @click.option("--to", type=LAYOUT, help="Layout to write [default: the other one].")
-@tower_option
 @shard_option
 @tower_as_option
 @click.option("--verify", type=click.Choice(["auto", "tensors"]), default="auto", help="Ask episodes if memory allows, or never.")
 @json_option
-def convert(source: str, out: Path, to: str | None, tower: str | None, shard_size: int, tower_as: str | None, verify: str, as_json: bool) -> None:
+def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as: str | None, verify: str, as_json: bool) -> None:
     """Write the base SOURCE in the other layout into OUT, shard by shard; every tensor is verified. What was stopped goes on.
 
     \b
@@ -89,7 +90,7 @@ def convert(source: str, out: Path, to: str | None, tower: str | None, shard_siz
     """
     from lcl_adapter.cli import commands as run
 
-    emit(run.convert(source, out, to=to, tower=tower, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
+    emit(run.convert(base, out, to=to, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
 
 
 @main.command()
@@ -99,12 +100,9 @@ def convert(source: str, out: Path, to: str | None, tower: str | None, shard_siz
 @click.option("--for", "engine", type=click.Choice(["vllm"]), help="The engine that is to serve it.")
 @click.option("--name", default="lcl", show_default=True, help="With --for: the adapter's name among its models.")
 @click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for: images that a request may have.")
-@click.option("--base", "base_name", help="The base in the layout that is wanted, if the run was trained on the same one in the other.")
-@tower_option
+@base_options("--base", "The base in the layout that is wanted, if the run was trained on the same one in the other.")
 @json_option
-def export(
-    run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base_name: str | None, tower: str | None, as_json: bool
-) -> None:
+def export(run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base: BaseRef, as_json: bool) -> None:
     """Write RUN's adapter for upstream LLaVA's own loader, with a script that asks it there; or for vLLM, with one that serves it.
 
     \b
@@ -116,18 +114,17 @@ def export(
     if engine and to:
         raise click.UsageError("--to and --for: give one of them.")
     if engine:
-        emit(run.export_for_vllm(run_folder, out, base_name, tower, name=name, images=images), as_json)
+        emit(run.export_for_vllm(run_folder, out, base, name=name, images=images), as_json)
     else:
-        emit(run.export(run_folder, out, base_name, tower), as_json)
+        emit(run.export(run_folder, out, base), as_json)
 
 
 @main.command("import")
 @click.argument("adapter", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="The run's folder to write.")
-@click.option("--base", "base_name", help="The base it was trained on, in either layout [default: what its adapter_config.json names].")
-@tower_option
+@base_options("--base", "The base it was trained on, in either layout [default: what its adapter_config.json names].")
 @json_option
-def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, as_json: bool) -> None:
+def import_(adapter: Path, out: Path, base: BaseRef, as_json: bool) -> None:
     """Take over an ADAPTER that was trained upstream, or by plain PEFT, as a run: eval, ask and merge take it.
 
     One that was trained on a bare Vicuna brings its projector: with the Vicuna as --base, a LLaVA is put together in OUT/base.
@@ -137,14 +134,13 @@ def import_(adapter: Path, out: Path, base_name: str | None, tower: str | None, 
     """
     from lcl_adapter.cli import commands as run
 
-    emit(run.adopt(adapter, out, base_name, tower), as_json)
+    emit(run.import_adapter(adapter, out, base), as_json)
 
 
 @main.command()
-@click.argument("path")
-@tower_option
+@base_options("PATH")
 @json_option
-def inspect(path: str, tower: str | None, as_json: bool) -> None:
+def inspect(base: BaseRef, as_json: bool) -> None:
     """Say what PATH is: a base, an adapter or a run; its layout, family, prompt, parameters, types, hash.
 
     \b
@@ -152,7 +148,7 @@ def inspect(path: str, tower: str | None, as_json: bool) -> None:
     """
     from lcl_adapter.cli import commands as run
 
-    found = run.inspect(path, tower)
+    found = run.inspect(base)
     if as_json:
         emit(found, True)
     else:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter import processes as ranks
-from lcl_adapter import report
+from lcl_adapter import processes, report
 from lcl_adapter.answering import ask as asking
 from lcl_adapter.base import describe as describing
 from lcl_adapter.base import neighbours as indexing
 from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints import convert as converting
 from lcl_adapter.checkpoints import exchange
 from lcl_adapter.checkpoints import merge as merging
@@ -38,11 +38,11 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     """
     resume, kept = _resume(overrides)
     recipe = load(recipe_path, kept)
-    ranks.join()  # from here on this process has its own GPU
+    processes.join()  # from here on this process has its own GPU
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
-    check_suites(recipe, load_encoder(recipe.base, **recipe.pictures))
-    if not ranks.sharded():  # the forecast is of one device that holds everything
+    check_suites(recipe, load_encoder(BaseRef.of(recipe)))
+    if not processes.sharded():  # the forecast is of one device that holds everything
         forecast = planning.make(recipe, mixture=mixture)
         if not forecast["fits"]:
             report.show_plan(forecast)
@@ -52,10 +52,10 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
                 )
     watching = (lambda base, save: Watch(recipe, base, save)) if recipe.evaluate.watched else None
     facts = training.train(recipe, resume, watching, mixture)
-    if not ranks.is_first():
-        ranks.leave()
+    if not processes.is_first():
+        processes.leave()
         return {"run": str(recipe.output), "kept": True}  # the first writes and measures
-    ranks.leave()
+    processes.leave()
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
     console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")
@@ -141,7 +141,7 @@ def _say_probes(result: dict[str, Any]) -> None:
     console.print(told, highlight=False, markup=False)
 
 
-def convert(source: str, out: Path, **options: Any) -> dict[str, Any]:
+def convert(source: BaseRef | str, out: Path, **options: Any) -> dict[str, Any]:
     """Convert, and say how equal the result is. Options: those of ``lcl_adapter.checkpoints.convert.convert``."""
     result = converting.convert(source, out, **options)
     console.print(
@@ -153,24 +153,24 @@ def convert(source: str, out: Path, **options: Any) -> dict[str, Any]:
     return result
 
 
-def export(run: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+def export(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """An adapter for upstream, and how to ask it there."""
-    result = exchange.export_adapter(run, out, base_name, tower)
+    result = exchange.export_adapter(run, out, base)
     told = f"{result['layers']} layers{' and the projector' if result['projector'] else ''}, read again and equal"
     console.print(f"{out}: {told}; ask it in upstream's environment with {out / 'ask_upstream.py'}", highlight=False, markup=False)
     return result
 
 
-def export_for_vllm(run: Path, out: Path, base_name: str | None = None, tower: str | None = None, **options: Any) -> dict[str, Any]:
+def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, **options: Any) -> dict[str, Any]:
     """An adapter for vLLM, and the script that serves it there."""
-    result = exchange.export_for_vllm(run, out, base_name, tower, **options)
+    result = exchange.export_for_vllm(run, out, base, **options)
     console.print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
     return result
 
 
-def adopt(folder: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+def import_adapter(folder: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """An adapter trained elsewhere, as a run."""
-    result = exchange.import_adapter(folder, out, base_name, tower)
+    result = exchange.import_adapter(folder, out, base)
     dropped = f"; {result['dropped']} weights left out that change nothing" if result["dropped"] else ""
     console.print(f"{out}: {result['layers']} layers{' and the projector' if result['projector'] else ''}{dropped}", highlight=False, markup=False)
     return result
@@ -185,7 +185,7 @@ def preview(
     if unknown:
         known = list(recipe.sources)
         raise RecipeError([f"no source {name!r}{did_you_mean(name, known)}; the recipe has {', '.join(known)}" for name in unknown])
-    collator = Collator(Mixture(recipe), load_encoder(recipe.base, **recipe.pictures), check=read_image)
+    collator = Collator(Mixture(recipe), load_encoder(BaseRef.of(recipe)), check=read_image)
     written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png, sources, policies)
     for path in written:
         console.print(f"wrote {path}", highlight=False)
@@ -210,9 +210,9 @@ def plan(recipe_path: str, overrides: Sequence[str], memory: int | None = None, 
     return found
 
 
-def inspect(name: str, tower: str | None = None) -> dict[str, Any]:
+def inspect(base: BaseRef | str) -> dict[str, Any]:
     """Say what a path is."""
-    return describing.describe(name, tower)
+    return describing.describe(base)
 
 
 def facts(found: dict[str, Any]) -> list[str]:
@@ -220,9 +220,9 @@ def facts(found: dict[str, Any]) -> list[str]:
     return report.lines_of(found)
 
 
-def index(folder: Path, base_name: str, out: Path | None) -> dict[str, Any]:
+def index(folder: Path, base: BaseRef | str, out: Path | None) -> dict[str, Any]:
     """Write which classes are near each other."""
-    found = indexing.index(folder, base_name, out)
+    found = indexing.index(folder, base, out)
     console.print(f"wrote {found['written']}: {found['classes']} classes, {found['pictures']} pictures", highlight=False, markup=False)
     return found
 

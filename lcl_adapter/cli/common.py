@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from lcl_adapter.errors import LclError, MergeError, UserError
 
+if TYPE_CHECKING:
+    from lcl_adapter.recipe.schema import Precision
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
 
@@ -57,7 +63,32 @@ class Memory(click.ParamType[int]):
 
 PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
 LAYOUT = click.Choice(["hf", "original"])
-tower_option = click.option("--vision-tower", "tower", help="Where the vision tower is, if not where an original config says.")
+
+
+def base_options(name: str, text: str = "", precision: str | None = None) -> Callable[[Command], Command]:
+    """An option or argument that names a base, and --vision-tower; the command is given them as one ``base: BaseRef``.
+
+    name: ``--base``, or the metavar of an argument. precision: the help of --precision, None for a command without it.
+    """
+    named = click.option(name, "base_name", help=text) if name.startswith("--") else click.argument("base_name", metavar=name)
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def wrapped(base_name: str | None, tower: str | None, precision: Precision | None = None, tiles: bool | None = None, **rest: Any) -> Any:
+            from lcl_adapter.base.ref import BaseRef
+
+            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles), **rest)
+
+        inner: Any = wrapped
+        if precision is not None:
+            inner = click.option("--precision", type=PRECISION, help=precision)(inner)
+        inner = click.option("--vision-tower", "tower", help="Where the vision tower is, if not where an original config says.")(inner)
+        decorated: Command = named(inner)
+        return decorated
+
+    return decorate
+
+
 shard_option = click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Largest file of weights.")
 tower_as_option = click.option(
     "--tower-as", help="What an original config made here names as its vision tower [default: a folder written beside the weights]."

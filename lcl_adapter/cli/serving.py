@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import PATH, PRECISION, Memory, emit, json_option, main, tower_option
+from lcl_adapter.cli.common import PATH, Memory, base_options, emit, json_option, main
 from lcl_adapter.errors import RunError
 
 if TYPE_CHECKING:
-    from lcl_adapter.recipe.schema import Precision
+    from lcl_adapter.base.ref import BaseRef
     from lcl_adapter.serve.server import Options
 
 STORE = Path("support-sets")
@@ -26,18 +26,17 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapped(
-        base_name: str, adapters: tuple[str, ...], adapter_folder: Path | None, host: str, port: int, key_file: Path | None, memory: int | None,
-        precision: Precision, tiles: bool, queue: int, timeout: float, store: Path, tower: str | None,
+        base: BaseRef, adapters: tuple[str, ...], adapter_folder: Path | None, host: str, port: int, key_file: Path | None, memory: int | None,
+        queue: int, timeout: float, store: Path,
     ) -> None:  # fmt: skip
         try:
             from lcl_adapter.serve.server import Options
         except ImportError as error:
             raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
         named = dict(_named(text) for text in adapters)
-        command(Options(base_name, named, adapter_folder, host, port, key_file, memory, precision, tiles, queue, timeout, store, tower))
+        command(Options(base.defaulting_to(precision="auto"), named, adapter_folder, host, port, key_file, memory, queue, timeout, store))
 
     options = (
-        click.argument("base_name", metavar="BASE"),
         click.option(
             "--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter under a name of its own. May be given several times."
         ),
@@ -48,12 +47,11 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--memory", type=Memory(), help="For weights and kept support sets together [default: half of what is free beside the weights]."
         ),
-        click.option("--precision", type=PRECISION, default="auto", show_default=True),
         click.option("--tiles", is_flag=True, help="Pictures in any-resolution tiles, as the adapter was trained."),
         click.option("--queue", type=click.IntRange(1), default=256, show_default=True, help="Questions that may wait; more are answered 429."),
         click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds that a request may take."),
         store_option,
-        tower_option,
+        base_options("BASE", precision="Of the base [default: auto]."),
     )
     for option in reversed(options):
         wrapped = option(wrapped)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import PATH, PRECISION, Memory, emit, json_option, main, tower_option
+from lcl_adapter.cli.common import PATH, Memory, base_options, emit, json_option, main
+
+if TYPE_CHECKING:
+    from lcl_adapter.base.ref import BaseRef
 
 
 @main.command()
@@ -38,7 +41,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 @click.option("--suite", "suites", multiple=True, help="Only this suite: the recipe's, or one that ships by name. May be given several times.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N queries of each line.")
 @click.option("--seed", type=click.IntRange(0), help="Draw other episodes than the recipe's.")
-@click.option("--base", "base_name", help="Where the base is now, if it has moved.")
+@base_options("--base", "Where the base is now, if it has moved.")
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--endpoint", metavar="URL", help="Ask models behind this server instead: serve, vLLM, or any other with OpenAI's API.")
 @click.option("--model", help="The adapter's name there [default: the run's own, or the only one beside the base].")
@@ -52,7 +55,7 @@ def evaluate(
     suites: tuple[str, ...],
     limit: int | None,
     seed: int | None,
-    base_name: str | None,
+    base: BaseRef,
     fresh: bool,
     endpoint: str | None,
     model: str | None,
@@ -74,7 +77,7 @@ def evaluate(
     from lcl_adapter.evaluate import Served
 
     served = Served(endpoint, model, base_model, workers, pad) if endpoint else None
-    chosen = {"suites": suites, "limit": limit, "seed": seed, "base_name": base_name, "fresh": fresh, "overrides": overrides}
+    chosen = {"suites": suites, "limit": limit, "seed": seed, "base": base, "fresh": fresh, "overrides": overrides}
     emit(run.evaluate(run_folder, served=served, **chosen), as_json)
 
 
@@ -82,11 +85,13 @@ def evaluate(
 @click.argument("support", type=PATH)
 @click.argument("queries", nargs=-1, required=True, type=PATH)
 @click.option("--adapter", type=PATH, help="A run's folder; leave out to ask the base alone.")
-@click.option("--base", "base_name", help="The base to ask (default: the adapter's own, or pocket).")
+@base_options(
+    "--base",
+    "The base to ask (default: the adapter's own, or pocket).",
+    precision="Of the base [default: the adapter's own, or auto].",
+)
 @click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
 @click.option("--question", help="Ask this about the query instead of the recipe's question.")
-@tower_option
-@click.option("--precision", type=PRECISION, help="Of the base [default: the adapter's own, or auto].")
 @click.option("--endpoint", metavar="URL", help="Ask a model behind this server instead; its key is read from LCL_API_KEY.")
 @click.option("--model", help="Its name there [default: its only one; with --stored, the server's choice].")
 @click.option("--stored", is_flag=True, help="SUPPORT is the name of a set that `lcl-adapter serve` keeps at --endpoint.")
@@ -94,8 +99,8 @@ def evaluate(
 @click.option("--pad", is_flag=True, help="Make pictures square before they are sent to --endpoint: vLLM crops others.")
 @json_option
 def ask(
-    support: Path, queries: tuple[Path, ...], adapter: Path | None, base_name: str | None, shots: int | None, question: str | None,
-    tower: str | None, precision: Any, endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
+    support: Path, queries: tuple[Path, ...], adapter: Path | None, base: BaseRef, shots: int | None, question: str | None,
+    endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Judge QUERIES by labelled photos: SUPPORT holds a folder of photos a class.
 
@@ -106,12 +111,11 @@ def ask(
     """
     from lcl_adapter.cli import commands as run
 
-    local = {"--adapter": adapter, "--base": base_name, "--vision-tower": tower, "--precision": precision}
+    local = {"--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision}
     if endpoint is None:
         if stored or model:
             raise click.UsageError(f"{'--stored' if stored else '--model'} needs --endpoint.")
-        here = {"adapter": adapter, "base_name": base_name, "tower": tower, "precision": precision}
-        emit(run.ask(support, queries, shots=shots, question=question, **here), as_json)
+        emit(run.ask(support, queries, adapter=adapter, base=base, shots=shots, question=question), as_json)
         return
     if given := [name for name, value in local.items() if value is not None]:
         raise click.UsageError(f"{', '.join(given)}: with --endpoint the server has the model; name it with --model.")
@@ -197,10 +201,10 @@ def check_data(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @data.command("index")
 @click.argument("photos", type=PATH)
-@click.option("--base", "base_name", default="pocket", show_default=True, help="Whose vision tower says what is near.")
+@base_options("--base", "Whose vision tower says what is near [default: pocket].")
 @click.option("--out", type=PATH, help="File to write [default: PHOTOS/neighbours.json].")
 @json_option
-def index_data(photos: Path, base_name: str, out: Path | None, as_json: bool) -> None:
+def index_data(photos: Path, base: BaseRef, out: Path | None, as_json: bool) -> None:
     """Rank the nearest classes of PHOTOS/<class>/*.jpg by the base's own vision tower, for hard episodes.
 
     \b
@@ -208,7 +212,7 @@ def index_data(photos: Path, base_name: str, out: Path | None, as_json: bool) ->
     """
     from lcl_adapter.cli import commands as run
 
-    emit(run.index(photos, base_name, out), as_json)
+    emit(run.index(photos, base, out), as_json)
 
 
 @main.group(invoke_without_command=True)

@@ -17,6 +17,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.model import Base
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
@@ -37,7 +38,7 @@ def evaluate(
     suites: tuple[str, ...] = (),
     limit: int | None = None,
     seed: int | None = None,
-    base_name: str | None = None,
+    base: BaseRef = NOT_GIVEN,
     fresh: bool = False,
     overrides: Sequence[str] = (),
     served: Served | None = None,
@@ -53,7 +54,7 @@ def evaluate(
 
     Raises AdapterError, RecipeError, DataError; with ``served`` EndpointError, MissingError, RequestError.
     """
-    base, manifest = (None, read_manifest(run)) if served else load_adapter(run, base_name)
+    loaded, manifest = (None, read_manifest(run)) if served else load_adapter(run, base)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
@@ -61,7 +62,7 @@ def evaluate(
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     rows, lines = [], []
-    with served.sides(run) if served else nullcontext(_here(base, recipe)) as sides:
+    with served.sides(run) if served else nullcontext(_here(loaded, recipe)) as sides:
         for cell in build_cells(recipe, limit, suites, seed):
             key = _key(cell, manifest, recipe, sides.told)
             kept = run / CACHE / f"{cell.name}-{key[:12]}.json"

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.answering.predict import TOGETHER
 from lcl_adapter.base.encoder import IGNORED, Encoded
-from lcl_adapter.base.layouts.keys import skeleton
-from lcl_adapter.base.model import BITS, PROJECTOR, TYPES, language_path
-from lcl_adapter.recipe.schema import AdapterOptions, Precision, TrainOptions
+from lcl_adapter.base.layouts.keys import language_path, skeleton
+from lcl_adapter.base.model import PROJECTOR
+from lcl_adapter.base.precision import TYPES, quantised_weights
+from lcl_adapter.base.vision import BATCH
+from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
 from lcl_adapter.training.collate import pad_to
 
 FULL = 4  # bytes of fp32, which adapters, gradients and optimiser are in
 RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, the context that CUDA takes
-QUERIES = 8  # behind one support set at a time (predict.Predictor)
-TOWER_BATCH = 32  # pictures that pass the tower at a time (vision.VisionFeatures)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def shape_of(config: Any) -> Shape:
     inside = language_path(model)
     counts = {"language": 0, "rest": 0, "vision": 0, "projector": 0}
     widest = 0
-    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{inside}.layers.")}
+    linear = quantised_weights(model)
     for name, parameter in model.named_parameters():
         part = "projector" if PROJECTOR in name else "language" if name in linear else "rest" if name.startswith((inside, "lm_head")) else "vision"
         counts[part] += parameter.numel()
@@ -169,7 +169,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     mask = work.rows * work.tokens**2  # who sees whom; every layer keeps it as numbers
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
     logits = 4 * work.learned * shape.words * FULL
-    dequantised = shape.widest * size if precision in BITS else 0
+    dequantised = shape.widest * size if precision in QUANTISED else 0
     features = work.pictures * work.tiles * shape.tower_tokens * max(1, shape.tower_width) * size
     parts = {
         "runtime": RUNTIME[device],
@@ -187,7 +187,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
 
 def tower(shape: Shape, size: int, work: Work) -> int:
     """A batch of pictures on its way through the frozen tower: pixels, the hidden states of all layers, one layer's own."""
-    count = min(TOWER_BATCH, work.pictures) * work.tiles
+    count = min(BATCH, work.pictures) * work.tiles
     pixels = count * 3 * shape.side**2 * FULL * 2
     stream = count * shape.tower_tokens * size * (shape.tower_width * 8 + shape.tower_mlp * 2)
     return pixels + stream
@@ -211,7 +211,7 @@ def answering(
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
-        "reading": passing + mask + 4 * sets * QUERIES * shape.words * FULL,
+        "reading": passing + mask + 4 * sets * TOGETHER * shape.words * FULL,
     }
     return Forecast(parts, moments)
 

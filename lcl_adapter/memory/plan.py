@@ -18,15 +18,19 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from lcl_adapter.answering.predict import TOGETHER
 from lcl_adapter.base.encoder import Encoded
 from lcl_adapter.base.layouts import open_checkpoint
-from lcl_adapter.base.model import attach, choose_precision, load_base, load_encoder
+from lcl_adapter.base.model import attach, load_base, load_encoder
+from lcl_adapter.base.precision import choose_precision
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
 from lcl_adapter.memory import budget
+from lcl_adapter.processes import default_device
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.recipe.schema import QUANTISED, Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
@@ -55,7 +59,7 @@ class Plan:
 
     @cached_property
     def config(self) -> Any:
-        return open_checkpoint(self.recipe.base, self.recipe.vision_tower).config
+        return open_checkpoint(BaseRef.of(self.recipe)).config
 
     @cached_property
     def shape(self) -> budget.Shape:
@@ -67,7 +71,7 @@ class Plan:
 
     @cached_property
     def collator(self) -> Collator:
-        return Collator(self.mixture, load_encoder(self.recipe.base, **self.recipe.pictures), on_fault=self.recipe.data.on_fault)
+        return Collator(self.mixture, load_encoder(BaseRef.of(self.recipe)), on_fault=self.recipe.data.on_fault)
 
     @cached_property
     def row(self) -> Encoded:
@@ -83,13 +87,13 @@ class Plan:
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
         sets = self.recipe.evaluate.batch_size
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, budget.QUERIES * question, sets * 8)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, TOGETHER * question, sets * 8)
 
     def serving(self) -> budget.Forecast:
         """One support set and its questions."""
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, budget.QUERIES * question, 8)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, TOGETHER * question, 8)
 
 
 def available(device: str) -> int:
@@ -104,7 +108,7 @@ def make(recipe: Recipe, memory: int | None = None, device: str | None = None, m
 
     Nothing of the base's weights is loaded. Raises RecipeError, DataError, ModelError as training would.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if device == "cuda" and memory is None and not torch.cuda.is_available():
         raise RecipeError(["there is no GPU here to ask how much memory it has: say it with --memory, for instance --memory 16GB"])
     memory = memory or available(device)
@@ -174,7 +178,7 @@ def _row(plan: Plan, recipe: Recipe) -> Encoded:
     mixture = copy.copy(plan.mixture)
     mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
     mixture.recipe = recipe
-    return check_rows(Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault), []).longest
+    return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault), []).longest
 
 
 def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -199,7 +203,7 @@ def changes(recipe: Recipe, device: str) -> Iterator[Change]:
         yield Change(override, "less work at a time, the same gradient", smaller)
     if recipe.precision in {"fp32", "auto"} and device == "cuda":
         yield Change("precision=bf16", "none on a GPU", recipe.model_copy(update={"precision": "bf16"}))
-    if recipe.precision not in {"nf4", "int8"} and not recipe.adapter.pissa:
+    if recipe.precision not in QUANTISED and not recipe.adapter.pissa:
         yield Change("precision=nf4", "a base that answers a little worse, and a slower step", recipe.model_copy(update={"precision": "nf4"}))
     if recipe.tiles:
         yield Change("tiles=false", f"{base} sees every picture at half the resolution", recipe.model_copy(update={"tiles": False}))
@@ -240,7 +244,7 @@ def probe(recipe: Recipe, mixture: Mixture | None = None) -> dict[str, float]:
     scratch = Path(tempfile.mkdtemp())
     try:
         short = _with(recipe, train={"max_steps": 3, "save_steps": 1000}).model_copy(update={"output": scratch / "run"})
-        base = attach(load_base(short.base, short.precision, **short.pictures), short.adapter)
+        base = attach(load_base(BaseRef.of(short)), short.adapter)
         collator = Collator(mixture or Mixture(short), base.encoder(), on_fault=short.data.on_fault)
         batch = short.train.per_device_train_batch_size * short.train.gradient_accumulation_steps
         trainer = LclTrainer(base, short, collator, VisionFeatures(base), 3 * batch)

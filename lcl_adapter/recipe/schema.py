@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -19,6 +19,7 @@ from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.recipe.suites import TaggedSuite, filled
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
+QUANTISED = ("int8", "nf4")
 
 
 def _amount(text: str) -> str:
@@ -131,7 +132,7 @@ class Recipe(Options):
                 if name not in self.sources:
                     known = list(self.sources)
                     raise ValueError(f"`shares` from {begins:g} on: no source {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
-        if self.adapter.pissa and (self.precision in {"int8", "nf4"} or self.evaluate.every):
+        if self.adapter.pissa and (self.precision in QUANTISED or self.evaluate.every):
             raise ValueError(
                 "`adapter.pissa` changes the base's weights while it trains: set a precision of 16 bits or more, and no `evaluate.every`"
             )
@@ -145,8 +146,3 @@ class Recipe(Options):
         own = {n: s.share for n, s in self.sources.items()}
         steps = [(begins, {**own, **shares}) for begins, shares in sorted(self.shares.items())]
         return steps if steps and steps[0][0] == 0 else [(0.0, own), *steps]
-
-    @property
-    def pictures(self) -> dict[str, Any]:
-        """How a base reads pictures, as ``load_base`` and ``load_encoder`` take it."""
-        return {"tower": self.vision_tower, "tiles": self.tiles}

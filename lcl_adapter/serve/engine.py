@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch.nn import functional
 
 from lcl_adapter.answering.predict import Predictor, Prefilled, Question, Reply
-from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.checkpoints.probe import probe, probe_turns
@@ -69,7 +69,7 @@ class Engine:
         self.base = base
         self.limit = queue
         self.name = name
-        own = WORDINGS["short" if base.family.name == "pocket" else "lcl"]
+        own = WORDINGS[base.family.wording]
         self.models: dict[str, Model] = {name: Model(name, own, identity=base.checkpoint.hash())}
         self.counters = Counters()
         self.kept = KeptSets(memory, self.counters)
@@ -317,7 +317,7 @@ class Engine:
         if name in self.models:
             raise AdapterError(f"a model {name!r} is there already.")
         manifest = read_manifest(folder)
-        base_of(folder, manifest, str(self.base.path), None if self.base.checkpoint.tower is None else str(self.base.checkpoint.tower))
+        checkpoint_of(folder, manifest, self.base.checkpoint.ref)
         if (self.base.family.name, self.base.family.version) != (manifest["family"], manifest["prompt_version"]):
             raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which is not this base's.")
         if manifest["tiles"] != self.base.tiles:

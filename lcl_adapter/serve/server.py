@@ -6,7 +6,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -16,8 +16,8 @@ from fastapi import FastAPI
 
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import RunError
-from lcl_adapter.recipe.schema import Precision
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.gate import is_local
@@ -34,19 +34,16 @@ PATIENCE = 20  # seconds that open requests have when the server is told to stop
 class Options:
     """As the command line has them. memory: bytes for weights and kept sets together."""
 
-    base: str
+    base: BaseRef
     adapters: dict[str, Path]
     adapter_folder: Path | None
     host: str
     port: int
     key_file: Path | None
     memory: int | None
-    precision: Precision
-    tiles: bool
     queue: int
     timeout: float
     store: Path
-    tower: str | None
 
 
 def run(options: Options) -> None:
@@ -115,10 +112,10 @@ def check_address(host: str, key_file: Path | None) -> Keys | None:
 
 def make_service(options: Options) -> Service:
     """Everything but the socket; the engine runs."""
-    tiles = options.tiles or any(read_manifest(folder)["tiles"] for folder in options.adapters.values())
+    tiles = options.base.tiles or any(read_manifest(folder)["tiles"] for folder in options.adapters.values())
     store = Store(options.store)
     store.sweep()
-    base = load_base(options.base, options.precision, tower=options.tower, tiles=tiles)
+    base = load_base(replace(options.base, tiles=tiles))
     weights = sum(p.numel() * p.element_size() for p in base.llava.parameters())
     engine = Engine(base, _room(options.memory, weights, base.device), options.queue)
     for name, folder in options.adapters.items():

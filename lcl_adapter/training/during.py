@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lcl_adapter import processes as ranks
+from lcl_adapter import processes
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import Base
@@ -60,12 +60,12 @@ class Watch(TrainerCallback):
         mean = sum(figures.values()) / len(figures)
         best = self.told["best"]
         better = passed and (best is None or mean > best["mean"])
-        better = ranks.gathered(better)[0]  # saving is done together: all go by what the first found
+        better = processes.gather(better)[0]  # saving is done together: all go by what the first found
         if better:
             self.told["best"] = {"step": state.global_step, "mean": round(mean, 4)}
             self.save(self.folder / BEST, {"step": state.global_step, "watched": figures})
         self.told["steps"].append({"step": state.global_step, "figures": figures, "kept": passed})
-        if ranks.is_first():
+        if processes.is_first():
             write_json(self.folder / WATCHED, self.told)
         shown = ", ".join(f"{name} {before[name]:.3f} -> {value:.3f}" for name, value in figures.items())
         console.print(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import Progress
 
 from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.mixture import Mixture, open_options
 from lcl_adapter.data.sources import (
     ClassPool,
@@ -69,7 +70,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         except (RecipeError, DataError, EpisodeError) as error:
             told.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites:
-        _tried("suites", lambda: check_suites(recipe, load_encoder(recipe.base, **recipe.pictures)), told, notes)
+        _tried("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), told, notes)
     known: dict[str, tuple[str, Fault]] = {}
     for source, fault in told:  # a suite may read what a source has read
         known.setdefault(fault.message, (source, fault))
@@ -188,7 +189,7 @@ def _regions(pool: Pool) -> Iterator[Region]:
 
 
 def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:
-    collator = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault="skip")
+    collator = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault="skip")
     too_long: list[str] = []
     found = check_rows(collator, too_long).lengths
     told += [("recipe", Fault("does not fit", why)) for why in too_long]

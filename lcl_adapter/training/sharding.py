@@ -9,16 +9,17 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lcl_adapter import processes as ranks
+from lcl_adapter import processes
 from lcl_adapter.errors import RunError
 from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.schema import QUANTISED
 
 
 def check(recipe: Recipe) -> None:
     """Raises RunError for what cannot be done with weights that are shared out among processes."""
-    if not ranks.sharded():
+    if not processes.sharded():
         return
-    if recipe.precision in {"nf4", "int8"}:
+    if recipe.precision in QUANTISED:
         raise RunError(f"precision: {recipe.precision} weights cannot be shared out; use data parallel (launch/ddp.yaml), each GPU holds them whole.")
     if recipe.precision == "auto":
         raise RunError("precision: auto may choose 4 bits, which cannot be shared out; give precision=bf16.")
@@ -30,7 +31,7 @@ def check(recipe: Recipe) -> None:
 
 def halves(precision: str) -> dict[str, bool]:
     """SFTConfig's ``bf16`` and ``fp16``: only DeepSpeed wants to be told; it then keeps fp32 copies of what is trained."""
-    return {"bf16": ranks.deepspeed() and precision == "bf16", "fp16": ranks.deepspeed() and precision == "fp16"}
+    return {"bf16": processes.uses_deepspeed() and precision == "bf16", "fp16": processes.uses_deepspeed() and precision == "fp16"}
 
 
 def share_out(model: nn.Module, config: dict[str, Any]) -> None:

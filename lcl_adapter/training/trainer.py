@@ -11,41 +11,39 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import processes as ranks
+from lcl_adapter import processes
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
-from lcl_adapter.base.encoder import IGNORED, Encoded
+from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import InspectionPool, Picture, read_image
-from lcl_adapter.data.sources.base import names_of
-from lcl_adapter.errors import DataError, RunError
-from lcl_adapter.files import disk_is_full, write_json, write_text
+from lcl_adapter.data.sources import Picture, read_image
+from lcl_adapter.errors import RunError
+from lcl_adapter.files import disk_is_full, write_json
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.terminal import console
 from lcl_adapter.training import sharding
-from lcl_adapter.training.collate import BucketedOrder, Collator, collate
+from lcl_adapter.training.callbacks import BarCallback, LongestFirst, MetricsCallback
+from lcl_adapter.training.card import PROGRESS, Tally, facts_of, show_start
+from lcl_adapter.training.collate import BucketedOrder, Collator
 from lcl_adapter.training.lengths import check_rows
 
 COMPLETE = "complete"  # marks a checkpoint, written last
-PROGRESS = "progress.json"
 DATA = "data.json"
 OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
 
@@ -53,8 +51,8 @@ OURS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "
 def sft_config(recipe: Recipe) -> SFTConfig:
     """The recipe's ``train`` as TRL wants it."""
     own = recipe.train.model_dump(exclude=OURS)
-    own["per_device_train_batch_size"], own["gradient_accumulation_steps"] = ranks.share(
-        own["per_device_train_batch_size"], own["gradient_accumulation_steps"], ranks.world()
+    own["per_device_train_batch_size"], own["gradient_accumulation_steps"] = processes.split_step(
+        own["per_device_train_batch_size"], own["gradient_accumulation_steps"], processes.count()
     )
     return SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
@@ -66,7 +64,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,
         **sharding.halves(recipe.precision),  # else the base is in its precision and the adapter in fp32, without autocast
-        use_cpu=ranks.on_cpu(),
+        use_cpu=processes.default_device() == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
     )
@@ -80,7 +78,7 @@ class LclTrainer(SFTTrainer):
         self.tally = Tally()
         self.idle: torch.Tensor | None = None
         # A trained projector has a gradient at every step then, whoever had the pictures; and weights that are shared out need everyone.
-        self.idles = recipe.adapter.projector or ranks.sharded()
+        self.idles = recipe.adapter.projector or processes.sharded()
         super().__init__(
             model=base.model,
             args=sft_config(recipe),
@@ -88,14 +86,14 @@ class LclTrainer(SFTTrainer):
             train_dataset=Dataset.from_dict({"index": range(total)}),
             processing_class=base.tokenizer,
         )
-        base.llava.register_forward_pre_hook(self._see, with_kwargs=True)
-        base.llava.register_forward_hook(self._or_not)
+        base.llava.register_forward_pre_hook(self._encode_pictures, with_kwargs=True)
+        base.llava.register_forward_hook(self._connect_blank)
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base; a CPU is slow in it, Adam imprecise
-                parameter.data = parameter.data.to(base.dtype if ranks.deepspeed() else torch.float32)
-        if ranks.sharded():
+                parameter.data = parameter.data.to(base.dtype if processes.uses_deepspeed() else torch.float32)
+        if processes.sharded():
             base.llava.enable_input_require_grads()  # the layers' backward in one order, pictures or none
-        if ranks.deepspeed():
+        if processes.uses_deepspeed():
             sharding.share_out(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -115,7 +113,7 @@ class LclTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _see(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _encode_pictures(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pictures become features inside the model's forward, where sharded weights are whole."""
         if "pictures" in given:
             pictures = given.pop("pictures")
@@ -125,7 +123,7 @@ class LclTrainer(SFTTrainer):
                 self.idle = self.vision.idle()
         return args, given
 
-    def _or_not(self, _: Any, args: tuple[Any, ...], outputs: Any) -> Any:
+    def _connect_blank(self, _: Any, args: tuple[Any, ...], outputs: Any) -> Any:
         """What stands for no picture is part of what the model says, where data parallel looks for what was used."""
         if self.idle is not None:
             outputs.logits = outputs.logits + self.idle.to(outputs.logits.dtype)
@@ -158,93 +156,10 @@ class LclTrainer(SFTTrainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         told = self.tally.so_far(self.vision)  # of all processes, which are all here then
-        if ranks.is_first():
+        if processes.is_first():
             write_json(folder / PROGRESS, told)
             (folder / COMPLETE).touch()
-        ranks.wait()
-
-
-@dataclass
-class Tally:
-    """What the run card tells of the whole run, carried over stops: seconds, images, faults, and each source's rows and tokens."""
-
-    earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
-    faults: Counter[str] = field(default_factory=Counter)
-    sources: dict[str, list[int]] = field(default_factory=dict)  # rows, tokens, learned tokens
-    began: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    def of(cls, checkpoint: Path) -> Tally:
-        kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        earlier = {k: kept[k] for k in ("seconds", "shown", "computed")}
-        return cls(earlier, Counter(kept["faults"]), kept["sources"]) if ranks.is_first() else cls(earlier)
-
-    def count(self, told: Sequence[tuple[str, int, int]]) -> None:
-        for source, tokens, learned in told:
-            counts = self.sources.setdefault(source, [0, 0, 0])
-            for place, value in enumerate((1, tokens, learned)):
-                counts[place] += value
-
-    def so_far(self, vision: VisionFeatures) -> dict[str, Any]:
-        """Of all processes together, each of which has to ask. ``earlier`` and what came with it are counted once, by the first."""
-        parts = ranks.gathered((vision.asked, vision.computed, self.faults, self.sources))
-        faults: Counter[str] = Counter()
-        sources: dict[str, list[int]] = {}
-        for _, _, own, counted in parts:
-            faults.update(own)
-            for source, counts in counted.items():
-                sources[source] = [a + b for a, b in zip(sources.get(source, [0, 0, 0]), counts, strict=True)]
-        return {
-            "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 1),
-            "shown": self.earlier["shown"] + sum(asked for asked, _, _, _ in parts),
-            "computed": self.earlier["computed"] + sum(computed for _, computed, _, _ in parts),
-            "faults": dict(faults),
-            "sources": sources,
-        }
-
-
-class MetricsCallback(TrainerCallback):
-    """One JSON line for every logged step; on resume, lines after the checkpoint are dropped first."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not ranks.is_first():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]  # a killed run's last is cut
-        write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs and ranks.is_first():
-            names = ("loss", "grad_norm", "learning_rate")
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **{n: logs[n] for n in names if n in logs}}) + "\n")
-
-
-class BarCallback(TrainerCallback):
-    """A bar with loss and the time left; silent where the output is no terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.start()
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="-")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.update(self.task, loss=f"{float(logs['loss']):.3f}")
-            if not console.is_terminal:
-                console.print(f"step {state.global_step}/{state.max_steps} loss {float(logs['loss']):.3f}", highlight=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.stop()
+        processes.barrier()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -256,37 +171,6 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(path)
     complete = [p for p in found if p.exists()]
     return complete[-1] if complete else None
-
-
-class LongestFirst(TrainerCallback):
-    """Runs a batch of the longest row forwards and backwards before the first step, so that memory fails in the first minute or never.
-
-    Nothing of it stays: gradients are dropped, random states and what was counted put back.
-    """
-
-    def __init__(self, trainer: LclTrainer, row: Encoded) -> None:
-        self.trainer, self.row = trainer, row
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        trainer, vision = self.trainer, self.trainer.vision
-        batch = collate([self.row] * args.per_device_train_batch_size, trainer.collator.encoder.pad)
-        counted = vision.asked, vision.computed
-        devices = [trainer.base.device] if trainer.base.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices):
-                model.train()
-                moved = {k: v.to(trainer.base.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-                trainer.compute_loss(model, moved).backward()
-        except DataError:
-            pass  # a picture of it is broken; training replaces such a row
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"the longest row, {len(self.row)} tokens, does not fit this device's memory ({str(error).splitlines()[0]}). "
-                "`lcl-adapter plan RECIPE` says what to change."
-            ) from error
-        finally:
-            model.zero_grad(set_to_none=True)
-            vision.asked, vision.computed = counted
 
 
 Watching = Callable[[Base, Callable[[Path, Mapping[str, Any]], None]], TrainerCallback]
@@ -302,8 +186,8 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     """
     output, options = recipe.output, recipe.train
     sharding.check(recipe)
-    ranks.join()
-    console.quiet = not ranks.is_first()
+    processes.join()
+    console.quiet = not processes.is_first()
     _together(lambda: adapter.claim_run_folder(output, resume))
     torch.set_num_threads(options.threads or torch.get_num_threads())
     set_seed(options.seed)
@@ -313,14 +197,14 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
     total = mixture.total
-    unread = Collator(mixture, load_encoder(recipe.base, **recipe.pictures), on_fault=recipe.data.on_fault)
+    unread = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault)
     rows = check_rows(unread)  # before any weight is loaded
-    base = attach(load_base(recipe.base, recipe.precision, "cpu" if ranks.sharded() else None, **recipe.pictures), recipe.adapter)
-    if recipe.adapter.pissa and ranks.is_first():
+    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else None)), recipe.adapter)
+    if recipe.adapter.pissa and processes.is_first():
         adapter.keep_start(base.model, output / "start")
-    vision = VisionFeatures(base, memory_bytes(options.feature_cache), in_step=ranks.deepspeed())
+    vision = VisionFeatures(base, memory_bytes(options.feature_cache), in_step=processes.uses_deepspeed())
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
-    if ranks.is_first():
+    if processes.is_first():
         write_json(output / DATA, mixture.hashes())
         save_recipe(recipe, output / "recipe.yaml")  # last: where it stands, the run can be resumed
     parts = parameters_by_part(base.model)
@@ -332,8 +216,8 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
-    if not ranks.deepspeed():  # its backward is its engine's, which would keep what it saw
-        trainer.add_callback(LongestFirst(trainer, rows.longest))
+    if not processes.uses_deepspeed():  # its backward is its engine's, which would keep what it saw
+        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss))
     checkpoint = _together(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.of(checkpoint) if checkpoint else Tally()
     longest = max(length for found in rows.lengths.values() for length in found)
@@ -343,11 +227,11 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
 
     def save_now(folder: Path, more: Mapping[str, Any]) -> None:
         facts, state = facts_now(), sharding.whole(base.model)
-        if ranks.is_first():
+        if processes.is_first():
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, folder / "recipe.yaml")
             adapter.save_adapter(base, folder, recipe.base, {**facts, **more}, state)
-        ranks.wait()
+        processes.barrier()
 
     if watching is not None:
         trainer.add_callback(watching(base, save_now))
@@ -365,9 +249,9 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
         console.print(f"{name:>15}: {rows:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
     facts, state = facts_now(), sharding.whole(base.model)
-    if ranks.is_first():
+    if processes.is_first():
         adapter.save_adapter(base, output, recipe.base, facts, state)
-    ranks.wait()
+    processes.barrier()
     return facts
 
 
@@ -375,34 +259,15 @@ def _together(work: Callable[[], Any]) -> Any:
     """Done by the first process, and what came of it, an error too, told to all."""
     value: Any = None
     fault: Exception | None = None
-    if ranks.is_first():
+    if processes.is_first():
         try:
             value = work()
         except Exception as error:
             fault = error
-    value, fault = ranks.gathered((value, fault))[0]
+    value, fault = processes.gather((value, fault))[0]
     if fault is not None:
         raise fault
     return value
-
-
-def facts_of(mixture: Mixture, done: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
-    """What the manifest and the run card tell of a training."""
-    drawn = mixture.total
-    return {
-        "parameters": parts,
-        "shares": {"requested": mixture.requested, "realised": mixture.realised(range(drawn))},
-        "tokens": {n: dict(zip(("rows", "tokens", "learned"), counts, strict=True)) for n, counts in done["sources"].items()},
-        "ended": mixture.ended,
-        "passes": mixture.repeats(drawn),
-        "data": mixture.hashes(),
-        "skipped": {n: p.skipped for n, p in mixture.pools.items() if p.skipped},
-        "bad_pictures": done["faults"],
-        "images": {"shown": done["shown"], "through_the_tower": done["computed"]},
-        "training_seconds": done["seconds"],
-        "longest_row": longest,
-        "held_in": {n: sorted(names) for n, p in mixture.pools.items() if (names := names_of(p))},
-    }
 
 
 def check_same(recipe: Recipe, mixture: Mixture) -> None:
@@ -424,23 +289,6 @@ def check_same(recipe: Recipe, mixture: Mixture) -> None:
     moved = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
     if moved:
         raise RunError(f"{recipe.output}: the data of {', '.join(moved)} changed since the run began; start a new run with another output=….")
-
-
-def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
-    for part, count in parts.items():
-        console.print(f"{part:>15}: {count['total']:>12,} parameters, {count['trained']:>10,} trained", highlight=False)
-    realised = mixture.realised(range(total))
-    passes = mixture.repeats(total)
-    for name in mixture.options:
-        pool, found = mixture.pools[name], lengths[name]
-        photos = f" ({pool.photos})" if isinstance(pool, InspectionPool) else ""
-        average = f", {sum(found) / len(found):.0f} tokens a row, up to {max(found)}" if found else ""
-        again = f", gone through {passes[name]:.1f} times" if name in passes else ""
-        ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
-        share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
-        console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{again}{ended}{average}", highlight=False)
-    known = [length for found in lengths.values() for length in found]
-    console.print(f"{'rows':>15}: {total:,} of {min(known)} to {max(known)} tokens", highlight=False)
 
 
 def _readable(vision: VisionFeatures) -> Any:

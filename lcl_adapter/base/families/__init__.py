@@ -16,9 +16,8 @@ FAMILIES = {
     family.name: family
     for family in (POCKET, LLAVA_V1, LLAVA_15, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_VICUNA, LLAVA_ONEVISION, LLAVA_INTERLEAVE)
 }
-LLAVA_TYPES = ("llava", "llava_next", "llava_onevision")  # transformers' model types that have a family of their own
 
-__all__ = ["FAMILIES", "IMAGE", "LLAVA_TYPES", "Family", "Rendered", "detect"]
+__all__ = ["FAMILIES", "IMAGE", "Family", "Rendered", "detect"]
 
 
 def detect(config: Any, tokenizer: Any) -> Family | None:

@@ -32,6 +32,8 @@ class Family:
     matches: whether (config, tokenizer) are of this family. marks: text that the model reads as a mark of its own.
     image: what stands before the text of a turn with a picture; ``<image>`` in it becomes the image's tokens.
     padding: the colour a picture is padded to a square with, the processor's mean or white.
+    both_layouts: whether upstream (haotian-liu/LLaVA) has it, so that the original layout can be written.
+    wording: how episodes are worded for a base of this family that has no adapter.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Family:
     image: str = IMAGE + "\n"
     padding: Literal["mean", "white"] = "mean"
     version: int = 1
+    both_layouts: bool = False
+    wording: Literal["short", "lcl"] = "lcl"
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
         """Turns as text; ``opened`` ends with the assistant's mark, ready for an answer; ``first`` begins with the system text.

@@ -13,4 +13,5 @@ LLAVA_15 = Family(
     assistant="ASSISTANT:",
     answer=" {text}",
     end="</s>",
+    both_layouts=True,
 )

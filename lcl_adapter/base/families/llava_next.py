@@ -27,6 +27,7 @@ LLAVA_NEXT_MISTRAL = Family(
     answer=" {text} ",
     end="</s>",
     marks=("[INST]", "[/INST]"),
+    both_layouts=True,
 )
 
 LLAVA_NEXT_LLAMA_3 = Family(

@@ -15,4 +15,5 @@ POCKET = Family(
     answer="{text}",
     end="</s>",
     marks=MARKS,
+    wording="short",
 )

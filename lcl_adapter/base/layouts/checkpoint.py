@@ -26,13 +26,14 @@ from transformers import (
 
 from lcl_adapter.base.layouts import configs, keys
 from lcl_adapter.base.layouts.tensors import Stored, blocks_of, digest, stored_in
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
 from lcl_adapter.pocket import BASE as POCKET_BASE
 
 Layout = Literal["hf", "original"]
+POCKET = "pocket"  # the name of the base that ships
 MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them
-LLAVAS = ("llava", "llava_next", "llava_onevision")
 WHOLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -144,13 +145,18 @@ class Checkpoint:
         self._check(found)
         return found
 
+    @property
+    def ref(self) -> BaseRef:
+        """A reference to this folder, and to its tower where that lies outside."""
+        return BaseRef(str(self.folder), tower=None if self.tower is None else str(self.tower))
+
     def hash(self) -> str:
         """What tells one base from another, the same in both layouts, for any sharding and type: shapes and edges of all weights.
 
         Of the embedding and the head only the first row counts: layouts differ in how many rows they add.
         """
         lone = {keys.EMBEDDING, keys.HEAD}
-        if str(self.raw.get("model_type")) not in LLAVAS and self.layout == "hf":
+        if str(self.raw.get("model_type")) not in configs.LLAVA_TYPES and self.layout == "hf":
             # Some of these are rebuilt when they are read, so that what is on the disk is hashed by its own names.
             return digest({key: stored.mark() for key, stored in stored_in(self.folder).items()})
         marks = {n: w.stored.mark(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second}
@@ -254,7 +260,7 @@ def find_base(name: str) -> Path:
 
     Raises ModelError where there is none.
     """
-    if name == "pocket":
+    if name == POCKET:
         return POCKET_BASE
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -273,19 +279,20 @@ def find_base(name: str) -> Path:
         ) from error
 
 
-def open_checkpoint(name: str, tower: str | None = None) -> Checkpoint:
-    """Find a base and tell its layout; ``tower``: where its vision tower is, if it is not where the config says.
+def open_checkpoint(base: BaseRef | str) -> Checkpoint:
+    """Find a base and recognise its layout.
 
     Raises ModelError: no such base, no image-text model, a vision tower that is not here.
     """
-    folder = find_base(name)
+    ref = BaseRef.of(base).defaulting_to(name=POCKET)
+    folder = find_base(str(ref.name))
     raw = read_config(folder)
     layout = layout_of(raw)
     if layout is None:
         raise ModelError(f"base {folder}: a {raw.get('model_type')!r} model without a vision tower, not a LLaVA.")
     if layout == "hf":
         return Checkpoint(folder, layout, raw)
-    return Checkpoint(folder, layout, raw, _find_tower(folder, str(raw["mm_vision_tower"]), tower))
+    return Checkpoint(folder, layout, raw, _find_tower(folder, str(raw["mm_vision_tower"]), ref.tower))
 
 
 def _find_tower(folder: Path, named: str, given: str | None) -> Path:

@@ -8,6 +8,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from lcl_adapter.errors import ModelError
 
+LLAVA_TYPES = ("llava", "llava_next", "llava_onevision")  # transformers' model types that are LLaVAs
+TILED_TYPES = ("llava_next", "llava_onevision")  # of these, the ones that can read a picture in tiles, with line breaks between
+UPSTREAM_TYPES = ("llava", "llava_next")  # and the ones that upstream has classes for
 LANGUAGE_TYPES = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 PROJECTORS = {"linear": "linear", "mlp2x_gelu": "gelu"}  # upstream's name -> Hugging Face's activation
 FEATURES = {"patch": "default", "cls_patch": "full"}
@@ -65,7 +68,7 @@ def to_original(config: Any, tower: str, rows: int, family: str) -> dict[str, An
     """
     text = config.text_config
     kinds = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
-    if text.model_type not in kinds or config.model_type not in {"llava", "llava_next"}:
+    if text.model_type not in kinds or config.model_type not in UPSTREAM_TYPES:
         raise ModelError(f"upstream LLaVA has no class for {config.model_type} on {text.model_type}; its original layout cannot be written.")
     kind, architecture = kinds[text.model_type]
     kept = {k: v for k, v in text.to_dict().items() if not isinstance(v, dict) and k not in {"model_type", "architectures", "dtype", "id2label"}}

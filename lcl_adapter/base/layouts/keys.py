@@ -38,6 +38,18 @@ def skeleton(config: Any) -> nn.Module:
         return AutoModelForImageTextToText.from_config(config)
 
 
+def language_path(model: nn.Module) -> str:
+    """The module path of the language model inside a model, for instance ``model.language_model``.
+
+    Raises ModelError where it has none of its own.
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    for path, module in model.named_modules():
+        if module is decoder and path:
+            return path
+    raise ModelError("this model has no language model apart from its vision part; it cannot be adapted here.")
+
+
 def from_hugging_face(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
     """Key on disk -> the model's own name, as transformers reads it; keys that it would convert, and not rename, are left out."""
     rules = get_model_conversion_mapping(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,16 +45,16 @@ class Stored:
 
     @property
     def size(self) -> int:
-        return self.dtype.itemsize * _count(self.shape)
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        return self.part(0, _count(self.shape)).reshape(self.shape)
+        return self.part(0, math.prod(self.shape)).reshape(self.shape)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """The tensor as consecutive rows, a BLOCK of values at a time."""
         for first, last in _cuts(self.shape):
-            row = _count(self.shape[1:])
+            row = math.prod(self.shape[1:])
             yield self.part(first * row, last * row).reshape(-1, *self.shape[1:]) if self.shape else self.read()
 
     def part(self, first: int, last: int) -> torch.Tensor:
@@ -76,7 +77,7 @@ class Stored:
         rows: of the first rows alone.
         """
         shape = self.shape if rows is None else (rows, *self.shape[1:])
-        count = _count(shape)
+        count = math.prod(shape)
         ends = [self.part(0, min(EDGE, count)), self.part(max(0, count - EDGE), count)]
         return str(list(shape)).encode() + b"".join(values.to(torch.float16).numpy().tobytes() for values in ends)
 
@@ -88,15 +89,8 @@ def blocks_of(value: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _cuts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     rows = shape[0] if shape else 1
-    step = max(1, BLOCK // max(1, _count(shape[1:])))
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def stored_in(folder: Path) -> dict[str, Stored]:

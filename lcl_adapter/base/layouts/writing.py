@@ -8,20 +8,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcessor
 
+from lcl_adapter.amounts import trim
 from lcl_adapter.base.layouts import configs, keys
-from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight
-from lcl_adapter.base.layouts.tensors import Planned, Shards, blocks_of
-from lcl_adapter.errors import ModelError
+from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight, find_base
+from lcl_adapter.base.layouts.tensors import Planned, Shards, blocks_of, stored_in
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import write_json
+from lcl_adapter.terminal import console
 
+SPARE = 64 * 2**20  # bytes of configs, tokenizer, and what a file system needs
 Change = Callable[[Weight], Iterator[torch.Tensor]]  # to the rows of what is written in its place
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 TOWER = "vision_tower"  # the folder beside the weights that holds it, in the original layout
+
+
+class PromptFormat(Protocol):
+    """What writing needs of a family (``lcl_adapter.base.families``)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def both_layouts(self) -> bool: ...
+
+    def chat_template(self, image_token: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,29 @@ class Writing:
     tower: str | None = None
     family: str = ""
     chat_template: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Checkpoint,
+        family: PromptFormat,
+        to: Layout,
+        out: Path,
+        changes: dict[str, Change] | None = None,
+        dtype: torch.dtype | None = None,
+        shard_size: int = 5 * 10**9,
+        tower: str | None = None,
+    ) -> Writing:
+        """A writing into ``out``. Raises ModelError for a family that the other layout cannot be, or a name that upstream would misread."""
+        if to != source.layout and not family.both_layouts:
+            raise ModelError(f"base {source.folder}: a {family.name} model has no layout of haotian-liu's; it stays in Hugging Face's (--to hf).")
+        if to == "original":
+            check_folder_name(out, adapter=False, mistral=source.config.text_config.model_type == "mistral")
+        if out.absolute().is_relative_to(source.folder):
+            raise ModelError(f"{out}: lies inside the base, which is never written to. Give another place.")
+        token = str(source.tokenizer.convert_ids_to_tokens(source.config.image_token_id))
+        template = family.chat_template(token) if family.both_layouts else None
+        return cls(source, to, changes or {}, dtype, shard_size, tower, family.name, template)
 
     @property
     def same_layout(self) -> bool:
@@ -85,6 +125,55 @@ class Writing:
     @property
     def size(self) -> int:
         return self.shards.size + (self.tower_shards.size if self.tower_shards else 0)
+
+    @property
+    def space(self) -> int:
+        """Bytes that it needs on the disk."""
+        return self.size + SPARE
+
+    def write_with_bar(self, folder: Path, final: Path) -> None:
+        """:meth:`write`, resumed where it stopped, with a progress bar."""
+        columns = (TextColumn(f"writing {final.name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        done = 0
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=self.size)
+            for size in self.write(folder, final):
+                bar.advance(task, size)
+                done = trim(done + size)
+
+    def verify(self, folder: Path, skipped: frozenset[str] = frozenset()) -> int:
+        """Read every tensor again but the ``skipped`` weights, and compare; returns how many. Raises MergeError with the first that differs."""
+        written = [(one, folder) for one in self.shards.planned if self.names[one.key] not in skipped]
+        if self.tower_shards is not None:
+            written += [(one, folder / TOWER) for one in self.tower_shards.planned]
+        on_disk = {place: stored_in(place) for place in {place for _, place in written}}
+        for one, place in written:
+            first = 0
+            for block in one.make():
+                expected = block.to(one.dtype).reshape(-1)
+                actual = on_disk[place][one.key].part(first, first + len(expected))
+                first += len(expected)
+                if not torch.equal(expected, actual):
+                    gap = float((expected.double() - actual.double()).abs().max())
+                    raise MergeError(f"{place}: {one.key} differs from what was to be written by {gap:.3g}; the disk may be failing. Not kept.")
+        return len(written)
+
+    def ref(self, folder: Path) -> BaseRef | None:
+        """The checkpoint in ``folder``, which need not be its final place; None where its vision tower was named and is not on this machine."""
+        tower = self._tower_beside(folder)
+        if self.to == "hf":
+            return BaseRef(str(folder))
+        return None if tower is None else BaseRef(str(folder), tower=str(tower))
+
+    def _tower_beside(self, folder: Path) -> Path | None:
+        if (folder / TOWER).exists():
+            return folder / TOWER
+        if self.source.tower is not None:
+            return self.source.tower
+        try:
+            return None if self.tower is None else find_base(self.tower)
+        except ModelError:
+            return None
 
     def write(self, folder: Path, final: Path, resume: bool = True) -> Iterator[int]:
         """Everything, into ``folder`` that will be ``final``; yields bytes as they are written. Raises RunError, ModelError."""

@@ -16,6 +16,7 @@ from lcl_adapter.base.layouts.checkpoint import layout_of, read_config
 from lcl_adapter.base.layouts.configs import LANGUAGE_TYPES
 from lcl_adapter.base.layouts.tensors import INDEX, stored_in, stored_in_file
 from lcl_adapter.base.layouts.writing import copy_beside
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import AdapterError, ModelError
 from lcl_adapter.files import write_json
 
@@ -61,7 +62,7 @@ def compose_base(language: Path, adapter: Path, place: Path, tower: str | None) 
     size = sum(one.size for one in stored.values()) + sum(value.numel() * value.element_size() for value in beside.values())
     write_json(place / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))})
     write_json(place / "config.json", {"model_type": "llava_llama", **raw})
-    return open_checkpoint(str(place), tower)
+    return open_checkpoint(BaseRef(str(place), tower=tower))
 
 
 def _beside_the_language_model(adapter: Path) -> dict[str, torch.Tensor]:

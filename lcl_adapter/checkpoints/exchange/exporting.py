@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.layouts import Checkpoint, check_folder_name
 from lcl_adapter.base.model import family_of
-from lcl_adapter.checkpoints.convert import BOTH
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.checkpoints.exchange.importing import read_upstream
@@ -25,15 +24,15 @@ from lcl_adapter.recipe import load
 SCRIPT = Path(__file__).parent / "ask_upstream.py"
 
 
-def export_adapter(run: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """Write ``out`` for upstream; what was written is read again and compared with the adapter.
 
     Raises AdapterError for an adapter that upstream's PEFT cannot hold, a base that is not in the original layout, or a
     folder whose name upstream would misread; RunError where ``out`` exists.
     """
     manifest = read_manifest(run)
-    checkpoint = base_of(run, manifest, base_name, tower)
-    if family_of(checkpoint).name not in BOTH:
+    checkpoint = checkpoint_of(run, manifest, base)
+    if not family_of(checkpoint).both_layouts:
         raise AdapterError(f"{run}: upstream LLaVA has no {family_of(checkpoint).name}; merge it, and serve that: `lcl-adapter merge {run} --out …`.")
     if checkpoint.layout != "original":
         raise AdapterError(
@@ -81,11 +80,6 @@ def _refuse_what_upstream_lacks(adapter: Adapter) -> None:
             raise AdapterError(f"{adapter.folder}: has {what}, which upstream's PEFT cannot load. Merge it: `lcl-adapter merge --to original`.")
 
 
-def _scaling(adapter: Adapter) -> float:
-    config = adapter.config
-    return float(config.lora_alpha) / (math.sqrt(config.r) if config.use_rslora else config.r)
-
-
 def _config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
     """Only the fields that PEFT 0.7 knows; newer ones make it fail. rsLoRA's scaling is put into alpha."""
     config = adapter.config
@@ -95,7 +89,7 @@ def _config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
         "base_model_name_or_path": str(checkpoint.folder),
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": _scaling(adapter) * config.r,
+        "lora_alpha": adapter.scaling * config.r,
         "lora_dropout": config.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -141,7 +135,7 @@ def _compare(adapter: Adapter, folder: Path, checkpoint: Checkpoint) -> float:
     if back.layers.keys() != adapter.layers.keys():
         raise MergeError(f"{folder}: {len(back.layers)} layers can be read again, {len(adapter.layers)} were written. Not kept.")
     for module, parts in adapter.layers.items():
-        wanted = _scaling(adapter) * parts["B"].double() @ parts["A"].double()
+        wanted = adapter.scaling * parts["B"].double() @ parts["A"].double()
         found = scaling * back.layers[module]["B"].double() @ back.layers[module]["A"].double()
         worst = max(worst, float((wanted - found).abs().max()) / max(1e-12, float(wanted.abs().max())))
     if worst > 1e-6:

@@ -6,17 +6,18 @@ vllm/model_executor/models/llava*.py say SupportsLoRA.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from lcl_adapter.base.adapter import base_of, read_manifest
+from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint
+from lcl_adapter.base.layouts.configs import UPSTREAM_TYPES
 from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.data.conversations import Turn
@@ -24,7 +25,7 @@ from lcl_adapter.errors import AdapterError, MergeError, RunError
 from lcl_adapter.files import whole_folder, write_json, write_text
 from lcl_adapter.recipe import load
 
-WITH_LORA = ("llava", "llava_next")
+WITH_LORA = UPSTREAM_TYPES  # vLLM's classes that say SupportsLoRA are of the same types
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 IMAGES = 17  # a request: two classes of 8 photos, and the one that is asked about
 SCRIPT = """#!/bin/sh
@@ -44,21 +45,19 @@ exec vllm serve "$base" --served-model-name base \\
 """
 
 
-def export_for_vllm(
-    run: Path, out: Path, base_name: str | None = None, tower: str | None = None, name: str = "lcl", images: int = IMAGES
-) -> dict[str, Any]:
+def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str = "lcl", images: int = IMAGES) -> dict[str, Any]:
     """Write ``out``; what was written is read again and compared. ``name``: the adapter's among vLLM's models; ``images``: a request.
 
     Raises AdapterError for what vLLM does not take, with what to do; RunError where ``out`` exists.
     """
     manifest = read_manifest(run)
-    checkpoint = base_of(run, manifest, base_name, tower)
+    checkpoint = checkpoint_of(run, manifest, base)
     if out.exists():
         raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
     adapter = Adapter(run)
     _refuse_what_vllm_lacks(run, adapter, checkpoint, bool(manifest["tiles"]))
     check_fits([adapter], {key: w.shape for key, w in checkpoint.weights.items()})
-    encoder = load_encoder(str(checkpoint.folder), tower=tower)
+    encoder = load_encoder(checkpoint.ref)
     state = {
         f"{names.PREFIX}{module}.lora_{half}.weight": parts[half].contiguous() for module, parts in adapter.layers.items() for half in ("A", "B")
     }
@@ -121,14 +120,13 @@ def _refuse_what_vllm_lacks(run: Path, adapter: Adapter, checkpoint: Checkpoint,
 def _config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
     """Only what vLLM and PEFT both read; rsLoRA's scaling is put into alpha."""
     config = adapter.config
-    scaling = float(config.lora_alpha) / (math.sqrt(config.r) if config.use_rslora else config.r)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": checkpoint.folder.name,
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": scaling * config.r,
+        "lora_alpha": adapter.scaling * config.r,
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,

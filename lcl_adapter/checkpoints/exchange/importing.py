@@ -17,6 +17,7 @@ from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.layouts.keys import skeleton
 from lcl_adapter.base.layouts.tensors import stored_in_file
 from lcl_adapter.base.model import PROJECTOR, family_of, lora_targets
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.checkpoints.exchange.composing import FOLDER, compose_base, language_model_of
@@ -46,7 +47,7 @@ class Upstream:
     dropped: list[str] = field(default_factory=list)
 
 
-def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower: str | None = None) -> dict[str, Any]:
+def import_adapter(folder: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """Write ``out`` as a run that eval, ask and merge take; where the base is a bare language model, with the LLaVA that it became in ``out/base``.
 
     Raises AdapterError for a folder that is no LoRA adapter, of another base's size, or changes the vision tower.
@@ -54,15 +55,15 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
     config = _config(folder)
     if out.exists():
         raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
-    named = base_name or config.get("base_model_name_or_path")
-    if not named:
+    given = base.defaulting_to(name=config.get("base_model_name_or_path") or None)
+    if given.name is None:
         raise AdapterError(f"{folder}: does not say what base it was trained on; give it with --base.")
-    language = language_model_of(str(named))
+    language = language_model_of(given.name)
     with whole_folder(out) as partial:
         if language is not None:
-            checkpoint, name = compose_base(language, folder, partial / FOLDER, tower), str(out.absolute() / FOLDER)
+            checkpoint, name = compose_base(language, folder, partial / FOLDER, base.tower), str(out.absolute() / FOLDER)
         else:
-            checkpoint = _open(folder, str(named), tower)
+            checkpoint = _open(folder, given)
             name = str(checkpoint.folder)
         found = read_upstream(folder, checkpoint)
         if language is None:
@@ -81,9 +82,9 @@ def import_adapter(folder: Path, out: Path, base_name: str | None = None, tower:
     return {"out": str(out), "layers": len(found.layers), "projector": bool(found.projector), "dropped": len(found.dropped), **composed}
 
 
-def _open(folder: Path, named: str, tower: str | None) -> Checkpoint:
+def _open(folder: Path, base: BaseRef) -> Checkpoint:
     try:
-        return open_checkpoint(named, tower)
+        return open_checkpoint(base)
     except ModelError as error:
         raise AdapterError(f"{folder}: its base cannot be opened, give it with --base. {error}") from error
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lcl_adapter import processes as ranks
+from lcl_adapter import processes
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.data.mixture import Mixture
@@ -43,19 +43,19 @@ ROOT = Path(__file__).parent.parent
 def test_a_step_is_shared_evenly_or_refused(batch: int, accumulate: int, processes: int) -> None:
     if batch * accumulate % processes:
         with pytest.raises(RecipeError, match="could be"):
-            ranks.share(batch, accumulate, processes)
+            processes.split_step(batch, accumulate, processes)
     else:
-        size, times = ranks.share(batch, accumulate, processes)
+        size, times = processes.split_step(batch, accumulate, processes)
         assert size <= batch
         assert size * times * processes == batch * accumulate
-    assert ranks.share(batch, accumulate, 1) == (batch, accumulate)
+    assert processes.split_step(batch, accumulate, 1) == (batch, accumulate)
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, pocket_tiny: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(ranks, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="pip install --no-build-isolation deepspeed"):
-        ranks.join()
+        processes.join()
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     told = without_chance(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
@@ -86,11 +86,11 @@ def test_the_union_over_ranks_is_the_single_process_schedule(pocket_tiny: Path, 
     order = list(BucketedOrder(Collator(mixture, load_encoder(str(pocket_tiny))), mixture.total, 4, bucket, made.train.seed))
     wanted = [sorted(order[start : start + 8]) for start in range(0, mixture.total, 8)]
     assert sorted(order) == list(range(48))
-    for processes in (1, 2, 4, 8):
-        size, times = ranks.share(4, 2, processes)
-        shards = [list(BatchSamplerShard(BatchSampler(order, size, False), processes, rank)) for rank in range(processes)]
+    for count in (1, 2, 4, 8):
+        size, times = processes.split_step(4, 2, count)
+        shards = [list(BatchSamplerShard(BatchSampler(order, size, False), count, rank)) for rank in range(count)]
         steps = [sorted(i for shard in shards for batch in shard[step * times : (step + 1) * times] for i in batch) for step in range(len(wanted))]
-        assert steps == wanted, processes
+        assert steps == wanted, count
 
 
 FSDP2 = {  # what `accelerate launch` makes of launch/fsdp2.yaml
@@ -141,7 +141,7 @@ def zero3_on_cpus() -> None:
     DeepSpeedPlugin.__post_init__ = begun  # type: ignore[method-assign]
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     sys.modules[f"{deepspeed.comm.__name__}.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # it would be compiled
-    ranks.on_cpu = lambda: False
+    processes.on_cpu = lambda: False
 
 
 def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:
@@ -171,7 +171,7 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: 
 def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
     """As torchrun starts them; forked from a server that has imported everything, for that is most of the time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_ranks"])
+    context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_processes"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -196,7 +196,7 @@ def without_chance(base: Path, output: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def one(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a single process makes of it."""
-    output = tmp_path_factory.mktemp("ranks") / "one"
+    output = tmp_path_factory.mktemp("processes") / "one"
     trainer.train(without_chance(tiny_folder("pocket"), output))
     return output
 

@@ -1,0 +1,77 @@
+"""Precisions: their types, which one ``auto`` chooses, and what exactly is quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from lcl_adapter.base.layouts.keys import language_path, skeleton
+from lcl_adapter.errors import ModelError
+from lcl_adapter.recipe.schema import Precision
+
+TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # what bitsandbytes makes of a linear layer
+
+
+def choose_precision(config: Any, device: str, memory: int | None = None) -> tuple[Precision, str]:
+    """What ``auto`` is, and why: the widest that fits ``memory`` (what is free, where left out) with a third of room; on a CPU fp32 where it fits."""
+    count = sum(p.numel() for p in skeleton(config).parameters())
+    if device == "cpu":
+        free = memory or psutil.virtual_memory().available
+        fits = 1.3 * 4 * count < free
+        return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
+    free = memory or torch.cuda.mem_get_info()[0]
+    old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    half: Precision = "fp16" if old else "bf16"
+    if 1.35 * 2 * count < free:
+        return half, f"{2 * count / 1e9:.1f} GB of weights in 16 bits, {free / 1e9:.1f} GB free on the GPU"
+    return "nf4", f"{2 * count / 1e9:.1f} GB of weights in 16 bits and {free / 1e9:.1f} GB free on the GPU: too tight"
+
+
+def compute_type(device: str) -> torch.dtype:
+    """What a quantised base computes in: 16 bits on a GPU, which on a CPU would be slower and no smaller."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def outside_language(config: Any) -> list[str]:
+    """Patterns of what is never quantised. transformers 5: giving any list drops the automatic skip of lm_head, and bare names match nothing."""
+    model = skeleton(config)
+    language = language_path(model)
+    parent = language.rpartition(".")[0]
+    siblings = [name for name, _ in model.get_submodule(parent).named_children() if f"{parent}.{name}".lstrip(".") != language]
+    return ["lm_head", *(f".*{name}.*" for name in siblings)]
+
+
+def quantisation(precision: Precision, dtype: torch.dtype, config: Any) -> BitsAndBytesConfig:
+    """What transformers is given to load a base in 4 or 8 bits; nf4 with double quantisation, computing in ``dtype``."""
+    skipped = outside_language(config)
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def check_quantised(model: nn.Module, precision: Precision) -> None:
+    """Raises ModelError where loading quantised nothing, or anything outside the language model."""
+    inside = language_path(model)
+    quantised = [n for n, m in model.named_modules() if type(m).__name__ == LAYERS[precision]]
+    stray = [n for n in quantised if not n.startswith(inside)]
+    if not quantised or stray:
+        raise ModelError(f"quantised loading changed {len(quantised)} modules, {len(stray)} of them outside the language model: {stray[:1]}.")
+
+
+def quantised_weights(model: nn.Module) -> frozenset[str]:
+    """The weights that nf4 and int8 replace, by the model's own names: the linear layers of the language model."""
+    inside = f"{language_path(model)}."
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside))

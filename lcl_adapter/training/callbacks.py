@@ -1,0 +1,95 @@
+"""What happens beside the steps: a line of figures for every logged step, a progress bar, a trial of the longest row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from lcl_adapter import processes
+from lcl_adapter.base.encoder import Encoded
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.errors import DataError, RunError
+from lcl_adapter.files import write_text
+from lcl_adapter.terminal import console
+from lcl_adapter.training.collate import collate
+
+
+class MetricsCallback(TrainerCallback):
+    """One JSON line for every logged step; on resume, lines after the checkpoint are dropped first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not processes.is_first():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]  # a killed run's last is cut
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs and processes.is_first():
+            names = ("loss", "grad_norm", "learning_rate")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **{n: logs[n] for n in names if n in logs}}) + "\n")
+
+
+class BarCallback(TrainerCallback):
+    """A bar with loss and the time left; silent where the output is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="-")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, loss=f"{float(logs['loss']):.3f}")
+            if not console.is_terminal:
+                console.print(f"step {state.global_step}/{state.max_steps} loss {float(logs['loss']):.3f}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.stop()
+
+
+class LongestFirst(TrainerCallback):
+    """Runs a batch of the longest row forward and backward before the first step, so that memory fails in the first minute or never.
+
+    Nothing of it remains: gradients are dropped, random states and counters are restored.
+
+    loss: the trainer's ``compute_loss``. pad: the id that rows are padded with.
+    """
+
+    def __init__(self, row: Encoded, pad: int, vision: VisionFeatures, loss: Callable[[Any, dict[str, Any]], torch.Tensor]) -> None:
+        self.row, self.pad, self.vision, self.loss = row, pad, vision, loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        vision, device = self.vision, self.vision.base.device
+        batch = collate([self.row] * args.per_device_train_batch_size, self.pad)
+        counters = vision.asked, vision.computed
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                model.train()
+                self.loss(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).backward()
+        except DataError:
+            pass  # one of its pictures is broken; training replaces such a row
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the longest row, {len(self.row)} tokens, does not fit this device's memory ({str(error).splitlines()[0]}). "
+                "`lcl-adapter plan RECIPE` says what to change."
+            ) from error
+        finally:
+            model.zero_grad(set_to_none=True)
+            vision.asked, vision.computed = counters
