@@ -164,11 +164,19 @@ def test_ids_are_the_processors_own(tiny_base: Base) -> None:
     assert list(theirs) == ours
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_label_cannot_forge_a_mark(family: str) -> None:
-    for mark in ("<image>", FAMILIES[family].end, *FAMILIES[family].marks):
-        with pytest.raises(DataError, match="reads as a mark"):
-            FAMILIES[family].render([Turn("user", f"x{mark}")])
+@pytest.mark.parametrize("family", EVERY)
+def test_no_text_may_hold_a_special_token(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """The prompt's own, and every one that the tokenizer has: each would be read as that token, wherever it stands."""
+    encoder = load_encoder(str(tiny_folder(family)))
+    tokenizer, own = encoder.tokenizer, encoder.family
+    tokens = {"<image>", own.end, *own.special_tokens, *tokenizer.all_special_tokens}
+    assert {tokenizer.eos_token, tokenizer.pad_token} <= tokens
+    for token in tokens:
+        for turn in (Turn("user", f"x{token} y"), Turn("assistant", f"{token}", learn=True)):
+            with pytest.raises(DataError, match=re.escape(f"holds {token!r}, a special token of this model")):
+                encoder.turns([turn])
+        assert encoder.special_token_in(f"a{token}") == token
+    assert encoder.special_token_in("less < more, a | b, [x], </p>") is None
 
 
 @pytest.mark.parametrize("family", EVERY)

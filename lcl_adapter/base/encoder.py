@@ -7,9 +7,10 @@ set, so that it cannot tell that others are there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from lcl_adapter.base.families import IMAGE, Family, Rendered
 from lcl_adapter.data.conversations import Conversation, Turn
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.errors import EpisodeError
+from lcl_adapter.errors import DataError, EpisodeError
 
 IGNORED = -100
 Position = int | tuple[int, int, int]  # a place, or one in time, row and column for models that turn images by them
@@ -59,6 +60,26 @@ class Encoder:
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._part = lru_cache(maxsize=8192)(self._tokenise)
 
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        """Every text that the tokenizer, or the prompt, reads as a token of its own."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        tokens = {IMAGE, self.family.end, *self.family.special_tokens, *self.tokenizer.all_special_tokens, *added}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token.strip()))
+
+    def special_token_in(self, text: str) -> str | None:
+        """The first special token that a text holds. A user's text must hold none: it would be read as a part of the prompt's frame."""
+        match = self._special_tokens.search(text)
+        return match[0] if match else None
+
+    def _refuse_special_tokens(self, turn: Turn) -> None:
+        """Raises DataError for a special token in a turn's text, or for another number of ``<image>`` than it has pictures."""
+        if turn.further and turn.text.count(IMAGE) != len(turn.pictures):
+            raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, there are {len(turn.pictures)} images.")
+        token = self.special_token_in(turn.text.replace(IMAGE, " ") if turn.further else turn.text)
+        if token is not None:
+            raise DataError(f"the text {turn.text!r} holds {token!r}, a special token of this model: change it.")
+
     @property
     def tokens_an_image(self) -> int:
         return len(self.image)
@@ -82,7 +103,12 @@ class Encoder:
         return found, start
 
     def turns(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> tuple[list[int], list[int]]:
-        """Ids and labels of turns; with ``first=False``, of turns that go on after an answer's end."""
+        """Ids and labels of turns; with ``first=False``, of turns that go on after an answer's end.
+
+        Raises DataError where a text holds a special token.
+        """
+        for turn in turns:
+            self._refuse_special_tokens(turn)
         rendered = self.family.render(turns, opened, first)
         if first:
             ids, labels = self._encode(rendered)

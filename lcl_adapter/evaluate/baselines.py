@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
+from lcl_adapter.base.prototypes import CHUNK, class_means, mean_patches, standardised
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import mean
-
-CHUNK = 256
 
 
 def measure(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
@@ -47,11 +45,9 @@ def measure(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, 
 
 
 def _vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
-    """Unit vectors [N, width]: the mean patch, standardised by the mean and spread of these pictures."""
+    """Unit vectors [N, C] of the different pictures, and each one's row."""
     different = list(dict.fromkeys(pictures))
-    found = torch.cat([vision.patches(different[i : i + CHUNK]).mean(1).float() for i in range(0, len(different), CHUNK)])
-    vectors = functional.normalize((found - found.mean(0)) / (found.std(0) + 1e-6), dim=1)
-    return vectors, {picture: i for i, picture in enumerate(different)}
+    return standardised(mean_patches(different, vision)), {picture: row for row, picture in enumerate(different)}
 
 
 def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[str, float] | None]:
@@ -64,9 +60,9 @@ def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[st
             found.append(None)
             continue
         query = vectors[place[case.query.picture]]
-        labels = dict.fromkeys(e.label for e in shown)
-        means = {label: vectors[[place[e.picture] for e in shown if e.label == label]].mean(0) for label in labels}
-        found.append({label: float(query @ functional.normalize(m, dim=0)) for label, m in means.items()})
+        labels = list(dict.fromkeys(e.label for e in shown))
+        means = class_means(vectors[[place[e.picture] for e in shown]], [labels.index(e.label) for e in shown])
+        found.append(dict(zip(labels, (means @ query).tolist(), strict=True)))
     return found
 
 

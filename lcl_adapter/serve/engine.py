@@ -25,6 +25,7 @@ from torch.nn import functional
 from lcl_adapter.answering.predict import Predictor, Prefilled, Question, Reply
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base, check_adapted
+from lcl_adapter.base.prototypes import mean_patches
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.data.conversations import WORDINGS, Turn
@@ -246,7 +247,7 @@ class Engine:
         """What the tower sees in each: its mean patch as a unit vector, [N, width], on the CPU."""
         if not pictures:
             return torch.empty(0, 0)
-        return functional.normalize(self._predictor.vision.patches(pictures).float().mean(1), dim=1).cpu()
+        return functional.normalize(mean_patches(pictures, self._predictor.vision), dim=1).cpu()
 
     def _prefilled(self, job: Job) -> Kept:
         place = None if job.key is None else (job.model, job.key)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.answering import api_types as wire
+from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
 from lcl_adapter.data.sources import Picture
@@ -61,7 +62,7 @@ class Service:
 
     def _check_length(self, shown: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every model's wording of it has to leave room for a question and its longest answer."""
-        encoder = self.engine.base.encoder()
+        encoder = self._encoder
         for model in list(self.engine.models.values()):
             answer = max((model.wording.answered(label) for _, label in shown), key=len)
             asked = [Turn("user", question or model.wording.query, shown[0][0]), Turn("assistant", answer)]
@@ -73,15 +74,13 @@ class Service:
                 )
 
     @cached_property
-    def _marks(self) -> list[str]:
-        """Texts that mean something to the model's prompt, and would let a client write its frame."""
-        known = {IMAGE, self.engine.base.family.end, *self.engine.base.tokenizer.all_special_tokens}
-        return sorted(mark for mark in known if mark.strip())
+    def _encoder(self) -> Encoder:
+        return self.engine.base.encoder()
 
     def _check_text(self, text: str, where: str) -> None:
-        for mark in self._marks:
-            if mark in text:
-                raise RequestError(f"{where}: holds {mark!r}, which is a mark of the model's own prompt. Leave it out.")
+        token = self._encoder.special_token_in(text)
+        if token is not None:
+            raise RequestError(f"{where}: holds {token!r}, a special token of the model's prompt. Leave it out.")
 
     def whole(self, stored: StoredSet, images: bool) -> wire.SupportSetWhole:
         shown = []

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lcl_adapter.data.conversations import Turn
-from lcl_adapter.errors import DataError
 
 IMAGE = "<image>"
 
@@ -29,7 +28,8 @@ class Family:
     """A prompt format and its pixels. ``learned`` text is the answer and ``end``, so that the model also learns to stop.
 
     system: text before the first turn. user: with {image} and {text}. answer: with {text}.
-    matches: whether (config, tokenizer) are of this family. marks: text that the model reads as a mark of its own.
+    matches: whether (config, tokenizer) are of this family.
+    special_tokens: what the prompt is framed with, beside ``end``; no text may hold them (``Encoder``).
     image: what stands before the text of a turn with a picture; ``<image>`` in it becomes the image's tokens.
     padding: the colour a picture is padded to a square with, the processor's mean or white.
     both_layouts: whether upstream (haotian-liu/LLaVA) has it, so that the original layout can be written.
@@ -43,7 +43,7 @@ class Family:
     assistant: str
     answer: str
     end: str
-    marks: tuple[str, ...] = ()
+    special_tokens: tuple[str, ...] = ()
     image: str = IMAGE + "\n"
     padding: Literal["mean", "white"] = "mean"
     version: int = 1
@@ -51,13 +51,9 @@ class Family:
     wording: Literal["short", "lcl"] = "lcl"
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
-        """Turns as text; ``opened`` ends with the assistant's mark, ready for an answer; ``first`` begins with the system text.
-
-        Raises DataError where a turn's text holds a special mark, which would be read as one.
-        """
+        """Turns as text; ``opened`` ends with the assistant's mark, ready for an answer; ``first`` begins with the system text."""
         text, learned = self.system if first else "", []
         for turn in turns:
-            refuse_marks(turn, (self.end, *self.marks))
             if turn.role == "user":
                 image = self.image if turn.picture and not turn.further else ""
                 # Where a turn has several images, its text says where each of them stands.
@@ -94,13 +90,3 @@ def is_llava(config: Any, kind: str, *languages: str) -> bool:
     """A LLaVA of this model type, on CLIP or SigLIP and one of these language models: others under the same type have other prompts and pixels."""
     seen = str(config.vision_config.model_type).startswith(("clip", "siglip"))
     return bool(config.model_type == kind and seen and config.text_config.model_type in languages)
-
-
-def refuse_marks(turn: Turn, marks: Sequence[str]) -> None:
-    """Raises DataError where a turn's text holds a mark, or another number of ``<image>`` than it has pictures."""
-    several = bool(turn.further)
-    for mark in (*(() if several else (IMAGE,)), *marks):
-        if mark and mark in turn.text:
-            raise DataError(f"the text {turn.text!r} holds {mark!r}, which the model reads as a mark: change it.")
-    if several and turn.text.count(IMAGE) != len(turn.pictures):
-        raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, there are {len(turn.pictures)} images.")

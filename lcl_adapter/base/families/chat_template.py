@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from lcl_adapter.base.families.base import IMAGE, Family, Rendered, refuse_marks
+from lcl_adapter.base.families.base import IMAGE, Family, Rendered
 from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
@@ -35,8 +35,6 @@ class ChatTemplate(Family):
     expanded: str = IMAGE
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
-        for turn in turns:
-            refuse_marks(turn, (self.end, *self.marks))
         before = [] if first else [ASKED, ANSWERED]
         cut = len(self._closed(before)) if before else 0
         learned = []
@@ -57,11 +55,6 @@ class ChatTemplate(Family):
         if turns and turns[-1].role == "assistant":
             text = text[: text.rindex(self.end) + len(self.end)]
         return text
-
-    @cached_property
-    def bos(self) -> bool:
-        """Whether the template writes the beginning mark itself."""
-        return self.template([message(ASKED)], False).startswith(self.marks[0]) if self.marks else False
 
 
 def message(turn: Turn) -> dict[str, Any]:

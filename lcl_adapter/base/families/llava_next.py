@@ -26,7 +26,7 @@ LLAVA_NEXT_MISTRAL = Family(
     assistant="[/INST]",
     answer=" {text} ",
     end="</s>",
-    marks=("[INST]", "[/INST]"),
+    special_tokens=("[INST]", "[/INST]"),
     both_layouts=True,
 )
 
@@ -39,5 +39,5 @@ LLAVA_NEXT_LLAMA_3 = Family(
     assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
     answer="{text}",
     end="<|eot_id|>",
-    marks=("<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
+    special_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"),
 )

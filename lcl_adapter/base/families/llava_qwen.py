@@ -17,7 +17,7 @@ LLAVA_ONEVISION = Family(
     assistant="\n<|im_start|>assistant\n",
     answer="{text}",
     end="<|im_end|>",
-    marks=("<|im_start|>",),
+    special_tokens=("<|im_start|>",),
 )
 LLAVA_INTERLEAVE = replace(
     LLAVA_ONEVISION,

@@ -23,7 +23,7 @@ LLAVA_V1 = replace(
     LLAVA_15,
     name="llava-v1",
     matches=_matches,
-    marks=(START, PATCH, END),
+    special_tokens=(START, PATCH, END),
     image=START + IMAGE + END + "\n",
     padding="white",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lcl_adapter.base.families.base import Family, is_llava
 
-MARKS = ("<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = ("<|user|>", "<|assistant|>")
 
 POCKET = Family(
     "pocket",
@@ -14,6 +14,6 @@ POCKET = Family(
     assistant="<|assistant|>",
     answer="{text}",
     end="</s>",
-    marks=MARKS,
+    special_tokens=SPECIAL_TOKENS,
     wording="short",
 )

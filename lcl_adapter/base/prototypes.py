@@ -1,0 +1,34 @@
+"""Pictures as unit vectors of the frozen tower, and class means of them: what judges a photo without any training.
+
+Shapes: N pictures, C width of a patch, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.sources import Picture
+
+CHUNK = 256  # pictures whose patches are in memory at a time
+
+
+def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
+    """Each picture's mean patch in fp32, [N, C]. Raises DataError for a broken picture."""
+    chunks = (pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK))
+    return torch.cat([vision.patches(chunk).float().mean(1) for chunk in chunks])
+
+
+def standardised(features_NC: torch.Tensor) -> torch.Tensor:
+    """Unit vectors [N, C]: each feature by its mean and spread over these pictures, so that no feature drowns the others."""
+    return functional.normalize((features_NC - features_NC.mean(0)) / (features_NC.std(0) + 1e-6), dim=1)
+
+
+def class_means(vectors_NC: torch.Tensor, class_N: Sequence[int]) -> torch.Tensor:
+    """The prototype of each class, the unit vector of its pictures' mean, [K, C]. class_N: each picture's class, from 0 to K - 1."""
+    owners_N = torch.tensor(class_N, device=vectors_NC.device)
+    sums_KC = torch.zeros(max(class_N) + 1, vectors_NC.shape[1], device=vectors_NC.device).index_add_(0, owners_N, vectors_NC)
+    return functional.normalize(sums_KC, dim=1)
