@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.common import THREADS, finish
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.serve.calibrate import calibrate, familiarity
@@ -60,7 +60,7 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
             except StopIteration as finished:
                 found = finished.value
                 break
-        ready = engine.prefill(from_labelled(shown, wording))
+        ready = engine.prefill(support_turns(shown, wording))
         queries = [drawn[0][shots], drawn[1][shots], drawn[2][0], drawn[3][0]]
         replies = engine.ask(ready, [(Turn("user", wording.query, query), answers) for query in queries])
         cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T

@@ -111,7 +111,7 @@ def measure(name: str, plain: bool = False) -> dict[str, float]:
     """Two steps; peaks so far after the imports, after loading and at the end. plain: with glibc's own way of keeping freed memory."""
     case = CASES[name]
     if plain:
-        model.give_back = lambda: None  # type: ignore[attr-defined]
+        model.release_large_blocks = lambda: None  # type: ignore[attr-defined]
     started = peak()
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(case, folder)

@@ -30,7 +30,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.common import THREADS, finish, random_model
-from lcl_adapter.data.conversations import WORDINGS, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.pocket import BASE
 
@@ -55,7 +55,7 @@ SHOWN = [(photo(n), LABELS[n % 2]) for n in range(2 * SHOTS)]
 def conversation(query: str) -> list[dict[str, Any]]:
     """The set as it is shown here, and the question."""
     told: list[dict[str, Any]] = []
-    for turn in from_labelled([(Picture(Path(str(n))), label) for n, (_, label) in enumerate(SHOWN)], WORDING):
+    for turn in support_turns([(Picture(Path(str(n))), label) for n, (_, label) in enumerate(SHOWN)], WORDING):
         image = [{"type": "image_url", "image_url": {"url": SHOWN[int(str(turn.picture.path))][0]}}] if turn.picture else []
         told.append({"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}]})
     return [*told, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": query}}, {"type": "text", "text": WORDING.query}]}]

@@ -28,7 +28,7 @@ from benchmarks.serve import BIN, CLIENTS, running
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.recipe import load
@@ -62,7 +62,7 @@ class Soak:
             shown = [(picture, kind.name) for kind in kinds for picture in kind.pictures[:SHOTS]]
             queries = [picture for kind in kinds for picture in kind.pictures[SHOTS : SHOTS + QUERIES // 2]]
             answers = tuple(self.wording.answered(kind.name) for kind in kinds)
-            ready = predictor.prefill([from_labelled(shown, self.wording)])
+            ready = predictor.prefill([support_turns(shown, self.wording)])
             replies = predictor.ask(ready, [Question(0, Turn("user", self.wording.query, q), answers) for q in queries], generate=False)
             examples = [{"label": label, "image": url(read_bytes(picture))} for picture, label in shown]
             likely = [reply.log_likelihoods for reply in replies]

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from benchmarks.common import THREADS, child, finish, random_model
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import WORDINGS, Conversation, speak
+from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import read_image
 from lcl_adapter.recipe import Recipe
@@ -102,7 +102,7 @@ def stock(name: str) -> dict[str, float]:
         mixture = Mixture(made)
 
         def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-            found = [stock_row(speak(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
+            found = [stock_row(to_conversation(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
             return {key: [row[key] for row in found] for key in found[0]}
 
         config = SFTConfig(
@@ -133,9 +133,9 @@ def main(names: Sequence[str]) -> None:
     rows: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
     for name in names:
-        sides = {side: child("benchmarks.train", f"{side}:{name}") for side in ("stock", "ours")}
-        speed = sides["ours"]["queries_a_second"] / sides["stock"]["queries_a_second"]
-        memory = {key: sides["ours"][key] / sides["stock"][key] for key in ("peak", "above_model")}
+        pair = {side: child("benchmarks.train", f"{side}:{name}") for side in ("stock", "ours")}
+        speed = pair["ours"]["queries_a_second"] / pair["stock"]["queries_a_second"]
+        memory = {key: pair["ours"][key] / pair["stock"][key] for key in ("peak", "above_model")}
         key = name.replace("-", "_")
         ratios |= {f"{key}_queries_a_second": speed, f"{key}_peak_memory": memory["peak"], f"{key}_memory_above_model": memory["above_model"]}
         rows.append((name, f"{speed:.2f}", f"{memory['peak']:.2f}", f"{memory['above_model']:.2f}"))

@@ -20,7 +20,7 @@ def memory_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[f"{unit[:1]}iB" if unit.endswith("I") else f"{unit}B" if unit else ""])
 
 
-def trim(done: int, every: int = 100 * 10**6) -> int:
+def trim_heap(done: int, every: int = 100 * 10**6) -> int:
     """Called with the bytes worked on since the last time: from ``every`` on, free pieces between used ones return to the system.
 
     Returns what is to be counted on from. glibc cannot use a freed aligned piece for the next of the same size, so that a
@@ -35,7 +35,7 @@ def trim(done: int, every: int = 100 * 10**6) -> int:
     return 0
 
 
-def give_back() -> None:
+def release_large_blocks() -> None:
     """Large tensors return to the system when they are freed.
 
     glibc moves the size from which it does so up to 32 MB by itself; on a CPU, training then holds a third more than

@@ -467,12 +467,12 @@ def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path,
     from lcl_adapter.answering.predict import Predictor
     from lcl_adapter.base.model import load_base
     from lcl_adapter.evaluate import build_cells
-    from lcl_adapter.evaluate.runner import Sides, measure
+    from lcl_adapter.evaluate.runner import ModelPair, measure
 
     (parts / "tile" / "test" / "hole" / "000.png").write_bytes(b"")
     suite = {"kind": "inspection", "source": {**SOURCES["mvtec"], "path": parts}, "references": 1}
     made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": suite}}})
-    row = measure(next(iter(build_cells(made))), Sides.of(Predictor(load_base(str(pocket_tiny)), max_new_tokens=2)))["row"]
+    row = measure(next(iter(build_cells(made))), ModelPair.of(Predictor(load_base(str(pocket_tiny)), max_new_tokens=2)))["row"]
     assert (row["n"], row["left_out"]) == (26, 1)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import Base, attach
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, speak
+from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, to_conversation
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.recipe import Recipe
@@ -39,7 +39,7 @@ def test_who_sees_whom(branch: list[int], padding: int) -> None:
 
 
 def spoken(index: int, **changes: object) -> Conversation:
-    return speak(Mixture(recipe(**changes)).draw(index), WORDINGS["short"])
+    return to_conversation(Mixture(recipe(**changes)).draw(index), WORDINGS["short"])
 
 
 def split_rows(conversation: Conversation) -> list[Conversation]:

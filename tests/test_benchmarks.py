@@ -18,11 +18,11 @@ def test_the_last_line_is_the_result(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_both_sides_of_the_training_benchmark_see_the_same_questions() -> None:
-    from lcl_adapter.data.conversations import WORDINGS, speak
+    from lcl_adapter.data.conversations import WORDINGS, to_conversation
     from lcl_adapter.data.mixture import Mixture
 
     made = train.recipe("pocket", 2, 1, "out")
-    conversation = speak(Mixture(made).draw(0), WORDINGS["short"])
+    conversation = to_conversation(Mixture(made).draw(0), WORDINGS["short"])
     assert len(conversation.branches) == train.QUERIES
     row = train.stock_row(conversation, 1)
     assert row["completion"][0]["content"][0]["text"] == conversation.branches[1][-1].text

@@ -29,7 +29,7 @@ from PIL import Image
 
 from lcl_adapter.answering.client import Endpoint, RemotePredictor
 from lcl_adapter.answering.client.messages import image_of, to_messages
-from lcl_adapter.answering.client.scores import Said, log_likelihoods, which
+from lcl_adapter.answering.client.scores import TokenScore, log_likelihoods, which
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
@@ -37,7 +37,7 @@ from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError
-from lcl_adapter.evaluate import Served, build_cells, evaluate
+from lcl_adapter.evaluate import ServedModels, build_cells, evaluate
 from lcl_adapter.serve import api
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.service import Service
@@ -103,14 +103,14 @@ def test_an_image_stands_before_its_text_or_where_the_text_says(tmp_path: Path) 
 # Scores
 
 
-def walk(model: dict[str, dict[str, float]], end: str, cut: int) -> tuple[str, list[Said]]:
+def walk(model: dict[str, dict[str, float]], end: str, cut: int) -> tuple[str, list[TokenScore]]:
     """Greedy answer of a table of next tokens, told as a server tells it: the ``cut`` likeliest beside each token."""
     text, tokens = "", []
     while True:
         ranked = sorted(model[text].items(), key=lambda item: -item[1])
         told = tuple((token, math.log(p)) for token, p in ranked[:cut])
         best, chance = ranked[0]
-        tokens.append(Said(best, math.log(chance), told))
+        tokens.append(TokenScore(best, math.log(chance), told))
         if best == end:
             return text, tokens
         text += best
@@ -141,10 +141,10 @@ def test_labels_that_turn_off_together_share_what_turns_there() -> None:
 def test_spaces_of_tokens_make_no_difference(spaced: bool) -> None:
     gap = " " if spaced else ""
     tokens = [
-        Said(f"{gap}there", -0.1),
-        Said(f"{gap}is", -0.1, ((f"{gap}was", -3.0),)),
-        Said(f"{gap}good", -0.2, ((f"{gap}bad", -2.0),)),
-        Said("</s>", 0),
+        TokenScore(f"{gap}there", -0.1),
+        TokenScore(f"{gap}is", -0.1, ((f"{gap}was", -3.0),)),
+        TokenScore(f"{gap}good", -0.2, ((f"{gap}bad", -2.0),)),
+        TokenScore("</s>", 0),
     ]
     assert log_likelihoods(["there is good", "there is bad"], "there is good", tokens) == pytest.approx([-0.4, -2.2])
 
@@ -358,7 +358,7 @@ def test_eval_over_an_endpoint(own: str, run_folder: Path, pocket_tiny: Path, tm
         (run / file.name).write_bytes(file.read_bytes()) if file.is_file() else None
     (run / "recipe.yaml").write_text(with_suites(pocket_tiny, tmp_path).model_dump_json(exclude_none=True), encoding="utf-8")
     local = evaluate(run, suites=("vqa",), limit=6)
-    found = evaluate(run, suites=("vqa", "2way"), limit=6, served=Served(own))
+    found = evaluate(run, suites=("vqa", "2way"), limit=6, served=ServedModels(own))
     assert found["served"] == [own, "base", "parts"]
     assert found["folder"] == str(run / "served")
     by_name = {row["name"]: row for row in found["suites"]}
@@ -366,8 +366,8 @@ def test_eval_over_an_endpoint(own: str, run_folder: Path, pocket_tiny: Path, tm
     assert by_name["2way-2shot-easy"]["baseline"] is None
     assert json.loads((run / "served" / "report.json").read_text())["suites"] == found["suites"]
     with pytest.raises(MissingError, match="no model 'lcl'"):
-        evaluate(run, suites=("vqa",), limit=6, served=Served(own, adapter="lcl"))
-    page = commands.evaluate(run, suites=("2way",), limit=6, served=Served(own))
+        evaluate(run, suites=("vqa",), limit=6, served=ServedModels(own, adapter="lcl"))
+    page = commands.evaluate(run, suites=("2way",), limit=6, served=ServedModels(own))
     assert (Path(page["folder"]) / "report.html").exists()
 
 

@@ -28,7 +28,7 @@ def made_pool(classes: int, pictures: int, hands: int) -> ClassPool:
         tuple(
             PictureClass(
                 f"thing {n}",
-                tuple(Picture(Path(f"{n}-{i}.png"), hand=f"hand{i % hands}" if hands else None) for i in range(pictures)),
+                tuple(Picture(Path(f"{n}-{i}.png"), artist=f"hand{i % hands}" if hands else None) for i in range(pictures)),
                 (f"group{n // 3}",),
             )
             for n in range(classes)
@@ -82,8 +82,8 @@ def test_every_episode(case: tuple[ClassPool, EpisodeOptions], seed: int, epoch:
         assert by_label[example.label] == example.class_index, "a label is one class, also for the query"
         assert example.picture in pool.classes[example.class_index].pictures
     assert not any(clash(a, b) for a in episode.labels for b in episode.labels if a != b)
-    hands = {q.picture.hand for q in episode.queries if q.picture.hand}
-    assert not hands & {e.picture.hand for e in episode.support}, "no hand of a query in any class's support"
+    hands = {q.picture.artist for q in episode.queries if q.picture.artist}
+    assert not hands & {e.picture.artist for e in episode.support}, "no hand of a query in any class's support"
 
 
 def many(options: EpisodeOptions, count: int = 4000) -> list[Episode]:

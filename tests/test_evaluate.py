@@ -13,7 +13,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.evaluate import build_cells, evaluate, metrics, rules, runner
 from lcl_adapter.evaluate.baselines import nearest_prototype
 from lcl_adapter.evaluate.cases import Cell
-from lcl_adapter.evaluate.sides import Sides
+from lcl_adapter.evaluate.pair import ModelPair
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.training import trainer
 from tests.test_trainer import small
@@ -125,14 +125,14 @@ def test_a_killed_evaluation_goes_on_where_it_was(pocket_tiny: Path, tmp_path: P
     whole = runner.measure
     measured: list[str] = []
 
-    def until_the_third(cell: Cell, sides: Sides) -> Any:
+    def until_the_third(cell: Cell, pair: ModelPair) -> Any:
         if len(measured) == 3:
             raise KeyboardInterrupt
-        return counted(cell, sides)
+        return counted(cell, pair)
 
-    def counted(cell: Cell, sides: Sides) -> Any:
+    def counted(cell: Cell, pair: ModelPair) -> Any:
         measured.append(cell.name)
-        return whole(cell, sides)
+        return whole(cell, pair)
 
     monkeypatch.setattr(runner, "measure", until_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -211,12 +211,12 @@ def test_the_script_writes_the_familys_own_prompt(
 
 def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
     """Of twice the rank."""
-    from lcl_adapter.base.adapter import keep_start, save_adapter
+    from lcl_adapter.base.adapter import save_adapter, save_start
     from lcl_adapter.base.model import attach
     from lcl_adapter.recipe.schema import AdapterOptions
 
     made = attach(load_base(BaseRef(str(bases["v1.5"]), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
-    keep_start(made.model, tmp_path / "start")
+    save_start(made.model, tmp_path / "start")
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
             parameter.data.add_(0.05)

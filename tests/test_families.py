@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from lcl_adapter.base.encoder import IGNORED, check_alignment
 from lcl_adapter.base.families import FAMILIES, chat_template
-from lcl_adapter.base.model import Base, load_base, tokens_an_image
+from lcl_adapter.base.model import Base, load_base, load_encoder, tokens_an_image
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_episode

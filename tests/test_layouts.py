@@ -352,7 +352,7 @@ def test_a_tower_of_another_width_is_refused(originals: dict[str, Path], tmp_pat
 
 
 def test_a_base_without_tokenizer_model_cannot_become_original(copied: Callable[..., Path], tmp_path: Path) -> None:
-    """Said with what to do, and nothing is left."""
+    """TokenScore with what to do, and nothing is left."""
     folder = copied("hf")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.model, which upstream's slow tokenizer reads\. Copy it beside the checkpoint"):

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from lcl_adapter.base.adapter import MANIFEST, keep_start, load_adapter, save_adapter
+from lcl_adapter.base.adapter import MANIFEST, load_adapter, save_adapter, save_start
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.layouts import tensors as weights
 from lcl_adapter.base.layouts.tensors import SINGLE, Planned
@@ -369,7 +369,7 @@ def test_pissa_is_saved_as_plain_lora(bases: dict[tuple[str, str], Path], tmp_pa
     """Of twice the rank, on the base as it was: what PEFT loads and what is merged answers as the trained model did."""
     base = bases["v1.5", "hf"]
     made = attach(load_base(BaseRef(str(base), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
-    keep_start(made.model, tmp_path / "start")
+    save_start(made.model, tmp_path / "start")
     torch.manual_seed(0)
     for name, parameter in made.model.named_parameters():
         if "lora_" in name:

@@ -25,7 +25,7 @@ from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint
 from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.base.model import load_base
@@ -166,9 +166,11 @@ def teach(page: Page, photos: Path, name: str, labels: tuple[str, ...] = ("good"
 
 def store(running: Running, photos: Path, name: str = "screws", question: str | None = None) -> None:
     """A set that is there already."""
-    examples = [wire.LabelledImage(label=one, image=image_of(Picture(photos / one / f"{n}.png"))) for one in ("good", "scratched") for n in range(2)]
+    examples = [
+        api_types.LabelledImage(label=one, image=image_of(Picture(photos / one / f"{n}.png"))) for one in ("good", "scratched") for n in range(2)
+    ]
     with Endpoint(running.url) as endpoint:
-        endpoint.put_set(name, wire.SupportSetIn(examples=examples, question=question))
+        endpoint.put_set(name, api_types.SupportSetIn(examples=examples, question=question))
 
 
 def test_teach_ask_save_reload_and_compare(visit: Callable[..., Page], running: Running, photos: Path) -> None:
@@ -182,7 +184,9 @@ def test_teach_ask_save_reload_and_compare(visit: Callable[..., Page], running: 
     expect(cards).to_have_count(2)
     keep(page, "ask")
     with Endpoint(running.url) as endpoint:
-        told = endpoint.classify(wire.ClassifyIn(support_set="screws", images=[image_of(Picture(photos / "good/3.png"))], model="lcl")).results[0]
+        told = endpoint.classify(api_types.ClassifyIn(support_set="screws", images=[image_of(Picture(photos / "good/3.png"))], model="lcl")).results[
+            0
+        ]
     first = cards.first
     expect(first.locator("h2")).to_contain_text(told.label or "none of these")
     for label, chance in told.probabilities.items():
@@ -375,8 +379,8 @@ def test_who_asks_before_a_model_is_picked_asks_the_first(running: Running, phot
     try:
         picked = handlers.ask("washers", "lcl", photo, "", False, request)
         assert handlers.ask("washers", None, photo, "", False, request) == picked
-        sides = handlers.compare("washers", "base", "lcl", photo, False, request)
-        assert handlers.compare("washers", None, None, photo, False, request) == sides
+        pair = handlers.compare("washers", "base", "lcl", photo, False, request)
+        assert handlers.compare("washers", None, None, photo, False, request) == pair
         message = {"text": "What is this?", "files": [file]}
         early, later = (list(handlers.chat(message, [], model, None, request))[-2][2] for model in (None, "lcl"))
         assert early[-1]["role"] == "assistant"
@@ -497,11 +501,11 @@ def test_both_languages_say_everything() -> None:
 
 def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     label = "<script>alert(1)</script>"
-    one = wire.Judgement(
-        label=label, nearest=label, probabilities={label: 0.55, "b": 0.45}, margin=0.1, most_alike=wire.Alike(example=0, label=label, cosine=1)
+    one = api_types.Judgement(
+        label=label, nearest=label, probabilities={label: 0.55, "b": 0.45}, margin=0.1, most_alike=api_types.Alike(example=0, label=label, cosine=1)
     )
-    found = wire.ClassifyOut(
-        model="m", support_set="s", version=1, results=[one], calibration=wire.CalibrationOut(temperature=1, threshold=None, left_out=4, right=1)
+    found = api_types.ClassifyOut(
+        model="m", support_set="s", version=1, results=[one], calibration=api_types.CalibrationOut(temperature=1, threshold=None, left_out=4, right=1)
     )
     html = shown.judged("en", [tmp_path / "none.png"], found, ['data:"><script>'])
     assert "<script" not in html

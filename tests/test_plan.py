@@ -126,7 +126,7 @@ def test_a_plan_tells_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> Non
     made = small(pocket_tiny, tmp_path)
     found = plan.make(made, memory=10**12, device="cpu")
     assert found["fits"]
-    assert not found["ways"]
+    assert not found["remedies"]
     row = check_rows(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder())).longest
     assert (found["longest_row"], found["images_in_it"]) == (len(row), len(row.pictures))
     assert set(found["forecasts"]) == {"training", "evaluation", "serving"}
@@ -140,11 +140,11 @@ def test_ways_to_fit_do_fit(pocket_tiny: Path, tmp_path: Path) -> None:
     memory = whole - 1
     found = plan.make(made, memory=memory, device="cuda")
     assert not found["fits"]
-    assert 1 <= len(found["ways"]) <= 3
-    for way in found["ways"]:
+    assert 1 <= len(found["remedies"]) <= 3
+    for way in found["remedies"]:
         changed, _ = plan.applied(made, "cuda", way["overrides"])
         assert plan.make(changed, memory=memory, device="cuda")["fits"]
-    assert plan.make(made, memory=1, device="cuda")["ways"] == []
+    assert plan.make(made, memory=1, device="cuda")["remedies"] == []
 
 
 def test_training_that_will_not_fit_is_not_begun(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

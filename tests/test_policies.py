@@ -183,7 +183,7 @@ def test_every_product_episode(seed: int, index: int, names: str, hands: int) ->
         else:
             assert by_label[query.label] == query.class_index
         assert query.picture in pool.classes[query.class_index].pictures
-        assert query.picture.hand is None or query.picture.hand not in {e.picture.hand for e in episode.support}
+        assert query.picture.artist is None or query.picture.artist not in {e.picture.artist for e in episode.support}
 
 
 def test_neither_is_half_and_near_as_often_as_far() -> None:
@@ -248,7 +248,7 @@ def test_jigsaw_pieces_say_where_they_belong(tmp_path: Path) -> None:
             image = read_image(piece.picture)
             assert image.size == (48 // wide, 48 // high)
             assert image.getpixel((0, 0))[:2] == (column * 48 // wide, row * 48 // high)
-            assert Picture.named(str(piece.picture)) == piece.picture
+            assert Picture.parse(str(piece.picture)) == piece.picture
 
 
 def test_knobs_of_another_policy_are_refused() -> None:

@@ -30,22 +30,22 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
-from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import api, server
+from lcl_adapter.serve.decoding import Speaker, Token
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import BusyError, Job, Task
 from lcl_adapter.serve.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.service import Service
-from lcl_adapter.serve.speech import Speaker, Token
 from lcl_adapter.serve.store import Store
 from tests.test_merge import adapter_on
 
@@ -126,7 +126,7 @@ def offline(run: Path, shown: list[dict[str, str]], queries: list[bytes]) -> lis
     wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
     labels = list(dict.fromkeys(one["label"] for one in shown))
     pictures = [(Picture(Path(str(n)), data=base64.b64decode(one["image"].partition(",")[2])), one["label"]) for n, one in enumerate(shown)]
-    ready = predictor.prefill([from_labelled(pictures, wording)])
+    ready = predictor.prefill([support_turns(pictures, wording)])
     answers = tuple(wording.answered(label) for label in labels)
     asked = [Question(0, Turn("user", wording.query, Picture(Path(f"q{n}"), data=data)), answers) for n, data in enumerate(queries)]
     return [predictor.ask(ready, [question], generate=False)[0].probabilities for question in asked]
@@ -214,19 +214,19 @@ def test_a_set_is_read_once_and_again_after_it_was_evicted(client: TestClient, e
         return client.post("/v1/classify", json={"support_set": name, "images": [url(png(7))]}).json()["results"][0]["probabilities"]
 
     first = asked("one")
-    size = list(engine.kept.values())[-1].bytes
+    size = list(engine.cache.values())[-1].bytes
     start = replace(engine.counters)
     assert [asked("one") for _ in range(3)] == [first] * 3
     assert (engine.counters.hits - start.hits, engine.counters.prefills - start.prefills) == (3, 0)
-    monkeypatch.setattr(engine.kept, "budget", size)
+    monkeypatch.setattr(engine.cache, "budget", size)
     asked("two")
     assert engine.counters.evictions > start.evictions
     assert asked("one") == pytest.approx(first)
     assert engine.counters.rebuilds - start.rebuilds == 1
-    assert engine.kept.bytes == sum(kept.bytes for kept in engine.kept.values()) <= size
-    monkeypatch.setattr(engine.kept, "budget", size - 1)
+    assert engine.cache.bytes == sum(kept.bytes for kept in engine.cache.values()) <= size
+    monkeypatch.setattr(engine.cache, "budget", size - 1)
     assert asked("two")
-    assert engine.kept.bytes == 0, "a set that is larger than all there is, is used and not kept"
+    assert engine.cache.bytes == 0, "a set that is larger than all there is, is used and not kept"
 
 
 def test_old_sets_make_room_before_a_new_one_is_read(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +235,10 @@ def test_old_sets_make_room_before_a_new_one_is_read(client: TestClient, engine:
         put(client, name, examples=examples(seed=seed))
     body = {"images": [url(png(7))]}
     client.post("/v1/classify", json={"support_set": "here", **body})
-    monkeypatch.setattr(engine.kept, "budget", list(engine.kept.values())[-1].bytes)
+    monkeypatch.setattr(engine.cache, "budget", list(engine.cache.values())[-1].bytes)
     beside: list[int] = []
     read = engine._predictor.prefill
-    monkeypatch.setattr(engine._predictor, "prefill", lambda supports: beside.append(engine.kept.bytes) or read(supports))
+    monkeypatch.setattr(engine._predictor, "prefill", lambda supports: beside.append(engine.cache.bytes) or read(supports))
     client.post("/v1/classify", json={"support_set": "next", **body})
     assert beside.pop(0) == 0
     assert set(beside) <= {0}  # those of the calibration, and the set itself
@@ -455,7 +455,7 @@ def test_a_stored_set_is_the_conversation_before_the_question(client: TestClient
     wording, shown = WORDINGS[load(run_folder / "recipe.yaml").wording], examples()
     pictures = [(Picture(Path(str(n))), one["label"]) for n, one in enumerate(shown)]
     by_hand: list[dict[str, Any]] = []
-    for turn in from_labelled(pictures, wording):
+    for turn in support_turns(pictures, wording):
         image = [{"type": "image_url", "image_url": {"url": shown[int(str(turn.picture.path))]["image"]}}] if turn.picture else []
         by_hand.append({"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}] if image else turn.text})
     question = messages(png(5), text=wording.query)
@@ -632,7 +632,7 @@ def test_keys_see_their_own_sets(keyed: TestClient, engine: Engine) -> None:
     keyed.delete("/v1/support-sets/mine", headers=as_("plant-a"))
     assert keyed.post("/v1/classify", json=body, headers=as_("plant-a")).status_code == 404
     assert keyed.post("/v1/classify", json=body, headers=as_("plant-b")).status_code == 200
-    seen = engine._predictor.vision.kept
+    seen = engine._predictor.vision.cache
     assert {str(picture.path).partition("/")[0] for picture in seen} >= {"plant-a", "plant-b"}
 
 
@@ -640,8 +640,8 @@ def test_photos_of_a_removed_set_are_not_kept_in_memory(client: TestClient, engi
     """Features are, within their bound; the files' bytes are with nobody."""
     put(client)
     client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(1))]})
-    assert engine._predictor.vision.kept
-    assert all(picture.data is None for picture in engine._predictor.vision.kept)
+    assert engine._predictor.vision.cache
+    assert all(picture.data is None for picture in engine._predictor.vision.cache)
 
 
 def test_a_shell_that_replaces_a_set_is_heard(client: TestClient, service: Service) -> None:
@@ -810,7 +810,7 @@ def test_a_client_that_goes_away_stops_using_the_model(live: str, engine: Engine
 def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine: Engine) -> None:
     """And those beside it go on."""
     turn = Turn("user", "What is this?", Picture(Path("q"), data=png(1)))
-    support = from_labelled([(Picture(Path(f"s{n}"), data=png(n)), "good" if n < 2 else "bad") for n in range(4)], WORDINGS["lcl"])
+    support = support_turns([(Picture(Path(f"s{n}"), data=png(n)), "good" if n < 2 else "bad") for n in range(4)], WORDINGS["lcl"])
 
     def job(say: Callable[[Any], bool]) -> Job:
         return Job("parts", lambda: support, turn, ("test", "cancel"), say=say)
@@ -821,7 +821,7 @@ def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine
     engine.submit(alone)
     alone.future.result(30)
     engine.call(lambda _: None, 30)
-    length = list(engine.kept.values())[-1].ready.cache.get_seq_length()
+    length = list(engine.cache.values())[-1].ready.cache.get_seq_length()
     stopped, beside = job(lambda token: heard[1].append(token.id) is None), job(lambda token: heard[2].append(token.id) is None)
     beside.sampling = alone.sampling
 
@@ -836,7 +836,7 @@ def test_a_job_that_is_cancelled_while_it_speaks_leaves_the_set_as_it_was(engine
     assert heard[2] == heard[0]
     assert len(heard[1]) == 1
     engine.call(lambda _: None, 30)  # until it has tidied up
-    assert list(engine.kept.values())[-1].ready.cache.get_seq_length() == length
+    assert list(engine.cache.values())[-1].ready.cache.get_seq_length() == length
 
 
 def test_what_a_kept_set_takes_is_what_is_counted(client: TestClient, engine: Engine) -> None:
@@ -844,7 +844,7 @@ def test_what_a_kept_set_takes_is_what_is_counted(client: TestClient, engine: En
     put(client)
     for count in (1, 12):
         client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(n)) for n in range(count)]})
-        kept = list(engine.kept.values())[-1]
+        kept = list(engine.cache.values())[-1]
         held = sum(getattr(layer, name).untyped_storage().nbytes() for layer in kept.ready.cache.layers for name in ("keys", "values"))
         assert held == kept.bytes
 
@@ -894,7 +894,7 @@ def test_a_client_that_stops_reading_holds_up_nobody(live: str) -> None:
 
 def test_an_error_in_one_of_a_batch_is_its_own(engine: Engine) -> None:
     """A fault inside the model run: the others are answered, and what was kept is read again."""
-    support = from_labelled([(Picture(Path(f"s{n}"), data=png(n)), "good" if n < 2 else "bad") for n in range(4)], WORDINGS["lcl"])
+    support = support_turns([(Picture(Path(f"s{n}"), data=png(n)), "good" if n < 2 else "bad") for n in range(4)], WORDINGS["lcl"])
 
     def job(data: bytes) -> Job:
         answers = tuple(WORDINGS["lcl"].answered(label) for label in ("good", "bad"))
@@ -969,7 +969,7 @@ def test_the_page_of_the_api_names_every_route(client: TestClient) -> None:
     assert {"/v1/chat/completions", "/v1/classify", "/v1/models", "/v1/support-sets/{name}", "/v1/adapters/{name}"} <= paths.keys()
     body = paths["/v1/classify"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/ClassifyIn"}
-    assert wire.ClassifyIn.model_json_schema()["additionalProperties"] is False
+    assert api_types.ClassifyIn.model_json_schema()["additionalProperties"] is False
 
 
 # The command

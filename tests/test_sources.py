@@ -92,7 +92,7 @@ def test_exif_turn_and_first_frame(tmp_path: Path) -> None:
 
 def test_further_views_differ_and_repeat(photos: Path) -> None:
     picture = Picture(photos / "good" / "0.png")
-    plain, one, again, two = (np.asarray(read_image(picture.seen_again(v))) for v in (0, 1, 1, 2))
+    plain, one, again, two = (np.asarray(read_image(picture.in_view(v))) for v in (0, 1, 1, 2))
     assert (one == again).all()
     assert plain.shape == one.shape
     assert (plain != one).any()
@@ -146,7 +146,7 @@ def test_shipped_data_is_split_by_class_and_licensed() -> None:
     assert not pictures[1] & pictures[2]
     assert len(pools["held_out"]) > 250
     assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 15_000_000
-    hands = {p.hand for pool in pools.values() for c in pool.classes for p in c.pictures}
+    hands = {p.artist for pool in pools.values() for c in pool.classes for p in c.pictures}
     attribution = (DATA / "ATTRIBUTION.md").read_text()
     assert all(f"| {hand} " in attribution for hand in hands)
     for licence in ("Apache-2.0", "CC-BY-4.0", "MIT"):

@@ -16,7 +16,7 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, RecipeError
-from lcl_adapter.evaluate import Sides, build_cells, runner
+from lcl_adapter.evaluate import ModelPair, build_cells, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.recipe import Recipe, presets
@@ -57,7 +57,7 @@ def test_every_suite_is_measured(family: str, tiny_folder: Callable[[str], Path]
     predictor = Predictor(load_base(str(tiny_folder(family))), max_new_tokens=4)
     metrics = {}
     for cell in build_cells(with_suites(), limit=8):
-        found = runner.measure(cell, Sides.of(predictor))
+        found = runner.measure(cell, ModelPair.of(predictor))
         row = found["row"]
         for side in ("base", "adapter"):
             assert 0 <= row[side]["ci95"][0] <= row[side]["value"] <= row[side]["ci95"][1] <= 1, row

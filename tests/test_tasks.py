@@ -105,7 +105,7 @@ def test_a_picture_is_padded_to_a_square_and_not_cut(tmp_path: Path) -> None:
         page = squared(wide, (0.5, 0.5, 0.5))
     assert page.size == (60, 60)
     assert page.getpixel((30, 2)) == (127, 127, 127)
-    assert page.getpixel((1, 30))[0] > 150, "the sides are still there"
+    assert page.getpixel((1, 30))[0] > 150, "the pair are still there"
     assert page.getpixel((58, 30))[0] > 150
 
 

@@ -17,7 +17,7 @@ from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import Base, attach, load_base, parameters_by_part
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import WORDINGS, speak
+from lcl_adapter.data.conversations import WORDINGS, to_conversation
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import EpisodeError, RunError
@@ -53,7 +53,7 @@ def small(base: Path, output: Path, **train: Any) -> Recipe:
 
 def pictures_of(base: Path) -> list[Picture]:
     """Those of the first row."""
-    return list(speak(Mixture(small(base, Path("run"))).draw(0), WORDINGS["short"]).pictures)
+    return list(to_conversation(Mixture(small(base, Path("run"))).draw(0), WORDINGS["short"]).pictures)
 
 
 def losses(folder: Path) -> list[float]:
@@ -204,7 +204,7 @@ def test_the_feature_cache_stays_within_its_limit(tiny_base: Base) -> None:
     for picture in pictures:
         vision.raw([picture])
         assert vision.bytes <= vision.limit
-    assert len(vision.kept) == 2
+    assert len(vision.cache) == 2
     assert memory_bytes("1.5GB") == 1_500_000_000
 
 
@@ -223,7 +223,7 @@ def test_a_run_folder_that_exists_is_not_touched(pocket_tiny: Path, tmp_path: Pa
 
 def test_an_episode_beyond_the_context_is_refused_before_training(pocket_tiny: Path, tmp_path: Path) -> None:
     long = small(pocket_tiny, tmp_path / "run")
-    source = long.sources["lcl"].model_copy(update={"ways": [16], "shots": [4], "other_hands": False})
+    source = long.sources["lcl"].model_copy(update={"ways": [16], "shots": [4], "other_artists": False})
     with pytest.raises(EpisodeError, match=r"do not fit the context of 1024"):
         trainer.train(long.model_copy(update={"sources": {"lcl": source}}))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -206,9 +206,9 @@ def test_a_tensor_has_one_mark_in_a_pickle_and_in_safetensors(tmp_path: Path) ->
     """Parameters and views too: the mark is of values, not of how they were kept."""
     state = {"plain": torch.randn(60, 60), "turned": torch.randn(70, 50).T, "scalar": torch.tensor(2.0), "none": torch.empty(0, 3)}
     torch.save({k: torch.nn.Parameter(v) for k, v in state.items()}, tmp_path / "pytorch_model.bin")
-    pickled = {key: one.mark() for key, one in stored_in(tmp_path).items()}
+    pickled = {key: one.fingerprint() for key, one in stored_in(tmp_path).items()}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / SINGLE)
-    assert {key: one.mark() for key, one in stored_in(tmp_path).items()} == pickled
+    assert {key: one.fingerprint() for key, one in stored_in(tmp_path).items()} == pickled
 
 
 class Command:

@@ -12,7 +12,7 @@ from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.data.conversations import WORDINGS, Turn, from_labelled
+from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
 from lcl_adapter.errors import DataError
@@ -39,7 +39,7 @@ def here(
     else:
         loaded, _ = load_adapter(adapter, base)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
-    taught = _Taught.by(support, queries, shots, wording, question)
+    taught = _SupportSet.by(support, queries, shots, wording, question)
     predictor = Predictor(loaded)
     ready = predictor.prefill([taught.turns])
     return taught.told(predictor.ask(ready, [Question(0, query, taught.answers) for query in taught.queries]))
@@ -59,7 +59,7 @@ def behind(
 
     Raises DataError; EndpointError, MissingError, RequestError.
     """
-    taught = _Taught.by(support, queries, shots, WORDINGS[wording], question)
+    taught = _SupportSet.by(support, queries, shots, WORDINGS[wording], question)
     with Endpoint(url) as endpoint:
         remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
         return taught.told(remote.run([(taught.turns, query, taught.answers) for query in taught.queries]))
@@ -86,7 +86,7 @@ def stored(name: str, queries: Sequence[Path], url: str, model: str | None = Non
 
 
 @dataclass(frozen=True)
-class _Taught:
+class _SupportSet:
     """Class folders and pictures as turns, for whoever answers."""
 
     paths: tuple[Path, ...]
@@ -96,7 +96,7 @@ class _Taught:
     answers: tuple[str, ...]
 
     @classmethod
-    def by(cls, support: Path, queries: Sequence[Path], shots: int | None, wording: Wording, question: str | None) -> _Taught:
+    def by(cls, support: Path, queries: Sequence[Path], shots: int | None, wording: Wording, question: str | None) -> _SupportSet:
         """Every picture is read once, before any model is asked. Raises DataError."""
         pool = read_class_folders(support)
         if len(pool) < 2:
@@ -117,7 +117,7 @@ class _Taught:
         return cls(
             tuple(queries),
             {c.name: len(c.pictures[:shots]) for c in pool.classes},
-            from_labelled(shown, wording),
+            support_turns(shown, wording),
             tuple(Turn("user", question or wording.query, p) for p in asked),
             tuple(wording.answered(label) for label in labels),
         )

@@ -66,7 +66,7 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
     }
 
 
-def keep_start(model: PeftModel, folder: Path) -> None:
+def save_start(model: PeftModel, folder: Path) -> None:
     """Where a PiSSA adapter began, which is subtracted from it when it is saved; a resumed run keeps the first one."""
     model.peft_config["default"].init_lora_weights = True  # what is saved is no PiSSA any more
     if not (folder / "adapter_model.safetensors").exists():

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from lcl_adapter.amounts import give_back
+from lcl_adapter.amounts import release_large_blocks
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
@@ -173,7 +173,7 @@ def load_base(base: BaseRef | str) -> Base:
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
     if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
-        give_back()
+        release_large_blocks()
     dtype = TYPES.get(precision) or compute_type(device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
     if precision in QUANTISED:

@@ -1,6 +1,6 @@
 """Frozen vision features, computed once a picture instead of once a step.
 
-What is kept is the projector's *input*: the tower is frozen, the projector may be trained. Pictures that are not kept
+What is cache is the projector's *input*: the tower is frozen, the projector may be trained. Pictures that are not cache
 are read by a few threads, and pass the tower in batches.
 """
 
@@ -43,7 +43,7 @@ def _weight_type(projector: Any) -> torch.dtype:
 def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     """Padded to a square with the processor's mean colour, the image in the middle, as LLaVA-1.5 was trained (`image_aspect_ratio: pad`).
 
-    Without it the processor cuts the sides off, a defect near an edge with them, and boxes would be of another square.
+    Without it the processor cuts the pair off, a defect near an edge with them, and boxes would be of another square.
     """
     if image.width == image.height:
         return image
@@ -70,7 +70,7 @@ class _CaughtError(Exception):
 
 
 class VisionFeatures:
-    """Pictures -> what the projector reads, [N, tiles, tokens, width], kept up to ``limit`` bytes, least recently used out first."""
+    """Pictures -> what the projector reads, [N, tiles, tokens, width], cache up to ``limit`` bytes, least recently used out first."""
 
     def __init__(self, base: Base, limit: int = 10**9, batch: int = BATCH, in_step: bool = False) -> None:
         """in_step: each process holds a part of the tower; whenever one of them runs it, all do."""
@@ -78,7 +78,7 @@ class VisionFeatures:
         self.in_step = in_step
         self.limit = limit
         self.batch = batch
-        self.kept: OrderedDict[Picture, torch.Tensor] = OrderedDict()
+        self.cache: OrderedDict[Picture, torch.Tensor] = OrderedDict()
         self.bytes = 0
         self.asked = self.computed = 0
 
@@ -114,7 +114,7 @@ class VisionFeatures:
         Of a model without a projector of its own, what its whole vision part says; [N, 1, tokens, width].
         """
         self.asked += len(pictures)
-        fresh = list(dict.fromkeys(p for p in pictures if p not in self.kept))
+        fresh = list(dict.fromkeys(p for p in pictures if p not in self.cache))
         local: dict[Picture, torch.Tensor] = {}
         passes = math.ceil(len(fresh) / self.batch)
         idle = max(processes.gather(passes)) - passes if self.in_step else 0  # asked before any pass, which is a talk between processes too
@@ -129,10 +129,10 @@ class VisionFeatures:
             if picture in local:
                 rows.append(local[picture])
             else:
-                self.kept.move_to_end(picture)
-                rows.append(self.kept[picture])
+                self.cache.move_to_end(picture)
+                rows.append(self.cache[picture])
         for picture, features in local.items():
-            self._keep(picture, features)
+            self._cache_features(picture, features)
         return torch.stack(rows)
 
     def patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
@@ -212,11 +212,11 @@ class VisionFeatures:
             raise AssertionError(f"{count} pictures gave {len(stacked)} sets of features")
         return stacked[:, None]
 
-    def _keep(self, picture: Picture, features: torch.Tensor) -> None:
+    def _cache_features(self, picture: Picture, features: torch.Tensor) -> None:
         size = features.numel() * features.element_size()
-        while self.kept and self.bytes + size > self.limit:
-            _, dropped = self.kept.popitem(last=False)
+        while self.cache and self.bytes + size > self.limit:
+            _, dropped = self.cache.popitem(last=False)
             self.bytes -= dropped.numel() * dropped.element_size()
         if size <= self.limit:
-            self.kept[replace(picture, data=None)] = features.clone()  # equal to it, without the file's bytes
+            self.cache[replace(picture, data=None)] = features.clone()  # equal to it, without the file's bytes
             self.bytes += size

@@ -117,9 +117,9 @@ def add(name: str, photos: Path, shots: int | None, question: str | None, expect
     \b
     lcl-adapter support add scratches photos/
     """
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.add(store, namespace, name, photos, shots, question, expected), as_json)
+    emit(support_sets.add(store, namespace, name, photos, shots, question, expected), as_json)
 
 
 @support.command("list")
@@ -128,9 +128,9 @@ def add(name: str, photos: Path, shots: int | None, question: str | None, expect
 @json_option
 def list_(store: Path, namespace: str, as_json: bool) -> None:
     """The sets, a line each."""
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.names(store, namespace), as_json)
+    emit(support_sets.names(store, namespace), as_json)
 
 
 @support.command("show")
@@ -141,9 +141,9 @@ def list_(store: Path, namespace: str, as_json: bool) -> None:
 @json_option
 def show(name: str, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
     """Labels, photos and versions of the set NAME."""
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.show(store, namespace, name, version), as_json)
+    emit(support_sets.show(store, namespace, name, version), as_json)
 
 
 @support.command("remove")
@@ -153,9 +153,9 @@ def show(name: str, version: int | None, store: Path, namespace: str, as_json: b
 @json_option
 def remove(name: str, store: Path, namespace: str, as_json: bool) -> None:
     """Remove the set NAME with all its versions."""
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.remove(store, namespace, name), as_json)
+    emit(support_sets.remove(store, namespace, name), as_json)
 
 
 @support.command("export")
@@ -167,9 +167,9 @@ def remove(name: str, store: Path, namespace: str, as_json: bool) -> None:
 @json_option
 def export_set(name: str, out: Path, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
     """Write the set NAME as a folder of photos a class, which `ask`, `support add` and `support import` take."""
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.export(store, namespace, name, out, version), as_json)
+    emit(support_sets.export(store, namespace, name, out, version), as_json)
 
 
 @support.command("import")
@@ -180,6 +180,6 @@ def export_set(name: str, out: Path, version: int | None, store: Path, namespace
 @json_option
 def import_set(folder: Path, name: str | None, store: Path, namespace: str, as_json: bool) -> None:
     """Store a FOLDER that `support export` wrote, in its order and with its question."""
-    from lcl_adapter.serve import shelf
+    from lcl_adapter.serve import support_sets
 
-    emit(shelf.take(store, namespace, folder, name), as_json)
+    emit(support_sets.take(store, namespace, folder, name), as_json)

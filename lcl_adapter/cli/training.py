@@ -74,9 +74,9 @@ def evaluate(
     A server's key is read from LCL_API_KEY.
     """
     from lcl_adapter.cli import commands as run
-    from lcl_adapter.evaluate import Served
+    from lcl_adapter.evaluate import ServedModels
 
-    served = Served(endpoint, model, base_model, workers, pad) if endpoint else None
+    served = ServedModels(endpoint, model, base_model, workers, pad) if endpoint else None
     chosen = {"suites": suites, "limit": limit, "seed": seed, "base": base, "fresh": fresh, "overrides": overrides}
     emit(run.evaluate(run_folder, served=served, **chosen), as_json)
 

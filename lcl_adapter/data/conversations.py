@@ -90,7 +90,7 @@ def shown_order(count: int) -> list[int]:
     return [int(index) for index in np.random.default_rng(0).permutation(count)]
 
 
-def from_labelled(shown: Sequence[tuple[Picture, str]], wording: Wording) -> tuple[Turn, ...]:
+def support_turns(shown: Sequence[tuple[Picture, str]], wording: Wording) -> tuple[Turn, ...]:
     """A support set of labelled pictures as turns, in an order that depends on their number alone: classes must not stand in blocks."""
     turns: list[Turn] = []
     for position, index in enumerate(shown_order(len(shown))):
@@ -99,7 +99,7 @@ def from_labelled(shown: Sequence[tuple[Picture, str]], wording: Wording) -> tup
     return tuple(turns)
 
 
-def speak(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:
+def to_conversation(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:
     """Whatever the mixture draws, as a conversation."""
     return from_episode(drawn, wording) if isinstance(drawn, Episode) else from_dialogues(drawn)
 

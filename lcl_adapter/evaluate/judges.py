@@ -26,14 +26,14 @@ def _mean_of(right: Sequence[bool | float], cases: Sequence[Case], greedy: float
     return _figures(mean(right), metrics.class_bootstrap(right, [c.group for c in cases]), greedy, **more)
 
 
-def said(case: Case, reply: Reply) -> str:
+def answer_of(case: Case, reply: Reply) -> str:
     """The label that is scored highest; "" where nothing tells them apart, as when a server's text names none of them."""
     return case.labels[reply.best] if reply.decided else ""
 
 
 def labelled(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
     """Accuracy of scored labels; the text word for word, and by LCL's own rule, beside it."""
-    right = [said(c, r) == c.gold for c, r in zip(cases, replies, strict=True)]
+    right = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)]
     texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(right, cases, mean(texts), lcl_rule=mean(_by_lcls_rule(cases, replies)))
 
@@ -41,7 +41,7 @@ def labelled(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
 def by_lcls_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
     """As the paper scores its tests: the generated text by LCL's rule; scored labels and the exact text beside it."""
     texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    scored = [said(c, r) == c.gold for c, r in zip(cases, replies, strict=True)] if cases[0].labels else []
+    scored = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)] if cases[0].labels else []
     right = _by_lcls_rule(cases, replies)
     return _mean_of(right, cases, mean(texts), lcl_rule=mean(right), **({"scored": mean(scored)} if scored else {}))
 
@@ -96,7 +96,7 @@ def inspected(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]
     """AUROC and the rest by category, from the score of "good" against "defective"; the mean over categories is the figure."""
     scores = [1 - dict(zip(c.labels, r.probabilities, strict=True))[c.truth["good"]] for c, r in zip(cases, replies, strict=True)]
     texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return ranked(cases, scores, [said(c, r) != c.truth["good"] for c, r in zip(cases, replies, strict=True)], mean(texts))
+    return ranked(cases, scores, [answer_of(c, r) != c.truth["good"] for c, r in zip(cases, replies, strict=True)], mean(texts))
 
 
 def ranked(cases: Sequence[Case], scores: Sequence[float], called: Sequence[bool] | None, greedy: float | None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ ROLES = ("A", "B", "neither")
 def sorted_out(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
     """A, B or neither: balanced accuracy, each role's recall, and how "neither" goes wrong each way. A is the product shown first."""
     texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return roles(cases, [c.truth["roles"].get(said(c, r), "") for c, r in zip(cases, replies, strict=True)], mean(texts))
+    return roles(cases, [c.truth["roles"].get(answer_of(c, r), "") for c, r in zip(cases, replies, strict=True)], mean(texts))
 
 
 def roles(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> dict[str, Any]:

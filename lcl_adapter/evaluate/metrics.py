@@ -49,10 +49,10 @@ def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.nda
 def decisions(truth: Sequence[bool], said: Sequence[bool]) -> dict[str, float]:
     """Balanced accuracy and MCC of yes-or-no decisions, and how often each is said: a model that always says one is seen here."""
     right, told = np.asarray(truth, dtype=bool), np.asarray(said, dtype=bool)
-    sides = [float((told[right == side] == side).mean()) for side in (True, False) if (right == side).any()]
+    pair = [float((told[right == side] == side).mean()) for side in (True, False) if (right == side).any()]
     constant = len(set(said)) < 2 or len(set(truth)) < 2
     return {
-        "balanced_accuracy": float(np.mean(sides)),
+        "balanced_accuracy": float(np.mean(pair)),
         "mcc": 0.0 if constant else float(sk.matthews_corrcoef(right, told)),
         "said_share": float(told.mean()),
     }

@@ -21,7 +21,7 @@ class Asks(Protocol):
 
 
 @dataclass(frozen=True)
-class Sides:
+class ModelPair:
     """What is compared. vision: the base's tower for the baselines, None where it is not at hand. told: what kept figures depend on."""
 
     base: Asks
@@ -30,7 +30,7 @@ class Sides:
     told: Any = ""
 
     @classmethod
-    def of(cls, predictor: Predictor, told: Any = "") -> Sides:
+    def of(cls, predictor: Predictor, told: Any = "") -> ModelPair:
         """A base on this machine, without its adapter and with it."""
 
         def without(requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
@@ -40,14 +40,14 @@ class Sides:
         return cls(without, predictor.run, predictor.vision, told)
 
     @classmethod
-    def behind(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> Sides:
+    def behind(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:
         """Two models of a server, by their names there."""
         one, other = (RemotePredictor(endpoint, name, workers, pad=pad) for name in (base, adapter))
         return cls(one.run, other.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])])
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModels:
     """Where the models are served, and under which names; ``adapter`` None: the server's only other model, or the run's own name."""
 
     url: str
@@ -57,7 +57,7 @@ class Served:
     pad: bool = False
 
     @contextmanager
-    def sides(self, run: Path) -> Iterator[Sides]:
+    def pair(self, run: Path) -> Iterator[ModelPair]:
         """As long as the endpoint is open. Raises EndpointError, MissingError."""
         with Endpoint(self.url) as endpoint:
             base = endpoint.model(self.base, "--base-model")
@@ -67,4 +67,4 @@ class Served:
                 if not others:
                     raise MissingError(f"{endpoint.url} serves {base} alone; load the adapter there, or name it with --model.")
                 adapter = run.name if run.name in others else others[0] if len(others) == 1 else None
-            yield Sides.behind(endpoint, base, endpoint.model(adapter), self.workers, self.pad)
+            yield ModelPair.behind(endpoint, base, endpoint.model(adapter), self.workers, self.pad)

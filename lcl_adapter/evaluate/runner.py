@@ -24,7 +24,7 @@ from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines, judges
 from lcl_adapter.evaluate.cases import Case, Cell
-from lcl_adapter.evaluate.sides import Served, Sides
+from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.suites import build_cells, check_measured
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
@@ -41,7 +41,7 @@ def evaluate(
     base: BaseRef = NOT_GIVEN,
     fresh: bool = False,
     overrides: Sequence[str] = (),
-    served: Served | None = None,
+    served: ServedModels | None = None,
 ) -> dict[str, Any]:
     """Measure a run's adapter and its base; writes ``report.json`` and ``predictions.jsonl``.
 
@@ -62,18 +62,18 @@ def evaluate(
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     rows, lines = [], []
-    with served.sides(run) if served else nullcontext(_here(loaded, recipe)) as sides:
+    with served.pair(run) if served else nullcontext(_here(loaded, recipe)) as pair:
         for cell in build_cells(recipe, limit, suites, seed):
-            key = _key(cell, manifest, recipe, sides.told)
+            key = _key(cell, manifest, recipe, pair.told)
             kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
             measured = None if fresh or served else _kept(kept, key)  # another model may be behind a server's name by now
             if measured is None:
-                measured = {"key": key, **measure(cell, sides)}
+                measured = {"key": key, **measure(cell, pair)}
                 write_json(kept, measured)
             rows.append(measured["row"])
             lines += measured["predictions"]
             console.print(_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
-        told = {"served": sides.told} if served else {}
+        told = {"served": pair.told} if served else {}
     report = {
         "run": run.name,
         "base": manifest["base"],
@@ -81,7 +81,7 @@ def evaluate(
         "limit": limit,
         **told,
         "suites": rows,
-        "retention": fallen([(r["suite"], r["base"]["value"], r["adapter"]["value"]) for r in rows], recipe),
+        "retention": retention_of([(r["suite"], r["base"]["value"], r["adapter"]["value"]) for r in rows], recipe),
     }
     out = run / "served" if served else report_folder(run, suites, limit, seed, overrides)
     report["folder"] = str(out)
@@ -90,23 +90,23 @@ def evaluate(
     return report
 
 
-def _here(base: Base | None, recipe: Recipe) -> Sides:
+def _here(base: Base | None, recipe: Recipe) -> ModelPair:
     """On this machine."""
     assert base is not None
-    return Sides.of(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
+    return ModelPair.of(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
 
 
 def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Path:
     return run / "partial" if suites or limit or seed is not None or overrides else run
 
 
-def measure(cell: Cell, sides: Sides) -> dict[str, Any]:
+def measure(cell: Cell, pair: ModelPair) -> dict[str, Any]:
     """One cell: the same requests to the base and to the adapter, and the baseline. Cases with a broken picture are left out, and counted.
 
     Raises DataError where none is left.
     """
     asked = len(cell.cases)
-    cell, _ = readable(cell, sides.vision)
+    cell, _ = readable(cell, pair.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -115,9 +115,9 @@ def measure(cell: Cell, sides: Sides) -> dict[str, Any]:
         def done(count: int) -> None:
             bar.advance(task, count)
 
-        of_base = sides.base(requests, done=done, new_tokens=cell.new_tokens)
-        of_adapter = sides.adapter(requests, done=done, new_tokens=cell.new_tokens)
-    baseline, nearest = baselines.measure(cell, sides.vision) if sides.vision else (None, [None] * len(cases))
+        of_base = pair.base(requests, done=done, new_tokens=cell.new_tokens)
+        of_adapter = pair.adapter(requests, done=done, new_tokens=cell.new_tokens)
+    baseline, nearest = baselines.measure(cell, pair.vision) if pair.vision else (None, [None] * len(cases))
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
@@ -139,7 +139,7 @@ def readable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]
     def fault(picture: Picture) -> str | None:
         if picture not in found:
             try:
-                if vision is None or picture not in vision.kept:
+                if vision is None or picture not in vision.cache:
                     read_image(picture)
                 found[picture] = None
             except DataError as error:
@@ -172,7 +172,7 @@ def measure_base(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float
         return measure_adapter(cells, predictor)
 
 
-def fallen(figures: Sequence[tuple[str, float, float]], recipe: Recipe) -> list[dict[str, Any]]:
+def retention_of(figures: Sequence[tuple[str, float, float]], recipe: Recipe) -> list[dict[str, Any]]:
     """For every suite under ``keep``: how far the adapter fell below the base, in points, and whether that is allowed.
 
     ``figures`` are (suite, base, adapter) of each cell; a suite of several cells is judged by their mean.
@@ -207,7 +207,7 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
         **({"defect": truth["defect"]} if "defect" in truth else {}),
         "base": told(base),
         "adapter": told(adapter),
-        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else judges.said(case, adapter) == case.gold,
+        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else judges.answer_of(case, adapter) == case.gold,
         "prototype_right": nearest,
     }
 

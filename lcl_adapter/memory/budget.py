@@ -134,15 +134,15 @@ def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
 def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
     """LoRA on q, k, v, o, gate, up, down; with ``projector``, that too."""
     d, f, k = shape.d, shape.f, shape.k
-    sides = 2 * (d + d) + 2 * (d + k) + 3 * (d + f)
+    pair = 2 * (d + d) + 2 * (d + k) + 3 * (d + f)
     magnitudes = 2 * d + 2 * k + 2 * f + d if adapter.dora else 0
-    return shape.layers * (adapter.rank * sides + magnitudes) + (shape.projector if adapter.projector else 0)
+    return shape.layers * (adapter.rank * pair + magnitudes) + (shape.projector if adapter.projector else 0)
 
 
 def layer_activations(shape: Shape, adapter: AdapterOptions, size: int) -> int:
     """Bytes a token that one layer keeps for its backward pass.
 
-    Kept: both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their product, and
+    CachedSet: both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their product, and
     seven times the rank. In 16 bits the norms keep an fp32 copy of their input,
     and every LoRA an fp32 copy of its own: the adapter is in fp32.
     """

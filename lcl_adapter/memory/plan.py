@@ -130,11 +130,11 @@ def make(recipe: Recipe, memory: int | None = None, device: str | None = None, m
         "forecasts": told,
         "support_sets_beside": max(0, (memory - forecasts["serving"].total) // max(1, a_set)),
         "fits": fits,
-        "ways": [] if fits else ways_to_fit(plan, memory),
+        "remedies": [] if fits else remedies(plan, memory),
     }
 
 
-def ways_to_fit(plan: Plan, memory: int) -> list[dict[str, Any]]:
+def remedies(plan: Plan, memory: int) -> list[dict[str, Any]]:
     """The first few changes, alone or the fewest together, that bring training within ``memory``; cheapest first.
 
     Each change is forecast once alone; several together only where none does alone, and none at all where not even all do.

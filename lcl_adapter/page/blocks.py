@@ -43,7 +43,7 @@ THEME = gr.themes.Base(
 NAME_THE_FIELD = """() => new MutationObserver(() => {
   const field = document.querySelector('#lcl-message textarea');
   const label = document.querySelector('#lcl-message [data-testid=block-info]');
-  if (field && label) field.setAttribute('aria-label', label.textContent.trim());
+  if (field && label) field.setAttribute('aria-label', label.textContent.trim_heap());
 }).observe(document.body, {childList: true, subtree: true})"""
 
 

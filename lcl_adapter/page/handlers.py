@@ -19,14 +19,14 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint, judge
 from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import ConflictError, DataError, UserError
-from lcl_adapter.page import MOST, shown
+from lcl_adapter.page import MOST, html
 from lcl_adapter.page.texts import language, say
 from lcl_adapter.report.thumbs import data_url
 from lcl_adapter.serve import folders
@@ -91,16 +91,16 @@ class Handlers:
                 raise DataError(say(tongue, "no_name"))
             known = opened[1] if opened and opened[0] == name else 0  # a set that was not opened here is not to be lost unseen
             question = opened[2] if opened else None
-            given = wire.SupportSetIn(examples=examples, question=question, expected_version=known)
+            given = api_types.SupportSetIn(examples=examples, question=question, expected_version=known)
             stored = self._api(request).put_set(name, given)
         except ConflictError:
-            return [shown.note(say(tongue, "conflict"), wrong=True), opened, *self._pickers(request)]
+            return [html.note(say(tongue, "conflict"), wrong=True), opened, *self._pickers(request)]
         except (UserError, ValidationError) as error:
             return [self._wrong(tongue, error), opened, *self._pickers(request)]
         told = say(tongue, "saved", name=stored.name, version=stored.version, counts=_counts(stored.labels))
-        return [shown.note(told), (stored.name, stored.version, stored.question), *self._pickers(request, stored.name)]
+        return [html.note(told), (stored.name, stored.version, stored.question), *self._pickers(request, stored.name)]
 
-    def _piles(self, tongue: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[wire.LabelledImage]:
+    def _piles(self, tongue: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[api_types.LabelledImage]:
         examples = []
         for number, (label, photos) in enumerate(zip(labels, galleries, strict=True), 1):
             label = " ".join((label or "").split())
@@ -108,7 +108,7 @@ class Handlers:
                 raise DataError(say(tongue, "label_missing", number=number))
             if label and not photos:
                 raise DataError(say(tongue, "photos_missing", label=label))
-            examples += [wire.LabelledImage(label=label, image=image_of(_picture(path))) for path in _paths(photos)]
+            examples += [api_types.LabelledImage(label=label, image=image_of(_picture(path))) for path in _paths(photos)]
         if len({one.label for one in examples}) < 2:
             raise DataError(say(tongue, "no_labels"))
         return examples
@@ -129,13 +129,13 @@ class Handlers:
         """What is in the piles stays there, and can be saved anew."""
         tongue = language(request)
         if not name:
-            return [shown.note(say(tongue, "no_set"), wrong=True), opened, *self._pickers(request)]
+            return [html.note(say(tongue, "no_set"), wrong=True), opened, *self._pickers(request)]
         try:
             self._api(request).remove_set(name)
         except UserError as error:
             return [self._wrong(tongue, error), opened, *self._pickers(request)]
         left = (name, 0, opened[2]) if opened and opened[0] == name else opened
-        return [shown.note(say(tongue, "removed", name=name)), left, *self._pickers(request, first=True)]
+        return [html.note(say(tongue, "removed", name=name)), left, *self._pickers(request, first=True)]
 
     def example(self, request: gr.Request) -> list[Any]:
         """Drawings of classes that the shipped base was not trained on."""
@@ -153,7 +153,7 @@ class Handlers:
     def export(self, name: str | None, request: gr.Request) -> list[Any]:
         tongue = language(request)
         if not name:
-            return [shown.note(say(tongue, "no_set"), wrong=True), None]
+            return [html.note(say(tongue, "no_set"), wrong=True), None]
         try:
             found = self._api(request).read_set(name, images=True)
             out = self._folder() / name
@@ -161,7 +161,7 @@ class Handlers:
             packed = shutil.make_archive(str(out), "zip", out)
         except (UserError, OSError) as error:
             return [self._wrong(tongue, error), None]
-        return [shown.note(""), packed]
+        return [html.note(""), packed]
 
     def take(self, file: str | None, request: gr.Request) -> list[Any]:
         """A zip that :meth:`export` made, or one of photos by folder. Its names never leave the folder it is unpacked in."""
@@ -186,7 +186,7 @@ class Handlers:
         try:
             paths = self._given(tongue, name, photos)
             found = self._classified(request, str(name), model or self._models(request)[2], paths, question.strip() or None)
-            return shown.judged(tongue, paths, found, self._thumbs(_who(request), str(name), found.version), bar)
+            return html.judged(tongue, paths, found, self._thumbs(_who(request), str(name), found.version), bar)
         except (UserError, ValidationError) as error:
             return self._wrong(tongue, error)
 
@@ -196,8 +196,8 @@ class Handlers:
             paths = self._given(tongue, name, photos)
             _, plain, first = self._models(request)
             told = [(model, self._classified(request, str(name), model, paths)) for model in (base or plain, adapter or first)]
-            sides = {f"{model}{' ' * n}": found for n, (model, found) in enumerate(told)}  # the same model twice is two sides
-            return shown.compared(tongue, paths, sides, self._thumbs(_who(request), str(name), told[0][1].version), bar)
+            pair = {f"{model}{' ' * n}": found for n, (model, found) in enumerate(told)}  # the same model twice is two pair
+            return html.compared(tongue, paths, pair, self._thumbs(_who(request), str(name), told[0][1].version), bar)
         except (UserError, ValidationError) as error:
             return self._wrong(tongue, error)
 
@@ -208,7 +208,9 @@ class Handlers:
             raise DataError(say(tongue, "no_photos"))
         return _paths(photos)
 
-    def _classified(self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None) -> wire.ClassifyOut:
+    def _classified(
+        self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None
+    ) -> api_types.ClassifyOut:
         return judge(self._api(request), name, [_picture(path) for path in paths], model, question)
 
     # Chat
@@ -226,13 +228,13 @@ class Handlers:
         try:
             messages = [_message(one) for one in (*talk, asked)]
             more = {"support_set": name} if name else {}
-            yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), shown.note("")]
+            yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), html.note("")]
             for piece in self._api(request).stream(str(model or self._models(request)[2]), messages, NEW_TOKENS, **more):
                 if self._turns.get(request.session_hash) != turn:  # leaving the stream ends the server's work
                     break
                 said += piece
                 answer = {"role": "assistant", "text": said, "files": []}
-                yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
+                yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), html.note("")]
         except UserError as error:
             if self._turns.get(request.session_hash) == turn:
                 yield [dict(message), talk, _told(talk), self._wrong(tongue, error)]
@@ -242,18 +244,18 @@ class Handlers:
             return
         if not said.strip():
             answer = {"role": "assistant", "text": say(tongue, "silent"), "files": []}
-            yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), shown.note("")]
+            yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), html.note("")]
         yield [gr.skip()] * 4  # what is yielded last is shown once more at the end, when it may no longer be true
 
     def stop(self, talk: list[dict[str, Any]], request: gr.Request) -> list[Any]:
         """What was said so far stays."""
-        left = [gr.skip(), talk, _told(talk), shown.note("")]
+        left = [gr.skip(), talk, _told(talk), html.note("")]
         self._next_turn(request, left)
         return left
 
     def forget(self, request: gr.Request) -> list[Any]:
-        self._next_turn(request, [gr.skip(), [], [], shown.note("")])
-        return [{"text": "", "files": []}, [], [], shown.note("")]
+        self._next_turn(request, [gr.skip(), [], [], html.note("")])
+        return [{"text": "", "files": []}, [], [], html.note("")]
 
     def _next_turn(self, request: gr.Request, left: list[Any] | None = None) -> int:
         """Of this browser window; an answer to an earlier turn is not shown any more. ``left``: what is to be seen instead."""
@@ -299,19 +301,19 @@ class Handlers:
         labels = [*piles, *[""] * (MOST - len(piles))]
         photos = [[str(path) for path in piles[label]] if label else None for label in labels]
         count = max(2, len(piles))
-        return [shown.note(told), opened, name, count, *labels, *photos, *(gr.Column(visible=number < count) for number in range(MOST))]
+        return [html.note(told), opened, name, count, *labels, *photos, *(gr.Column(visible=number < count) for number in range(MOST))]
 
     def _left(self, told: str | Exception) -> list[Any]:
         """The piles as they are, and what went wrong."""
         text = _plain(self.url, told) if isinstance(told, Exception) else told
-        return [shown.note(text, wrong=bool(text)), *[gr.skip()] * (3 + 3 * MOST)]
+        return [html.note(text, wrong=bool(text)), *[gr.skip()] * (3 + 3 * MOST)]
 
     def _wrong(self, tongue: str, error: Exception) -> str:
         if isinstance(error, ValidationError):
             told = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors()[:3])
         else:
             told = _plain(self.url, error)
-        return shown.note(say(tongue, "failed", why=told) if not isinstance(error, DataError) else told, wrong=True)
+        return html.note(say(tongue, "failed", why=told) if not isinstance(error, DataError) else told, wrong=True)
 
     def _folder(self) -> Path:
         """A new one; those of an hour ago are removed."""
@@ -328,7 +330,7 @@ class Handlers:
         folder = self._folder()
         piles: dict[str, list[Path]] = {}
         for number, (label, data) in enumerate(examples):
-            kind = wire.data_url(data[:16]).partition("/")[2].partition(";")[0]
+            kind = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
             path = folder / f"{number:03d}.{kind}"
             path.write_bytes(data)
             piles.setdefault(label, []).append(path)
@@ -339,8 +341,8 @@ def _unpacked(file: Path, out: Path) -> Path:
     """Raises DataError for more than a set can be; entries that are links or lead outside are written inside or not at all (zipfile)."""
     with zipfile.ZipFile(file) as archive:
         listed = archive.infolist()
-        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * wire.MOST_IMAGES:
-            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * wire.MOST_IMAGES} files.")
+        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * api_types.MOST_IMAGES:
+            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * api_types.MOST_IMAGES} files.")
         archive.extractall(out)
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
     return inside[0] if len(inside) == 1 and not (out / folders.SHEET).exists() else out

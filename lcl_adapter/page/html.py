@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.page.texts import say
@@ -22,29 +22,29 @@ def note(text: str, wrong: bool = False) -> str:
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>' if text else '<p role="status"></p>'
 
 
-def judged(tongue: str, photos: Sequence[Path], found: wire.ClassifyOut, examples: Sequence[str], bar: bool = True) -> str:
+def judged(tongue: str, photos: Sequence[Path], found: api_types.ClassifyOut, examples: Sequence[str], bar: bool = True) -> str:
     """A card a photo. examples: the set's photos as data URLs, in their order; bar: whether a stranger has no label."""
     pairs = enumerate(zip(photos, found.results, strict=True), 1)
     cards = [_card(tongue, number, photo, one, found, examples, bar) for number, (photo, one) in pairs]
     return f'<div class="lcl-cards">{"".join(cards)}</div>'
 
 
-def compared(tongue: str, photos: Sequence[Path], sides: Mapping[str, wire.ClassifyOut], examples: Sequence[str], bar: bool = True) -> str:
+def compared(tongue: str, photos: Sequence[Path], pair: Mapping[str, api_types.ClassifyOut], examples: Sequence[str], bar: bool = True) -> str:
     """Both models' cards of each photo beside each other."""
-    one, other = sides.values()
+    one, other = pair.values()
     pairs = list(zip(one.results, other.results, strict=True))
     same = sum(_answer(a, bar) == _answer(b, bar) for a, b in pairs if a.error is None and b.error is None)
     rows = []
     for number, photo in enumerate(photos, 1):
         cells = "".join(
             f"<div><h2>{escape(name)}</h2>{_card(tongue, number, photo, found.results[number - 1], found, examples, bar, 'h3')}</div>"
-            for name, found in sides.items()
+            for name, found in pair.items()
         )
         rows.append(f'<div class="lcl-pair">{cells}</div>')
     return note(say(tongue, "same", same=same, count=len(pairs))) + "".join(rows)
 
 
-def why(tongue: str, one: wire.Judgement, found: wire.CalibrationOut) -> list[str]:
+def why(tongue: str, one: api_types.Judgement, found: api_types.CalibrationOut) -> list[str]:
     """What speaks against trusting the label, plainly; one line where nothing does."""
     told = []
     if one.none_of_these and one.nearest is not None and found.threshold is not None:
@@ -59,12 +59,19 @@ def why(tongue: str, one: wire.Judgement, found: wire.CalibrationOut) -> list[st
     return told or [say(tongue, "sure")]
 
 
-def _answer(one: wire.Judgement, bar: bool) -> str | None:
+def _answer(one: api_types.Judgement, bar: bool) -> str | None:
     return one.label if bar else one.nearest
 
 
 def _card(
-    tongue: str, number: int, photo: Path, one: wire.Judgement, found: wire.ClassifyOut, examples: Sequence[str], bar: bool, head: str = "h2"
+    tongue: str,
+    number: int,
+    photo: Path,
+    one: api_types.Judgement,
+    found: api_types.ClassifyOut,
+    examples: Sequence[str],
+    bar: bool,
+    head: str = "h2",
 ) -> str:
     name = f"{say(tongue, 'photo')} {number}"
     try:

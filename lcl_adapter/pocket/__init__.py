@@ -29,7 +29,7 @@ def shipped(name: str) -> Path:
         return DATA / name
     path = cache() / name
     if not path.exists():
-        from lcl_adapter.pocket.made import make
+        from lcl_adapter.pocket.draw import make
 
         make(cache(), "products" if name.startswith("products") else "inspection")
     return path

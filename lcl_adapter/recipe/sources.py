@@ -72,7 +72,7 @@ class Manifest(HeldOut):
     type: Literal["manifest"]
     file: Path
     images: Path
-    columns: dict[Literal["image", "class", "group", "hand", "box"], Columns] = {"image": ["image"], "class": ["class"]}
+    columns: dict[Literal["image", "class", "group", "artist", "box"], Columns] = {"image": ["image"], "class": ["class"]}
     where: dict[str, str | int] = {}
     lookup: Path | None = Field(None, description="a CSV with image_id and path, where `image` is an id (ABO)")
 
@@ -273,7 +273,7 @@ class EpisodeOptions(Words):
     real_names: Share = Field(0.2, description="with `names: mixed`, the share of episodes under real names")
     hard: Share = Field(0.5, description="share of episodes whose classes are near neighbours")
     learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels seen before")
-    other_hands: bool = Field(True, description="show the support set by other hands than the query's, where hands are known")
+    other_artists: bool = Field(True, description="show support pictures by other artists than the query's, where artists are known")
     further_views: int = Field(0, ge=0, le=16, description="how many further views of a picture may stand in when pictures run out")
     turned: Share = Field(0.0, description="share of episodes whose pictures are all turned by 0 to 3 quarters: a turned thing is a new class")
     augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of so many further views, drawn anew each time")

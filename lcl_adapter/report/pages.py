@@ -85,6 +85,6 @@ def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
 def _url(name: str) -> str:
     """A picture's name in predictions.jsonl back into a picture; a grey square where the file has gone."""
     try:
-        return data_url(Picture.named(name))
+        return data_url(Picture.parse(name))
     except DataError:
         return "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='9' height='9' fill='%23ccc'/%3E%3C/svg%3E"

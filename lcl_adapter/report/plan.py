@@ -30,9 +30,11 @@ def show_plan(found: Mapping[str, Any]) -> None:
     console.print(f"{found['precision']} on a {device} of {_size(found['memory'])}: {fit}", style="bold" if found["fits"] else "bold red")
     if found["support_sets_beside"]:
         console.print(f"serving leaves room for {found['support_sets_beside']:,} support sets of that length", highlight=False)
-    for way in found["ways"]:
-        console.print(f"  {' '.join(way['overrides'])}: {_size(way['total'])}; costs {way['cost']}", highlight=False, markup=False, soft_wrap=True)
-    if not found["fits"] and not found["ways"]:
+    for remedy in found["remedies"]:
+        console.print(
+            f"  {' '.join(remedy['overrides'])}: {_size(remedy['total'])}; costs {remedy['cost']}", highlight=False, markup=False, soft_wrap=True
+        )
+    if not found["fits"] and not found["remedies"]:
         console.print("  nothing that was tried is enough: take a smaller base", highlight=False)
     if "probe" in found:
         peak = f", peak {found['probe']['peak'] / 1e9:.2f} GB" if "peak" in found["probe"] else ""

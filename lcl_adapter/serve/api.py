@@ -19,14 +19,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
-from lcl_adapter.serve.gate import Gate, Measured, fault
+from lcl_adapter.serve.decoding import Speaker, Token
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
 from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
+from lcl_adapter.serve.middleware import Gate, Measured, fault
 from lcl_adapter.serve.service import Classification, Service, summary
-from lcl_adapter.serve.speech import Speaker, Token
 from lcl_adapter.serve.store import StoredSet
 
 log = logging.getLogger("lcl_adapter.serve")
@@ -78,7 +78,7 @@ async def caller(request: Request) -> Caller:
     return found
 
 
-VersionAsked = Annotated[int | None, Query(ge=1, le=wire.MOST_VERSIONS)]
+VersionAsked = Annotated[int | None, Query(ge=1, le=api_types.MOST_VERSIONS)]
 Who = Annotated[Caller, Depends(caller)]
 
 
@@ -171,43 +171,43 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         return named(name)
 
     @app.put("/v1/adapters/{name}")
-    def load_adapter(name: wire.Name, _: Admin) -> dict[str, Any]:
+    def load_adapter(name: api_types.Name, _: Admin) -> dict[str, Any]:
         """Load one of the runs in the server's own adapter folder; refused where it changes nothing."""
         service.load(name)
         return named(name)
 
     @app.delete("/v1/adapters/{name}", status_code=204)
-    def unload_adapter(name: wire.Name, _: Admin) -> None:
+    def unload_adapter(name: api_types.Name, _: Admin) -> None:
         service.unload(name)
 
     @app.put("/v1/support-sets/{name}")
-    def put_set(name: wire.Name, given: wire.SupportSetIn, who: Who) -> wire.SupportSetOut:
+    def put_set(name: api_types.Name, given: api_types.SupportSetIn, who: Who) -> api_types.SupportSetOut:
         """Store a new version; 409 where ``expected_version`` is not the newest."""
         return summary(service.put(who.namespace, name, given))
 
     @app.get("/v1/support-sets")
-    def sets(who: Who) -> wire.SupportSets:
+    def sets(who: Who) -> api_types.SupportSets:
         found: list[StoredSet] = []
         for name in service.store.names(who.namespace):
             with suppress(MissingError):  # removed in between
                 found.append(service.store.get(who.namespace, name))
-        return wire.SupportSets(data=[summary(one) for one in found])
+        return api_types.SupportSets(data=[summary(one) for one in found])
 
     @app.get("/v1/support-sets/{name}")
-    def read_set(name: wire.Name, who: Who, version: VersionAsked = None, images: bool = False) -> wire.SupportSetWhole:
+    def read_set(name: api_types.Name, who: Who, version: VersionAsked = None, images: bool = False) -> api_types.SupportSetWhole:
         return service.whole(service.store.get(who.namespace, name, version), images)
 
     @app.get("/v1/support-sets/{name}/versions")
-    def versions(name: wire.Name, who: Who) -> wire.Versions:
+    def versions(name: api_types.Name, who: Who) -> api_types.Versions:
         found = service.store.versions(who.namespace, name)
-        return wire.Versions(data=[wire.Version(version=number, created=created) for number, created in found])
+        return api_types.Versions(data=[api_types.Version(version=number, created=created) for number, created in found])
 
     @app.delete("/v1/support-sets/{name}", status_code=204)
-    def remove_set(name: wire.Name, who: Who, expected_version: VersionAsked = None) -> None:
+    def remove_set(name: api_types.Name, who: Who, expected_version: VersionAsked = None) -> None:
         service.remove(who.namespace, name, expected_version)
 
     @app.post("/v1/classify")
-    async def classify(given: wire.ClassifyIn, who: Who, request: Request) -> wire.ClassifyOut:
+    async def classify(given: api_types.ClassifyIn, who: Who, request: Request) -> api_types.ClassifyOut:
         """Judge images by a stored set. A broken image has its fault in its own result."""
         started: Classification = await run_in_threadpool(service.classify, who.namespace, given)
         await wait_for(started.futures, request, started.cancel, service.timeout)
@@ -216,7 +216,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         return judged
 
     @app.post("/v1/chat/completions")
-    async def chat(given: wire.ChatIn, who: Who, request: Request) -> Any:
+    async def chat(given: api_types.ChatIn, who: Who, request: Request) -> Any:
         job, speaker = await run_in_threadpool(service.chat, who.namespace, given)
         if given.stream:
             spoken = _Stream(given, job, speaker)
@@ -227,7 +227,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         await wait_for([job.future], request, job.cancelled.set, service.timeout)
         reason = job.future.result()
         told = speaker.told(speaker.tokens) if given.logprobs else None
-        return wire.completion(given, speaker.text, reason, usage_of(job, speaker), told)
+        return api_types.completion(given, speaker.text, reason, usage_of(job, speaker), told)
 
     return app
 
@@ -240,13 +240,13 @@ def usage_of(job: Job, speaker: Speaker) -> dict[str, int]:
 class _Stream:
     """Text from the engine's thread to one client. The engine never waits for it: what a slow client has not read is a few kB at most."""
 
-    def __init__(self, given: wire.ChatIn, job: Job, speaker: Speaker) -> None:
+    def __init__(self, given: api_types.ChatIn, job: Job, speaker: Speaker) -> None:
         self.given, self.job, self.speaker = given, job, speaker
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[tuple[str, list[Token]] | None] = asyncio.Queue()
         speaker.send = lambda text, tokens: self._put((text, tokens))
         job.future.add_done_callback(lambda _: self._put(None))
-        self.head = {"id": wire.completion_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": given.model}
+        self.head = {"id": api_types.completion_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": given.model}
 
     def _put(self, piece: tuple[str, list[Token]] | None) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -274,10 +274,10 @@ class _Stream:
 
     async def events(self, piece: tuple[str, list[Token]] | None) -> AsyncIterator[str]:
         try:
-            yield _event(wire.chunk(self.head, {"role": "assistant", "content": ""}))
+            yield _event(api_types.chunk(self.head, {"role": "assistant", "content": ""}))
             while piece is not None:
                 text, tokens = piece
-                yield _event(wire.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
+                yield _event(api_types.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
                 piece = await self.pieces.get()
             error = self.job.future.exception()
             if error is not None:
@@ -285,8 +285,8 @@ class _Stream:
                 return
             text, tokens = self.speaker.rest()
             if text or tokens:
-                yield _event(wire.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
-            yield _event(wire.chunk(self.head, {}, self.job.future.result()))
+                yield _event(api_types.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
+            yield _event(api_types.chunk(self.head, {}, self.job.future.result()))
             if self.given.stream_options and self.given.stream_options.include_usage:
                 yield _event({**self.head, "choices": [], "usage": usage_of(self.job, self.speaker)})
             yield "data: [DONE]\n\n"

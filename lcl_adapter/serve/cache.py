@@ -16,7 +16,7 @@ REMEMBERED = 10_000  # places that were evicted, to tell a rebuild from a first 
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedSet:
     """A prefilled set, and its pictures as the tower sees them: unit vectors [N, width], in the order of its turns."""
 
     ready: Prefilled
@@ -38,24 +38,24 @@ class Counters:
     waves: int = 0
 
 
-class KeptSets:
+class SetCache:
     """At most ``budget`` bytes of them. Used on the engine's thread alone; numbers may be read on any."""
 
     def __init__(self, budget: int, counters: Counters) -> None:
         self.budget, self.counters = budget, counters
         self.bytes = 0
-        self._sets: OrderedDict[Place, Kept] = OrderedDict()
+        self._sets: OrderedDict[Place, CachedSet] = OrderedDict()
         self._evicted: set[Place] = set()
         self._a_token = 0.0  # bytes, of the last that was read
 
     def __len__(self) -> int:
         return len(self._sets)
 
-    def values(self) -> Iterator[Kept]:
+    def values(self) -> Iterator[CachedSet]:
         """From the one that was asked longest ago to the newest."""
         return iter(list(self._sets.values()))
 
-    def get(self, place: Place) -> Kept | None:
+    def get(self, place: Place) -> CachedSet | None:
         found = self._sets.get(place)
         if found is not None:
             self._sets.move_to_end(place)
@@ -66,7 +66,7 @@ class KeptSets:
         """For a set of so many tokens, as far as it is known what one takes: read first, it would stand beside what has to go."""
         self._evict(int(tokens * self._a_token))
 
-    def put(self, place: Place, kept: Kept) -> None:
+    def put(self, place: Place, kept: CachedSet) -> None:
         """A set that is larger than all there is, is used and not kept."""
         self._a_token = kept.bytes / max(1, kept.ready.mask.shape[1])
         self.counters.prefills += 1

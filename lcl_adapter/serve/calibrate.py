@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lcl_adapter.answering.predict import Prefilled, Reply
-from lcl_adapter.data.conversations import Turn, from_labelled
+from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.recipe.wording import Wording
 
@@ -77,7 +77,7 @@ def calibrate(engine: Asked, shown: Sequence[tuple[Picture, str]], wording: Word
     judged: list[tuple[tuple[float, ...], int]] = []
     for fold in _folds([label for _, label in shown]):
         rest = [one for place, one in enumerate(shown) if place not in fold]
-        ready = engine.prefill(from_labelled(rest, wording))
+        ready = engine.prefill(support_turns(rest, wording))
         asked = [(Turn("user", question or wording.query, shown[place][0]), answers) for place in fold]
         replies = engine.ask(ready, asked)
         judged += [(reply.log_likelihoods, labels.index(shown[place][1])) for place, reply in zip(fold, replies, strict=True)]

@@ -33,10 +33,10 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
+from lcl_adapter.serve.cache import CachedSet, Counters, SetCache, size_of
+from lcl_adapter.serve.decoding import Chooser
 from lcl_adapter.serve.images import digest_of
 from lcl_adapter.serve.jobs import BusyError, Job, Key, RunningTasks, Task, alike
-from lcl_adapter.serve.kept import Counters, Kept, KeptSets, size_of
-from lcl_adapter.serve.speech import Chooser
 
 VISION = 64 * 2**20  # bytes of vision features that are kept between requests
 DECODED = 4  # pictures in memory at a time, each up to 200 MB when it is padded to a square
@@ -73,7 +73,7 @@ class Engine:
         own = WORDINGS[base.family.wording]
         self.models: dict[str, Model] = {name: Model(name, own, identity=base.checkpoint.hash())}
         self.counters = Counters()
-        self.kept = KeptSets(memory, self.counters)
+        self.cache = SetCache(memory, self.counters)
         self._pack = pack
         self._waiting: deque[Job | Task] = deque()
         self._tasks = RunningTasks()
@@ -236,7 +236,7 @@ class Engine:
 
     def prefill(self, turns: Sequence[Turn]) -> Prefilled:
         if turns:
-            self.kept.make_room(len(self._predictor.encoder.turns(turns)[0]))
+            self.cache.make_room(len(self._predictor.encoder.turns(turns)[0]))
         return self._predictor.prefill([turns])
 
     def ask(self, ready: Prefilled, asked: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
@@ -249,26 +249,26 @@ class Engine:
             return torch.empty(0, 0)
         return functional.normalize(mean_patches(pictures, self._predictor.vision), dim=1).cpu()
 
-    def _prefilled(self, job: Job) -> Kept:
+    def _prefilled(self, job: Job) -> CachedSet:
         place = None if job.key is None else (job.model, job.key)
-        if place is not None and (known := self.kept.get(place)) is not None:
+        if place is not None and (known := self.cache.get(place)) is not None:
             return known
         turns = job.support()
         ready = self.prefill(turns)
-        kept = Kept(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), size_of(ready))
+        kept = CachedSet(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), size_of(ready))
         if place is not None:
-            self.kept.put(place, kept)
+            self.cache.put(place, kept)
         return kept
 
     def _forget(self, job: Job) -> None:
         if job.key is not None:
-            self.kept.drop(lambda place: place == (job.model, job.key))
+            self.cache.drop(lambda place: place == (job.model, job.key))
 
     def forget(self, key: Key) -> None:
         """A set that was changed or removed; on any thread."""
 
         def run() -> None:
-            self.kept.drop(lambda place: place[1] == key)
+            self.cache.drop(lambda place: place[1] == key)
 
         with suppress(BusyError):  # nothing asks for it by this key any more, so it goes as the least recently used
             self.submit(Task(run))
@@ -351,7 +351,7 @@ class Engine:
         if found.folder is None:
             raise ModelError(f"{name!r} is the base, which stays.")
         del self.models[name]
-        self.kept.drop(lambda place: place[0] == name)
+        self.cache.drop(lambda place: place[0] == name)
         self._take_off(found.adapter)
 
     def _take_off(self, own: str) -> None:

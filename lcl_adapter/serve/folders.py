@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import read_class_folders
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, RunError
@@ -35,7 +35,7 @@ def write(out: Path, name: str, version: int, question: str | None, examples: Se
     sheet = []
     with whole_folder(out) as partial:
         for number, (label, data) in enumerate(examples):
-            suffix = wire.data_url(data[:16]).partition("/")[2].partition(";")[0].replace("jpeg", "jpg")
+            suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0].replace("jpeg", "jpg")
             file = Path(places[label]) / f"{number:03d}.{suffix}"
             (partial / file).parent.mkdir(exist_ok=True)
             (partial / file).write_bytes(data)
@@ -60,8 +60,8 @@ def read(source: Path) -> Written:
         listed = [(str(one["label"]), str(one["file"])) for one in sheet["examples"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{sheet_file}: not a sheet that `support export` wrote ({error}).") from error
-    if len(listed) > wire.MOST_IMAGES:
-        raise DataError(f"{sheet_file}: names {len(listed)} photos, {wire.MOST_IMAGES} are the most that a set has.")
+    if len(listed) > api_types.MOST_IMAGES:
+        raise DataError(f"{sheet_file}: names {len(listed)} photos, {api_types.MOST_IMAGES} are the most that a set has.")
     examples, total = [], 0
     for label, file in listed:
         place = (source / file).resolve()

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
-from lcl_adapter.serve.speech import Sampling, Token
+from lcl_adapter.serve.decoding import Sampling, Token
 
 Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
 

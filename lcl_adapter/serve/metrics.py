@@ -34,7 +34,7 @@ class _OfEngine(Collector):
     def collect(self) -> Any:
         for name, value in vars(self.engine.counters).items():
             yield CounterMetricFamily(f"lcl_{name}", f"Of the engine: {name}.", value=value)
-        yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in memory.", value=len(self.engine.kept))
-        yield GaugeMetricFamily("lcl_kept_bytes", "What they take.", value=self.engine.kept.bytes)
-        yield GaugeMetricFamily("lcl_kept_bytes_limit", "What they may take.", value=self.engine.kept.budget)
+        yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in memory.", value=len(self.engine.cache))
+        yield GaugeMetricFamily("lcl_kept_bytes", "What they take.", value=self.engine.cache.bytes)
+        yield GaugeMetricFamily("lcl_kept_bytes_limit", "What they may take.", value=self.engine.cache.budget)
         yield GaugeMetricFamily("lcl_queue", "Jobs that wait.", value=self.engine.waiting)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.serve.keys import LOCAL, Keys
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def is_local(host: str) -> bool:
 
 
 def fault(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
-    return {"error": wire.Fault(message=message, type=kind, code=code, param=param).model_dump()}
+    return {"error": api_types.Fault(message=message, type=kind, code=code, param=param).model_dump()}
 
 
 class Gate:

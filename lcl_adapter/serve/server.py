@@ -20,8 +20,8 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import RunError
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.gate import is_local
 from lcl_adapter.serve.keys import Keys, read_keys
+from lcl_adapter.serve.middleware import is_local
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from lcl_adapter.terminal import console
@@ -70,7 +70,7 @@ def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], wh
             taken.listen(config.backlog)  # who reads the next line may ask at once
         console.print(
             f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{taken.getsockname()[1]} serves {told}; "
-            f"kept support sets may take {service.engine.kept.budget / 1e9:.2f} GB",
+            f"kept support sets may take {service.engine.cache.budget / 1e9:.2f} GB",
             highlight=False,
             markup=False,
         )

@@ -13,17 +13,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
-from lcl_adapter.data.conversations import Turn, from_labelled, shown_order
+from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, RunError, UserError
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
+from lcl_adapter.serve.decoding import Sampling, Speaker
 from lcl_adapter.serve.engine import Engine, Model, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
 from lcl_adapter.serve.jobs import Job, Task
-from lcl_adapter.serve.speech import Sampling, Speaker
 from lcl_adapter.serve.store import Store, StoredSet
 
 
@@ -43,7 +43,7 @@ class Service:
 
     # Support sets
 
-    def put(self, namespace: str, name: str, given: wire.SupportSetIn) -> StoredSet:
+    def put(self, namespace: str, name: str, given: api_types.SupportSetIn) -> StoredSet:
         """Check everything, then store. Raises RequestError with the example's number; ConflictError; RunError where the disk is full."""
         for number, example in enumerate(given.examples):
             self._check_text(example.label, f"examples[{number}].label")
@@ -66,7 +66,7 @@ class Service:
         for model in list(self.engine.models.values()):
             answer = max((model.wording.answered(label) for _, label in shown), key=len)
             asked = [Turn("user", question or model.wording.query, shown[0][0]), Turn("assistant", answer)]
-            length = len(encoder.turns([*from_labelled(shown, model.wording), *asked])[0]) + self.engine.spare
+            length = len(encoder.turns([*support_turns(shown, model.wording), *asked])[0]) + self.engine.spare
             if length > encoder.context:
                 raise RequestError(
                     f"{len(shown)} photos and a question are {length} tokens ({encoder.tokens_an_image} a photo); they do not fit the context of "
@@ -82,12 +82,12 @@ class Service:
         if token is not None:
             raise RequestError(f"{where}: holds {token!r}, a special token of the model's prompt. Leave it out.")
 
-    def whole(self, stored: StoredSet, images: bool) -> wire.SupportSetWhole:
+    def whole(self, stored: StoredSet, images: bool) -> api_types.SupportSetWhole:
         shown = []
         for one in stored.examples:
-            image = wire.data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
-            shown.append(wire.Shown(label=one.label, sha256=one.image, image=image))
-        return wire.SupportSetWhole(**summary(stored).model_dump(), examples=shown)
+            image = api_types.data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
+            shown.append(api_types.Shown(label=one.label, sha256=one.image, image=image))
+        return api_types.SupportSetWhole(**summary(stored).model_dump(), examples=shown)
 
     def remove(self, namespace: str, name: str, expected: int | None) -> None:
         kept = [self.store.get(namespace, name, number) for number, _ in self.store.versions(namespace, name)]
@@ -101,11 +101,11 @@ class Service:
 
     def _turns(self, stored: StoredSet, model: Model) -> tuple[Turn, ...]:
         shown = [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]
-        return from_labelled(shown, model.wording)
+        return support_turns(shown, model.wording)
 
     # Classification
 
-    def classify(self, namespace: str, request: wire.ClassifyIn) -> Classification:
+    def classify(self, namespace: str, request: api_types.ClassifyIn) -> Classification:
         """Jobs in the engine's queue, and what becomes of their replies. Raises MissingError, RequestError, BusyError."""
         model = self.engine.find(request.model or self.default)
         stored = self.store.get(namespace, request.support_set, request.version)
@@ -178,7 +178,7 @@ class Service:
 
     # Chat
 
-    def chat(self, namespace: str, request: wire.ChatIn) -> tuple[Job, Speaker]:
+    def chat(self, namespace: str, request: api_types.ChatIn) -> tuple[Job, Speaker]:
         """A job that is not submitted yet, and who turns its tokens into text. Raises MissingError, RequestError."""
         model = self.engine.find(request.model)
         turns = self._messages(namespace, request.messages)
@@ -197,7 +197,7 @@ class Service:
         job = Job(model.name, support, turns[-1], key, sampling=sampling, say=speaker.hear, deadline=time.monotonic() + self.timeout)
         return job, speaker
 
-    def _messages(self, namespace: str, messages: Sequence[wire.Message]) -> tuple[Turn, ...]:
+    def _messages(self, namespace: str, messages: Sequence[api_types.Message]) -> tuple[Turn, ...]:
         """Instructions go before the next user text, as LLaVA's prompts have one fixed system text. Raises RequestError."""
         turns: list[Turn] = []
         instructions: list[str] = []
@@ -207,7 +207,7 @@ class Service:
             pictures: list[Picture] = []
             for place, part in enumerate(message.parts):
                 where = f"messages[{number}].content[{place}]"
-                if isinstance(part, wire.TextPart):
+                if isinstance(part, api_types.TextPart):
                     self._check_text(part.text, where)
                     texts.append(part.text)
                 else:
@@ -253,7 +253,7 @@ class Service:
 class Classification:
     """A request under way. ``jobs``: one an image, or what was wrong with it."""
 
-    request: wire.ClassifyIn
+    request: api_types.ClassifyIn
     stored: StoredSet
     model: Model
     calibration: Future[Calibration] | None
@@ -270,19 +270,19 @@ class Classification:
             if isinstance(one, Job):
                 one.cancelled.set()
 
-    def judged(self) -> wire.ClassifyOut:
+    def judged(self) -> api_types.ClassifyOut:
         """Once every future is done. Raises what the calibration raised; a fault of one image is told in its place."""
         found = self.calibration.result() if self.calibration else Calibration()
         results = [self._one(found, job) for job in self.jobs]
-        told = wire.CalibrationOut(temperature=found.temperature, threshold=found.threshold, left_out=found.left_out, right=found.right)
+        told = api_types.CalibrationOut(temperature=found.temperature, threshold=found.threshold, left_out=found.left_out, right=found.right)
         stored = self.stored
-        return wire.ClassifyOut(model=self.model.name, support_set=stored.name, version=stored.version, calibration=told, results=results)
+        return api_types.ClassifyOut(model=self.model.name, support_set=stored.name, version=stored.version, calibration=told, results=results)
 
-    def _one(self, calibration: Calibration, job: Job | UserError) -> wire.Judgement:
+    def _one(self, calibration: Calibration, job: Job | UserError) -> api_types.Judgement:
         error = job if isinstance(job, UserError) else job.future.exception()
         if isinstance(error, UserError):
             code = "invalid_image" if error is job else "invalid_value"  # the image's own, or what came of asking
-            return wire.Judgement(error=wire.Fault(message=str(error), type="invalid_request_error", code=code))
+            return api_types.Judgement(error=api_types.Fault(message=str(error), type="invalid_request_error", code=code))
         if error is not None:
             raise error
         assert isinstance(job, Job)
@@ -295,14 +295,14 @@ class Classification:
         score = familiarity([cosine for place, cosine in alike.items() if self.stored.examples[place].label == nearest])
         strange = calibration.threshold is not None and score < calibration.threshold
         place = max(alike, key=alike.__getitem__)
-        return wire.Judgement(
+        return api_types.Judgement(
             label=None if strange else nearest,
             nearest=nearest,
             probabilities=dict(zip(labels, chances, strict=True)),
             margin=ranked[0] - ranked[1],
             none_of_these=strange,
             familiarity=score,
-            most_alike=wire.Alike(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
+            most_alike=api_types.Alike(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
         )
 
 
@@ -318,6 +318,6 @@ def key_of(stored: StoredSet) -> tuple[str, str]:
     return stored.namespace, f"{stored.id}-{stored.created}"
 
 
-def summary(stored: StoredSet) -> wire.SupportSetOut:
+def summary(stored: StoredSet) -> api_types.SupportSetOut:
     labels = {label: sum(e.label == label for e in stored.examples) for label in stored.labels}
-    return wire.SupportSetOut(name=stored.name, version=stored.version, created=stored.created, labels=labels, question=stored.question)
+    return api_types.SupportSetOut(name=stored.name, version=stored.version, created=stored.created, labels=labels, question=stored.question)

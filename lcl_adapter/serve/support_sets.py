@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve import folders
 from lcl_adapter.serve.service import summary
@@ -36,11 +36,11 @@ def add(
 
 def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, bytes]], question: str | None, expected: int | None) -> dict[str, Any]:
     """By the same rules as over HTTP."""
-    if not re.fullmatch(wire.SET_NAME, name):
+    if not re.fullmatch(api_types.SET_NAME, name):
         raise DataError(f"{name!r} is no name for a support set: letters, digits, dots, dashes and underscores, 64 at most.")
     try:
-        given = wire.SupportSetIn(
-            examples=[wire.LabelledImage(label=label, image="data:") for label, _ in examples], question=question, expected_version=expected
+        given = api_types.SupportSetIn(
+            examples=[api_types.LabelledImage(label=label, image="data:") for label, _ in examples], question=question, expected_version=expected
         )
     except ValidationError as error:
         raise DataError("; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())) from error

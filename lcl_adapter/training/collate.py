@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler
 
 from lcl_adapter.base.encoder import IGNORED, Encoded, Encoder, position_ids
-from lcl_adapter.data.conversations import WORDINGS, Conversation, speak
+from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
@@ -76,14 +76,14 @@ class Collator:
     def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
         faults: list[str] = []
         rows = [self.row(example["index"], faults) for example in examples]
-        told = [
+        counts = [
             (self.mixture.slot(example["index"]).source, len(row), sum(label != IGNORED for label in row.labels))
             for example, row in zip(examples, rows, strict=True)
         ]
-        return collate(rows, self.encoder.pad) | {"faults": faults, "told": told}
+        return collate(rows, self.encoder.pad) | {"faults": faults, "counts": counts}
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
-        return speak(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
+        return to_conversation(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
 
     def row(self, index: int, faults: list[str] | None = None) -> Encoded:
         """The row at ``index``; what had to be replaced on the way is added to ``faults``.

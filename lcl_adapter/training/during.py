@@ -17,7 +17,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.evaluate import build_cells, fallen, measure_adapter, measure_base, readable
+from lcl_adapter.evaluate import build_cells, measure_adapter, measure_base, readable, retention_of
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.terminal import console
@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         finally:
             model.train()
         before = self.told["base"]
-        gate = fallen([(c.suite, before[c.name], figures[c.name]) for c in self.cells], self.recipe)
+        gate = retention_of([(c.suite, before[c.name], figures[c.name]) for c in self.cells], self.recipe)
         passed = all(g["kept"] for g in gate)
         mean = sum(figures.values()) / len(figures)
         best = self.told["best"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoded, check_alignment
-from lcl_adapter.data.conversations import WORDINGS, speak
+from lcl_adapter.data.conversations import WORDINGS, to_conversation
 from lcl_adapter.data.episodes import draw
 from lcl_adapter.data.sources import QuestionPool
 from lcl_adapter.data.sources.records import longest_dialogues
@@ -50,7 +50,7 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
             assert isinstance(options, QuestionReader)
             for dialogue in longest_dialogues(pool, LONGEST):
                 try:
-                    rows.see(encoder.conversation(speak((dialogue,), wording)))
+                    rows.see(encoder.conversation(to_conversation((dialogue,), wording)))
                 except DataError:
                     if collator.on_fault == "refuse":
                         raise
@@ -66,7 +66,7 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
         for most in longest_options(options):
             for index in range(8):
                 try:
-                    drawn = encoder.conversation(speak(draw(pool, most, mixture.seed, 1, index), wording))
+                    drawn = encoder.conversation(to_conversation(draw(pool, most, mixture.seed, 1, index), wording))
                     rows.lengths[name].append(len(rows.see(drawn)))
                 except DataError:
                     if collator.on_fault == "refuse":

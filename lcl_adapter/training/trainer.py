@@ -101,7 +101,7 @@ class LclTrainer(SFTTrainer):
         inputs = dict(inputs)
         labels, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
-        self.tally.count(inputs.pop("told", ()))
+        self.tally.count(inputs.pop("counts", ()))
         targets = labels[:, 1:]
         keep = functional.pad(targets != IGNORED, (0, 1))
         outputs = model(**inputs, pictures=pictures, logits_to_keep=keep, use_cache=False)
@@ -201,7 +201,7 @@ def train(recipe: Recipe, resume: bool = False, watching: Watching | None = None
     rows = check_rows(unread)  # before any weight is loaded
     base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else None)), recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
-        adapter.keep_start(base.model, output / "start")
+        adapter.save_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), in_step=processes.uses_deepspeed())
     collator = Collator(mixture, base.encoder(), _readable(vision), recipe.data.on_fault)
     if processes.is_first():
@@ -296,7 +296,7 @@ def _readable(vision: VisionFeatures) -> Any:
     known: set[Picture] = set()
 
     def check(picture: Picture) -> None:
-        if picture not in known and picture not in vision.kept:
+        if picture not in known and picture not in vision.cache:
             read_image(picture)
             known.add(picture)
 

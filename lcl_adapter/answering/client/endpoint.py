@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from lcl_adapter.answering import api_types as wire
-from lcl_adapter.answering.client.scores import Said
+from lcl_adapter.answering import api_types
+from lcl_adapter.answering.client.scores import TokenScore
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError, did_you_mean
 
 KEY = "LCL_API_KEY"  # an environment variable: a key on a command line can be read by everyone on the machine
@@ -25,11 +25,11 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ChatAnswer:
     """tokens: None where the server tells no log-probabilities."""
 
     text: str
-    tokens: tuple[Said, ...] | None
+    tokens: tuple[TokenScore, ...] | None
     reason: str | None
 
 
@@ -89,7 +89,7 @@ class Endpoint:
             raise MissingError(f"{self.url} serves {listed}; choose one with {option}.")
         raise MissingError(f"{self.url} serves no model {name!r}{did_you_mean(name, known)}; it has {listed}.")
 
-    def chat(self, model: str, messages: Sequence[dict[str, Any]], max_tokens: int, scored: bool = False, **more: Any) -> Spoken:
+    def chat(self, model: str, messages: Sequence[dict[str, Any]], max_tokens: int, scored: bool = False, **more: Any) -> ChatAnswer:
         """The greedy answer; with ``scored``, its tokens' log-probabilities where the server tells them."""
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0, **more}
         if scored and self.tells_logprobs:
@@ -123,18 +123,18 @@ class Endpoint:
 
     # This project's own server
 
-    def classify(self, request: wire.ClassifyIn) -> wire.ClassifyOut:
-        return self._read(wire.ClassifyOut, self._send("POST", "/v1/classify", request.model_dump(exclude_none=True)))
+    def classify(self, request: api_types.ClassifyIn) -> api_types.ClassifyOut:
+        return self._read(api_types.ClassifyOut, self._send("POST", "/v1/classify", request.model_dump(exclude_none=True)))
 
-    def sets(self) -> list[wire.SupportSetOut]:
-        return self._read(wire.SupportSets, self._send("GET", "/v1/support-sets")).data
+    def sets(self) -> list[api_types.SupportSetOut]:
+        return self._read(api_types.SupportSets, self._send("GET", "/v1/support-sets")).data
 
-    def read_set(self, name: str, images: bool = False) -> wire.SupportSetWhole:
+    def read_set(self, name: str, images: bool = False) -> api_types.SupportSetWhole:
         told = self._send("GET", _set_path(name), query={"images": "true"} if images else None)
-        return self._read(wire.SupportSetWhole, told)
+        return self._read(api_types.SupportSetWhole, told)
 
-    def put_set(self, name: str, given: wire.SupportSetIn) -> wire.SupportSetOut:
-        return self._read(wire.SupportSetOut, self._send("PUT", _set_path(name), given.model_dump(exclude_none=True)))
+    def put_set(self, name: str, given: api_types.SupportSetIn) -> api_types.SupportSetOut:
+        return self._read(api_types.SupportSetOut, self._send("PUT", _set_path(name), given.model_dump(exclude_none=True)))
 
     def remove_set(self, name: str) -> None:
         self._send("DELETE", _set_path(name))
@@ -186,7 +186,7 @@ class Endpoint:
 
 def _set_path(name: str) -> str:
     """Raises RequestError: a slash or a question mark in a name would make another route of it, or another set."""
-    if not re.fullmatch(wire.SET_NAME, name):
+    if not re.fullmatch(api_types.SET_NAME, name):
         raise RequestError(f"{name!r} is no name for a support set: letters, digits, dots, dashes and underscores, 64 at most.")
     return f"/v1/support-sets/{name}"
 
@@ -201,12 +201,14 @@ def _message(response: httpx2.Response) -> str:
     return str(error.get("message", error) if isinstance(error, dict) else error)[:600]
 
 
-def _spoken(told: Any, url: str) -> Spoken:
+def _spoken(told: Any, url: str) -> ChatAnswer:
     try:
         choice = told["choices"][0]
         text = choice["message"]["content"] or ""
         listed = (choice.get("logprobs") or {}).get("content")
-        tokens = tuple(Said(t["token"], t["logprob"], tuple((o["token"], o["logprob"]) for o in t.get("top_logprobs") or ())) for t in listed or ())
+        tokens = tuple(
+            TokenScore(t["token"], t["logprob"], tuple((o["token"], o["logprob"]) for o in t.get("top_logprobs") or ())) for t in listed or ()
+        )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise EndpointError(f"{url}: its answer is not a chat completion; is this the right server?") from error
-    return Spoken(text.strip(), tokens or None, choice.get("finish_reason"))
+    return ChatAnswer(text.strip(), tokens or None, choice.get("finish_reason"))

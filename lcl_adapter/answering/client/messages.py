@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
@@ -33,13 +33,13 @@ def image_of(picture: Picture, pad: bool = False) -> str:
                 plain = opened.format in AS_THEY_ARE and opened.mode == "RGB" and not opened.has_transparency_data
                 if plain and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
                     opened.load()
-                    return wire.data_url(data)
+                    return api_types.data_url(data)
         except Exception:  # Pillow's decoders raise whatever the bytes make them raise; read_image says what is wrong
             pass
     buffer = io.BytesIO()
     image = read_image(picture)
     (squared(image, OPENAI_CLIP_MEAN) if pad else image).save(buffer, "PNG")
-    return wire.data_url(buffer.getvalue())
+    return api_types.data_url(buffer.getvalue())
 
 
 def to_messages(turns: Sequence[Turn], pad: bool = False) -> list[dict[str, Any]]:

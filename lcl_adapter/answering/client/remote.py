@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lcl_adapter.answering import api_types as wire
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
@@ -60,7 +60,7 @@ class RemotePredictor:
         return Reply(spoken.text, log_likelihoods(answers, spoken.text, spoken.tokens) if answers else ())
 
 
-def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str | None = None, question: str | None = None) -> wire.ClassifyOut:
+def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str | None = None, question: str | None = None) -> api_types.ClassifyOut:
     """Pictures by a set that this project's own server keeps; one that cannot be read here has its fault in its own result, as there.
 
     Raises DataError where none can be read; RequestError, MissingError, EndpointError.
@@ -75,10 +75,12 @@ def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str
     if not sent:
         raise DataError(" ".join(str(error) for error in images))
     try:
-        request = wire.ClassifyIn(support_set=name, images=sent, model=model, question=question)
+        request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question)
     except ValidationError as error:
         raise RequestError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors()[:3])) from error
     found = endpoint.classify(request)
     judged, kind = iter(found.results), "invalid_request_error"
-    results = [next(judged) if isinstance(image, str) else wire.Judgement(error=wire.Fault(message=str(image), type=kind)) for image in images]
+    results = [
+        next(judged) if isinstance(image, str) else api_types.Judgement(error=api_types.Fault(message=str(image), type=kind)) for image in images
+    ]
     return found.model_copy(update={"results": results})

@@ -12,7 +12,7 @@ UNSEEN = 1e-9  # the least that is left over beside the tokens that are told
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenScore:
     """One token: its text, its log-probability, and (text, log-probability) of the likeliest at its place, itself among them or not."""
 
     text: str
@@ -20,7 +20,7 @@ class Said:
     top: tuple[tuple[str, float], ...] = ()
 
 
-def log_likelihoods(answers: Sequence[str], text: str, tokens: Sequence[Said] | None) -> tuple[float, ...]:
+def log_likelihoods(answers: Sequence[str], text: str, tokens: Sequence[TokenScore] | None) -> tuple[float, ...]:
     """One an answer; all equal where nothing tells the answers apart.
 
     The answer that was said has the log-probability of its tokens. Any other is taken as likely as the likeliest token that turns
@@ -51,7 +51,7 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().strip(".!").casefold()
 
 
-def _by_tokens(answers: Sequence[str], text: str, tokens: Sequence[Said]) -> tuple[float, ...]:
+def _by_tokens(answers: Sequence[str], text: str, tokens: Sequence[TokenScore]) -> tuple[float, ...]:
     """Without white space on either side: servers differ in whether a token's text begins with its space."""
     bare, whole = [_bare(answer) for answer in answers], _bare(text)
     found: dict[int, tuple[float, tuple[int, str] | None]] = {}  # log-probability, and which turning it shares with others
@@ -78,7 +78,7 @@ def _bare(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def _turning(answer: str, said: str, total: float, token: Said, place: int) -> tuple[float, tuple[int, str] | None]:
+def _turning(answer: str, said: str, total: float, token: TokenScore, place: int) -> tuple[float, tuple[int, str] | None]:
     """Where ``answer`` parts from what was said, at ``token``: by the likeliest token that goes on with it, or ends where it ends."""
     ways = [(value, text) for text, value in token.top if _goes_on(answer, said, text)]
     if ways:

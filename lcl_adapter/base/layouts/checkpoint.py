@@ -158,9 +158,11 @@ class Checkpoint:
         lone = {keys.EMBEDDING, keys.HEAD}
         if str(self.raw.get("model_type")) not in configs.LLAVA_TYPES and self.layout == "hf":
             # Some of these are rebuilt when they are read, so that what is on the disk is hashed by its own names.
-            return digest({key: stored.mark() for key, stored in stored_in(self.folder).items()})
-        marks = {n: w.stored.mark(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second}
-        return digest(marks)
+            return digest({key: stored.fingerprint() for key, stored in stored_in(self.folder).items()})
+        fingerprints = {
+            n: w.stored.fingerprint(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second
+        }
+        return digest(fingerprints)
 
     @property
     def _second(self) -> set[str]:

@@ -71,7 +71,7 @@ class Stored:
             raise ModelError(f"{self.file}: ends in the middle of {self.key}; the file was cut short, copy it again.")
         return value
 
-    def mark(self, rows: int | None = None) -> bytes:
+    def fingerprint(self, rows: int | None = None) -> bytes:
         """Shape and the values at both ends, rounded to fp16: enough to tell one checkpoint's tensor from another's, whatever type it is kept in.
 
         rows: of the first rows alone.
@@ -268,9 +268,9 @@ def _write(opened: BinaryIO, part: Sequence[Planned]) -> Iterator[Planned]:
         yield one
 
 
-def digest(marks: Mapping[str, bytes]) -> str:
-    """One sha256 over named marks, whatever their order."""
+def digest(fingerprints: Mapping[str, bytes]) -> str:
+    """One sha256 over named fingerprints, whatever their order."""
     found = hashlib.sha256()
-    for name in sorted(marks):
-        found.update(name.encode() + b"\0" + hashlib.sha256(marks[name]).digest())
+    for name in sorted(fingerprints):
+        found.update(name.encode() + b"\0" + hashlib.sha256(fingerprints[name]).digest())
     return found.hexdigest()

@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcessor
 
-from lcl_adapter.amounts import trim
+from lcl_adapter.amounts import trim_heap
 from lcl_adapter.base.layouts import configs, keys
 from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight, find_base
 from lcl_adapter.base.layouts.tensors import Planned, Shards, blocks_of, stored_in
@@ -139,7 +139,7 @@ class Writing:
             task = bar.add_task("", total=self.size)
             for size in self.write(folder, final):
                 bar.advance(task, size)
-                done = trim(done + size)
+                done = trim_heap(done + size)
 
     def verify(self, folder: Path, skipped: frozenset[str] = frozenset()) -> int:
         """Read every tensor again but the ``skipped`` weights, and compare; returns how many. Raises MergeError with the first that differs."""

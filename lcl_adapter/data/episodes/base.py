@@ -79,7 +79,7 @@ def random_names(rng: Rng, count: int, taken: Sequence[str] = ()) -> list[str]:
 def take(rng: Rng, pictures: Sequence[Picture], count: int, views: int) -> list[Picture]:
     """``count`` pictures in random order; when they run out, again in further views, up to ``views`` of them each."""
     order = [pictures[i] for i in rng.permutation(len(pictures))]
-    return [order[i % len(order)].seen_again(i // len(order)) for i in range(min(count, len(order) * (views + 1)))]
+    return [order[i % len(order)].in_view(i // len(order)) for i in range(min(count, len(order) * (views + 1)))]
 
 
 def divide(
@@ -87,27 +87,27 @@ def divide(
 ) -> list[list[list[Picture]]]:
     """For each class, its query pictures (``asked`` of them) and its support pictures (``shots``): [class][side][picture].
 
-    No query picture is in the support set. Where hands are known and ``other_hands`` is set, no *hand* of a query is in
+    No query picture is in the support set. Where hands are known and ``other_artists`` is set, no *hand* of a query is in
     it either, in any class: else the class that lacks the query's style would give the answer away.
 
     Raises EpisodeError where a class has too few pictures.
     """
     shown = [shots] * len(classes) if isinstance(shots, int) else list(shots)
     needed = [-(-count // (options.further_views + 1)) for count in shown]
-    by_hand = options.other_hands and all(p.hand is not None for one in classes for p in one.pictures)
+    by_hand = options.other_artists and all(p.artist is not None for one in classes for p in one.pictures)
     hands: list[str] = []
     if by_hand:
-        queried = [one.hands for one, count in zip(classes, asked, strict=True) if count]
-        shuffled = rng.permutation(sorted({h for one in classes for h in one.hands})).tolist()
+        queried = [one.artists for one, count in zip(classes, asked, strict=True) if count]
+        shuffled = rng.permutation(sorted({h for one in classes for h in one.artists})).tolist()
         for hand in sorted(shuffled, key=lambda h: -sum(h in own for own in queried)):  # a hand all queried classes have, first
-            rest = [sum(p.hand not in {*hands, hand} for p in one.pictures) for one in classes]
+            rest = [sum(p.artist not in {*hands, hand} for p in one.pictures) for one in classes]
             if all(r >= n for r, n in zip(rest, needed, strict=True)) and len(hands) < max(1, *asked):
                 hands.append(str(hand))
-    sides = []
+    pair = []
     for one, count, shots_of_class, kept in zip(classes, asked, shown, needed, strict=True):
         if by_hand:
-            querying = [p for p in one.pictures if p.hand in hands]
-            rest_of_class = [p for p in one.pictures if p.hand not in hands]
+            querying = [p for p in one.pictures if p.artist in hands]
+            rest_of_class = [p for p in one.pictures if p.artist not in hands]
         else:
             order = [one.pictures[i] for i in rng.permutation(len(one.pictures))]
             spare = max(0, min(count, len(order) - kept))
@@ -121,8 +121,8 @@ def divide(
             )
         queries = take(rng, querying, count, options.further_views) if count else []
         queries += [queries[i % len(queries)] for i in range(count - len(queries))]  # asked again rather than not at all
-        sides.append([queries, support])
-    return sides
+        pair.append([queries, support])
+    return pair
 
 
 def first_that_works(attempt: Callable[[], Episode]) -> Episode:
@@ -168,7 +168,7 @@ def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, cl
     Raises EpisodeError where a class has too few pictures.
     """
     asked = np.bincount(rng.integers(0, len(classes), options.queries), minlength=len(classes)).tolist()
-    sides = divide(rng, [pool.classes[i] for i in classes], asked, shots, options)
+    pair = divide(rng, [pool.classes[i] for i in classes], asked, shots, options)
     turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
 
     def seen(picture: Picture) -> Picture:
@@ -176,7 +176,7 @@ def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, cl
         return replace(picture, view=view, turned=turned)
 
     queries, support = (
-        [Example(seen(p), name, index) for index, name, parts in zip(classes, names, sides, strict=True) for p in parts[side]] for side in (0, 1)
+        [Example(seen(p), name, index) for index, name, parts in zip(classes, names, pair, strict=True) for p in parts[side]] for side in (0, 1)
     )
     return Episode(
         support=tuple(support[i] for i in rng.permutation(len(support))),

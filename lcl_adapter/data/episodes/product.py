@@ -38,11 +38,11 @@ def _context(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, sh
     strangers = list(dict.fromkeys(others))
     asked = [which.count(0), which.count(1), *(others.count(s) for s in strangers)]
     classes = [*shown, *strangers]
-    sides = divide(rng, [pool.classes[i] for i in classes], asked, [shots, shots, *[0] * len(strangers)], options)
+    pair = divide(rng, [pool.classes[i] for i in classes], asked, [shots, shots, *[0] * len(strangers)], options)
     labels = [*names, *[words.neither] * len(strangers)]
     turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
     queries, support = (
-        [Example(replace(p, turned=turned), label, index) for index, label, parts in zip(classes, labels, sides, strict=True) for p in parts[side]]
+        [Example(replace(p, turned=turned), label, index) for index, label, parts in zip(classes, labels, pair, strict=True) for p in parts[side]]
         for side in (0, 1)
     )
     return Episode(

@@ -35,7 +35,7 @@ class Picture:
 
     path: the file, or the zip archive that holds it.
     member: the name inside the archive, None for a plain file.
-    hand: who drew or took it, where that is known: an episode shows the support set by other hands than the query's.
+    artist: who drew or photographed it, where that is known. An episode shows support pictures by other artists than the query's.
     view: 0 is the image as it is; k > 0 is its k-th further view (background, scale, turn, light), made when read.
     turned: quarter turns counter-clockwise, before anything else.
     tile: one piece of the picture, (rows, columns, place), places counted from 0 along the rows.
@@ -44,7 +44,7 @@ class Picture:
 
     path: Path
     member: str | None = None
-    hand: str | None = None
+    artist: str | None = None
     view: int = 0
     turned: int = 0
     tile: tuple[int, int, int] | None = None
@@ -56,14 +56,14 @@ class Picture:
         return name + (" (tile {}x{}:{})".format(*self.tile) if self.tile else "")
 
     @classmethod
-    def named(cls, name: str) -> Picture:
-        """The picture that ``str`` wrote down."""
+    def parse(cls, name: str) -> Picture:
+        """The picture whose ``str`` this is."""
         match = NAMED.fullmatch(name)
         assert match is not None
         tile = tuple(int(n) for n in re.findall(r"\d+", match[5])) if match[5] else None
         return cls(Path(match[1]), match[2], view=int(match[3] or 0), turned=int(match[4] or 0), tile=tile)  # type: ignore[arg-type]
 
-    def seen_again(self, view: int) -> Picture:
+    def in_view(self, view: int) -> Picture:
         """The same picture in its ``view``-th further view."""
         return replace(self, view=view)
 
@@ -113,8 +113,8 @@ class PictureClass:
     ranked: tuple[str, ...] = ()
 
     @cached_property
-    def hands(self) -> frozenset[str]:
-        return frozenset(p.hand for p in self.pictures if p.hand is not None)
+    def artists(self) -> frozenset[str]:
+        return frozenset(p.artist for p in self.pictures if p.artist is not None)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def read_test_pairs(file: Path, images: Path) -> tuple[Opponents, ...]:
     """Lines 2k and 2k + 1 oppose each other. Raises DataError for a fault, and for the published copy of the training file."""
     tree = Tree(images)
     faults: list[Fault] = []
-    sides = []
+    pair = []
     for _, record, origin in read_lines(file, faults):
         if "neighbors" in record and "context_samples" not in record:
             raise DataError(
@@ -64,13 +64,13 @@ def read_test_pairs(file: Path, images: Path) -> tuple[Opponents, ...]:
             )
         try:
             shown, asked = (listed_pictures(record[key], tree, origin, faults) for key in ("context_samples", "test_samples"))
-            sides.append((str(record["class_name"]), shown, asked))
+            pair.append((str(record["class_name"]), shown, asked))
         except (KeyError, TypeError) as error:
             faults.append(other_form(record, origin, error, "class_name, context_samples, test_samples"))
-    if len(sides) % 2:
-        faults.append(Fault("bad record", f"{file}: {len(sides)} classes; they oppose each other two by two, so an even number is needed"))
-    settled(ClassPool(file.name, tuple(PictureClass(n, s) for n, s, _ in sides), {}, tuple(faults)), "refuse")
-    return tuple(Opponents((one[0], two[0]), (one[1], two[1]), (one[2], two[2])) for one, two in zip(sides[::2], sides[1::2], strict=True))
+    if len(pair) % 2:
+        faults.append(Fault("bad record", f"{file}: {len(pair)} classes; they oppose each other two by two, so an even number is needed"))
+    settled(ClassPool(file.name, tuple(PictureClass(n, s) for n, s, _ in pair), {}, tuple(faults)), "refuse")
+    return tuple(Opponents((one[0], two[0]), (one[1], two[1]), (one[2], two[2])) for one, two in zip(pair[::2], pair[1::2], strict=True))
 
 
 def read_lines(file: Path, faults: list[Fault]) -> list[tuple[int, dict[str, Any], str]]:

@@ -42,7 +42,7 @@ def read_manifest(
     """The classes of a list. ``files`` may hold ``*``; ``images`` is a folder or a zip archive.
 
     columns: ``image`` (of several columns, and of lists in them, every value) and ``class``, and if there are such ``group`` (near
-    classes), ``hand`` (who took it), ``box`` ("x0 y0 x1 y1").
+    classes), ``artist`` (who took it), ``box`` ("x0 y0 x1 y1").
     where: only rows whose column has this value. lookup: a CSV with ``image_id`` and ``path``, where ``image`` is an id.
 
     Raises DataError: a missing column, with those there are; no such file; and, unless ``on_fault`` is "skip", a bad row.
@@ -84,7 +84,7 @@ def read_manifest(
             if fault is not None:
                 faults.append(fault)
                 continue
-            found.setdefault(label, {})[path] = (_value(row, columns.get("hand", ())) or None, box)
+            found.setdefault(label, {})[path] = (_value(row, columns.get("artist", ())) or None, box)
         if group := _value(row, columns.get("group", ())):
             groups[label] = group
     missing = sorted({c for several in columns.values() for c in several}.union(where or ()) - seen) if seen else []

@@ -82,7 +82,7 @@ ABOUT_CLASSES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet1
 def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     """No class or category that is evaluated may be trained on: neither under its name in a source of the same type, nor by any picture.
 
-    Plain questions are asked about training classes too (what must be kept); there the same file on both sides is refused.
+    Plain questions are asked about training classes too (what must be kept); there the same file on both pair is refused.
     Raises RecipeError that lists what is in common.
     """
     pictures: set[tuple[str, str | None]] = set()
@@ -134,7 +134,7 @@ def _asked_about(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, t
 
 def _in_common(name: str, common: Sequence[str]) -> str:
     shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
-    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both sides)"
+    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both pair)"
 
 
 def check_suites(recipe: Recipe, encoder: Encoder) -> None:

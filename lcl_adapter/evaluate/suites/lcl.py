@@ -25,7 +25,7 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
     pool = open_reader(name, options.source, 1 + wanted)
     if len(pool) < options.ways:
         where = f"evaluate.suites.{name}: {len(pool)} class{'es' if len(pool) > 1 else ''} to measure on, {options.ways} ways are asked"
-        raise RecipeError([f"{where}; raise `hold_out` on both sides, add classes, or lower `ways`"])
+        raise RecipeError([f"{where}; raise `hold_out` on both pair, add classes, or lower `ways`"])
     if options.neighbours and "hard" in options.neighbours and not pool.grouped:
         raise RecipeError([f"evaluate.suites.{name}: nothing tells which classes are near; set `neighbours: easy`, or add neighbours.json"])
     for shots in options.shots:

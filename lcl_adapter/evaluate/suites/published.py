@@ -1,6 +1,6 @@
 """LCL's own tests, followed to the letter (isekai-portal/Link-Context-Learning, evaluation code and configurations).
 
-Names are the classes' own, in lower case. The first ``shot`` pictures of each list are shown, both sides shuffled together
+Names are the classes' own, in lower case. The first ``shot`` pictures of each list are shown, both pair shuffled together
 (unseeded there, seeded here), the answer is generated greedily and judged by LCL's rule. ``shot`` is per class.
 """
 
