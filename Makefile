@@ -31,7 +31,7 @@ check: $(READY)
 
 interop: $(READY) $(UPSTREAM)/ready $(DEEPSPEED)/ready
 	$(BIN)/python -m interop.check
-	PYTHONPATH=$(DEEPSPEED) $(BIN)/pytest tests/test_ranks.py -k zero3
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/pytest tests/test_processes.py -k zero3
 
 $(UPSTREAM)/ready: interop/requirements.txt
 	$(PYTHON) -m venv $(UPSTREAM)

@@ -15,4 +15,4 @@ export OMP_NUM_THREADS=8 HF_HUB_OFFLINE=1
 srun torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m lcl_adapter.cli train "$@"
+    -m lcl_adapter train "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -89,9 +90,8 @@ def test_no_folder_shadows_a_library() -> None:
 def test_the_readme_draws_every_room_and_no_other() -> None:
     drawn = (ROOT / "README.md").read_text(encoding="utf-8").split("## Architecture")[1].split("## ")[0]
     inside = drawn.split("lcl_adapter/\n")[1].split("\n    recipes/")[0]
-    entries = [
-        word.strip(",") for line in inside.splitlines() if line.startswith("      ") and line[6] != " " for word in line.split("  ")[0].split()
-    ]
+    rooms = [line.strip().split("  ")[0] for line in inside.splitlines() if re.match(r" {6}\S", line)]
+    entries = [name for room in rooms for name in room.split(", ")]
     assert {entry.rstrip("/").removesuffix(".py") for entry in entries} == set(ORDER)
 
 

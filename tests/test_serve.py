@@ -983,7 +983,7 @@ def test_the_command_serves_and_stops_when_it_is_told(run_folder: Path, tmp_path
         port = free.getsockname()[1]
     (tmp_path / "keys.txt").write_text(f"a {KEYS['ops']}\n")
     base = json.loads((run_folder / "lcl_adapter.json").read_text())["base"]
-    command = [sys.executable, "-m", "lcl_adapter.cli", "serve", base, "--adapter", f"parts={run_folder}", "--port", str(port), "--memory", "1GB"]
+    command = [sys.executable, "-m", "lcl_adapter", "serve", base, "--adapter", f"parts={run_folder}", "--port", str(port), "--memory", "1GB"]
     command += ["--api-key-file", str(tmp_path / "keys.txt"), "--store", str(tmp_path / "store")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
