@@ -20,7 +20,7 @@ from lcl_adapter.base.model import PROJECTOR, family_of, lora_targets
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
-from lcl_adapter.checkpoints.exchange.composing import FOLDER, compose_base, language_model_of
+from lcl_adapter.checkpoints.exchange.base_from_language_model import FOLDER, compose_base, language_model_of
 from lcl_adapter.errors import AdapterError, ModelError, RunError
 from lcl_adapter.files import read_object, whole_folder, write_json, write_text
 from lcl_adapter.terminal import console
