@@ -14,28 +14,28 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-LONGEST_LABEL = 200
-LONGEST_TEXT = 32_000
-MOST_TURNS = 512
-MOST_IMAGES = 256
-MOST_VERSIONS = 2**53
+MAX_LABEL_LENGTH = 200
+MAX_TEXT_LENGTH = 32_000
+MAX_TURNS = 512
+MAX_IMAGES = 256
+MAX_VERSION = 2**53
 
 Name = Annotated[str, Field(pattern=SET_NAME)]
-Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Question = Annotated[str, Field(min_length=1, max_length=500)]
 
 
-class Wire(BaseModel):
+class ApiModel(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-def same_label(label: str) -> str:
+def normalized_label(label: str) -> str:
     """What two labels share that a reader would take for one: case, width (Unicode NFKC) and spaces make no difference."""
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
-class LabelledImage(Wire):
-    label: str = Field(min_length=1, max_length=LONGEST_LABEL)
+class LabelledImage(ApiModel):
+    label: str = Field(min_length=1, max_length=MAX_LABEL_LENGTH)
     image: str = Field(description="data:image/png;base64,…")
 
     @field_validator("label")
@@ -47,12 +47,12 @@ class LabelledImage(Wire):
         return label
 
 
-class SupportSetIn(Wire):
+class SupportSetIn(ApiModel):
     """A support set as it is written. expected_version: what the writer saw last, 0 for a new one; left out, the last writer wins."""
 
-    examples: list[LabelledImage] = Field(min_length=2, max_length=MOST_IMAGES)
+    examples: list[LabelledImage] = Field(min_length=2, max_length=MAX_IMAGES)
     question: Question | None = None
-    expected_version: int | None = Field(default=None, ge=0, le=MOST_VERSIONS)
+    expected_version: int | None = Field(default=None, ge=0, le=MAX_VERSION)
 
     @model_validator(mode="after")
     def _labels(self) -> SupportSetIn:
@@ -61,13 +61,13 @@ class SupportSetIn(Wire):
             raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
         seen: dict[str, str] = {}
         for label in labels:
-            other = seen.setdefault(same_label(label), label)
+            other = seen.setdefault(normalized_label(label), label)
             if other != label:
                 raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; give them one spelling")
         return self
 
 
-class SupportSetOut(Wire):
+class SupportSetOut(ApiModel):
     name: str
     version: int
     created: float
@@ -75,47 +75,47 @@ class SupportSetOut(Wire):
     question: str | None = None
 
 
-class Shown(Wire):
+class StoredExample(ApiModel):
     label: str
     sha256: str
     image: str | None = None
 
 
-class SupportSetWhole(SupportSetOut):
-    examples: list[Shown]
+class SupportSetWithExamples(SupportSetOut):
+    examples: list[StoredExample]
 
 
-class SupportSets(Wire):
+class SupportSets(ApiModel):
     object: Literal["list"] = "list"
     data: list[SupportSetOut]
 
 
-class Version(Wire):
+class Version(ApiModel):
     version: int
     created: float
 
 
-class Versions(Wire):
+class Versions(ApiModel):
     object: Literal["list"] = "list"
     data: list[Version]
 
 
-class ClassifyIn(Wire):
+class ClassifyIn(ApiModel):
     support_set: Name
-    images: list[str] = Field(min_length=1, max_length=MOST_IMAGES)
+    images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
     model: str | None = None
-    version: int | None = Field(default=None, ge=1, le=MOST_VERSIONS)
+    version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
     question: Question | None = None
 
 
-class Fault(Wire):
+class Fault(ApiModel):
     message: str
     type: str
     param: str | None = None
     code: str | None = None
 
 
-class Alike(Wire):
+class SimilarExample(ApiModel):
     """The photo of the set that looks most like the query, by the vision tower: its place among the examples."""
 
     example: int
@@ -123,7 +123,7 @@ class Alike(Wire):
     cosine: float
 
 
-class Judgement(Wire):
+class Judgement(ApiModel):
     """One image. label: None where it is none of these; nearest: the likeliest label all the same. margin: between the two likeliest."""
 
     label: str | None = None
@@ -132,18 +132,18 @@ class Judgement(Wire):
     margin: float = 0.0
     none_of_these: bool = False
     familiarity: float = Field(default=0.0, description="how much like the set's own photos; below the set's threshold it is none of these")
-    most_alike: Alike | None = None
+    most_alike: SimilarExample | None = None
     error: Fault | None = None
 
 
-class CalibrationOut(Wire):
+class CalibrationOut(ApiModel):
     temperature: float
     threshold: float | None
     left_out: int = Field(description="photos of the set that were asked about without themselves")
     right: int
 
 
-class ClassifyOut(Wire):
+class ClassifyOut(ApiModel):
     object: Literal["classification"] = "classification"
     model: str
     support_set: str
@@ -152,17 +152,17 @@ class ClassifyOut(Wire):
     results: list[Judgement]
 
 
-class ImageUrl(Wire):
+class ImageUrl(ApiModel):
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class TextPart(Wire):
+class TextPart(ApiModel):
     type: Literal["text"]
     text: Text
 
 
-class ImagePart(Wire):
+class ImagePart(ApiModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -170,9 +170,9 @@ class ImagePart(Wire):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Wire):
+class Message(ApiModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=2 * MOST_IMAGES)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=2 * MAX_IMAGES)]
     name: str | None = None
     refusal: None = None
 
@@ -181,17 +181,17 @@ class Message(Wire):
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
 
 
-class StreamOptions(Wire):
+class StreamOptions(ApiModel):
     include_usage: bool = False
 
 
-class ChatIn(Wire):
+class ChatIn(ApiModel):
     """OpenAI's request. What cannot be done here is refused, not ignored."""
 
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=MOST_TURNS)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
     support_set: Name | None = None
-    support_set_version: int | None = Field(default=None, ge=1, le=MOST_VERSIONS)
+    support_set_version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
     max_tokens: int | None = Field(default=None, ge=1, le=4096)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, unlike OpenAI's 1: a judgement is no draw")
@@ -212,8 +212,8 @@ class ChatIn(Wire):
 
     @model_validator(mode="after")
     def _possible(self) -> ChatIn:
-        if sum(len(part.text) for message in self.messages for part in message.parts if isinstance(part, TextPart)) > 4 * LONGEST_TEXT:
-            raise ValueError(f"messages: more than {4 * LONGEST_TEXT:,} characters of text in all")
+        if sum(len(part.text) for message in self.messages for part in message.parts if isinstance(part, TextPart)) > 4 * MAX_TEXT_LENGTH:
+            raise ValueError(f"messages: more than {4 * MAX_TEXT_LENGTH:,} characters of text in all")
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be the user's")
         if self.response_format not in (None, {"type": "text"}):
@@ -229,7 +229,7 @@ class ChatIn(Wire):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     @property
-    def most_tokens(self) -> int:
+    def token_limit(self) -> int:
         return self.max_completion_tokens or self.max_tokens or 256
 
 

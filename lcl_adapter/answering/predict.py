@@ -1,40 +1,50 @@
-"""The one path to the model for evaluation, the command line and serving.
+"""The one path to the model, for evaluation, the command line and serving.
 
-A support set is encoded and prefilled once and kept. Its queries follow in one row, several at a time, each blind to
-the others; the labels to score follow each query the same way, and generated tokens too. So the support set is neither
-read again nor copied: what was added is taken off the cache when a wave of queries is done.
+``prefill`` reads a support set once and leaves it in the model's cache. ``ask`` puts questions behind it, several in one
+row. The attention mask separates them: each question attends to the support set and to itself. The answers to score
+follow their question in the same way, and so do generated tokens. Thus the support set is neither read again nor
+copied. After each pass the cache is put back to the support set alone.
 
     predictor = Predictor(base)
-    ready = predictor.prefill([support_turns])
-    predictor.ask(ready, [Question(0, query_turn, ("good", "scratched"))])
+    prefilled = predictor.prefill([support_turns])
+    predictor.ask(prefilled, [Question(0, query_turn, ("good", "scratched"))])
+
+Shapes:
+    S  support sets           P  tokens of the longest support set, padded on the left
+    K  questions in a pass    T  tokens behind the support set in a pass, padded on the right
+    G  generated tokens       N  places in [S, T] whose logits are computed
+    V  vocabulary
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache
 
+from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.base.encoder import Position, position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EpisodeError
 
-TOGETHER = 8  # questions behind one support set that the model reads at a time
+QUESTIONS_PER_PASS = 8  # questions behind one support set that the model reads at a time
+PADDING = -1  # the segment of a padding token
+NO_SEGMENT = -2  # matches no token's segment, not even padding's: the parent of a question
 Ids = list[int]
-Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
-Step = Callable[[torch.Tensor], torch.Tensor]
-NOBODY = -1  # the segment of padding, and the parent of a query
+SupportTurns = tuple[Turn, ...]
+Request = tuple[SupportTurns, Turn, tuple[str, ...]]  # support set, query, answers to score
+Place = tuple[int, int]  # a row and a token in it
+ReadTokens = Callable[[torch.Tensor], torch.Tensor]  # token ids [S, K] -> logits of the next tokens [S, K, V]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A query on the ``support``-th prefilled set. ``answers`` are the worded labels to score, none for free text."""
+    """A query about the ``support``-th prefilled set. ``answers`` are the worded labels to score; none for free text."""
 
     support: int
     turn: Turn
@@ -43,21 +53,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """``text``: greedy answer, "" where none was asked for. ``log_likelihoods``: one an answer, its end token included."""
+    """text: the greedy answer, "" if none was generated. log_likelihoods: one for each answer, its end token included."""
 
     text: str
     log_likelihoods: tuple[float, ...] = ()
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Over the answers given; they sum to 1."""
+        """Over the given answers; they sum to 1."""
         top = max(self.log_likelihoods, default=0.0)
         weights = [math.exp(v - top) for v in self.log_likelihoods]
         return tuple(w / sum(weights) for w in weights)
 
     @property
     def decided(self) -> bool:
-        """Whether the scores tell the answers apart."""
+        """Whether the scores of the answers differ."""
         return max(self.log_likelihoods) > min(self.log_likelihoods)
 
     @property
@@ -67,66 +77,66 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """Support sets in the model's memory: a cache of [S, ...], in ``mask`` [S, P] 1 where a token is real, in ``next`` [S] the position behind."""
+class PackedAnswer:
+    """An answer to score. ``ids[i]`` is predicted by the logits at the row's token ``predicted_at[i]``."""
 
-    cache: DynamicCache
-    mask: torch.Tensor
-    next: torch.Tensor
+    ids: Ids
+    predicted_at: list[int]
 
-    @property
-    def empty(self) -> bool:
-        """No support set at all: questions stand alone."""
-        return self.mask.shape[1] == 0
 
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """What is read inside is forgotten, errors or not. Tensors are put back, not cropped: a cropped one keeps the memory of all of it."""
-        layers = list(self.cache.layers)
-        before = [dict(vars(layer)) for layer in layers]
-        try:
-            yield
-        finally:
-            self.cache.layers[:] = layers
-            for layer, state in zip(layers, before, strict=True):
-                vars(layer).clear()
-                vars(layer).update(state)
+@dataclass(frozen=True)
+class PackedQuestion:
+    """Where a question is in its row: its segment, its last token, and the position that follows it."""
+
+    segment: int
+    last: int
+    next_position: int
+    answers: tuple[PackedAnswer, ...]
 
 
 @dataclass
 class Row:
-    """What follows one support set in a wave. A segment is a query, or an answer whose parent is its query; all [T]."""
+    """The tokens that follow one support set in a pass. Lists are [T].
+
+    A segment is a question, or an answer; an answer's parent is the segment of its question. Positions count from the
+    end of the support set. longest: tokens of the longest question together with one answer.
+    """
 
     ids: Ids = field(default_factory=list)
     segment: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
-    position: list[Position] = field(default_factory=list)  # behind the support set
-    ends: list[int] = field(default_factory=list)  # where each query's last token is
-    places: list[int] = field(default_factory=list)  # and the position behind it
-    tails: list[list[tuple[list[int], Ids]]] = field(default_factory=list)  # of each query: (where logits are read, what they must say)
-    longest: int = 0  # tokens of the longest query with an answer
+    position: list[Position] = field(default_factory=list)
+    questions: list[PackedQuestion] = field(default_factory=list)
+    longest: int = 0
 
     def add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
-        """Append a segment that stands at ``positions`` behind the support set; returns where it begins in the row."""
-        begins, number = len(self.ids), 1 + max(self.segment, default=NOBODY)
+        """Append a segment. Returns the index of its first token."""
+        start, number = len(self.ids), 1 + max(self.segment, default=PADDING)
         self.ids += ids
         self.segment += [number] * len(ids)
         self.parent += [parent] * len(ids)
         self.position += positions
-        return begins
+        return start
+
+    def places_to_read(self) -> Iterator[int]:
+        """Tokens whose logits are needed; the same one may come several times."""
+        for question in self.questions:
+            yield question.last
+            for answer in question.answers:
+                yield from answer.predicted_at
 
 
 @dataclass
 class Predictor:
-    """Asks one base, with its adapter or (inside ``base.without_adapter()``) without.
+    """Answers questions with one base: with its adapter, or without it inside ``base.without_adapter()``.
 
-    batch_size: support sets at a time. pack: queries behind one support set at a time.
+    batch_size: support sets in a pass. pack: questions behind one support set in a pass.
     """
 
     base: Base
     vision: VisionFeatures = field(default=None)  # type: ignore[assignment]
     batch_size: int = 32
-    pack: int = TOGETHER
+    pack: int = QUESTIONS_PER_PASS
     max_new_tokens: int = 24
 
     def __post_init__(self) -> None:
@@ -136,227 +146,248 @@ class Predictor:
 
     @torch.inference_mode()
     def prefill(self, supports: Sequence[Sequence[Turn]]) -> Prefilled:
-        """Read each support set once. Sets without turns are allowed only if all are.
+        """Read each support set once. Either all sets have turns, or none has.
 
-        Raises EpisodeError where one leaves no room in the context; DataError for a broken picture.
+        Raises EpisodeError if a set leaves no room in the context; DataError for a broken picture.
         """
         rows = [self.encoder.turns(turns)[0] if turns else [] for turns in supports]
         longest = max(len(row) for row in rows)
         if longest >= self.encoder.context:
             raise EpisodeError(f"a support set of {longest} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
         cache = DynamicCache(config=self.base.llava.config.get_text_config())
-        following = [0] * len(rows)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
+        next_positions = [0] * len(rows)
+        mask_SP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
         if longest:
-            ids = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
+            ids_SP = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
             placed = [self.encoder.positions(row) for row in rows]
-            following = [begins for _, begins in placed]
-            positions = position_ids([row for row, _ in placed], longest, left=True).to(self.device)
-            self._forward(ids, mask, positions, cache, [t for turns in supports for t in turns], keep=1)
-        return Prefilled(cache, mask, torch.tensor(following, device=self.device))
+            next_positions = [following for _, following in placed]
+            position_SP = position_ids([positions for positions, _ in placed], longest, left=True).to(self.device)
+            turns = [turn for support in supports for turn in support]
+            self._forward(ids_SP, mask_SP, position_SP, cache, turns, logits_at=1)
+        return Prefilled(cache, mask_SP, torch.tensor(next_positions, device=self.device))
 
     @torch.inference_mode()
-    def ask(self, ready: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
-        """Replies in the order of the questions. ``ready`` is afterwards as it was."""
-        queues: list[list[int]] = [[] for _ in range(ready.mask.shape[0])]
+    def ask(self, prefilled: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
+        """Replies in the order of the questions. ``prefilled`` is unchanged afterwards.
+
+        generate: also generate a greedy answer to each question. Raises EpisodeError if a question does not fit the
+        context; DataError for a broken picture.
+        """
+        queues: list[list[int]] = [[] for _ in range(prefilled.mask.shape[0])]
         for index, question in enumerate(questions):
             queues[question.support].append(index)
         replies: dict[int, Reply] = {}
         for start in range(0, max(map(len, queues)), self.pack):
-            wave = [queue[start : start + self.pack] for queue in queues]
-            replies.update(self._wave(ready, [[questions[i] for i in row] for row in wave], wave, generate))
+            packs = [queue[start : start + self.pack] for queue in queues]
+            answered = self._ask_together(prefilled, [[questions[i] for i in pack] for pack in packs], generate)
+            for pack, own in zip(packs, answered, strict=True):
+                replies.update(zip(pack, own, strict=True))
         return [replies[i] for i in range(len(questions))]
 
     @torch.inference_mode()
-    def talk(self, ready: Prefilled, turns: Sequence[Turn], choose: Callable[[int, torch.Tensor], int | None], new_tokens: int) -> None:
-        """Continue each turn behind the one set in ``ready``, a token at a time, together.
+    def generate(self, prefilled: Prefilled, turns: Sequence[Turn], choose: Callable[[int, torch.Tensor], int | None], new_tokens: int) -> None:
+        """Generate an answer to each turn behind the one set in ``prefilled``, all of them together, token by token.
 
-        choose: told a turn's number and the logits [V] of its next token, says which it is, or None where the turn has
-        ended; it may raise, and ``ready`` is afterwards as it was all the same. Raises EpisodeError where there is no room.
+        choose: gets a turn's index and the logits [V] of its next token. It returns the token's id, or None to end this
+        answer. It may raise. ``prefilled`` is unchanged afterwards in every case. Raises EpisodeError if there is no room.
         """
-        rows = [self._row([Question(0, turn) for turn in turns], ready.empty)]
-        prefix = ready.next[:, None]
-        furthest = int(ready.mask.sum()) + rows[0].longest + new_tokens
-        if furthest > self.encoder.context:
-            raise EpisodeError(f"what is asked and up to {new_tokens} new tokens are {furthest}, the context is {self.encoder.context}.")
-        segment = self._padded([rows[0].segment], len(rows[0].ids), NOBODY)
-        with ready.untouched():
-            logits, _ = self._read(ready, rows, segment, turns)
-            step = self._steps(ready, rows, segment, prefix, len(turns))
-            open_turns = list(range(len(turns)))
-            for left in range(new_tokens, 0, -1):
-                chosen = {turn: choose(turn, logits[turn]) for turn in open_turns}
-                open_turns = [turn for turn in open_turns if chosen[turn] is not None]
-                if not open_turns or left == 1:
+        row = self._row([Question(0, turn) for turn in turns], prefilled.empty)
+        longest = int(prefilled.mask.sum()) + row.longest + new_tokens
+        if longest > self.encoder.context:
+            raise EpisodeError(f"the turns and up to {new_tokens} new tokens are {longest} tokens, the context is {self.encoder.context}.")
+        segment_ST = self._padded([row.segment], len(row.ids), PADDING)
+        with prefilled.restoring():
+            logits_KV, _ = self._read_rows(prefilled, [row], segment_ST, turns)
+            read_tokens = self._token_reader(prefilled, [row], segment_ST)
+            unfinished = list(range(len(turns)))
+            for remaining in range(new_tokens, 0, -1):
+                chosen = {turn: choose(turn, logits_KV[turn]) for turn in unfinished}
+                unfinished = [turn for turn in unfinished if chosen[turn] is not None]
+                if not unfinished or remaining == 1:
                     return
-                given = [token if (token := chosen.get(turn)) is not None else self.encoder.eos for turn in range(len(turns))]
-                logits = step(torch.tensor([given], device=self.device))[0]
+                ids = [self.encoder.eos if (token := chosen.get(turn)) is None else token for turn in range(len(turns))]
+                logits_KV = read_tokens(torch.tensor([ids], device=self.device))[0]
 
     def run(
         self, requests: Sequence[Request], generate: bool = True, done: Callable[[int], None] | None = None, new_tokens: int | None = None
     ) -> list[Reply]:
-        """(support set, query, answers) each, in any mix: equal support sets are read once, like lengths go together.
+        """Replies to (support set, query, answers) in any mix, in their order.
 
-        ``done`` is told how many were answered after each batch; ``new_tokens`` is how long an answer may be, this time.
+        Equal support sets are read once. Those of similar length share a pass. done: called after each batch with the
+        number of requests in it. new_tokens: how long a generated answer may be in this call.
         """
         if new_tokens is not None and new_tokens != self.max_new_tokens:
             return replace(self, max_new_tokens=new_tokens).run(requests, generate, done)
-        groups: dict[tuple[Turn, ...], list[int]] = {}
+        groups: dict[SupportTurns, list[int]] = {}
         for index, (support, _, _) in enumerate(requests):
             if support:
                 groups.setdefault(support, []).append(index)
-        ordered = sorted(groups.items(), key=lambda item: (len(item[0]), len(item[1]), sum(len(t.text) for t in item[0])))
-        alone = sorted((i for i, r in enumerate(requests) if not r[0]), key=lambda i: len(requests[i][1].text))
+        by_length = sorted(groups.items(), key=lambda item: (len(item[0]), len(item[1]), sum(len(t.text) for t in item[0])))
+        without_support = sorted((i for i, r in enumerate(requests) if not r[0]), key=lambda i: len(requests[i][1].text))
         replies: dict[int, Reply] = {}
-        for chunk in (*self._chunks(ordered), *self._chunks([((), [i]) for i in alone])):
-            ready = self.prefill([support for support, _ in chunk])
-            indices = [i for _, members in chunk for i in members]
-            places = [place for place, (_, members) in enumerate(chunk) for _ in members]
-            questions = [Question(place, requests[i][1], requests[i][2]) for i, place in zip(indices, places, strict=True)]
-            replies.update(zip(indices, self.ask(ready, questions, generate), strict=True))
+        for batch in (*self._batches(by_length), *self._batches([((), [i]) for i in without_support])):
+            prefilled = self.prefill([support for support, _ in batch])
+            indices = [i for _, members in batch for i in members]
+            supports = [number for number, (_, members) in enumerate(batch) for _ in members]
+            questions = [Question(support, requests[i][1], requests[i][2]) for i, support in zip(indices, supports, strict=True)]
+            replies.update(zip(indices, self.ask(prefilled, questions, generate), strict=True))
             if done:
                 done(len(indices))
         return [replies[i] for i in range(len(requests))]
 
-    def _chunks(self, groups: Iterable[tuple[tuple[Turn, ...], list[int]]]) -> Iterator[list[tuple[tuple[Turn, ...], list[int]]]]:
+    def _batches(self, groups: Iterable[tuple[SupportTurns, list[int]]]) -> Iterator[list[tuple[SupportTurns, list[int]]]]:
         listed = list(groups)
         for start in range(0, len(listed), self.batch_size):
             yield listed[start : start + self.batch_size]
 
-    def _wave(self, ready: Prefilled, asked: list[list[Question]], numbers: list[list[int]], generate: bool) -> dict[int, Reply]:
-        """Up to ``pack`` questions behind each support set: one forward for queries and labels, one for each new token."""
-        rows = [self._row(questions, ready.empty) for questions in asked]
-        length = max(len(row.ids) for row in rows)
-        furthest = int((ready.mask.sum(1) + torch.tensor([r.longest for r in rows], device=self.device)).max())
-        if furthest + self.max_new_tokens > self.encoder.context:
-            raise EpisodeError(f"support set and query are {furthest} tokens, the context is {self.encoder.context}: show fewer photos.")
-        segment = self._padded([r.segment for r in rows], length, NOBODY)
-        with ready.untouched():
-            return self._replies(ready, rows, segment, asked, numbers, generate)
+    def _ask_together(self, prefilled: Prefilled, packs: Sequence[Sequence[Question]], generate: bool) -> list[list[Reply]]:
+        """Replies to up to ``pack`` questions behind each support set.
 
-    def _replies(
-        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, asked: list[list[Question]], numbers: list[list[int]], generate: bool
-    ) -> dict[int, Reply]:
-        logits, where = self._read(ready, rows, segment, [q.turn for questions in asked for q in questions])
-        said = iter(self._sums(logits, [([where[n, p] for p in at], says) for n, row in enumerate(rows) for t in row.tails for at, says in t]))
-        scores = [[tuple(next(said) for _ in tails) for tails in row.tails] for row in rows]
-        texts = [["" for _ in row.ends] for row in rows]
-        if generate:
-            likeliest = logits.argmax(-1).tolist()
-            first = [[likeliest[where[n, end]] for end in row.ends] for n, row in enumerate(rows)]
-            texts = self._greedy(ready, rows, segment, ready.next[:, None], first)
-        found = zip(numbers, texts, scores, strict=True)
-        return {i: Reply(t, s) for own, said, scored in found for i, t, s in zip(own, said, scored, strict=True)}
+        One forward pass reads the questions and the answers to score. Each generated token needs one more.
+        """
+        rows = [self._row(questions, prefilled.empty) for questions in packs]
+        lengths_S = prefilled.mask.sum(1) + torch.tensor([row.longest for row in rows], device=self.device)
+        longest = int(lengths_S.max())
+        if longest + self.max_new_tokens > self.encoder.context:
+            raise EpisodeError(f"support set and query are {longest} tokens, the context is {self.encoder.context}: show fewer photos.")
+        segment_ST = self._padded([row.segment for row in rows], max(len(row.ids) for row in rows), PADDING)
+        with prefilled.restoring():
+            turns = [question.turn for questions in packs for question in questions]
+            logits_NV, index_of = self._read_rows(prefilled, rows, segment_ST, turns)
+            scores = self._scores(logits_NV, index_of, rows)
+            texts = [["" for _ in row.questions] for row in rows]
+            if generate:
+                likeliest_N = logits_NV.argmax(-1).tolist()
+                first = [[likeliest_N[index_of[number, question.last]] for question in row.questions] for number, row in enumerate(rows)]
+                texts = self._generate_greedily(prefilled, rows, segment_ST, first)
+        return [[Reply(*pair) for pair in zip(*own, strict=True)] for own in zip(texts, scores, strict=True)]
 
-    def _read(
-        self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, turns: Sequence[Turn]
-    ) -> tuple[torch.Tensor, dict[tuple[int, ...], int]]:
-        """What follows each support set, in one forward; logits [N, V] where something is read from, and which row of them is which place."""
-        length = segment.shape[1]
-        parent = self._padded([r.parent for r in rows], length, NOBODY)
-        related = (segment[:, :, None] == segment[:, None, :]) | (parent[:, :, None] == segment[:, None, :])
-        visible = related & (segment >= 0)[:, None] & torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-        visible |= torch.eye(length, dtype=torch.bool, device=self.device)  # padding sees itself: no softmax over nothing
-        seen = ready.mask.bool()[:, None, :].expand(-1, length, -1)
-        wanted = torch.zeros(len(rows), length, dtype=torch.bool, device=self.device)
-        for number, row in enumerate(rows):
-            for place in (*row.ends, *(p for tails in row.tails for places, _ in tails for p in places)):
-                wanted[number, place] = True
-        logits = self._forward(
-            self._padded([r.ids for r in rows], length, self.encoder.pad),
-            torch.cat([seen, visible], 2)[:, None],
-            ready.next[:, None] + position_ids([r.position for r in rows], length).to(self.device),
-            ready.cache,
-            turns,
-            keep=wanted,
-        ).reshape(int(wanted.sum()), -1)
-        return logits, {tuple(place): i for i, place in enumerate(wanted.nonzero().tolist())}
-
-    def _sums(self, logits: torch.Tensor, answers: Sequence[tuple[list[int], Ids]]) -> list[float]:
-        """log p of each answer: the sum over its tokens, given (rows of ``logits``, token ids) each."""
-        if not answers:
-            return []
-        places = torch.tensor([p for at, _ in answers for p in at], device=self.device)
-        tokens = torch.tensor([t for _, says in answers for t in says], device=self.device)
-        owner = torch.tensor([n for n, (at, _) in enumerate(answers) for _ in at], device=self.device)
-        likely = logits.float().log_softmax(-1)[places, tokens]
-        totals: list[float] = torch.zeros(len(answers), device=self.device).index_add_(0, owner, likely).tolist()
-        return totals
-
-    def _row(self, questions: Sequence[Question], alone: bool) -> Row:
-        """A support set's questions and their answers as segments."""
+    def _row(self, questions: Sequence[Question], first: bool) -> Row:
+        """The questions of one support set, and their answers, as segments. first: no support set stands before them."""
         row = Row()
         for question in questions:
-            prompt = self.encoder.turns([question.turn], opened=True, first=alone)[0]
-            placed, following = self.encoder.positions(prompt)
-            begins = row.add(prompt, NOBODY - 1, placed)
-            query, end = row.segment[-1], begins + len(prompt) - 1
-            tails = []
-            for answer in question.answers:
-                whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=alone)[0]
-                says = whole[len(prompt) :]  # check_alignment holds: the prompt is a prefix
-                at = row.add(says[:-1], query, self.encoder.positions(says[:-1], following)[0])
-                row.longest = max(row.longest, len(whole) - 1)
-                tails.append(([end, *range(at, at + len(says) - 1)], says))
-            row.ends.append(end)
-            row.places.append(following)
+            prompt = self.encoder.turns([question.turn], opened=True, first=first)[0]
+            positions, next_position = self.encoder.positions(prompt)
+            last = row.add(prompt, NO_SEGMENT, positions) + len(prompt) - 1
+            segment = row.segment[-1]
             row.longest = max(row.longest, len(prompt))
-            row.tails.append(tails)
+            answers = []
+            for answer in question.answers:
+                whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=first)[0]
+                ids = whole[len(prompt) :]  # the prompt is a prefix: check_alignment makes sure of it
+                start = row.add(ids[:-1], segment, self.encoder.positions(ids[:-1], next_position)[0])
+                answers.append(PackedAnswer(ids, [last, *range(start, start + len(ids) - 1)]))
+                row.longest = max(row.longest, len(whole) - 1)
+            row.questions.append(PackedQuestion(segment, last, next_position, tuple(answers)))
         return row
 
-    def _greedy(self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, first: list[list[int]]) -> list[list[str]]:
-        """The most likely token of every query at a time, until its end or ``max_new_tokens``."""
-        width = max(len(f) for f in first)
-        current = self._padded(first, width, self.encoder.eos)
-        made = [current]
-        finished = current == self.encoder.eos
-        step = self._steps(ready, rows, segment, prefix, width)
-        while not bool(finished.all()) and len(made) < self.max_new_tokens:
-            current = step(current).argmax(-1).masked_fill(finished, self.encoder.eos)
-            finished = finished | (current == self.encoder.eos)
-            made.append(current)
-        tokens = torch.stack(made, 2)  # [S, K, steps]
-        texts = []
+    def _read_rows(
+        self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor, turns: Sequence[Turn]
+    ) -> tuple[torch.Tensor, Mapping[Place, int]]:
+        """Read the rows behind their support sets. Returns logits [N, V], and which of the N belongs to a place."""
+        length = segment_ST.shape[1]
+        parent_ST = self._padded([row.parent for row in rows], length, PADDING)
+        related_STT = (segment_ST[:, :, None] == segment_ST[:, None, :]) | (parent_ST[:, :, None] == segment_ST[:, None, :])
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        visible_STT = related_STT & (segment_ST >= 0)[:, None] & causal_TT
+        # Padding attends to itself: a softmax over nothing would give NaNs.
+        visible_STT |= torch.eye(length, dtype=torch.bool, device=self.device)
+        support_STP = prefilled.mask.bool()[:, None, :].expand(-1, length, -1)
+        needed_ST = torch.zeros(len(rows), length, dtype=torch.bool, device=self.device)
         for number, row in enumerate(rows):
-            said = []
-            for query in range(len(row.ends)):
-                ids = tokens[number, query].tolist()
-                ids = ids[: ids.index(self.encoder.eos)] if self.encoder.eos in ids else ids
-                said.append(self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
-            texts.append(said)
-        return texts
+            for place in row.places_to_read():
+                needed_ST[number, place] = True
+        logits = self._forward(
+            self._padded([row.ids for row in rows], length, self.encoder.pad),
+            torch.cat([support_STP, visible_STT], 2)[:, None],
+            prefilled.next_position[:, None] + position_ids([row.position for row in rows], length).to(self.device),
+            prefilled.cache,
+            turns,
+            logits_at=needed_ST,
+        )
+        logits_NV = logits.reshape(int(needed_ST.sum()), -1)
+        return logits_NV, {(number, place): index for index, (number, place) in enumerate(needed_ST.nonzero().tolist())}
 
-    def _steps(self, ready: Prefilled, rows: Sequence[Row], segment: torch.Tensor, prefix: torch.Tensor, width: int) -> Step:
-        """What reads one more token of every query, [S, K], behind what it has said, and gives the logits of the next, [S, K, V]."""
-        queries = self._padded([[r.segment[end] for end in r.ends] for r in rows], width, NOBODY - 1)  # [S, K]
-        position = prefix + self._padded([r.places for r in rows], width, 0)
+    def _scores(self, logits_NV: torch.Tensor, index_of: Mapping[Place, int], rows: Sequence[Row]) -> list[list[tuple[float, ...]]]:
+        """The log-likelihoods of each question's answers, by row and question. Each is a sum over the answer's tokens."""
+        answers = [(number, answer) for number, row in enumerate(rows) for question in row.questions for answer in question.answers]
+        sums: list[float] = []
+        if answers:
+            index = torch.tensor([index_of[number, place] for number, answer in answers for place in answer.predicted_at], device=self.device)
+            token = torch.tensor([token for _, answer in answers for token in answer.ids], device=self.device)
+            owner = torch.tensor([n for n, (_, answer) in enumerate(answers) for _ in answer.ids], device=self.device)
+            log_likelihood = logits_NV.float().log_softmax(-1)[index, token]
+            sums = torch.zeros(len(answers), device=self.device).index_add_(0, owner, log_likelihood).tolist()
+        in_order = iter(sums)
+        return [[tuple(next(in_order) for _ in question.answers) for question in row.questions] for row in rows]
+
+    def _generate_greedily(self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor, first: list[list[int]]) -> list[list[str]]:
+        """The text of the most likely tokens after each question, until its end token or ``max_new_tokens``.
+
+        first: each question's first token, by row.
+        """
+        ids_SK = self._padded(first, max(map(len, first)), self.encoder.eos)
+        steps = [ids_SK]
+        finished_SK = ids_SK == self.encoder.eos
+        read_tokens = self._token_reader(prefilled, rows, segment_ST)
+        while not bool(finished_SK.all()) and len(steps) < self.max_new_tokens:
+            ids_SK = read_tokens(ids_SK).argmax(-1).masked_fill(finished_SK, self.encoder.eos)
+            finished_SK = finished_SK | (ids_SK == self.encoder.eos)
+            steps.append(ids_SK)
+        ids_SKG = torch.stack(steps, 2).tolist()
+        return [[self._text(ids_SKG[number][k]) for k in range(len(row.questions))] for number, row in enumerate(rows)]
+
+    def _text(self, ids: Ids) -> str:
+        """Generated tokens up to the first end token, as text."""
+        ids = ids[: ids.index(self.encoder.eos)] if self.encoder.eos in ids else ids
+        return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
+
+    def _token_reader(self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor) -> ReadTokens:
+        """A function that reads one more token after each question. It takes ids [S, K] and returns logits [S, K, V].
+
+        A token attends to its support set, its question and the tokens that were generated for that question before.
+        """
+        width = max(len(row.questions) for row in rows)
+        question_SK = self._padded([[question.segment for question in row.questions] for row in rows], width, NO_SEGMENT)
+        next_position_SK = self._padded([[question.next_position for question in row.questions] for row in rows], width, 0)
+        position = prefilled.next_position[:, None] + next_position_SK
         if self.encoder.grid is not None:
             position = position.expand(3, -1, -1)
-        own_query = queries[:, :, None] == segment[:, None, :]
-        seen = torch.cat([ready.mask.bool()[:, None, :].expand(-1, width, -1), own_query], 2)
-        itself = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)
+        own_question_SKT = question_SK[:, :, None] == segment_ST[:, None, :]
+        support_SKP = prefilled.mask.bool()[:, None, :].expand(-1, width, -1)
+        own_token_SKK = torch.eye(width, dtype=torch.bool, device=self.device)[None].expand(len(rows), -1, -1)
+        visible = torch.cat([support_SKP, own_question_SKT], 2)  # [S, K, P + T], and K more with each token
 
-        def step(tokens: torch.Tensor) -> torch.Tensor:
-            nonlocal seen, position
-            seen = torch.cat([seen, itself], 2)
-            logits = self._forward(tokens, seen[:, None], position, ready.cache, (), keep=0)
+        def read_tokens(ids_SK: torch.Tensor) -> torch.Tensor:
+            nonlocal visible, position
+            visible = torch.cat([visible, own_token_SKK], 2)
+            logits_SKV = self._forward(ids_SK, visible[:, None], position, prefilled.cache, (), logits_at=0)
             position = position + 1
-            return logits
+            return logits_SKV
 
-        return step
+        return read_tokens
 
     def _padded(self, rows: Sequence[Sequence[int]], length: int, fill: int) -> torch.Tensor:
         """[S, length], padded on the right."""
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long, device=self.device)
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, turns: Sequence[Turn], keep: int | torch.Tensor
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DynamicCache,
+        turns: Sequence[Turn],
+        logits_at: int | torch.Tensor,
     ) -> torch.Tensor:
-        """Read ``ids`` behind what the cache holds; logits where ``keep`` says."""
+        """Read ``ids`` behind the content of the cache. turns: those whose pictures stand in ``ids``.
+
+        logits_at: where logits are computed: a mask, the last so many tokens, or 0 for all of them.
+        """
         pictures = [picture for turn in turns for picture in turn.pictures]
         images = {"mm_encoder_outputs": self.vision.projected(pictures)} if pictures else {}
         outputs = self.base.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep, **images
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=logits_at, **images
         )
         logits: torch.Tensor = outputs.logits
         return logits

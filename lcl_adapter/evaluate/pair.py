@@ -1,4 +1,4 @@
-"""Who is compared: a base on this machine without and with its adapter, or two models of a server."""
+"""The two models that are compared: a base on this machine without and with its adapter, or two models of a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.errors import MissingError
 
 
-class Asks(Protocol):
+class Answerer(Protocol):
     """Requests -> replies, in their order."""
 
     def __call__(self, requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]: ...
@@ -22,33 +22,42 @@ class Asks(Protocol):
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What is compared. vision: the base's tower for the baselines, None where it is not at hand. told: what kept figures depend on."""
+    """The base and the adapter, as functions that answer requests.
 
-    base: Asks
-    adapter: Asks
+    vision: the base's tower for the baselines, None if a server holds the models. identity: which served models these
+    are, as JSON; "" on this machine. Cached figures depend on it.
+    """
+
+    base: Answerer
+    adapter: Answerer
     vision: VisionFeatures | None
-    told: Any = ""
+    identity: Any = ""
 
     @classmethod
-    def of(cls, predictor: Predictor, told: Any = "") -> ModelPair:
+    def local(cls, predictor: Predictor) -> ModelPair:
         """A base on this machine, without its adapter and with it."""
 
-        def without(requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
+        def without_adapter(
+            requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None
+        ) -> list[Reply]:
             with predictor.base.without_adapter():
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 
-        return cls(without, predictor.run, predictor.vision, told)
+        return cls(without_adapter, predictor.run, predictor.vision)
 
     @classmethod
-    def behind(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:
-        """Two models of a server, by their names there."""
-        one, other = (RemotePredictor(endpoint, name, workers, pad=pad) for name in (base, adapter))
-        return cls(one.run, other.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])])
+    def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:
+        """Two models of a server, by their names on it."""
+        base_predictor, adapter_predictor = (RemotePredictor(endpoint, name, workers, pad=pad) for name in (base, adapter))
+        return cls(base_predictor.run, adapter_predictor.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])])
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """Where the models are served, and under which names; ``adapter`` None: the server's only other model, or the run's own name."""
+    """A server, and the names of the two models on it.
+
+    adapter: None means the server's only model beside the base, or the one with the name of the run's folder.
+    """
 
     url: str
     adapter: str | None = None
@@ -57,14 +66,14 @@ class ServedModels:
     pad: bool = False
 
     @contextmanager
-    def pair(self, run: Path) -> Iterator[ModelPair]:
-        """As long as the endpoint is open. Raises EndpointError, MissingError."""
+    def connect(self, run: Path) -> Iterator[ModelPair]:
+        """The pair, as long as the connection is open. Raises EndpointError, MissingError."""
         with Endpoint(self.url) as endpoint:
             base = endpoint.model(self.base, "--base-model")
             adapter = self.adapter
             if adapter is None:
                 others = [name for name in endpoint.models() if name != base]
                 if not others:
-                    raise MissingError(f"{endpoint.url} serves {base} alone; load the adapter there, or name it with --model.")
+                    raise MissingError(f"{endpoint.url} serves only {base}; load the adapter on the server, or name it with --model.")
                 adapter = run.name if run.name in others else others[0] if len(others) == 1 else None
-            yield ModelPair.behind(endpoint, base, endpoint.model(adapter), self.workers, self.pad)
+            yield ModelPair.served(endpoint, base, endpoint.model(adapter), self.workers, self.pad)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lcl_adapter.amounts import memory_bytes
-from lcl_adapter.answering.predict import TOGETHER
+from lcl_adapter.answering.predict import QUESTIONS_PER_PASS
 from lcl_adapter.base.encoder import IGNORED, Encoded
 from lcl_adapter.base.layouts.keys import language_path, skeleton
 from lcl_adapter.base.model import PROJECTOR
@@ -211,7 +211,7 @@ def answering(
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
-        "reading": passing + mask + 4 * sets * TOGETHER * shape.words * FULL,
+        "reading": passing + mask + 4 * sets * QUESTIONS_PER_PASS * shape.words * FULL,
     }
     return Forecast(parts, moments)
 

@@ -341,8 +341,8 @@ def _unpacked(file: Path, out: Path) -> Path:
     """Raises DataError for more than a set can be; entries that are links or lead outside are written inside or not at all (zipfile)."""
     with zipfile.ZipFile(file) as archive:
         listed = archive.infolist()
-        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * api_types.MOST_IMAGES:
-            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * api_types.MOST_IMAGES} files.")
+        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * api_types.MAX_IMAGES:
+            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
         archive.extractall(out)
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
     return inside[0] if len(inside) == 1 and not (out / folders.SHEET).exists() else out

@@ -78,7 +78,7 @@ async def caller(request: Request) -> Caller:
     return found
 
 
-VersionAsked = Annotated[int | None, Query(ge=1, le=api_types.MOST_VERSIONS)]
+VersionAsked = Annotated[int | None, Query(ge=1, le=api_types.MAX_VERSION)]
 Who = Annotated[Caller, Depends(caller)]
 
 
@@ -194,7 +194,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         return api_types.SupportSets(data=[summary(one) for one in found])
 
     @app.get("/v1/support-sets/{name}")
-    def read_set(name: api_types.Name, who: Who, version: VersionAsked = None, images: bool = False) -> api_types.SupportSetWhole:
+    def read_set(name: api_types.Name, who: Who, version: VersionAsked = None, images: bool = False) -> api_types.SupportSetWithExamples:
         return service.whole(service.store.get(who.namespace, name, version), images)
 
     @app.get("/v1/support-sets/{name}/versions")

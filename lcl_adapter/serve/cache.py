@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lcl_adapter.answering.predict import Prefilled
+from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.serve.jobs import Key
 
 Place = tuple[str, Key]  # a model's name, and a set

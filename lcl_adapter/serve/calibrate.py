@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lcl_adapter.answering.predict import Prefilled, Reply
+from lcl_adapter.answering.cache import Prefilled
+from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.recipe.wording import Wording

@@ -22,7 +22,8 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
-from lcl_adapter.answering.predict import Predictor, Prefilled, Question, Reply
+from lcl_adapter.answering.cache import Prefilled
+from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import mean_patches
@@ -302,7 +303,7 @@ class Engine:
                 return None
             return token.id
 
-        self._predictor.talk(ready, [job.turn for job in jobs], choose, max(job.sampling.max_tokens for job in jobs))
+        self._predictor.generate(ready, [job.turn for job in jobs], choose, max(job.sampling.max_tokens for job in jobs))
         for job in jobs:
             if not job.future.done():
                 job.future.set_result("length")

@@ -60,8 +60,8 @@ def read(source: Path) -> Written:
         listed = [(str(one["label"]), str(one["file"])) for one in sheet["examples"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{sheet_file}: not a sheet that `support export` wrote ({error}).") from error
-    if len(listed) > api_types.MOST_IMAGES:
-        raise DataError(f"{sheet_file}: names {len(listed)} photos, {api_types.MOST_IMAGES} are the most that a set has.")
+    if len(listed) > api_types.MAX_IMAGES:
+        raise DataError(f"{sheet_file}: names {len(listed)} photos, {api_types.MAX_IMAGES} are the most that a set has.")
     examples, total = [], 0
     for label, file in listed:
         place = (source / file).resolve()

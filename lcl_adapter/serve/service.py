@@ -82,12 +82,12 @@ class Service:
         if token is not None:
             raise RequestError(f"{where}: holds {token!r}, a special token of the model's prompt. Leave it out.")
 
-    def whole(self, stored: StoredSet, images: bool) -> api_types.SupportSetWhole:
+    def whole(self, stored: StoredSet, images: bool) -> api_types.SupportSetWithExamples:
         shown = []
         for one in stored.examples:
             image = api_types.data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
-            shown.append(api_types.Shown(label=one.label, sha256=one.image, image=image))
-        return api_types.SupportSetWhole(**summary(stored).model_dump(), examples=shown)
+            shown.append(api_types.StoredExample(label=one.label, sha256=one.image, image=image))
+        return api_types.SupportSetWithExamples(**summary(stored).model_dump(), examples=shown)
 
     def remove(self, namespace: str, name: str, expected: int | None) -> None:
         kept = [self.store.get(namespace, name, number) for number, _ in self.store.versions(namespace, name)]
@@ -182,7 +182,7 @@ class Service:
         """A job that is not submitted yet, and who turns its tokens into text. Raises MissingError, RequestError."""
         model = self.engine.find(request.model)
         turns = self._messages(namespace, request.messages)
-        sampling = Sampling(request.temperature, request.top_p, request.seed, request.top_logprobs, request.most_tokens)
+        sampling = Sampling(request.temperature, request.top_p, request.seed, request.top_logprobs, request.token_limit)
         before, key = turns[:-1], None
         support: Callable[[], Sequence[Turn]] = lambda: before  # noqa: E731
         if request.support_set is not None:
@@ -190,9 +190,9 @@ class Service:
             key = None if before else key_of(stored)
             support = lambda: (*self._turns(stored, model), *before)  # noqa: E731
         encoder = self.engine.base.encoder()
-        length = len(encoder.turns(turns, opened=True)[0]) + request.most_tokens  # of a stored set the engine knows the rest
+        length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit  # of a stored set the engine knows the rest
         if length > encoder.context:
-            raise RequestError(f"the messages and up to {request.most_tokens} new tokens are {length} tokens, the context is {encoder.context}.")
+            raise RequestError(f"the messages and up to {request.token_limit} new tokens are {length} tokens, the context is {encoder.context}.")
         speaker = Speaker(self.engine.base.tokenizer, request.stops)
         job = Job(model.name, support, turns[-1], key, sampling=sampling, say=speaker.hear, deadline=time.monotonic() + self.timeout)
         return job, speaker
@@ -302,7 +302,7 @@ class Classification:
             margin=ranked[0] - ranked[1],
             none_of_these=strange,
             familiarity=score,
-            most_alike=api_types.Alike(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
+            most_alike=api_types.SimilarExample(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
         )
 
 

@@ -129,9 +129,9 @@ class Endpoint:
     def sets(self) -> list[api_types.SupportSetOut]:
         return self._read(api_types.SupportSets, self._send("GET", "/v1/support-sets")).data
 
-    def read_set(self, name: str, images: bool = False) -> api_types.SupportSetWhole:
+    def read_set(self, name: str, images: bool = False) -> api_types.SupportSetWithExamples:
         told = self._send("GET", _set_path(name), query={"images": "true"} if images else None)
-        return self._read(api_types.SupportSetWhole, told)
+        return self._read(api_types.SupportSetWithExamples, told)
 
     def put_set(self, name: str, given: api_types.SupportSetIn) -> api_types.SupportSetOut:
         return self._read(api_types.SupportSetOut, self._send("PUT", _set_path(name), given.model_dump(exclude_none=True)))
