@@ -21,12 +21,12 @@ _HOMES = {
     "Picture": "lcl_adapter.data.sources",
     "Predictor": "lcl_adapter.answering.predict",
     "Question": "lcl_adapter.answering.predict",
-    "Recipe": "lcl_adapter.recipe",
+    "Recipe": "lcl_adapter.data",
     "Turn": "lcl_adapter.data.conversations",
     "UserError": "lcl_adapter.errors",
     "load_adapter": "lcl_adapter.base.adapter",
     "load_base": "lcl_adapter.base.model",
-    "load_recipe": "lcl_adapter.recipe",
+    "load_recipe": "lcl_adapter.data",
     "train": "lcl_adapter.cli.commands",
 }
 _ALIASES = {"load_recipe": "load"}

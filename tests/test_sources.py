@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcl_adapter.data.sources import Picture, read_class_folders, read_image, read_llava_json, read_pocket
-from lcl_adapter.errors import DataError
+import lcl_adapter
+from lcl_adapter import recipe
+from lcl_adapter.data.episodes import Episode
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.data.sources import READERS, ClassPool, Picture, PictureClass, read_class_folders, read_image, read_llava_json, read_pocket
+from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.pocket import DATA
+from lcl_adapter.recipe import sources
+from lcl_adapter.recipe.schema import register_sources
+from lcl_adapter.recipe.sources import ClassReader, Registered
 from tests.conftest import paint
 
 
@@ -233,3 +242,58 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = tmp_path / "bom.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([RECORD]).encode())
     assert len(read_llava_json(path, tmp_path)) == 1
+
+
+class Swatches(ClassReader):
+    """All that a new source needs: its keys, and how they become a pool."""
+
+    type: Literal["swatches"]
+    folder: Path
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        names = ("red", "green", "blue")
+        return ClassPool(name, tuple(PictureClass(c, tuple(Picture(self.folder / f"{c}{n}.png") for n in range(min_pictures))) for c in names))
+
+
+@pytest.fixture
+def with_swatches() -> Iterator[None]:
+    register_sources((*READERS, Swatches))
+    yield
+    register_sources(READERS)
+
+
+SWATCHES = "base: pocket\nsources: {mine: {type: swatches, folder: colours, ways: 3, shots: [2], queries: 2, share: 2}}\n"
+SWATCHES += "evaluate: {suites: {mine: {kind: lcl, source: {type: swatches, folder: colours}}}}\n"
+
+
+def test_a_new_source_is_one_class_and_one_line_of_the_table(tmp_path: Path, with_swatches: None) -> None:
+    (tmp_path / "mine.yaml").write_text(SWATCHES)
+    read = recipe.load(tmp_path / "mine.yaml", [f"data.root={tmp_path}"])
+    episode = Mixture(read).draw(7)
+    assert isinstance(episode, Episode)
+    assert len(episode.support) == 6
+    assert all(e.picture.path.parent == tmp_path / "colours" for e in (*episode.support, *episode.queries)), "paths start at data.root"
+    assert isinstance(read.evaluate.suites["mine"].source, Swatches)
+    recipe.save(read, tmp_path / "saved.yaml")
+    assert recipe.load(tmp_path / "saved.yaml") == read == pickle.loads(pickle.dumps(read))
+    for old, new, message in (
+        ("folder", "foldr", r"bad.yaml, line 2: unknown key 'sources.mine.foldr' \(did you mean 'folder'\?\)"),
+        ("swatches", "swatch", r"type 'swatch' is none of pocket, .*, swatches"),
+        ("colours}}}}", "colours, share: 1}}}}", r"unknown key 'evaluate.suites.mine.source.share'"),
+    ):
+        (tmp_path / "bad.yaml").write_text(SWATCHES.replace(old, new, 1))
+        with pytest.raises(RecipeError, match=message):
+            recipe.load(tmp_path / "bad.yaml")
+
+
+def test_a_source_that_is_not_in_the_table_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SWATCHES)
+    with pytest.raises(RecipeError, match="'swatches' is none of pocket,"):
+        recipe.load(tmp_path / "mine.yaml")
+
+
+def test_without_any_registered_source_the_error_says_what_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lcl_adapter.load_recipe("pocket").sources
+    monkeypatch.setattr(sources, "_readers", [])
+    with pytest.raises(RuntimeError, match=r"import lcl_adapter\.data\.sources"):
+        Registered().union()

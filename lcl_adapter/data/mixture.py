@@ -22,7 +22,7 @@ from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.recipe import Recipe, packaged
-from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, PocketSource, QuestionOptions, SourceOptions
+from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
 
 BLOCK = 100
 RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY
@@ -244,8 +244,9 @@ def _opened(sources: Mapping[str, SourceOptions]) -> dict[str, Pool]:
 
 
 def open_options(name: str, options: SourceOptions) -> Pool:
-    """Open a training source. A class of a user's needs pictures for its longest episode; a shipped one for its shortest."""
-    if isinstance(options, EpisodeOptions):
-        shots = min(options.shots) if isinstance(options, PocketSource) else max(options.shots)
+    """Open a training source. A class of the user's needs pictures for the longest episode; a shipped class for the shortest."""
+    assert isinstance(options, Reader)
+    if isinstance(options, ClassReader) and isinstance(options, EpisodeOptions):
+        shots = min(options.shots) if options.shipped else max(options.shots)
         return open_reader(name, options, episodes.pictures_needed(options, shots))
     return open_reader(name, options)

@@ -1,4 +1,7 @@
-"""Recipes: one YAML file says everything about a run. ``schema`` has the keys, ``loading`` reads them."""
+"""Recipes: one YAML file describes a whole run. ``schema`` has the keys, ``loading`` reads them.
+
+The kinds of sources are in ``lcl_adapter.data.sources``, which must be imported before a recipe is read.
+"""
 
 from lcl_adapter.recipe.loading import load, packaged, save
 from lcl_adapter.recipe.schema import Recipe

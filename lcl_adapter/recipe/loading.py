@@ -15,10 +15,10 @@ from lcl_adapter.files import write_text
 from lcl_adapter.pocket import shipped
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
-from lcl_adapter.recipe.sources import SourceOptions
-from lcl_adapter.recipe.suites import SuiteOptions
+from lcl_adapter.recipe.sources import Registered
 
 Key = tuple[str, ...]
+Location = tuple[int | str, ...]  # where pydantic places a fault
 Places = dict[Key, str]  # where each key was written: "file, line 3" or "override 'a=b'"
 PACKAGED = "pocket:"  # a path that starts so is a file of the shipped data
 
@@ -146,7 +146,7 @@ def _override(data: dict[str, Any], places: Places, overrides: Iterable[str]) ->
 def _explain(error: ValidationError, places: Places) -> list[str]:
     faults = []
     for fault in error.errors():
-        key = _written(fault["loc"])
+        key = _keys_of(fault["loc"])
         place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "the recipe")
         name = ".".join(key)
         match fault["type"]:
@@ -156,7 +156,7 @@ def _explain(error: ValidationError, places: Places) -> list[str]:
             case "missing":
                 why = f"key {name!r} is missing"
             case "union_tag_not_found":
-                why = f"{name!r} needs a `{_discriminator(fault)}`: one of {fault.get('ctx', {}).get('expected_tags') or _tags(fault)}"
+                why = f"{name!r} needs a `{_discriminator(fault)}`: one of {', '.join(_members(_type_at(fault['loc'])))}"
             case "union_tag_invalid":
                 context = fault["ctx"]
                 tags = [t.strip("' ") for t in str(context["expected_tags"]).split(",")]
@@ -178,44 +178,47 @@ def _discriminator(fault: Any) -> str:
     return str(fault.get("ctx", {}).get("discriminator", "type")).strip("'")
 
 
-def _tags(fault: Any) -> str:
-    union = SourceOptions if _discriminator(fault) == "type" else SuiteOptions
-    return ", ".join(_members(union))
-
-
-def _written(location: tuple[int | str, ...]) -> Key:
-    """A pydantic location as keys of the file: the tags that pydantic adds for a chosen union member are left out."""
-    key: list[str] = []
-    here: Any = Recipe
+def _keys_of(location: Location) -> Key:
+    """A pydantic location as keys of the file. Pydantic adds the tag of the chosen union member; the file has no such key."""
+    keys: list[str] = []
+    parent: Any = Recipe
     for part in location:
-        members = _members(here)
-        if isinstance(part, str) and part in members and isinstance(here, type(Union[int, str]) | UnionType):  # noqa: UP007
-            here = members[part]
-            continue
-        key.append(str(part))
-        here = _step(here, part)
-    return tuple(key)
+        if part not in _members(parent):
+            keys.append(str(part))
+        parent = _child_type(parent, part)
+    return tuple(keys)
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    here: Any = Recipe
+def _type_at(location: Location) -> Any:
+    """The type that the schema has at a pydantic location; None where it has none."""
+    found: Any = Recipe
     for part in location:
-        members = _members(here)
-        here = members[part] if isinstance(part, str) and part in members and not _is_model(here) else _step(here, part)
-    return sorted(here.model_fields) if _is_model(here) else []
+        found = _child_type(found, part)
+    return found
+
+
+def _fields_at(location: Location) -> list[str]:
+    """The keys that a mapping at this location may have; empty where they are free."""
+    kind = _type_at(location)
+    return sorted(kind.model_fields) if _is_model(kind) else []
 
 
 def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _bare(kind: Any) -> Any:
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+def _plain(kind: Any, metadata: Sequence[Any] = ()) -> Any:
+    """A type without its annotations. A field of registered sources becomes their union."""
+    if get_origin(kind) is Annotated:
+        kind, *own = get_args(kind)
+        return _plain(kind, (*own, *metadata))
+    registered = next((m for m in metadata if isinstance(m, Registered)), None)
+    return kind if registered is None else _plain(registered.union())
 
 
 def _members(kind: Any) -> dict[str, Any]:
-    """The members of a tagged union by tag."""
-    tags = {}
+    """The members of a tagged union by tag; empty for any other type."""
+    tags: dict[str, Any] = {}
     for member in get_args(kind) if get_origin(kind) in {Union, UnionType} else ():
         name = next((n for n in ("type", "kind") if _is_model(member) and n in member.model_fields), None)
         if name is not None:
@@ -223,12 +226,15 @@ def _members(kind: Any) -> dict[str, Any]:
     return tags
 
 
-def _step(kind: Any, part: int | str) -> Any:
-    if _is_model(kind):
-        return _bare(kind.model_fields[part].annotation) if part in kind.model_fields else None
-    if get_origin(kind) in {dict, list}:
-        return _bare(get_args(kind)[-1])
-    return None
+def _child_type(kind: Any, part: int | str) -> Any:
+    """The type below ``kind``: the member of a union with this tag, a model's field, or what a dict or list holds."""
+    members = _members(kind)
+    if part in members:
+        return members[str(part)]
+    if _is_model(kind) and part in kind.model_fields:
+        field = kind.model_fields[part]
+        return _plain(field.annotation, field.metadata)
+    return _plain(get_args(kind)[-1]) if get_origin(kind) in {dict, list} else None
 
 
 def _unrooted(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every part of a recipe is built on: strict mappings, shares, lists that may be written as one value."""
+"""What every part of a recipe is built on: strict mappings, shares, and lists that may be written as a single value."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
-    """Base of every part of a recipe: unknown keys refused, values fixed once read."""
+    """Base of every part of a recipe: unknown keys are refused, values cannot be changed after reading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Each model's validator is built when it is first used, because the sources register themselves after this package is imported.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)

@@ -1,22 +1,22 @@
 """A recipe's schema: every key there is, its type, its range, and the rules between keys.
 
 Names under ``train`` are SFTConfig's own where SFTConfig has them. An unknown key is an error everywhere.
-``options`` has what all parts share, ``sources`` and ``suites`` the two long lists.
+``options`` has what all parts share; ``sources`` and ``suites`` have the two long lists.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import Options, Share, Weight
-from lcl_adapter.recipe.sources import TaggedSource
-from lcl_adapter.recipe.suites import TaggedSuite, filled
+from lcl_adapter.recipe.sources import Reader, TaggedSource, set_readers
+from lcl_adapter.recipe.suites import SuiteOptions, TaggedSuite, filled
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 QUANTISED = ("int8", "nf4")
@@ -119,7 +119,7 @@ class Recipe(Options):
         {}, description="a curriculum: from this part of the run on (0 to 1), these shares stand in for those beside the sources"
     )
     train: TrainOptions = TrainOptions()
-    evaluate: EvaluateOptions = EvaluateOptions()
+    evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -146,3 +146,11 @@ class Recipe(Options):
         own = {n: s.share for n, s in self.sources.items()}
         steps = [(begins, {**own, **shares}) for begins, shares in sorted(self.shares.items())]
         return steps if steps and steps[0][0] == 0 else [(0.0, own), *steps]
+
+
+def register_sources(readers: tuple[type[Reader], ...]) -> None:
+    """Make these readers the types that ``sources:`` and the suites accept. ``lcl_adapter.data.sources`` calls this with its table."""
+    set_readers(readers)
+    for model in (*get_args(SuiteOptions), EvaluateOptions, Recipe):
+        if model.__pydantic_complete__:  # built with another table
+            model.model_rebuild(force=True)

@@ -1,253 +1,37 @@
-"""``sources``: what is read (a reader), what is made of it (a policy), and its part of the mixture (a share).
+"""What a source's options are made of: a reader (what is read), a policy (what is made of it) and a share of the mixture.
 
-A reader is used by suites as well, so that what is trained and what is measured are read the same way.
+The reader classes themselves are in ``lcl_adapter.data.sources``, one file a kind of source. That package registers them
+here (:func:`lcl_adapter.recipe.schema.register_sources`), because this room does not import it. A reader is used by
+``sources:`` and by suites, so that training and evaluation read the same way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema
 
-from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.recipe.options import IntList, Options, Share, Weight, as_list
 
 PolicyName = Literal["2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "jigsaw", "n-way", "product", "locate"]
 InspectionPolicy = Literal["inspection", "locate"]
 InspectionForm = Literal["plain", "one-class", "two-way", "naming", "localise"]
 Names = Literal["random", "real", "mixed"]
-Split = Literal["all", "train", "held_out"]
 Language = Literal["en", "ja"]
-
-
-def _words(value: object) -> object:
-    """YAML reads a bare yes or no as true or false; in a list of answers the words are meant."""
-    return [{True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v for v in value] if isinstance(value, list) else value
-
-
-Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 Languages = Annotated[list[Language], BeforeValidator(as_list), Field(min_length=1)]
 
 
-class Reader(Options):
-    """Every reader: whether a bad record stops the run or is left out and counted."""
-
-    on_fault: Literal["refuse", "skip"] = Field("refuse", description="bad records: list them and stop, or leave them out and count them")
-
-
-class HeldOut(Reader):
-    """Classes set apart by their names, the same ones in every run."""
-
-    split: Split = "all"
-    hold_out: Share = 0.2
-
-    @model_validator(mode="after")
-    def _split_is_said(self) -> Self:
-        if self.split == "all" and self.hold_out != HeldOut.model_fields["hold_out"].default:
-            raise ValueError("`hold_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
-        return self
-
-
-# --- readers of classes of pictures
-
-
-class PocketClasses(Options):
-    """The emoji that ship with the package."""
-
-    type: Literal["pocket"]
-    split: Literal["train", "validation", "held_out"] = "train"
-
-
-class ClassFolders(HeldOut):
-    """A user's ``photos/<class>/*.jpg``, a folder or a zip archive; ``boxes.jsonl`` in it may say where things are."""
-
-    type: Literal["class-folder"]
-    path: Path
-
-
-class Manifest(HeldOut):
-    """A product catalogue: CSV, TSV, JSON Lines or COCO JSON, with a column map. ``where`` keeps rows of one value."""
-
-    type: Literal["manifest"]
-    file: Path
-    images: Path
-    columns: dict[Literal["image", "class", "group", "artist", "box"], Columns] = {"image": ["image"], "class": ["class"]}
-    where: dict[str, str | int] = {}
-    lookup: Path | None = Field(None, description="a CSV with image_id and path, where `image` is an id (ABO)")
-
-    @model_validator(mode="after")
-    def _mapped(self) -> Self:
-        missing = [c for c in ("image", "class") if c not in self.columns]
-        several = [c for c, names in self.columns.items() if c != "image" and len(names) > 1]
-        if several:
-            raise ValueError(f"`columns`: {several[0]} is one column; only `image` may be several")
-        if missing:
-            raise ValueError(f"`columns` must say which column is {' and which is '.join(missing)}")
-        return self
-
-
-class ImageNetLcl(Reader):
-    """LCL's ``train900_pairs.jsonl`` over ImageNet's folder or archive; neighbours as it ranks them."""
-
-    type: Literal["imagenet-lcl"]
-    pairs: Path
-    images: Path
-
-
-class Isekai(Reader):
-    """ISEKAI-10 or ISEKAI-pair: unreal concepts and their real counterparts."""
-
-    type: Literal["isekai"]
-    file: Path
-    images: Path
-
-
-class ShikraBoxes(Reader):
-    """Shikra's REC records as classes with boxes: those of one expression are one class."""
-
-    type: Literal["shikra-boxes"]
-    file: Path
-    images: Path
-
-
-class HfClasses(HeldOut):
-    """A dataset that ``datasets`` saved to disk, one row a picture."""
-
-    type: Literal["hf-classes"]
-    path: Path
-    columns: dict[Literal["image", "class", "group"], str] = {"image": "image", "class": "label"}
-
-
-# --- readers of parts to inspect
-
-
-class Parts(HeldOut):
-    """Categories are trained on or held out; name those held out, or give a share."""
-
-    path: Path
-    held_out: Annotated[list[str], BeforeValidator(as_list)] = []
-
-    @model_validator(mode="after")
-    def _named_for_a_split(self) -> Self:
-        if self.split == "all" and self.held_out:
-            raise ValueError("`held_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
-        return self
-
-
-class Mvtec(Parts):
-    """MVTec AD's tree, or anything laid out like it, a folder or a zip archive."""
-
-    type: Literal["mvtec"]
-
-
-class Visa(Parts):
-    """VisA as it is published."""
-
-    type: Literal["visa"]
-
-
-# --- readers of questions
-
-
-class LlavaJson(Reader):
-    """LLaVA's training JSON (a list or JSON Lines); ``images`` is a folder or a zip archive. ``limit`` takes the first records only."""
-
-    type: Literal["llava-json"]
-    file: Path
-    images: Path
-    limit: int | None = Field(None, ge=1)
-
-
-class LlavaQuestions(Reader):
-    """LLaVA's question and answer JSON Lines, joined by question_id. ``closed``: the only answers there may be."""
-
-    type: Literal["llava-questions"]
-    file: Path
-    answers: Path
-    images: Path
-    closed: Annotated[list[str], BeforeValidator(_words)] = []
-    limit: int | None = Field(None, ge=1)
-
-
-class VqaV2(Reader):
-    """VQAv2's questions and annotations. ``image_name`` is a pattern, ``COCO_val2014_{image_id:012}.jpg`` where left out."""
-
-    type: Literal["vqav2"]
-    questions: Path
-    annotations: Path
-    images: Path
-    image_name: str = ""
-    limit: int | None = Field(None, ge=1)
-
-
-class Pope(Reader):
-    """POPE's questions: is there such a thing in the image, yes or no."""
-
-    type: Literal["pope"]
-    file: Path
-    images: Path
-    limit: int | None = Field(None, ge=1)
-
-
-class Shikra(Reader):
-    """Shikra's JSON Lines of one kind; ``rec`` asks for a box as text."""
-
-    type: Literal["shikra"]
-    file: Path
-    images: Path
-    kind: Literal["rec", "vqa", "gqa", "caption"] = "rec"
-    templates: Path | None = None
-    limit: int | None = Field(None, ge=1)
-
-
-class HfQuestions(Reader):
-    """A dataset that ``datasets`` saved to disk, one row a question."""
-
-    type: Literal["hf-questions"]
-    path: Path
-    columns: dict[Literal["question", "answer", "image"], str] = {"question": "question", "answer": "answer"}
-    limit: int | None = Field(None, ge=1)
-
-
-class Shards(Reader):
-    """WebDataset shards of questions, in a folder or anywhere that fsspec reads (s3://, https://, …); more than a disk holds."""
-
-    type: Literal["shards"]
-    path: Path | None = Field(None, description="a folder of *.tar")
-    urls: str = Field("", description="or where they are: https://host/llava-{000000..000663}.tar")
-    index: Path | None = Field(None, description="how many samples each has, as WebDataset's `widsindex create` writes it; needed with `urls`")
-    cache: Path = Field(Path("shards-cache"), description="with `urls`: the folder they are fetched into")
-    keep: str = Field("20GB", description="with `urls`: how much of them lies there at a time")
-    mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass where `keep` holds so many")
-    on_fault: Literal["refuse", "skip"] = Field("skip", description="a bad sample is known when it is read: leave it out and count it, or stop")
-    limit: int | None = Field(None, ge=1)
-
-    @field_validator("keep")
-    @classmethod
-    def _amount(cls, keep: str) -> str:
-        memory_bytes(keep)
-        return keep
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if (self.path is None) == (not self.urls):
-            raise ValueError("give `path`, a folder of shards, or `urls`, where they are")
-        return self
-
-
-ClassReader = PocketClasses | ClassFolders | Manifest | ImageNetLcl | Isekai | ShikraBoxes | HfClasses
-QuestionReader = LlavaJson | LlavaQuestions | VqaV2 | Pope | Shikra | HfQuestions | Shards
-PartReader = Mvtec | Visa
-
-
-# --- policies
+# --- policies: what is made of a pool
 
 
 class Words(Options):
-    """Which phrasings are used: a template file of one's own, and its languages."""
+    """Which phrasings are used: the user's own template file, and the languages."""
 
-    templates: Path | None = Field(None, description="a file like templates/phrases.yaml; the tasks it has replace the shipped ones")
+    templates: Path | None = Field(None, description="a file like templates/phrases.yaml; the tasks in it replace the shipped ones")
     languages: Languages = ["en"]
 
 
@@ -266,21 +50,21 @@ class EpisodeOptions(Words):
     }
 
     policy: PolicyName = "n-way"
-    ways: IntList = Field([2], description="classes an episode; of several one is drawn")
-    shots: IntList = Field([2], description="labelled pictures a class; of several one is drawn")
-    queries: int = Field(1, ge=1, le=32, description="queries behind one support set, each blind to the others")
-    names: Names = Field("random", description="labels: random letters, the class's own name, or either, an episode at a time")
-    real_names: Share = Field(0.2, description="with `names: mixed`, the share of episodes under real names")
+    ways: IntList = Field([2], description="classes in an episode; from a list, one value is drawn for each episode")
+    shots: IntList = Field([2], description="labelled pictures of each class; from a list, one value is drawn for each episode")
+    queries: int = Field(1, ge=1, le=32, description="queries behind one support set; no query can see another")
+    names: Names = Field("random", description="labels: random letters, the class's own name, or either of them for each episode")
+    real_names: Share = Field(0.2, description="with `names: mixed`, the share of episodes that use real names")
     hard: Share = Field(0.5, description="share of episodes whose classes are near neighbours")
-    learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels seen before")
+    learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels that were shown before")
     other_artists: bool = Field(True, description="show support pictures by other artists than the query's, where artists are known")
-    further_views: int = Field(0, ge=0, le=16, description="how many further views of a picture may stand in when pictures run out")
-    turned: Share = Field(0.0, description="share of episodes whose pictures are all turned by 0 to 3 quarters: a turned thing is a new class")
-    augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of so many further views, drawn anew each time")
+    further_views: int = Field(0, ge=0, le=16, description="how many further views of each picture may be used when pictures run out")
+    turned: Share = Field(0.0, description="share of episodes whose pictures are all rotated by 0 to 3 quarter turns; a turned object is a new class")
+    augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of this many further views, drawn anew each time")
     neither: Share = Field(0.5, description="policy product: share of queries that are neither of the two products shown")
     near_neither: Share = Field(0.5, description="policy product: of those, the share drawn from near classes")
-    plain: Share = Field(0.0, description="policy product: share of rows that ask for a product's name with nothing shown before")
-    tiles: IntList = Field([4, 6, 9, 12, 16], description="policy jigsaw: pieces an image is cut into; of several one is drawn")
+    plain: Share = Field(0.0, description="policy product: share of rows that ask for a product's name with no support set")
+    tiles: IntList = Field([4, 6, 9, 12, 16], description="policy jigsaw: pieces an image is cut into; from a list, one value is drawn")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -291,7 +75,7 @@ class EpisodeOptions(Words):
         if min(self.ways) < 2:
             raise ValueError("`ways` below 2: there is nothing to tell apart")
         if self.policy not in {"n-way", "product"} and self.names != "random":
-            raise ValueError(f"policy {self.policy} names its classes its own way; leave `names` out")
+            raise ValueError(f"policy {self.policy} has its own rule for names; leave `names` out")
         unfit = [t for t in self.tiles if t not in {4, 6, 9, 12, 16}]
         if unfit:
             raise ValueError(f"`tiles` of {unfit[0]}: an image is cut into 4, 6, 9, 12 or 16 pieces")
@@ -302,125 +86,153 @@ class EpisodeOptions(Words):
 
 
 class InspectionOptions(Words):
-    """How parts are shown and asked about. ``shots`` are reference photos; with labelled defects, so many of each label."""
+    """How parts are shown and asked about. ``shots`` are reference photos; with labelled defects, photos of each label."""
 
     policy: InspectionPolicy = "inspection"
     forms: dict[InspectionForm, Weight] = Field({"one-class": 1.0}, min_length=1, description="what is asked, and how often")
-    shots: IntList = Field([1, 2], description="reference photos; of several one is drawn")
-    queries: int = Field(1, ge=1, le=32, description="queries behind one support set, each blind to the others")
+    shots: IntList = Field([1, 2], description="reference photos; from a list, one value is drawn for each episode")
+    queries: int = Field(1, ge=1, le=32, description="queries behind one support set; no query can see another")
     defective: Share = Field(0.5, description="share of queries that have a defect")
     random_names: Share = Field(0.0, description="forms two-way and naming: share of episodes whose labels are random letters")
     learn: Literal["query", "repeated"] = "query"
-    turned: Share = Field(0.0, description="share of episodes whose pictures are all turned by 0 to 3 quarters")
+    turned: Share = Field(0.0, description="share of episodes whose pictures are all rotated by 0 to 3 quarter turns")
 
     @model_validator(mode="after")
     def _some_form(self) -> Self:
         if sum(self.forms.values()) <= 0:
             raise ValueError("all `forms` are 0: nothing would be asked")
         if min(self.shots) < 1:
-            raise ValueError("`shots` below 1: ask without references with form plain")
+            raise ValueError("`shots` below 1: use form plain to ask without references")
         return self
 
 
-class Shared(Options):
-    """What every training source has: its part of the mixture, and what happens when it has no more."""
+class SourceOptions(Options):
+    """What every training source has: its share of the mixture, and a limit."""
+
+    if TYPE_CHECKING:
+        type: str  # every reader declares its own tag
 
     share: Weight = 1.0
-    cap: int | None = Field(None, ge=1, description="at most so many rows of it in a run; its share then goes to the others")
+    cap: int | None = Field(None, ge=1, description="at most this many rows of the source in a run; its share then goes to the others")
 
 
-class QuestionOptions(Shared):
-    """``packed`` records share a row, each blind to the others."""
+class QuestionOptions(SourceOptions):
+    """How plain questions become rows. ``packed`` records share a row; none of them can see another."""
 
     packed: int = Field(1, ge=1, le=32)
-    at_end: Literal["repeat", "end"] = Field("repeat", description="gone through once: again in another order, or no more of them")
+    at_end: Literal["repeat", "end"] = Field("repeat", description="after one pass: start again in another order, or use no more of them")
 
 
-class PocketSource(PocketClasses, EpisodeOptions, Shared):
-    """``type: pocket`` under ``sources``."""
+# --- readers: what is read
 
 
-class ClassFolderSource(ClassFolders, EpisodeOptions, Shared):
-    """``type: class-folder`` under ``sources``."""
+class Reader(Options):
+    """Base of every reader. A reader is a class of options with a ``type`` and a method that reads the files.
+
+    policy_options: the options that a source of this kind has under ``sources:`` beside the reader's own.
+    """
+
+    policy_options: ClassVar[type[Options]]
+    if TYPE_CHECKING:
+        type: str  # every reader declares its own tag, `type: Literal["class-folder"]`
+
+    def open(self, name: str, min_pictures: int = 1) -> Any:
+        """Read the pool. ``name`` is the source's name in the recipe. Paths are absolute by then.
+
+        min_pictures: how many pictures a class needs. Readers of parts and questions ignore it.
+        Raises DataError for files that cannot be read.
+        """
+        raise NotImplementedError
 
 
-class ManifestSource(Manifest, EpisodeOptions, Shared):
-    """``type: manifest`` under ``sources``."""
+class ClassReader(Reader):
+    """Reads classes of pictures (a ClassPool).
+
+    shipped: whether the classes come with the package. Then classes with too few pictures are left out and no fault.
+    """
+
+    policy_options: ClassVar[type[Options]] = EpisodeOptions
+    shipped: ClassVar[bool] = False
 
 
-class ImageNetSource(ImageNetLcl, EpisodeOptions, Shared):
-    """``type: imagenet-lcl`` under ``sources``."""
+class FileReader(Reader):
+    """A reader of a user's files: a bad record stops the run, or is left out and counted."""
+
+    on_fault: Literal["refuse", "skip"] = Field("refuse", description="bad records: list them and stop, or leave them out and count them")
 
 
-class IsekaiSource(Isekai, EpisodeOptions, Shared):
-    """``type: isekai`` under ``sources``."""
+class PartReader(FileReader):
+    """Reads categories of parts to inspect (an InspectionPool)."""
+
+    policy_options: ClassVar[type[Options]] = InspectionOptions
 
 
-class ShikraBoxesSource(ShikraBoxes, EpisodeOptions, Shared):
-    """``type: shikra-boxes`` under ``sources``."""
+class QuestionReader(FileReader):
+    """Reads plain questions (a QuestionPool).
+
+    reads_late: whether a record is read only when its row is drawn. Bad records are then discovered during the run.
+    """
+
+    policy_options: ClassVar[type[Options]] = QuestionOptions
+    reads_late: ClassVar[bool] = False
 
 
-class HfClassesSource(HfClasses, EpisodeOptions, Shared):
-    """``type: hf-classes`` under ``sources``."""
+# --- the registered readers, as types of the schema
 
 
-class MvtecSource(Mvtec, InspectionOptions, Shared):
-    """``type: mvtec`` under ``sources``."""
+_readers: list[type[Reader]] = []
 
 
-class VisaSource(Visa, InspectionOptions, Shared):
-    """``type: visa`` under ``sources``."""
+def set_readers(readers: tuple[type[Reader], ...]) -> None:
+    """Replace the table of readers. Use :func:`lcl_adapter.recipe.schema.register_sources`, which updates the schema too."""
+    _readers[:] = readers
 
 
-class LlavaJsonSource(LlavaJson, QuestionOptions):
-    """``type: llava-json`` under ``sources``."""
+def tag_of(reader: type[Options]) -> str:
+    """A reader's ``type`` in a recipe."""
+    return str(get_args(reader.model_fields["type"].annotation)[0])
 
 
-class LlavaQuestionsSource(LlavaQuestions, QuestionOptions):
-    """``type: llava-questions`` under ``sources``."""
+@cache
+def source_class(reader: type[Reader]) -> type[Options]:
+    """The class of a reader's entry under ``sources:``: the reader's keys, its policy's keys, share and cap."""
+    bases = (reader, reader.policy_options) if issubclass(reader.policy_options, SourceOptions) else (reader, reader.policy_options, SourceOptions)
+    name = f"{reader.__name__}Source"
+    make: Any = create_model
+    combined: type[Options] = make(name, __base__=bases, __doc__=f"``type: {tag_of(reader)}`` under ``sources``.", __module__=__name__)
+    globals()[name] = combined  # pickle, which sends a recipe to other processes, looks a class up by its module and name
+    return combined
 
 
-class VqaV2Source(VqaV2, QuestionOptions):
-    """``type: vqav2`` under ``sources``."""
+@dataclass(frozen=True)
+class Registered:
+    """Marks a field whose type is one of the registered readers, chosen by its ``type``.
+
+    kinds: base classes of the readers that the field accepts. tag: the only reader that it accepts.
+    as_source: whether the field is an entry under ``sources:``, with policy and share.
+    """
+
+    kinds: tuple[type[Reader], ...] = (Reader,)
+    tag: str | None = None
+    as_source: bool = False
+
+    def union(self) -> Any:
+        """The field's type: a union of models with a discriminator, or one model. Raises RuntimeError where none is registered."""
+        readers = [r for r in _readers if issubclass(r, self.kinds) and self.tag in {None, tag_of(r)}]
+        if not readers:
+            raise RuntimeError("no source is registered: import lcl_adapter.data.sources before a recipe is read")
+        members = tuple(source_class(r) if self.as_source else r for r in readers)
+        return members[0] if len(members) == 1 else Annotated[Union[members], Field(discriminator="type")]  # noqa: UP007
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler.generate_schema(self.union())
 
 
-class PopeSource(Pope, QuestionOptions):
-    """``type: pope`` under ``sources``."""
-
-
-class ShikraSource(Shikra, QuestionOptions):
-    """``type: shikra`` under ``sources``."""
-
-
-class HfQuestionsSource(HfQuestions, QuestionOptions):
-    """``type: hf-questions`` under ``sources``."""
-
-
-class ShardsSource(Shards, QuestionOptions):
-    """``type: shards`` under ``sources``."""
-
-
-SourceOptions = (
-    PocketSource
-    | ClassFolderSource
-    | ManifestSource
-    | ImageNetSource
-    | IsekaiSource
-    | ShikraBoxesSource
-    | HfClassesSource
-    | MvtecSource
-    | VisaSource
-    | LlavaJsonSource
-    | LlavaQuestionsSource
-    | VqaV2Source
-    | PopeSource
-    | ShikraSource
-    | HfQuestionsSource
-    | ShardsSource
-)
-AnyReader = ClassReader | PartReader | QuestionReader
-TaggedSource = Annotated[SourceOptions, Field(discriminator="type")]
-TaggedClasses = Annotated[ClassReader, Field(discriminator="type")]
-TaggedParts = Annotated[PartReader, Field(discriminator="type")]
-TaggedQuestions = Annotated[QuestionReader, Field(discriminator="type")]
-TaggedBoxes = Annotated[ClassReader | PartReader, Field(discriminator="type")]
+TaggedSource = Annotated[SourceOptions, Registered(as_source=True)]
+TaggedClasses = Annotated[ClassReader, Registered((ClassReader,))]
+TaggedParts = Annotated[PartReader, Registered((PartReader,))]
+TaggedQuestions = Annotated[QuestionReader, Registered((QuestionReader,))]
+TaggedBoxes = Annotated[ClassReader | PartReader, Registered((ClassReader, PartReader))]
+IsekaiClasses = Annotated[ClassReader, Registered(tag="isekai")]
+PopeQuestions = Annotated[QuestionReader, Registered(tag="pope")]
+ShikraQuestions = Annotated[QuestionReader, Registered(tag="shikra")]

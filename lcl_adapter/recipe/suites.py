@@ -11,7 +11,17 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import IntList, Options, Share, as_list
-from lcl_adapter.recipe.sources import Isekai, Names, Pope, Shikra, TaggedBoxes, TaggedClasses, TaggedParts, TaggedQuestions, Words
+from lcl_adapter.recipe.sources import (
+    IsekaiClasses,
+    Names,
+    PopeQuestions,
+    ShikraQuestions,
+    TaggedBoxes,
+    TaggedClasses,
+    TaggedParts,
+    TaggedQuestions,
+    Words,
+)
 
 Neighbours = Literal["easy", "hard"]
 Control = Literal["shuffled-names", "no-support"]
@@ -54,7 +64,7 @@ class IsekaiSuite(Options):
     """LCL's test on unreal concepts against their real counterparts; ``shots`` is per side, the paper's n is twice that."""
 
     kind: Literal["isekai"]
-    source: Isekai
+    source: IsekaiClasses
     shots: IntList = [1, 2, 3, 4, 5, 6, 7, 8]
     published: Literal["isekai-10", "isekai-pair"] | None = None
 
@@ -100,19 +110,20 @@ class PopeSuite(Options):
     """Is there such a thing in the image: accuracy, precision, recall, F1, and how often the answer is yes."""
 
     kind: Literal["pope"]
-    source: Annotated[Pope, Field()]
+    source: PopeQuestions
 
 
 class RecSuite(Options):
     """The box of an expression; right if its IoU is over 0.5."""
 
     kind: Literal["rec"]
-    source: Annotated[Shikra, Field()]
+    source: ShikraQuestions
 
     @model_validator(mode="after")
     def _asks_for_boxes(self) -> Self:
-        if self.source.kind != "rec":
-            raise ValueError(f"a rec suite asks for boxes; its source has `kind: {self.source.kind}`, which has none")
+        kind = getattr(self.source, "kind", None)
+        if kind != "rec":
+            raise ValueError(f"a rec suite asks for boxes; its source has `kind: {kind}`, which has none")
         return self
 
 

@@ -19,7 +19,7 @@ from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversati
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
-from lcl_adapter.recipe.sources import QuestionOptions, ShardsSource
+from lcl_adapter.recipe.sources import QuestionReader
 
 ATTEMPTS = 200  # with one photo in five broken, an episode of eight is whole one time in six
 
@@ -103,13 +103,15 @@ class Collator:
                 return conversation, self.encoder.conversation(conversation)
             except DataError as error:
                 options = self.mixture.options[self.mixture.slot(index).source]
-                strict = isinstance(options, ShardsSource) and options.on_fault == "refuse"  # whose samples were not read before
+                strict = (
+                    isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
+                )  # whose samples were not read before
                 if self.on_fault == "refuse" or strict:
                     raise
                 last = str(error)
             except EpisodeError as error:
                 options = self.mixture.options[self.mixture.slot(index).source]
-                if not isinstance(options, QuestionOptions) or options.on_fault == "refuse":
+                if not isinstance(options, QuestionReader) or options.on_fault == "refuse":
                     raise
                 last = str(error)
             if faults is not None:

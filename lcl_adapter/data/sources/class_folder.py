@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
+from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.recipe.sources import ClassReader
 
 NEIGHBOURS = "neighbours.json"
 BOXES = "boxes.jsonl"
+
+
+class ClassFolders(ClassReader, HeldOut):
+    """``type: class-folder``. A user's ``photos/<class>/*.jpg``, a folder or a zip archive; ``boxes.jsonl`` in it may give boxes."""
+
+    type: Literal["class-folder"]
+    path: Path
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        return read_class_folders(self.path, name, min_pictures, self.split, self.hold_out, self.on_fault)
 
 
 def read_class_folders(
@@ -21,7 +33,7 @@ def read_class_folders(
     """Every sub-folder is a class, in the order of names; hidden files are passed over, other files counted as skipped.
 
     ``min_pictures``: how many pictures a class needs to be of use (shots + 1 query); fewer is a fault of the class.
-    ``split`` keeps the classes of one side of :func:`is_held_out`. ``root`` may be a zip archive.
+    ``split`` keeps the classes of one side of :func:`~lcl_adapter.data.sources.held_out.is_held_out`. ``root`` may be a zip archive.
     ``neighbours.json`` beside the folders may group classes, ``{"group": ["class", ...]}``, or rank them,
     ``{"ranked": {"class": ["nearest", ...]}}``. ``boxes.jsonl`` may say where the thing is: ``{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}``.
 
@@ -38,7 +50,7 @@ def read_class_folders(
         if len(found[folder]) < len(files):
             skipped["not an image file"] = skipped.get("not an image file", 0) + len(files) - len(found[folder])
     if split != "all":
-        found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
+        found = {n: p for n, p in found.items() if in_split(n, split, hold_out)}
         if not found:
             raise DataError(f"{root}: no class falls into split {split!r} with `hold_out: {hold_out}`; add classes or change `hold_out`.")
     if not found:
@@ -64,12 +76,6 @@ def read_class_folders(
             pictures = tuple(tree.picture(n) for n in names)
             classes.append(PictureClass(one, pictures, groups.get(one, ()), boxes=known, ranked=ranked.get(one, ())))
     return settled(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
-
-
-def is_held_out(class_name: str, share: float) -> bool:
-    """Whether a class is set apart for evaluation: decided by its name alone, so that adding classes moves no other."""
-    digest = hashlib.sha256(class_name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
 def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:

@@ -4,11 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, settled
-from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import saved_dataset
 from lcl_adapter.errors import DataError
+from lcl_adapter.recipe.sources import ClassReader, QuestionReader
+
+
+class HfClasses(ClassReader, HeldOut):
+    """``type: hf-classes``. A dataset that ``datasets`` saved to disk, one row a picture."""
+
+    type: Literal["hf-classes"]
+    path: Path
+    columns: dict[Literal["image", "class", "group"], str] = {"image": "image", "class": "label"}
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        columns = {str(k): v for k, v in self.columns.items()}
+        return read_hf_classes(self.path, columns, name, min_pictures, self.split, self.hold_out, self.on_fault)
+
+
+class HfQuestions(QuestionReader):
+    """``type: hf-questions``. A dataset that ``datasets`` saved to disk, one row a question."""
+
+    type: Literal["hf-questions"]
+    path: Path
+    columns: dict[Literal["question", "answer", "image"], str] = {"question": "question", "answer": "answer"}
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_hf_questions(self.path, {str(k): v for k, v in self.columns.items()}, name, self.on_fault, self.limit)
 
 
 def read_hf_classes(
@@ -41,7 +69,7 @@ def read_hf_classes(
         if group is not None:
             group_of[told] = str(group)
     if split != "all":
-        rows = {n: r for n, r in rows.items() if is_held_out(n, hold_out) == (split == "held_out")}
+        rows = {n: r for n, r in rows.items() if in_split(n, split, hold_out)}
     few = [n for n, r in rows.items() if len(r) < min_pictures]
     classes = tuple(
         PictureClass(n, tuple(Picture(folder, f"{columns['image']}/{i}") for i in r), (group_of[n],) if n in group_of else ())

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
 from lcl_adapter.data.sources.records import Records
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
+from lcl_adapter.recipe.sources import ClassReader, FileReader
+
+
+class ImageNetLcl(ClassReader, FileReader):
+    """``type: imagenet-lcl``. LCL's ``train900_pairs.jsonl`` over ImageNet's folder or archive; the file ranks the neighbours."""
+
+    type: Literal["imagenet-lcl"]
+    pairs: Path
+    images: Path
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        return read_train_pairs(self.pairs, self.images, name, self.on_fault, min_pictures)
 
 
 def read_train_pairs(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:

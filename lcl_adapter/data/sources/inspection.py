@@ -12,15 +12,51 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, model_validator
 
 from lcl_adapter.data.sources.base import Fault, InspectionPool, Part, Picture, Specimen, settled
-from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.held_out import HeldOut, is_held_out
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.recipe.options import as_list
+from lcl_adapter.recipe.sources import PartReader
 
 GOOD = "good"
 VISA_SPLIT = "split_csv/1cls.csv"
+
+
+class Parts(PartReader, HeldOut):
+    """Categories are trained on or held out. ``held_out`` names the held-out ones; else ``hold_out`` is their share."""
+
+    path: Path
+    held_out: Annotated[list[str], BeforeValidator(as_list)] = []
+
+    @model_validator(mode="after")
+    def _held_out_needs_a_split(self) -> Self:
+        if self.split == "all" and self.held_out:
+            raise ValueError("`held_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
+        return self
+
+
+class Mvtec(Parts):
+    """``type: mvtec``. MVTec AD's tree, or anything laid out like it, a folder or a zip archive."""
+
+    type: Literal["mvtec"]
+
+    def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
+        return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault)
+
+
+class Visa(Parts):
+    """``type: visa``. VisA as it is published."""
+
+    type: Literal["visa"]
+
+    def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
+        return read_visa(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault)
 
 
 def chosen(there: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
 from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, other_form, read_lines
 from lcl_adapter.data.sources.tree import Tree
+from lcl_adapter.recipe.sources import ClassReader, FileReader
 
 KEYS = "image_name, positive_list, negative_list, positive_promt, negative_promt, label_name"
+
+
+class Isekai(ClassReader, FileReader):
+    """``type: isekai``. ISEKAI-10 or ISEKAI-pair: unreal concepts and their real counterparts."""
+
+    type: Literal["isekai"]
+    file: Path
+    images: Path
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        return read_isekai(self.file, self.images, name, self.on_fault, min_pictures)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, settled
 from lcl_adapter.data.sources.records import Records, dialogues
 from lcl_adapter.data.sources.tree import check_inside
+from lcl_adapter.recipe.sources import QuestionReader
 
 MARK = "<image>"
+
+
+class LlavaJson(QuestionReader):
+    """``type: llava-json``. LLaVA's training JSON (a list or JSON Lines); ``images`` is a folder or a zip archive.
+
+    limit: use only this many records, from the start of the file.
+    """
+
+    type: Literal["llava-json"]
+    file: Path
+    images: Path
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_llava_json(self.file, self.images, name, self.on_fault, self.limit)
 
 
 def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:

@@ -16,15 +16,49 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
-from lcl_adapter.data.sources.class_folder import is_held_out
+from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
+from lcl_adapter.recipe.options import as_list
+from lcl_adapter.recipe.sources import ClassReader
 
 Row = tuple[str, dict[str, Any]]  # where it was read, and its columns
 LINES = (".jsonl", ".json")
+Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
+
+
+class Manifest(ClassReader, HeldOut):
+    """``type: manifest``. A product catalogue: CSV, TSV, JSON Lines or COCO JSON, with a column map.
+
+    where: only rows with this value in this column are used.
+    """
+
+    type: Literal["manifest"]
+    file: Path
+    images: Path
+    columns: dict[Literal["image", "class", "group", "artist", "box"], Columns] = {"image": ["image"], "class": ["class"]}
+    where: dict[str, str | int] = {}
+    lookup: Path | None = Field(None, description="a CSV with image_id and path, where `image` is an id (ABO)")
+
+    @model_validator(mode="after")
+    def _mapped(self) -> Self:
+        missing = [c for c in ("image", "class") if c not in self.columns]
+        several = [c for c, names in self.columns.items() if c != "image" and len(names) > 1]
+        if several:
+            raise ValueError(f"`columns`: {several[0]} is one column; only `image` may be several")
+        if missing:
+            raise ValueError(f"`columns` must say which column is {' and which is '.join(missing)}")
+        return self
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        columns = {str(k): v for k, v in self.columns.items()}
+        where = {k: str(v) for k, v in self.where.items()}
+        return read_manifest(self.file, self.images, columns, name, min_pictures, self.split, self.hold_out, self.on_fault, where, self.lookup)
 
 
 def read_manifest(
@@ -91,7 +125,7 @@ def read_manifest(
     if missing:
         raise DataError(f"{files}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, sorted(seen)))}.")
     if split != "all":
-        found = {n: p for n, p in found.items() if is_held_out(n, hold_out) == (split == "held_out")}
+        found = {n: p for n, p in found.items() if in_split(n, split, hold_out)}
     classes, skipped = [], 0
     for label, listed in sorted(found.items()):
         if len(listed) < min_pictures:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar, Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Picture, PictureClass
 from lcl_adapter.errors import DataError
 from lcl_adapter.pocket import DATA
+from lcl_adapter.recipe.sources import ClassReader
 
 SPLITS = ("train", "validation", "held_out")
+
+
+class PocketClasses(ClassReader):
+    """``type: pocket``. The emoji that ship with the package."""
+
+    shipped: ClassVar[bool] = True
+
+    type: Literal["pocket"]
+    split: Literal["train", "validation", "held_out"] = "train"
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        return read_pocket(self.split, name, min_pictures)
 
 
 def read_pocket(split: str, name: str = "pocket", min_pictures: int = 1) -> ClassPool:

@@ -21,21 +21,58 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Self
 
 import fsspec
+from pydantic import Field, field_validator, model_validator
 
+from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.llava_json import exchanges_of
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full
+from lcl_adapter.recipe.sources import QuestionReader
 
 CHUNK = 1 << 22
 TRIES = 4
 PATIENCE = 0.5  # seconds before the second try
 LONGEST = 2**24  # bytes of a sample's JSON
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class Shards(QuestionReader):
+    """``type: shards``. WebDataset shards of questions, in a folder or anywhere that fsspec reads (s3://, https://, …).
+
+    They may be larger than the disk.
+    """
+
+    reads_late: ClassVar[bool] = True
+
+    type: Literal["shards"]
+    path: Path | None = Field(None, description="a folder of *.tar")
+    urls: str = Field("", description="or where they are: https://host/llava-{000000..000663}.tar")
+    index: Path | None = Field(None, description="how many samples each has, as WebDataset's `widsindex create` writes it; needed with `urls`")
+    cache: Path = Field(Path("shards-cache"), description="with `urls`: the folder they are fetched into")
+    keep: str = Field("20GB", description="with `urls`: how much of them lies there at a time")
+    mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass where `keep` holds so many")
+    on_fault: Literal["refuse", "skip"] = Field("skip", description="a bad sample is known when it is read: leave it out and count it, or stop")
+    limit: int | None = Field(None, ge=1)
+
+    @field_validator("keep")
+    @classmethod
+    def _amount(cls, keep: str) -> str:
+        memory_bytes(keep)
+        return keep
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (not self.urls):
+            raise ValueError("give `path`, a folder of shards, or `urls`, where they are")
+        return self
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_shards(self.path, self.urls, self.index, self.cache, memory_bytes(self.keep), self.mixed, name, self.limit)
 
 
 class Place(NamedTuple):

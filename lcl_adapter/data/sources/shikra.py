@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from lcl_adapter.data.sources.base import (
     ClassPool,
@@ -28,9 +30,35 @@ from lcl_adapter.data.sources.base import (
 from lcl_adapter.data.sources.llava_json import named_once, picture
 from lcl_adapter.data.sources.records import Records, broken, dialogues, named
 from lcl_adapter.errors import DataError
+from lcl_adapter.recipe.sources import ClassReader, FileReader, QuestionReader
 from lcl_adapter.recipe.wording import phrase
 
 CAPTION = "Describe the image in one sentence."
+
+
+class Shikra(QuestionReader):
+    """``type: shikra``. Shikra's JSON Lines of one kind; ``rec`` asks for a box as text."""
+
+    type: Literal["shikra"]
+    file: Path
+    images: Path
+    kind: Literal["rec", "vqa", "gqa", "caption"] = "rec"
+    templates: Path | None = None
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_shikra(self.file, self.images, self.kind, name, self.on_fault, self.limit, self.templates)
+
+
+class ShikraBoxes(ClassReader, FileReader):
+    """``type: shikra-boxes``. Shikra's REC records as classes with boxes: records of one expression are one class."""
+
+    type: Literal["shikra-boxes"]
+    file: Path
+    images: Path
+
+    def open(self, name: str, min_pictures: int = 1) -> ClassPool:
+        return read_shikra_classes(self.file, self.images, name, self.on_fault, min_pictures)
 
 
 def read_shikra(

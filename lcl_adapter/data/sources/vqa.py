@@ -9,14 +9,68 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
 from lcl_adapter.data.sources.llava_json import named_once, picture
 from lcl_adapter.data.sources.records import Records, broken, dialogues, named
 from lcl_adapter.errors import DataError
+from lcl_adapter.recipe.sources import QuestionReader
 
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's suffix for VQA
+
+
+def _words(value: object) -> object:
+    """YAML reads a bare yes or no as true or false; in a list of answers the words are meant."""
+    return [{True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v for v in value] if isinstance(value, list) else value
+
+
+class LlavaQuestions(QuestionReader):
+    """``type: llava-questions``. LLaVA's question and answer JSON Lines, joined by question_id.
+
+    closed: the only answers that are allowed.
+    """
+
+    type: Literal["llava-questions"]
+    file: Path
+    answers: Path
+    images: Path
+    closed: Annotated[list[str], BeforeValidator(_words)] = []
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_llava_questions(self.file, self.answers, self.images, name, self.on_fault, self.limit, tuple(self.closed))
+
+
+class VqaV2(QuestionReader):
+    """``type: vqav2``. VQAv2's questions and annotations.
+
+    image_name: a pattern for the images' names, by default ``COCO_val2014_{image_id:012}.jpg`` or the same of train2014.
+    """
+
+    type: Literal["vqav2"]
+    questions: Path
+    annotations: Path
+    images: Path
+    image_name: str = ""
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_vqav2(self.questions, self.annotations, self.images, name, self.on_fault, self.limit, self.image_name)
+
+
+class Pope(QuestionReader):
+    """``type: pope``. POPE's questions: is there such a thing in the image, yes or no."""
+
+    type: Literal["pope"]
+    file: Path
+    images: Path
+    limit: int | None = Field(None, ge=1)
+
+    def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
+        return read_pope(self.file, self.images, name, self.on_fault, self.limit)
 
 
 def read_llava_questions(

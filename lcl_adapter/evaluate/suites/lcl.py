@@ -13,7 +13,7 @@ from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Cell, case_of
-from lcl_adapter.recipe.sources import EpisodeOptions, PocketClasses
+from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.recipe.suites import ControlSuite, LclSuite
 from lcl_adapter.recipe.wording import Wording
 
@@ -21,7 +21,7 @@ from lcl_adapter.recipe.wording import Wording
 def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
     control = options.control if isinstance(options, ControlSuite) else None
     # Shipped classes with five drawings or more in every suite, so that all cells are about the same classes.
-    wanted = 4 if isinstance(options.source, PocketClasses) else 1 if options.further_views else max(options.shots)
+    wanted = 4 if options.source.shipped else 1 if options.further_views else max(options.shots)
     pool = open_reader(name, options.source, 1 + wanted)
     if len(pool) < options.ways:
         where = f"evaluate.suites.{name}: {len(pool)} class{'es' if len(pool) > 1 else ''} to measure on, {options.ways} ways are asked"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
-from lcl_adapter.data.sources import Picture, read_isekai_questions, read_test_pairs
+from lcl_adapter.data.sources import Isekai, Picture, read_isekai_questions, read_test_pairs
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
 from lcl_adapter.evaluate.cases import Case, Cell, case_of
@@ -36,6 +36,7 @@ def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: i
 def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
     """A line of the file is one question."""
     source = options.source
+    assert isinstance(source, Isekai)
     questions = read_isekai_questions(packaged(source.file), packaged(source.images), name, source.on_fault)
     for shots in options.shots:
         cases = [_case(q.names, q.shown, q.asked, q.gold, shots, wording, [seed, shots, n]) for n, q in enumerate(questions)]
