@@ -69,7 +69,7 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         ("base: pocket\nsources: {a: {type: pocket}}\ntrain: {feature_cache: 0MB}", "no amount of memory"),
         ("- a\n- b\n", "a mapping of keys"),
         ("base: [unclosed", "not YAML"),
-        ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {keep: {vqa: 1}}", "no suite; there are none"),
+        ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {retention: {vqa: 1}}", "no suite; there are none"),
     ],
 )
 def test_each_kind_of_fault(tmp_path: Path, text: str, said: str) -> None:
@@ -131,3 +131,68 @@ def test_copy(tmp_path: Path) -> None:
 def test_saved_yaml_is_plain(tmp_path: Path) -> None:
     recipe.save(recipe.load(write(tmp_path, GOOD)), tmp_path / "r.yaml")
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["base"] == "pocket"
+
+
+MANIFEST = "{type: manifest, file: f.csv, images: i, columns: {image: image, class: class, %s: artist}}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("evaluate.keep", "evaluate.retention", "evaluate:\n  suites: {vqa: {preset: vqa}}\n  KEY: {vqa: 1.5}\n"),
+        ("sources.a.other_hands", "sources.a.other_artists", "sources:\n  a:\n    type: pocket\n    KEY: false\n"),
+        ("sources.a.columns.hand", "sources.a.columns.artist", f"sources:\n  a: {MANIFEST % 'KEY'}\n"),
+        ("sources.a.keep", "sources.a.cache_size", "sources:\n  a:\n    type: shards\n    path: s\n    KEY: 5GB\n"),
+        (
+            "evaluate.suites.s.source.columns.hand",
+            "evaluate.suites.s.source.columns.artist",
+            f"evaluate:\n  suites:\n    s: {{kind: lcl, source: {MANIFEST % 'KEY'}}}\n",
+        ),
+        (
+            "evaluate.suites.s.source.keep",
+            "evaluate.suites.s.source.cache_size",
+            "evaluate:\n  suites:\n    s: {kind: vqa, source: {type: shards, path: s, KEY: 5GB}}\n",
+        ),
+    ],
+)
+def test_a_renamed_key_is_still_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, text: str) -> None:
+    """In a file, in a run's saved recipe, and as an override; with a note that names the new key, once."""
+    text = f"base: pocket\n{text}" + ("" if "sources" in text.split(chr(10))[0] else "sources: {b: {type: pocket}}\n")
+    old_name, new_name = old.split(".")[-1], new.split(".")[-1]
+    now = recipe.load(write(tmp_path, text.replace("KEY", new_name), "now.yaml"))
+    assert "called" not in capsys.readouterr().err
+    before = write(tmp_path, text.replace("KEY", old_name), "before.yaml")
+    assert recipe.load(before) == now
+    line = next(n for n, written in enumerate(before.read_text().splitlines(), 1) if f"{old_name}:" in written)
+    assert capsys.readouterr().err == f"{before}, line {line}: the key `{old}` is called `{new}` now; the old name is still read\n"
+    recipe.load(before, resolved=True)
+    assert not capsys.readouterr().err, "the note is printed once"
+    recipe.save(now, tmp_path / "saved.yaml")
+    (tmp_path / "saved.yaml").write_text((tmp_path / "saved.yaml").read_text().replace(f"{new_name}:", f"{old_name}:"))
+    assert recipe.load(tmp_path / "saved.yaml", resolved=True) == now, "a run folder of an earlier version"
+    capsys.readouterr()
+    assert recipe.load(before, [f"{old}=null"]) == recipe.load(tmp_path / "now.yaml", [f"{new}=null"])
+    assert f"override '{old}=null': the key `{old}` is called `{new}` now" in capsys.readouterr().err
+    both = write(tmp_path, text.replace("KEY", new_name), "both.yaml")
+    assert f"override '{old}=x': `{old}` is the old name of `{new}`, and both are given" in "\n".join(faults(both, f"{new}=x", f"{old}=x"))
+
+
+def test_an_old_key_beside_its_new_name_is_a_fault_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "evaluate:\n  suites: {vqa: {preset: vqa}}\n  retention: {vqa: 1}\n  keep: {vqa: 2}\n  evry: 3\n")
+    messages = faults(path)
+    assert messages[0] == f"{path}, line 9: `evaluate.keep` is the old name of `evaluate.retention`, and both are given; leave `evaluate.keep` out"
+    assert "line 10: unknown key 'evaluate.evry'" in messages[1], "with the other faults"
+
+
+def test_a_fault_below_an_old_key_has_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "evaluate:\n  suites: {vqa: {preset: vqa}}\n  keep:\n    vqa: much\n")
+    assert faults(path)[0].startswith(f"{path}, line 9: 'evaluate.retention.vqa': ")
+
+
+def test_old_and_new_names_meet_where_recipes_extend_each_other(tmp_path: Path) -> None:
+    write(tmp_path, GOOD + "evaluate: {suites: {vqa: {preset: vqa}, rec: {preset: rec}}, keep: {vqa: 1}}\n", "under.yaml")
+    over = write(tmp_path, "extends: under.yaml\nevaluate: {retention: {rec: 2}}\n", "over.yaml")
+    assert recipe.load(over).evaluate.retention == {"vqa": 1, "rec": 2}
+    assert recipe.load(over, ["evaluate.keep.vqa=5", "evaluate.keep.rec=null"]).evaluate.retention == {"vqa": 5}
+    assert recipe.load(over, ["evaluate={keep: {rec: 3}, suites: {rec: {preset: rec}}}"]).evaluate.retention == {"rec": 3}
+    assert recipe.load(over, ["evaluate.keep=null"]).evaluate.retention == {}

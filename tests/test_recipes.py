@@ -122,7 +122,7 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
     assert set(rows["longest"]) == set(recipe.load(name).sources)
     changes += [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.gradient_accumulation_steps=8", "train.logging_steps=1"]
     changes += ["train.dataloader_num_workers=0", "evaluate.every=1", "evaluate.during_limit=4"]
-    changes += [f"evaluate.keep.{s}=101" for s in recipe.load(name).evaluate.keep]
+    changes += [f"evaluate.retention.{s}=101" for s in recipe.load(name).evaluate.retention]
     result = CliRunner().invoke(main, ["train", f"recipes/{name}.yaml", *changes, "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

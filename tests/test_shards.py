@@ -220,7 +220,7 @@ def recipe_of(base: Path, output: Path, **source: Any) -> Recipe:
 def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, elsewhere: tuple[str, Path], tmp_path: Path) -> None:
     """Without its cache, which another machine would not have."""
     urls, index = elsewhere
-    source = {"urls": urls, "index": str(index), "cache": str(tmp_path / "cache"), "keep": "1MB"}
+    source = {"urls": urls, "index": str(index), "cache": str(tmp_path / "cache"), "cache_size": "1MB"}
     whole = recipe_of(pocket_tiny, tmp_path / "whole", **source)
     trainer.train(whole)
     half = recipe_of(pocket_tiny, tmp_path / "half", **source)
@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, elsewher
         return Callback()
 
     with pytest.raises(StopError):
-        trainer.train(half, watching=stop)
+        trainer.train(half, make_callback=stop)
     for file in (tmp_path / "cache").glob("*"):
         file.unlink()
     trainer.train(half, resume=True)
@@ -314,7 +314,7 @@ def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path
 def test_a_recipe_says_where_shards_are(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"base: {pocket_tiny}\noutput: {tmp_path / 'run'}\nsources:\n  a: {{type: shards}}\n  b: {{type: shards, path: {folder}, keep: much}}\n"
+        f"base: {pocket_tiny}\noutput: {tmp_path / 'run'}\nsources:\n  a: {{type: shards}}\n  b: {{type: shards, path: {folder}, cache_size: much}}\n"
     )
     with pytest.raises(RecipeError) as told:
         load(file)

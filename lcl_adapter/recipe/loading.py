@@ -1,4 +1,4 @@
-"""YAML + ``extends`` + ``key.sub=value`` overrides -> :class:`Recipe`, or one error that lists every fault with its place."""
+"""YAML, ``extends`` and ``key.sub=value`` overrides -> :class:`Recipe`, or one error that lists every fault with its place."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pydantic import BaseModel, ValidationError
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.files import write_text
 from lcl_adapter.pocket import shipped
+from lcl_adapter.recipe.renamed import Key, Places, both_given, new_key, rename_keys
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
 from lcl_adapter.recipe.sources import Registered
 
-Key = tuple[str, ...]
 Location = tuple[int | str, ...]  # where pydantic places a fault
-Places = dict[Key, str]  # where each key was written: "file, line 3" or "override 'a=b'"
-PACKAGED = "pocket:"  # a path that starts so is a file of the shipped data
+PACKAGED = "pocket:"  # a path with this prefix is a file of the shipped data
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> Recipe:
-    """Read a recipe file (or a shipped recipe's name), apply overrides, check everything.
+    """Read a recipe file (or a shipped recipe by its name), apply overrides, and check everything.
 
-    resolved: the file is a run's own, with absolute paths; those under its ``data.root`` move with an overridden one.
-    Raises RecipeError with all faults together.
+    resolved: the file is a run's saved recipe, whose paths are absolute. Paths below its ``data.root`` follow an overridden root.
+    Raises RecipeError that lists all faults together.
     """
     places: Places = {}
-    data = _read(find_recipe(path), places, [])
+    faults: list[str] = []
+    values = _read(find_recipe(path), places, faults, [])
     if resolved:
-        data = _unrooted(data)
-    faults = _override(data, places, overrides)
+        values = _relative_to_root(values)
+    _apply_overrides(values, places, faults, overrides)
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError([*faults, *_explain(error, places)]) from None
     if faults:
@@ -44,19 +44,20 @@ def load(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False
 
 
 def save(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe; loading it again gives an equal one."""
+    """Write the resolved recipe. Loading the file gives an equal recipe."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     head = f"# The resolved recipe of this run. It trains the same adapter again:\n#   lcl-adapter train {path.name} output=runs/again\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def packaged(path: Path) -> Path:
-    """``pocket:NAME`` -> the shipped file; any other path as it is."""
+    """The shipped file for ``pocket:NAME``; any other path unchanged."""
     text = str(path)
     return shipped(text.removeprefix(PACKAGED)) if text.startswith(PACKAGED) else path
 
 
-def _read(path: Path, places: Places, chain: list[Path]) -> dict[str, Any]:
+def _read(path: Path, places: Places, faults: list[str], chain: list[Path]) -> dict[str, Any]:
+    """One file's values merged over those of the recipe that it extends. ``chain``: the files that led to this one."""
     resolved = path.resolve()
     if resolved in chain:
         circle = " -> ".join(p.name for p in [*chain[chain.index(resolved) :], resolved])
@@ -64,7 +65,7 @@ def _read(path: Path, places: Places, chain: list[Path]) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror})"]) from error
     except UnicodeDecodeError as error:
@@ -73,39 +74,41 @@ def _read(path: Path, places: Places, chain: list[Path]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError([f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})"]) from error
-    if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
-        raise RecipeError([f"{path}: a recipe is a mapping of keys; this is {type(data).__name__}"])
-    own: Places = {}
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise RecipeError([f"{path}: a recipe is a mapping of keys; this is {type(values).__name__}"])
+    own_places: Places = {}
     try:
-        _mark(node, (), path, own)
+        _record_places(node, (), path, own_places)
     except RecursionError as error:
-        raise RecipeError([f"{path}: an alias that holds itself; write the value out"]) from error
-    parent = data.pop("extends", None)
+        raise RecipeError([f"{path}: a YAML alias that contains itself; write the value out"]) from error
+    parent = values.pop("extends", None)
+    values, own_faults = rename_keys(values, own_places)
     merged: dict[str, Any] = {}
     if parent is not None:
         if not isinstance(parent, str):
-            raise RecipeError([f"{own[('extends',)]}: `extends` names one recipe"])
+            raise RecipeError([f"{own_places[('extends',)]}: `extends` names one recipe"])
         beside = path.parent / parent
-        merged = _read(beside if beside.exists() else find_recipe(parent), places, [*chain, resolved])
-    places.update(own)
-    return _merge(merged, data)
+        merged = _read(beside if beside.exists() else find_recipe(parent), places, faults, [*chain, resolved])
+    places.update(own_places)
+    faults += own_faults
+    return _merge(merged, values)
 
 
-def _mark(node: yaml.Node, key: Key, path: Path, places: Places) -> None:
+def _record_places(node: yaml.Node, key: Key, path: Path, places: Places) -> None:
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             place = f"{path}, line {name.start_mark.line + 1}"
-            inner = (*key, str(name.value))
-            if inner in places:
+            child = (*key, str(name.value))
+            if child in places:
                 raise RecipeError([f"{place}: key {name.value!r} is written twice"])
-            places[inner] = place
-            _mark(value, inner, path, places)
+            places[child] = place
+            _record_places(value, child, path, places)
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; anything else is replaced; ``null`` takes a key away."""
-    merged = dict(under)
-    for key, value in over.items():
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; any other value replaces the old one; ``null`` removes the key."""
+    merged = dict(base)
+    for key, value in changes.items():
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -115,35 +118,50 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], places: Places, overrides: Iterable[str]) -> list[str]:
-    faults = []
+def _apply_overrides(values: dict[str, Any], places: Places, faults: list[str], overrides: Iterable[str]) -> None:
+    """Set each ``key.sub=value`` in ``values``; an empty value or ``null`` removes the key."""
+    written: dict[Key, str] = {}  # the new key -> the key as an override wrote it
     for text in overrides:
         name, equals, value = text.partition("=")
+        place = f"override {text!r}"
         if not equals or not name:
-            faults.append(f"override {text!r}: write it as key=value, for instance train.max_steps=100")
+            faults.append(f"{place}: write it as key=value, for instance train.max_steps=100")
             continue
+        key = tuple(name.split("."))
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = value
-        *parents, last = name.split(".")
-        target = data
+        layer = parsed
+        for part in reversed(key):
+            layer = {part: layer}
+        layer, own_faults = rename_keys(layer, {key[:n]: place for n in range(1, len(key) + 1)})
+        faults += own_faults
+        *parents, last = renamed = new_key(key)
+        for n in range(1, len(key) + 1):
+            new, old = ".".join(renamed[:n]), ".".join(key[:n])
+            other = written.setdefault(renamed[:n], old)
+            if other != old:
+                faults.append(both_given(place, *((old, new) if old != new else (other, new))))
+        for part in renamed:
+            layer = layer[part]
+        target = values
         for parent in parents:
             inner = target.setdefault(parent, {})
             if not isinstance(inner, dict):
-                faults.append(f"override {text!r}: {parent!r} is a value, it has no keys below it")
+                faults.append(f"{place}: {parent!r} is a value, it has no keys below it")
                 break
             target = inner
         else:
-            if parsed is None:
+            if layer is None:
                 target.pop(last, None)
             else:
-                target[last] = parsed
-            places[(*parents, last)] = f"override {text!r}"
-    return faults
+                target[last] = layer
+            places[renamed] = place
 
 
 def _explain(error: ValidationError, places: Places) -> list[str]:
+    """Pydantic's errors as lines: the place, what is wrong, and a near name where there is one."""
     faults = []
     for fault in error.errors():
         key = _keys_of(fault["loc"])
@@ -152,25 +170,25 @@ def _explain(error: ValidationError, places: Places) -> list[str]:
         match fault["type"]:
             case "extra_forbidden":
                 known = _fields_at(fault["loc"][:-1])
-                why = f"unknown key {name!r}{did_you_mean(key[-1], known)}" + ("" if did_you_mean(key[-1], known) else f"; known: {', '.join(known)}")
+                near = did_you_mean(key[-1], known)
+                message = f"unknown key {name!r}" + (near or f"; known: {', '.join(known)}")
             case "missing":
-                why = f"key {name!r} is missing"
+                message = f"key {name!r} is missing"
             case "union_tag_not_found":
-                why = f"{name!r} needs a `{_discriminator(fault)}`: one of {', '.join(_members(_type_at(fault['loc'])))}"
+                message = f"{name!r} needs a `{_discriminator(fault)}`: one of {', '.join(_members(_type_at(fault['loc'])))}"
             case "union_tag_invalid":
-                context = fault["ctx"]
-                tags = [t.strip("' ") for t in str(context["expected_tags"]).split(",")]
-                tag = str(context["tag"])
-                why = f"{name!r}: {_discriminator(fault)} {tag!r} is none of {', '.join(tags)}{did_you_mean(tag, tags)}"
+                tags = [t.strip("' ") for t in str(fault["ctx"]["expected_tags"]).split(",")]
+                tag = str(fault["ctx"]["tag"])
+                message = f"{name!r}: {_discriminator(fault)} {tag!r} is none of {', '.join(tags)}{did_you_mean(tag, tags)}"
             case "value_error":
-                why = f"{name + ': ' if name else ''}{fault['ctx']['error']}"
+                message = f"{name + ': ' if name else ''}{fault['ctx']['error']}"
             case _:
                 given = fault["input"]
-                message = fault["msg"][0].lower() + fault["msg"][1:]
+                reason = fault["msg"][0].lower() + fault["msg"][1:]
                 options = [t.strip("' ") for t in str(fault.get("ctx", {}).get("expected", "")).replace(" or ", ", ").split(",")]
                 near = did_you_mean(str(given), options) if fault["type"] == "literal_error" else ""
-                why = f"{name!r}: {message}, given {given!r}{near}"
-        faults.append(f"{place}: {why}")
+                message = f"{name!r}: {reason}, given {given!r}{near}"
+        faults.append(f"{place}: {message}")
     return faults
 
 
@@ -191,10 +209,10 @@ def _keys_of(location: Location) -> Key:
 
 def _type_at(location: Location) -> Any:
     """The type that the schema has at a pydantic location; None where it has none."""
-    found: Any = Recipe
+    kind: Any = Recipe
     for part in location:
-        found = _child_type(found, part)
-    return found
+        kind = _child_type(kind, part)
+    return kind
 
 
 def _fields_at(location: Location) -> list[str]:
@@ -237,20 +255,20 @@ def _child_type(kind: Any, part: int | str) -> Any:
     return _plain(get_args(kind)[-1]) if get_origin(kind) in {dict, list} else None
 
 
-def _unrooted(data: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe's values with the paths below its ``data.root`` relative to it again."""
-    root = str(data.get("data", {}).get("root", ""))
+def _relative_to_root(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe's values; paths below its ``data.root`` become relative to it."""
+    root = str(values.get("data", {}).get("root", ""))
 
     def visit(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: visit(inner) for key, inner in value.items()}
         return value.removeprefix(root + "/") if isinstance(value, str) and root not in {"", "/"} else value
 
-    return {key: visit(value) if key in {"sources", "evaluate"} else value for key, value in data.items()}
+    return {key: visit(value) if key in {"sources", "evaluate"} else value for key, value in values.items()}
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Paths of sources, suites and the base folder, relative to ``data.root``, made absolute."""
+    """The recipe with absolute paths: those of sources and suites start at ``data.root``, the base folder's at the working folder."""
     root = recipe.data.root.expanduser().resolve()
 
     def visit(value: Any) -> Any:

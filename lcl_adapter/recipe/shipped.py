@@ -1,4 +1,4 @@
-"""The recipes that ship: found by name, listed with the first line of each, copied for editing."""
+"""The shipped recipes: look them up by name, list them with their first line, copy one for editing."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lcl_adapter.files import write_text
 
 
 def recipes_folder() -> Path:
-    """``recipes/`` beside the package in a clone, inside it where it was installed as a wheel."""
+    """``recipes/``: beside the package in a clone, inside the package in a wheel."""
     inside = Path(__file__).parent.parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Name -> what it is for (the recipe's first comment line)."""
+    """Name -> purpose (the recipe's first comment line)."""
     return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").strip() for p in sorted(recipes_folder().glob("*.yaml"))}
 
 
 def find_recipe(path: str | Path) -> Path:
-    """A file as it is; else a shipped recipe of that name, with or without ``recipes/`` and ``.yaml``.
+    """The file, or else the shipped recipe of that name, with or without ``recipes/`` and ``.yaml``.
 
     Raises RecipeError where there is neither.
     """

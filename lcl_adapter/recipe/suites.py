@@ -1,4 +1,4 @@
-"""``evaluate.suites``: what is measured, each on its own terms. A suite that a paper published is a preset (``suites.yaml``)."""
+"""``evaluate.suites``: what is measured, and how. Published protocols are presets (``suites.yaml``)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Control = Literal["shuffled-names", "no-support"]
 
 
 class LclSuite(Options):
-    """Episodes on held-out classes: one cell for every shot and neighbour; chance is 1 / ways."""
+    """Episodes on held-out classes: one line of the report for each number of shots and kind of neighbours. Chance is 1 / ways."""
 
     kind: Literal["lcl"]
     source: TaggedClasses
     ways: int = Field(2, ge=2, le=16)
     shots: IntList = [0, 1, 2, 4]
     neighbours: Annotated[list[Neighbours] | None, BeforeValidator(lambda v: v if v is None else as_list(v))] = Field(
-        None, description="easy, hard, or both; where left out: both, or easy where nothing says which classes are near"
+        None, description="easy, hard, or both; by default both, or easy if the data does not say which classes are near"
     )
     names: Names = "random"
     episodes: int = Field(1024, ge=1)
@@ -43,7 +43,7 @@ class LclSuite(Options):
 
 
 class ControlSuite(LclSuite):
-    """Episodes whose support set tells nothing: names shuffled among its pictures, or no support at all."""
+    """Episodes whose support set has no information: its names are shuffled among its pictures, or it is left out."""
 
     kind: Literal["control"]  # type: ignore[assignment]
     control: Control
@@ -51,17 +51,17 @@ class ControlSuite(LclSuite):
 
 
 class ImageNet100Suite(Options):
-    """LCL's test on ImageNet-100: classes 2k and 2k + 1 oppose each other; ``shots`` is per class, the paper's n is twice that."""
+    """LCL's test on ImageNet-100: classes 2k and 2k + 1 are compared. ``shots`` is per class; the paper's n is twice that."""
 
     kind: Literal["imagenet-100"]
     pairs: Path
     images: Path
     shots: IntList = [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    queries: int = Field(50, ge=1, description="a class, as the published test has")
+    queries: int = Field(50, ge=1, description="queries of each class; the published test has 50")
 
 
 class IsekaiSuite(Options):
-    """LCL's test on unreal concepts against their real counterparts; ``shots`` is per side, the paper's n is twice that."""
+    """LCL's test on unreal concepts and their real counterparts. ``shots`` is per concept; the paper's n is twice that."""
 
     kind: Literal["isekai"]
     source: IsekaiClasses
@@ -70,23 +70,23 @@ class IsekaiSuite(Options):
 
 
 class InspectionSuite(Words):
-    """Good or defective, on categories that were not trained on: 0 references is the plain question.
+    """Good or defective, on categories that were not trained on. With 0 references the question is asked without a support set.
 
-    ``also``: what is wrong with it (``naming``: labelled defects shown, a closed list), and where (``localise``: a box).
+    also: further forms. ``naming`` asks what is wrong (labelled defects are shown, the list is closed), ``localise`` where (a box).
     """
 
     kind: Literal["inspection"]
     source: TaggedParts
     references: IntList = [0, 1, 2, 4]
     also: Annotated[list[Literal["naming", "localise"]], BeforeValidator(as_list)] = []
-    also_shots: IntList = Field([1], description="references, and photos of each defect, shown for the forms under `also`")
-    episodes: int = Field(200, ge=1, description="of each form under `also`")
-    limit: int | None = Field(None, ge=1, description="at most so many photos of each category and label")
+    also_shots: IntList = Field([1], description="number of references, and of photos of each defect, for the forms under `also`")
+    episodes: int = Field(200, ge=1, description="episodes of each form under `also`")
+    limit: int | None = Field(None, ge=1, description="at most this many photos of each category and label")
     published: Literal["mvtec", "visa"] | None = None
 
 
 class ProductSuite(Words):
-    """Two products are shown; the query is the one, the other, or neither."""
+    """Two products are shown; the query is one of them, or neither."""
 
     kind: Literal["product"]
     source: TaggedClasses
@@ -98,7 +98,7 @@ class ProductSuite(Words):
 
 
 class VqaSuite(Options):
-    """Plain questions: exact match, or VQAv2's rule against ten answers. Does the adapter keep what the base could?"""
+    """Plain questions, scored by exact match or by VQAv2's rule against ten answers. They measure retention."""
 
     kind: Literal["vqa"]
     source: TaggedQuestions
@@ -107,14 +107,14 @@ class VqaSuite(Options):
 
 
 class PopeSuite(Options):
-    """Is there such a thing in the image: accuracy, precision, recall, F1, and how often the answer is yes."""
+    """Is this object in the image? Accuracy, precision, recall, F1, and how often the answer is yes."""
 
     kind: Literal["pope"]
     source: PopeQuestions
 
 
 class RecSuite(Options):
-    """The box of an expression; right if its IoU is over 0.5."""
+    """The box of an expression; correct if its IoU is over 0.5."""
 
     kind: Literal["rec"]
     source: ShikraQuestions
@@ -128,7 +128,7 @@ class RecSuite(Options):
 
 
 class LocateSuite(Words):
-    """Few-shot detection: boxes are shown, the same thing's box is asked; right if its IoU is over 0.5."""
+    """Few-shot detection: boxes of an object are shown, and its box in the query is asked for. Correct if the IoU is over 0.5."""
 
     kind: Literal["locate"]
     source: TaggedBoxes
@@ -137,11 +137,11 @@ class LocateSuite(Words):
 
 
 class InstructSuite(Options):
-    """Instructions: exact answers, and ROUGE-L."""
+    """Instructions, scored by exact match and ROUGE-L."""
 
     kind: Literal["instruct"]
     source: TaggedQuestions
-    new_tokens: int = Field(128, ge=1, le=2048, description="how long an answer may be")
+    new_tokens: int = Field(128, ge=1, le=2048, description="longest answer, in tokens")
 
 
 SuiteOptions = (
@@ -162,32 +162,33 @@ TaggedSuite = Annotated[SuiteOptions, Field(discriminator="kind")]
 
 @lru_cache(maxsize=1)
 def presets() -> dict[str, dict[str, Any]]:
-    """The suites that ship by name: published protocols over a standard folder layout (docs/data.md)."""
-    told: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "suites.yaml").read_text(encoding="utf-8"))
-    return told
+    """The shipped suites by name: published protocols over a standard folder layout (docs/data.md)."""
+    suites: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "suites.yaml").read_text(encoding="utf-8"))
+    return suites
 
 
-def filled(suites: object) -> object:
-    """A list of preset names, or a mapping in which ``preset: NAME`` stands for that suite's keys."""
+def fill_presets(suites: object) -> object:
+    """Replace ``preset: NAME`` by that suite's keys; a list of names stands for those presets.
+
+    Raises ValueError for an unknown preset.
+    """
     if isinstance(suites, list):
         suites = {str(name): {"preset": name} for name in suites}
     if not isinstance(suites, dict):
         return suites
-    known, made = presets(), {}
-    for name, own in suites.items():
-        if isinstance(own, dict) and "preset" in own:
-            rest = {k: v for k, v in own.items() if k != "preset"}
-            if not isinstance(own["preset"], str) or own["preset"] not in known:
-                raise ValueError(f"no suite named {own['preset']!r}{did_you_mean(str(own['preset']), list(known))}; there are {', '.join(known)}")
-            preset = known[own["preset"]]
-            source = rest.pop("source", {})
-            if not isinstance(source, dict):
-                raise ValueError(f"suite {name!r}: `source` is a mapping of keys, for instance {{path: mine}}")
-            own_source = preset.get("source", {})
-            other = source.get("type", own_source.get("type")) != own_source.get("type")
-            merged = source if other else {**own_source, **source}
-            sources = {"source": merged} if merged else {}
-            made[name] = {**preset, **rest, **sources}
-        else:
-            made[name] = own
-    return made
+    return {name: _from_preset(str(name), own) if isinstance(own, dict) and "preset" in own else own for name, own in suites.items()}
+
+
+def _from_preset(name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """The preset's keys under the user's own. A source of another type replaces the preset's source as a whole."""
+    known = presets()
+    if not isinstance(own["preset"], str) or own["preset"] not in known:
+        raise ValueError(f"no suite named {own['preset']!r}{did_you_mean(str(own['preset']), list(known))}; there are {', '.join(known)}")
+    preset = known[own["preset"]]
+    source, preset_source = own.get("source", {}), preset.get("source", {})
+    if not isinstance(source, dict):
+        raise ValueError(f"suite {name!r}: `source` is a mapping of keys, for instance {{path: mine}}")
+    if source.get("type", preset_source.get("type")) == preset_source.get("type"):
+        source = {**preset_source, **source}
+    changes = {key: value for key, value in own.items() if key not in {"preset", "source"}}
+    return {**preset, **changes, **({"source": source} if source else {})}

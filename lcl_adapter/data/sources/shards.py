@@ -54,16 +54,16 @@ class Shards(QuestionReader):
     urls: str = Field("", description="or where they are: https://host/llava-{000000..000663}.tar")
     index: Path | None = Field(None, description="how many samples each has, as WebDataset's `widsindex create` writes it; needed with `urls`")
     cache: Path = Field(Path("shards-cache"), description="with `urls`: the folder they are fetched into")
-    keep: str = Field("20GB", description="with `urls`: how much of them lies there at a time")
-    mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass where `keep` holds so many")
-    on_fault: Literal["refuse", "skip"] = Field("skip", description="a bad sample is known when it is read: leave it out and count it, or stop")
+    cache_size: str = Field("20GB", description="with `urls`: how many bytes of shards the folder may hold")
+    mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass if `cache_size` holds this many")
+    on_fault: Literal["refuse", "skip"] = Field("skip", description="a bad sample is discovered when it is read: leave it out and count it, or stop")
     limit: int | None = Field(None, ge=1)
 
-    @field_validator("keep")
+    @field_validator("cache_size")
     @classmethod
-    def _amount(cls, keep: str) -> str:
-        memory_bytes(keep)
-        return keep
+    def _amount_of_memory(cls, text: str) -> str:
+        memory_bytes(text)
+        return text
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -72,7 +72,7 @@ class Shards(QuestionReader):
         return self
 
     def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
-        return read_shards(self.path, self.urls, self.index, self.cache, memory_bytes(self.keep), self.mixed, name, self.limit)
+        return read_shards(self.path, self.urls, self.index, self.cache, memory_bytes(self.cache_size), self.mixed, name, self.limit)
 
 
 class Place(NamedTuple):
@@ -84,10 +84,10 @@ class Place(NamedTuple):
 
 
 class Cache:
-    """Shards from elsewhere, at most ``keep`` bytes of them (but always the newest): the one that was used longest ago goes first."""
+    """Shards from elsewhere, at most ``size`` bytes of them (but always the newest): the one that was used longest ago goes first."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
 
     def fetch(self, url: str) -> Path:
         """The shard on this disk. Processes that want the same one wait for the first.
@@ -113,7 +113,7 @@ class Cache:
             raise
         except Exception as error:  # whatever a file system's client raises
             if disk_is_full(error):
-                raise RunError(f"{self.folder}: the disk is full; make room, or lower `keep`.") from error
+                raise RunError(f"{self.folder}: the disk is full; make room, or lower `cache_size`.") from error
             raise RunError(f"{url}: cannot be fetched ({type(error).__name__}: {error}). Go on with resume=true when it can.") from error
         return target
 
@@ -159,7 +159,7 @@ class Cache:
             kept.append((told.st_mtime, told.st_size, path))
         total = sum(size for _, size, _ in kept)
         for _, size, path in sorted(kept):
-            if total <= self.keep:
+            if total <= self.size:
                 break
             if path != newest:
                 path.unlink(missing_ok=True)
@@ -211,7 +211,7 @@ class ShardDialogues(Sequence[Dialogue]):
                 file = self._here(url).open("rb")
             except FileNotFoundError as error:
                 if turn == TRIES - 1:
-                    raise RunError(f"{url}: goes as soon as it comes; `keep` holds too few shards for so many processes.") from error
+                    raise RunError(f"{url}: goes as soon as it comes; `cache_size` holds too few shards for so many processes.") from error
                 continue
             with file:
                 yield file
@@ -286,7 +286,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def read_shards(
-    path: Path | None, urls: str, index: Path | None, cache: Path, keep: int, mixed: int, name: str = "", limit: int | None = None
+    path: Path | None, urls: str, index: Path | None, cache: Path, cache_size: int, mixed: int, name: str = "", limit: int | None = None
 ) -> QuestionPool:
     """Shards of a folder, or at ``urls``; ``index`` is what WebDataset's ``widsindex create`` writes, and needed for those elsewhere.
 
@@ -317,7 +317,7 @@ def read_shards(
     if not used:
         raise DataError(f"{path or urls}: no sample in any shard.")
     told = json.dumps([[_base(place), count] for place, count in used])
-    dialogues = ShardDialogues([place for place, _ in used], [count for _, count in used], None if path is not None else Cache(cache, keep))
+    dialogues = ShardDialogues([place for place, _ in used], [count for _, count in used], None if path is not None else Cache(cache, cache_size))
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
     return QuestionPool(name or "shards", dialogues, {}, (), fingerprint, chunks=dialogues.counts, mixed=mixed)
 

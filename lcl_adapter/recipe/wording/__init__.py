@@ -1,7 +1,7 @@
-"""How tasks are put into words: one template file, several phrasings a task and language, which a user may replace.
+"""How tasks are put into words: a template file with several phrasings for each task and language. A user may replace it.
 
-``phrases.yaml`` beside this file is the one that ships. An episode chooses among its task's phrasings with its own
-randomness, so that the model learns the task and not one sentence.
+``phrases.yaml`` beside this file is the shipped one. Each episode draws one of its task's phrasings with its own random
+generator, so that the model learns the task and not a single sentence.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.recipe import packaged
 
 SHIPPED = Path(__file__).parent / "phrases.yaml"
-PLACES = frozenset({"name", "thing", "labels", "a", "b"})
+PLACEHOLDERS = frozenset({"name", "thing", "labels", "a", "b"})
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How an episode is put into words. ``{name}`` stands for the label; the query's answer is worded as the support's.
+    """The sentences of an episode. ``{name}`` stands for the label; queries and support set use the same form of answer.
 
-    good, bad, neither: what those answers are called in this language.
+    good, bad, neither: the words for these answers in this language.
     """
 
     instruction: str = ""
@@ -45,18 +45,18 @@ class Wording:
         return self.answer.replace("{name}", label)
 
     def filled(self, **values: str) -> Wording:
-        """The same with ``{thing}``, ``{labels}`` and the like replaced; ``{name}`` stays."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        """A copy with ``{thing}``, ``{labels}`` and other placeholders replaced; ``{name}`` stays."""
+        texts = {f.name: getattr(self, f.name) for f in fields(self)}
         for key, value in values.items():
-            told = {n: text.replace("{" + key + "}", value) for n, text in told.items()}
-        return replace(self, **told)
+            texts = {name: text.replace("{" + key + "}", value) for name, text in texts.items()}
+        return replace(self, **texts)
 
 
 @lru_cache(maxsize=8)
 def load(file: Path | None = None) -> dict[str, dict[str, tuple[Wording, ...]]]:
-    """task -> language -> phrasings; a user's file replaces the tasks it has and leaves the others as they ship.
+    """task -> language -> phrasings. A user's file replaces the tasks that it has; the other tasks stay as shipped.
 
-    Raises RecipeError with all faults of the file.
+    Raises RecipeError that lists all faults of the file.
     """
     table = _read(SHIPPED)
     if file is not None:
@@ -71,56 +71,59 @@ def load(file: Path | None = None) -> dict[str, dict[str, tuple[Wording, ...]]]:
 
 
 def phrase(task: str, file: Path | None, choice: int | np.random.Generator, languages: Sequence[str] = ("en",)) -> Wording:
-    """One phrasing of a task, by number or drawn. Raises RecipeError where there is none in these languages."""
+    """One phrasing of a task: the one with this number, or one drawn with this generator.
+
+    Raises RecipeError if the task has no phrasing in these languages.
+    """
     table = load(file)[task]
-    found = [w for language in languages for w in table.get(language, ())]
-    if not found:
+    phrasings = [wording for language in languages for wording in table.get(language, ())]
+    if not phrasings:
         raise RecipeError([f"{file or SHIPPED.name}: task {task!r} has no phrasing in {', '.join(languages)}; there are {', '.join(table)}"])
-    return found[(choice if isinstance(choice, int) else int(choice.integers(len(found)))) % len(found)]
+    number = choice if isinstance(choice, int) else int(choice.integers(len(phrasings)))
+    return phrasings[number % len(phrasings)]
 
 
 def _read(file: Path) -> dict[str, dict[str, tuple[Wording, ...]]]:
     try:
-        told = yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
+        raw = yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError([f"templates {file}: cannot be read ({error})"]) from error
+    if not isinstance(raw, dict):
+        raise RecipeError([f"templates {file}: a mapping of task, language, phrasings is expected"])
     faults: list[str] = []
     table: dict[str, dict[str, tuple[Wording, ...]]] = {}
-    if not isinstance(told, dict):
-        raise RecipeError([f"templates {file}: a mapping of task, language, phrasings is expected"])
-    for task, languages in told.items():
+    for task, languages in raw.items():
         if not isinstance(languages, dict):
             faults.append(f"templates {file}: {task}: a mapping of languages is expected")
             continue
         for language, phrasings in languages.items():
-            made = [
-                _wording(one, f"templates {file}: {task}.{language}", faults) for one in (phrasings if isinstance(phrasings, list) else [phrasings])
-            ]
-            table.setdefault(str(task), {})[str(language)] = tuple(w for w in made if w is not None)
+            where = f"templates {file}: {task}.{language}"
+            wordings = [_wording(entry, where, faults) for entry in (phrasings if isinstance(phrasings, list) else [phrasings])]
+            table.setdefault(str(task), {})[str(language)] = tuple(w for w in wordings if w is not None)
     if faults:
         raise RecipeError(faults)
     return table
 
 
-def _wording(one: Any, where: str, faults: list[str]) -> Wording | None:
+def _wording(entry: Any, where: str, faults: list[str]) -> Wording | None:
+    """One phrasing of the file; None, with a fault added, where it cannot be used."""
     known = [f.name for f in fields(Wording)]
-    if not isinstance(one, dict) or not all(isinstance(v, str) for v in one.values()):
+    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
         faults.append(f"{where}: a phrasing is a mapping of texts: {', '.join(known)}")
         return None
-    unknown = [k for k in one if k not in known]
+    unknown = [k for k in entry if k not in known]
     if unknown:
         faults.append(f"{where}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}; known: {', '.join(known)}")
         return None
-    if not one.get("query"):
+    if not entry.get("query"):
         faults.append(f"{where}: a phrasing needs a `query`")
         return None
-    made = Wording(**one)
-    if "{name}" not in made.answer:
-        faults.append(f"{where}: its `answer` lacks {{name}}, so that every label would be said alike")
-    if len({made.good, made.bad}) < 2:
-        faults.append(f"{where}: `good` and `bad` are both {made.good!r}")
-    odd = {word for text in one.values() for word in re.findall(r"\{(\w*)\}", text)} - PLACES
-    if odd:
-        near = did_you_mean(min(odd), sorted(PLACES))
-        faults.append(f"{where}: unknown {{{min(odd)}}}{near}; there are {', '.join(sorted(PLACES))}")
-    return made
+    wording = Wording(**entry)
+    if "{name}" not in wording.answer:
+        faults.append(f"{where}: its `answer` lacks {{name}}, so all labels would give the same answer")
+    if wording.good == wording.bad:
+        faults.append(f"{where}: `good` and `bad` are both {wording.good!r}")
+    placeholders = {word for text in entry.values() for word in re.findall(r"\{(\w*)\}", text)}
+    for word in sorted(placeholders - PLACEHOLDERS)[:1]:
+        faults.append(f"{where}: unknown {{{word}}}{did_you_mean(word, sorted(PLACEHOLDERS))}; there are {', '.join(sorted(PLACEHOLDERS))}")
+    return wording
