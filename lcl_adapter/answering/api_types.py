@@ -1,6 +1,7 @@
-"""What goes over the line: OpenAI's chat types as far as they mean something here, and this project's own for support sets.
+"""Requests and responses of the HTTP API: the supported part of OpenAI's chat types, and this project's types for
+support sets.
 
-Server and client share them. Unknown fields are refused, for a wrong name would otherwise be a wish that nobody hears.
+Server and client share them. Unknown fields are refused: a misspelt one would otherwise be ignored without notice.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ Question = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class ApiModel(BaseModel):
+    """A JSON object that refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def normalized_label(label: str) -> str:
-    """What two labels share that a reader would take for one: case, width (Unicode NFKC) and spaces make no difference."""
+    """Equal for two labels that look the same to a reader: without case, width (Unicode NFKC) and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
@@ -48,7 +51,11 @@ class LabelledImage(ApiModel):
 
 
 class SupportSetIn(ApiModel):
-    """A support set as it is written. expected_version: what the writer saw last, 0 for a new one; left out, the last writer wins."""
+    """A support set to store.
+
+    expected_version: the version that the client read last, 0 for a new set. Storing over another version is refused.
+    If it is left out, the last write wins.
+    """
 
     examples: list[LabelledImage] = Field(min_length=2, max_length=MAX_IMAGES)
     question: Question | None = None
@@ -59,11 +66,11 @@ class SupportSetIn(ApiModel):
         labels = list(dict.fromkeys(example.label for example in self.examples))
         if len(labels) < 2:
             raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
-        seen: dict[str, str] = {}
+        spellings: dict[str, str] = {}
         for label in labels:
-            other = seen.setdefault(normalized_label(label), label)
+            other = spellings.setdefault(normalized_label(label), label)
             if other != label:
-                raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; give them one spelling")
+                raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; use one spelling")
         return self
 
 
@@ -71,7 +78,7 @@ class SupportSetOut(ApiModel):
     name: str
     version: int
     created: float
-    labels: dict[str, int] = Field(description="examples a label")
+    labels: dict[str, int] = Field(description="number of examples of each label")
     question: str | None = None
 
 
@@ -116,7 +123,10 @@ class Fault(ApiModel):
 
 
 class SimilarExample(ApiModel):
-    """The photo of the set that looks most like the query, by the vision tower: its place among the examples."""
+    """The photo of the set that is most similar to the query, by the vision tower.
+
+    example: its index among the examples.
+    """
 
     example: int
     label: str
@@ -124,14 +134,18 @@ class SimilarExample(ApiModel):
 
 
 class Judgement(ApiModel):
-    """One image. label: None where it is none of these; nearest: the likeliest label all the same. margin: between the two likeliest."""
+    """The result for one image.
+
+    label: the likeliest label, None if the image is none of these. nearest: the likeliest label in every case. margin:
+    the difference between the two highest probabilities.
+    """
 
     label: str | None = None
     nearest: str | None = None
     probabilities: dict[str, float] = {}
     margin: float = 0.0
     none_of_these: bool = False
-    familiarity: float = Field(default=0.0, description="how much like the set's own photos; below the set's threshold it is none of these")
+    familiarity: float = Field(default=0.0, description="similarity to the set's photos; below the set's threshold the image is none of these")
     most_alike: SimilarExample | None = None
     error: Fault | None = None
 
@@ -139,7 +153,7 @@ class Judgement(ApiModel):
 class CalibrationOut(ApiModel):
     temperature: float
     threshold: float | None
-    left_out: int = Field(description="photos of the set that were asked about without themselves")
+    left_out: int = Field(description="photos of the set that were classified by the other photos")
     right: int
 
 
@@ -186,7 +200,7 @@ class StreamOptions(ApiModel):
 
 
 class ChatIn(ApiModel):
-    """OpenAI's request. What cannot be done here is refused, not ignored."""
+    """OpenAI's chat request. A setting that is not supported is refused, not ignored."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
@@ -194,7 +208,7 @@ class ChatIn(ApiModel):
     support_set_version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
     max_tokens: int | None = Field(default=None, ge=1, le=4096)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, unlike OpenAI's 1: a judgement is no draw")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, where OpenAI has 1: a classification must not be random")
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: Literal[1] = 1
     stop: str | list[str] | None = None
@@ -211,17 +225,17 @@ class ChatIn(ApiModel):
     metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _possible(self) -> ChatIn:
+    def _supported(self) -> ChatIn:
         if sum(len(part.text) for message in self.messages for part in message.parts if isinstance(part, TextPart)) > 4 * MAX_TEXT_LENGTH:
             raise ValueError(f"messages: more than {4 * MAX_TEXT_LENGTH:,} characters of text in all")
         if self.messages[-1].role != "user":
             raise ValueError("the last message must be the user's")
         if self.response_format not in (None, {"type": "text"}):
-            raise ValueError("response_format: only text is said here")
+            raise ValueError("response_format: only text is supported")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if any(not text or len(text) > 100 for text in self.stops) or len(self.stops) > 4:
-            raise ValueError("stop: up to four texts of 1 to 100 characters")
+            raise ValueError("stop: at most four texts of 1 to 100 characters")
         return self
 
     @property
@@ -234,10 +248,10 @@ class ChatIn(ApiModel):
 
 
 def data_url(data: bytes) -> str:
-    """An image file's bytes as a URL, with the type that they begin as."""
-    kinds = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
-    kind = next((name for head, name in kinds.items() if data.startswith(head)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """An image file's bytes as a URL. The media type is read from the first bytes."""
+    types = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
+    media_type = next((name for head, name in types.items() if data.startswith(head)), "png")
+    return f"data:image/{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def completion_id() -> str:
@@ -245,7 +259,7 @@ def completion_id() -> str:
 
 
 def completion(request: ChatIn, text: str, reason: str, usage: dict[str, int], logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """OpenAI's answer, whole."""
+    """OpenAI's chat completion, as one object."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
@@ -257,6 +271,6 @@ def completion(request: ChatIn, text: str, reason: str, usage: dict[str, int], l
 
 
 def chunk(head: dict[str, Any], delta: dict[str, Any], reason: str | None = None, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """A piece of OpenAI's answer while it is said."""
-    told = None if logprobs is None else {"content": logprobs, "refusal": None}
-    return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}]}
+    """One event of OpenAI's streamed chat completion."""
+    choice_logprobs = None if logprobs is None else {"content": logprobs, "refusal": None}
+    return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": choice_logprobs, "finish_reason": reason}]}

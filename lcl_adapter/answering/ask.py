@@ -1,4 +1,8 @@
-"""A new picture judged by labelled ones: by a model here, by one behind a server, or by a set that a server keeps."""
+"""Classify new pictures by labelled ones: with a model on this machine, with one behind a server, or with a set stored
+on a server.
+
+Each function returns the result as JSON-ready values, and prints it for people.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.terminal import console
 
 
-def here(
+def ask_model(
     support: Path,
     queries: Sequence[Path],
     adapter: Path | None = None,
@@ -29,9 +33,10 @@ def here(
     shots: int | None = None,
     question: str | None = None,
 ) -> dict[str, Any]:
-    """Judge pictures by class folders; the support set is read once for all queries.
+    """Classify pictures with a model on this machine. It reads the support set once for all queries.
 
-    Raises DataError: a broken picture, one class only, an empty class.
+    support: a folder with a folder of photos for each class. adapter: a run's folder; None asks the base alone.
+    Raises DataError for a broken picture, a single class, or an empty class.
     """
     if adapter is None:
         loaded = load_base(base.defaulting_to(precision="auto"))
@@ -39,13 +44,13 @@ def here(
     else:
         loaded, _ = load_adapter(adapter, base)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
-    taught = _SupportSet.by(support, queries, shots, wording, question)
+    photos = _Photos.read(support, queries, shots, wording, question)
     predictor = Predictor(loaded)
-    ready = predictor.prefill([taught.turns])
-    return taught.told(predictor.ask(ready, [Question(0, query, taught.answers) for query in taught.queries]))
+    prefilled = predictor.prefill([photos.support])
+    return photos.report(predictor.ask(prefilled, [Question(0, query, photos.answers) for query in photos.queries]))
 
 
-def behind(
+def ask_endpoint(
     support: Path,
     queries: Sequence[Path],
     url: str,
@@ -55,85 +60,86 @@ def behind(
     wording: str = "lcl",
     pad: bool = False,
 ) -> dict[str, Any]:
-    """The same of a model behind a server; what it cannot score is judged by its text.
+    """Classify pictures with a model behind a server. If the server gives no log-probabilities, its text decides.
 
     Raises DataError; EndpointError, MissingError, RequestError.
     """
-    taught = _SupportSet.by(support, queries, shots, WORDINGS[wording], question)
+    photos = _Photos.read(support, queries, shots, WORDINGS[wording], question)
     with Endpoint(url) as endpoint:
         remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
-        return taught.told(remote.run([(taught.turns, query, taught.answers) for query in taught.queries]))
+        return photos.report(remote.run([(photos.support, query, photos.answers) for query in photos.queries]))
 
 
-def stored(name: str, queries: Sequence[Path], url: str, model: str | None = None, question: str | None = None) -> dict[str, Any]:
-    """Judge pictures by a set that this project's own server keeps. A broken picture has its error in its own result.
+def ask_stored_set(name: str, queries: Sequence[Path], url: str, model: str | None = None, question: str | None = None) -> dict[str, Any]:
+    """Classify pictures with a support set that is stored on this project's server.
 
-    Raises DataError where all are broken; EndpointError, MissingError, RequestError.
+    The result of a broken picture holds its error. Raises DataError if all pictures are broken; EndpointError,
+    MissingError, RequestError.
     """
     with Endpoint(url) as endpoint:
-        found = judge(endpoint, name, [Picture(path) for path in queries], model, question)
+        response = judge(endpoint, name, [Picture(path) for path in queries], model, question)
     results: list[dict[str, Any]] = []
-    for path, one in zip(queries, found.results, strict=True):
-        if one.error is not None:
-            results.append({"query": str(path), "error": one.error.message})
-            console.print(f"{path}: {one.error.message}", highlight=False, markup=False, style="red")
+    for path, result in zip(queries, response.results, strict=True):
+        if result.error is not None:
+            results.append({"query": str(path), "error": result.error.message})
+            console.print(f"{path}: {result.error.message}", highlight=False, markup=False, style="red")
             continue
-        results.append(
-            {"query": str(path), "answer": one.label or "", **one.model_dump(exclude={"error", "probabilities"}), "scores": one.probabilities}
-        )
-        _say_scores(path, one.label or f"none of these (nearest: {one.nearest})", one.probabilities)
-    return {"support_set": name, "version": found.version, "model": found.model, "answers": results}
+        fields = result.model_dump(exclude={"error", "probabilities"})
+        results.append({"query": str(path), "answer": result.label or "", **fields, "scores": result.probabilities})
+        _print_scores(path, result.label or f"none of these (nearest: {result.nearest})", result.probabilities)
+    return {"support_set": name, "version": response.version, "model": response.model, "answers": results}
 
 
 @dataclass(frozen=True)
-class _SupportSet:
-    """Class folders and pictures as turns, for whoever answers."""
+class _Photos:
+    """Labelled photos and queries, as turns. counts: photos shown of each label. answers: the worded labels."""
 
     paths: tuple[Path, ...]
     counts: dict[str, int]
-    turns: tuple[Turn, ...]
+    support: tuple[Turn, ...]
     queries: tuple[Turn, ...]
     answers: tuple[str, ...]
 
     @classmethod
-    def by(cls, support: Path, queries: Sequence[Path], shots: int | None, wording: Wording, question: str | None) -> _SupportSet:
-        """Every picture is read once, before any model is asked. Raises DataError."""
+    def read(cls, support: Path, queries: Sequence[Path], shots: int | None, wording: Wording, question: str | None) -> _Photos:
+        """Read every picture once, before any model is asked. Raises DataError."""
         pool = read_class_folders(support)
         if len(pool) < 2:
-            raise DataError(f"{support}: one class only ({pool.classes[0].name!r}); a judgement needs at least two folders of photos.")
+            raise DataError(f"{support}: has only one class ({pool.classes[0].name!r}). Add a folder of photos for each further class.")
         labels = tuple(c.name for c in pool.classes)
-        for n, one in enumerate(labels):
-            for other in labels[:n]:
-                if clash(one, other):
-                    console.print(
-                        f"note: the label {other!r} and {one!r} begin alike; scores are sound, a generated answer may stop early",
-                        style="yellow",
-                        markup=False,
-                    )
-        shown = [(p, c.name) for c in pool.classes for p in c.pictures[:shots]]
-        asked = [Picture(path) for path in queries]
-        for picture in (*(p for p, _ in shown), *asked):
+        _warn_of_clashes(labels)
+        shown = [(picture, c.name) for c in pool.classes for picture in c.pictures[:shots]]
+        query_pictures = [Picture(path) for path in queries]
+        for picture in (*(picture for picture, _ in shown), *query_pictures):
             read_image(picture)
         return cls(
             tuple(queries),
             {c.name: len(c.pictures[:shots]) for c in pool.classes},
             support_turns(shown, wording),
-            tuple(Turn("user", question or wording.query, p) for p in asked),
+            tuple(Turn("user", question or wording.query, picture) for picture in query_pictures),
             tuple(wording.answered(label) for label in labels),
         )
 
-    def told(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """Printed and returned: the text, the label ("" where nothing tells the labels apart), and their scores."""
+    def report(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """Print and return each query's text, scores, and label ("" if the labels have equal scores)."""
         labels, results = tuple(self.counts), []
         for path, reply in zip(self.paths, replies, strict=True):
             scores = dict(zip(labels, reply.probabilities, strict=True))
             label = labels[reply.best] if reply.decided else ""
             results.append({"query": str(path), "answer": reply.text, "label": label, "scores": scores})
-            _say_scores(path, reply.text, scores)
+            _print_scores(path, reply.text, scores)
         return {"support": self.counts, "answers": results}
 
 
-def _say_scores(path: Path, answer: str, scores: dict[str, float]) -> None:
+def _warn_of_clashes(labels: Sequence[str]) -> None:
+    for number, label in enumerate(labels):
+        for earlier in labels[:number]:
+            if clash(label, earlier):
+                note = f"note: the labels {earlier!r} and {label!r} begin alike. Their scores are correct, but a generated answer may end too early."
+                console.print(note, style="yellow", markup=False)
+
+
+def _print_scores(path: Path, answer: str, scores: dict[str, float]) -> None:
     console.print(f"{path}: {answer}", highlight=False, markup=False, style="bold")
     for label, score in sorted(scores.items(), key=lambda item: -item[1]):
         console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)

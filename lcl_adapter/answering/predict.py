@@ -26,16 +26,14 @@ import torch
 from transformers import DynamicCache
 
 from lcl_adapter.answering.cache import Prefilled
-from lcl_adapter.base.encoder import Position, position_ids
+from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, Ids, PackedAnswer, PackedQuestion, Row
+from lcl_adapter.base.encoder import position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EpisodeError
 
 QUESTIONS_PER_PASS = 8  # questions behind one support set that the model reads at a time
-PADDING = -1  # the segment of a padding token
-NO_SEGMENT = -2  # matches no token's segment, not even padding's: the parent of a question
-Ids = list[int]
 SupportTurns = tuple[Turn, ...]
 Request = tuple[SupportTurns, Turn, tuple[str, ...]]  # support set, query, answers to score
 Place = tuple[int, int]  # a row and a token in it
@@ -44,7 +42,10 @@ ReadTokens = Callable[[torch.Tensor], torch.Tensor]  # token ids [S, K] -> logit
 
 @dataclass(frozen=True)
 class Question:
-    """A query about the ``support``-th prefilled set. ``answers`` are the worded labels to score; none for free text."""
+    """A query about the ``support``-th prefilled set.
+
+    ``answers`` are the worded labels to score; none for free text.
+    """
 
     support: int
     turn: Turn
@@ -53,7 +54,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """text: the greedy answer, "" if none was generated. log_likelihoods: one for each answer, its end token included."""
+    """text: the greedy answer, "" if none was generated.
+
+    log_likelihoods: one for each answer, its end token included.
+    """
 
     text: str
     log_likelihoods: tuple[float, ...] = ()
@@ -74,56 +78,6 @@ class Reply:
     def best(self) -> int:
         """Index of the most likely answer."""
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
-
-
-@dataclass(frozen=True)
-class PackedAnswer:
-    """An answer to score. ``ids[i]`` is predicted by the logits at the row's token ``predicted_at[i]``."""
-
-    ids: Ids
-    predicted_at: list[int]
-
-
-@dataclass(frozen=True)
-class PackedQuestion:
-    """Where a question is in its row: its segment, its last token, and the position that follows it."""
-
-    segment: int
-    last: int
-    next_position: int
-    answers: tuple[PackedAnswer, ...]
-
-
-@dataclass
-class Row:
-    """The tokens that follow one support set in a pass. Lists are [T].
-
-    A segment is a question, or an answer; an answer's parent is the segment of its question. Positions count from the
-    end of the support set. longest: tokens of the longest question together with one answer.
-    """
-
-    ids: Ids = field(default_factory=list)
-    segment: list[int] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)
-    position: list[Position] = field(default_factory=list)
-    questions: list[PackedQuestion] = field(default_factory=list)
-    longest: int = 0
-
-    def add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
-        """Append a segment. Returns the index of its first token."""
-        start, number = len(self.ids), 1 + max(self.segment, default=PADDING)
-        self.ids += ids
-        self.segment += [number] * len(ids)
-        self.parent += [parent] * len(ids)
-        self.position += positions
-        return start
-
-    def places_to_read(self) -> Iterator[int]:
-        """Tokens whose logits are needed; the same one may come several times."""
-        for question in self.questions:
-            yield question.last
-            for answer in question.answers:
-                yield from answer.predicted_at
 
 
 @dataclass
@@ -263,7 +217,10 @@ class Predictor:
         return [[Reply(*pair) for pair in zip(*own, strict=True)] for own in zip(texts, scores, strict=True)]
 
     def _row(self, questions: Sequence[Question], first: bool) -> Row:
-        """The questions of one support set, and their answers, as segments. first: no support set stands before them."""
+        """The questions of one support set, and their answers, as segments.
+
+        first: no support set stands before them.
+        """
         row = Row()
         for question in questions:
             prompt = self.encoder.turns([question.turn], opened=True, first=first)[0]
@@ -309,7 +266,10 @@ class Predictor:
         return logits_NV, {(number, place): index for index, (number, place) in enumerate(needed_ST.nonzero().tolist())}
 
     def _scores(self, logits_NV: torch.Tensor, index_of: Mapping[Place, int], rows: Sequence[Row]) -> list[list[tuple[float, ...]]]:
-        """The log-likelihoods of each question's answers, by row and question. Each is a sum over the answer's tokens."""
+        """The log-likelihoods of each question's answers, by row and question.
+
+        Each is a sum over the answer's tokens.
+        """
         answers = [(number, answer) for number, row in enumerate(rows) for question in row.questions for answer in question.answers]
         sums: list[float] = []
         if answers:
@@ -343,7 +303,7 @@ class Predictor:
         return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     def _token_reader(self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor) -> ReadTokens:
-        """A function that reads one more token after each question. It takes ids [S, K] and returns logits [S, K, V].
+        """A function that reads one more token after each question: ids [S, K] -> logits of the next tokens [S, K, V].
 
         A token attends to its support set, its question and the tokens that were generated for that question before.
         """
@@ -385,7 +345,7 @@ class Predictor:
         logits_at: where logits are computed: a mask, the last so many tokens, or 0 for all of them.
         """
         pictures = [picture for turn in turns for picture in turn.pictures]
-        images = {"mm_encoder_outputs": self.vision.projected(pictures)} if pictures else {}
+        images = {"mm_encoder_outputs": self.vision.projected_features(pictures)} if pictures else {}
         outputs = self.base.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=logits_at, **images
         )

@@ -1,4 +1,7 @@
-"""The command line: each command calls one function of the package. Heavy imports happen inside, so --help is instant."""
+"""The command line: each command calls one function of the package.
+
+Heavy imports are inside the commands, so that --help is instant.
+"""
 
 from lcl_adapter.cli import checkpoints, serving, training
 from lcl_adapter.cli.common import main

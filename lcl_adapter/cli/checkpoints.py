@@ -1,4 +1,4 @@
-"""Checkpoints and adapters on disk: merge, convert, export, import, inspect."""
+"""The commands about checkpoints and adapters on disk: merge, convert, export, import, inspect."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 @click.argument("run_folder", metavar="RUN", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The folder to write; it must not exist.")
 @base_options("--base", "Where the base is now, if it has moved.")
-@click.option("--dtype", type=click.Choice(["base", "fp32", "bf16", "fp16"]), default="base", show_default=True, help="Type of the merged weights.")
-@click.option("--to", type=LAYOUT, help="Layout to write [default: the base's own].")
+@click.option(
+    "--dtype", type=click.Choice(["base", "fp32", "bf16", "fp16"]), default="base", show_default=True, help="Data type of the merged weights."
+)
+@click.option("--to", type=LAYOUT, help="Layout to write [default: that of the base].")
 @click.option(
     "--onto",
     type=click.Choice(["base", "trained"]),
     default="base",
     show_default=True,
-    help="Add to the stored weights, or to what QLoRA made of them.",
+    help="Add the adapter to the stored weights, or to the quantised weights that QLoRA trained on.",
 )
-@click.option("--add", "more", multiple=True, metavar="RUN=WEIGHT", help="A further adapter of the same base; may be given several times.")
-@click.option("--weight", type=float, default=1.0, show_default=True, help="How much of RUN's adapter counts.")
+@click.option("--add", "more", multiple=True, metavar="RUN=WEIGHT", help="A further adapter of the same base. May be given several times.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Weight of RUN's adapter.")
 @click.option(
     "--verify",
     type=click.Choice(["auto", "layers", "full"]),
     default="auto",
     show_default=True,
-    help="Ask whole episodes where memory allows, never, or always.",
+    help="Compare answers to whole episodes: if memory allows, never, or always. Layers are always compared.",
 )
 @shard_option
 @tower_as_option
@@ -52,20 +54,23 @@ def merge(
     tower_as: str | None,
     as_json: bool,
 ) -> None:
-    """Merge RUN's adapter into its 16-bit base, shard by shard: a plain checkpoint, checked before it is kept.
+    """Merge RUN's adapter into its 16-bit base, shard by shard. The result is a plain checkpoint, and is checked before
+    it is saved.
 
     \b
     lcl-adapter merge runs/pocket --out merged/
     lcl-adapter merge runs/mix --out llava-merged/ --to original --dtype bf16
     lcl-adapter merge runs/a --out both/ --weight 0.5 --add runs/b=0.5
     """  # fmt: skip
-    from lcl_adapter.cli import commands as run
+    from lcl_adapter.cli import commands
 
     options = {"base": base, "dtype": dtype, "to": to, "onto": onto, "verify": verify, "tower_as": tower_as}
-    emit(run.merge(run_folder, out, more=[_weighted(one) for one in more], weight=weight, shard_size=shard_size, **options), as_json)
+    further = [_parse_weighted_run(text) for text in more]
+    emit(commands.merge(run_folder, out, more=further, weight=weight, shard_size=shard_size, **options), as_json)
 
 
-def _weighted(text: str) -> tuple[Path, float]:
+def _parse_weighted_run(text: str) -> tuple[Path, float]:
+    """``RUN=WEIGHT``, or ``RUN`` with weight 1. Raises BadParameter."""
     folder, _, part = text.rpartition("=")
     try:
         return Path(folder or text), float(part) if folder else 1.0
@@ -79,78 +84,85 @@ def _weighted(text: str) -> tuple[Path, float]:
 @click.option("--to", type=LAYOUT, help="Layout to write [default: the other one].")
 @shard_option
 @tower_as_option
-@click.option("--verify", type=click.Choice(["auto", "tensors"]), default="auto", help="Ask episodes if memory allows, or never.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "tensors"]),
+    default="auto",
+    help="Compare answers to episodes: if memory allows, or never. Tensors are always compared.",
+)
 @json_option
 def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as: str | None, verify: str, as_json: bool) -> None:
-    """Write the base SOURCE in the other layout into OUT, shard by shard; every tensor is verified. What was stopped goes on.
+    """Write the base SOURCE in the other layout into OUT, shard by shard, and verify every tensor. A stopped conversion
+    continues.
 
     \b
     lcl-adapter convert /models/llava-v1.5-7b llava-1.5-7b-hf
     lcl-adapter convert llava-1.5-7b-hf llava-v1.5-7b --to original
     """
-    from lcl_adapter.cli import commands as run
+    from lcl_adapter.cli import commands
 
-    emit(run.convert(base, out, to=to, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
+    emit(commands.convert(base, out, to=to, shard_size=shard_size, tower_as=tower_as, verify=verify), as_json)
 
 
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=PATH)
-@click.option("-o", "--out", type=PATH, required=True, help="The folder to write; upstream wants `llava` and `lora` in its name.")
-@click.option("--to", type=click.Choice(["original"]), help="Whose adapter it is to be [default: original, unless --for is given].")
-@click.option("--for", "engine", type=click.Choice(["vllm"]), help="The engine that is to serve it.")
-@click.option("--name", default="lcl", show_default=True, help="With --for: the adapter's name among its models.")
-@click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for: images that a request may have.")
-@base_options("--base", "The base in the layout that is wanted, if the run was trained on the same one in the other.")
+@click.option("-o", "--out", type=PATH, required=True, help="The folder to write. Upstream LLaVA needs `llava` and `lora` in its name.")
+@click.option("--to", type=click.Choice(["original"]), help="Format of the adapter: upstream LLaVA's [default: original, unless --for is given].")
+@click.option("--for", "engine", type=click.Choice(["vllm"]), help="Write it for this engine instead.")
+@click.option("--name", default="lcl", show_default=True, help="With --for: the adapter's name among the engine's models.")
+@click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for: the most images in a request.")
+@base_options("--base", "The base in the layout to export for, if the run was trained on the same base in the other layout.")
 @json_option
 def export(run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base: BaseRef, as_json: bool) -> None:
-    """Write RUN's adapter for upstream LLaVA's own loader, with a script that asks it there; or for vLLM, with one that serves it.
+    """Write RUN's adapter for upstream LLaVA, with a script that asks it; or for vLLM, with a script that serves it.
 
     \b
     lcl-adapter export runs/mix --to original -o llava-lora-mix
     lcl-adapter export runs/mix --for vllm -o exported
     """
-    from lcl_adapter.cli import commands as run
+    from lcl_adapter.cli import commands
 
     if engine and to:
-        raise click.UsageError("--to and --for: give one of them.")
+        raise click.UsageError("--to and --for cannot be used together: give one of them.")
     if engine:
-        emit(run.export_for_vllm(run_folder, out, base, name=name, images=images), as_json)
+        emit(commands.export_for_vllm(run_folder, out, base, name=name, images=images), as_json)
     else:
-        emit(run.export(run_folder, out, base), as_json)
+        emit(commands.export(run_folder, out, base), as_json)
 
 
 @main.command("import")
 @click.argument("adapter", type=PATH)
-@click.option("-o", "--out", type=PATH, required=True, help="The run's folder to write.")
-@base_options("--base", "The base it was trained on, in either layout [default: what its adapter_config.json names].")
+@click.option("-o", "--out", type=PATH, required=True, help="The folder of the run to write.")
+@base_options("--base", "The base it was trained on, in either layout [default: the one that its adapter_config.json names].")
 @json_option
 def import_(adapter: Path, out: Path, base: BaseRef, as_json: bool) -> None:
-    """Take over an ADAPTER that was trained upstream, or by plain PEFT, as a run: eval, ask and merge take it.
+    """Import an ADAPTER that was trained by upstream LLaVA or plain PEFT as a run, which eval, ask and merge accept.
 
-    One that was trained on a bare Vicuna brings its projector: with the Vicuna as --base, a LLaVA is put together in OUT/base.
+    An adapter of a bare Vicuna brings its own projector. With the Vicuna as --base, a LLaVA is assembled in OUT/base.
 
     \b
     lcl-adapter import llava-v1.5-7b-lora -o runs/theirs --base /models/vicuna-7b-v1.5
     """
-    from lcl_adapter.cli import commands as run
+    from lcl_adapter.cli import commands
 
-    emit(run.import_adapter(adapter, out, base), as_json)
+    emit(commands.import_adapter(adapter, out, base), as_json)
 
 
 @main.command()
 @base_options("PATH")
 @json_option
 def inspect(base: BaseRef, as_json: bool) -> None:
-    """Say what PATH is: a base, an adapter or a run; its layout, family, prompt, parameters, types, hash.
+    """Describe PATH, a base, an adapter or a run: its layout, family, prompt, parameters, data types and hash.
 
     \b
     lcl-adapter inspect /models/llava-v1.5-7b
     """
-    from lcl_adapter.cli import commands as run
+    from lcl_adapter.base.describe import describe
+    from lcl_adapter.report import fact_lines
 
-    found = run.inspect(base)
+    facts = describe(base)
     if as_json:
-        emit(found, True)
+        emit(facts, True)
     else:
-        for line in run.facts(found):  # the answer itself, so on standard output
+        for line in fact_lines(facts):  # the result itself, so on standard output
             click.echo(line)

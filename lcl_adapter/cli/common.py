@@ -1,4 +1,4 @@
-"""The group that all commands belong to, and what they share."""
+"""The group of all commands, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ PATH = click.Path(path_type=Path)
 
 
 class Commands(click.Group):
-    """Turns this package's errors into a message and an exit code: 2 for what the caller can mend, 130 for Ctrl-C."""
+    """Turns this package's errors into a message and an exit code: 2 for the caller's mistakes, 1 for other errors, 130
+    for Ctrl-C.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,21 +36,21 @@ class Commands(click.Group):
             click.secho(f"error: {error}", fg="red", err=True)
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.secho("stopped; nothing was left half-written. A training run goes on with resume=true.", fg="yellow", err=True)
+            click.secho("stopped; no file is half-written. Continue a training run with resume=true.", fg="yellow", err=True)
             ctx.exit(130)
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """With --json, one object on standard output."""
+    """With --json, print the result as one object on standard output."""
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, all else on standard error.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, and all else on standard error.")
 
 
 class Memory(click.ParamType[int]):
-    """``16GB``, ``16 GiB``, or 16, which is gigabytes; in bytes."""
+    """An amount of memory in bytes, from ``16GB``, ``16 GiB``, or 16 (gigabytes)."""
 
     name = "memory"
 
@@ -66,33 +68,32 @@ LAYOUT = click.Choice(["hf", "original"])
 
 
 def base_options(name: str, text: str = "", precision: str | None = None) -> Callable[[Command], Command]:
-    """An option or argument that names a base, and --vision-tower; the command is given them as one ``base: BaseRef``.
+    """An option or argument that names a base, and --vision-tower. The command gets them as one ``base: BaseRef``.
 
-    name: ``--base``, or the metavar of an argument. precision: the help of --precision, None for a command without it.
+    name: ``--base``, or the metavar of an argument. text: help of the option. precision: help of --precision, None for a
+    command without it.
     """
     named = click.option(name, "base_name", help=text) if name.startswith("--") else click.argument("base_name", metavar=name)
 
     def decorate(command: Command) -> Command:
         @wraps(command)
-        def wrapped(base_name: str | None, tower: str | None, precision: Precision | None = None, tiles: bool | None = None, **rest: Any) -> Any:
+        def wrapped(base_name: str | None, tower: str | None, precision: Precision | None = None, tiles: bool | None = None, **options: Any) -> Any:
             from lcl_adapter.base.ref import BaseRef
 
-            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles), **rest)
+            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles), **options)
 
         inner: Any = wrapped
         if precision is not None:
             inner = click.option("--precision", type=PRECISION, help=precision)(inner)
-        inner = click.option("--vision-tower", "tower", help="Where the vision tower is, if not where an original config says.")(inner)
+        inner = click.option("--vision-tower", "tower", help="The vision tower's folder, if it is not where an original config says.")(inner)
         decorated: Command = named(inner)
         return decorated
 
     return decorate
 
 
-shard_option = click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Largest file of weights.")
-tower_as_option = click.option(
-    "--tower-as", help="What an original config made here names as its vision tower [default: a folder written beside the weights]."
-)
+shard_option = click.option("--shard-size", type=Memory(), default="5GB", show_default=True, help="Maximum size of a file of weights.")
+tower_as_option = click.option("--tower-as", help="The vision tower that a written original config names [default: a folder beside the weights].")
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -102,14 +103,14 @@ def main() -> None:
 
     \b
     lcl-adapter train recipes/pocket.yaml                 train an adapter on the shipped base
-    lcl-adapter eval runs/pocket                          base against adapter on held-out classes
-    lcl-adapter ask photos/ query.png --adapter runs/pocket
+    lcl-adapter eval runs/pocket                          compare base and adapter on held-out classes
+    lcl-adapter ask photos/ query.png --adapter runs/pocket    classify a photo by labelled photos
     """
     _quiet()
 
 
 def _quiet() -> None:
-    """Libraries' own chatter off, unless this runs in Python's development mode."""
+    """Silence the messages of libraries, except in Python's development mode."""
     if not sys.flags.dev_mode:
         import logging
         import os
@@ -118,5 +119,5 @@ def _quiet() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it could download
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs kernels that it could download
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The server, and the support sets that it keeps."""
+"""The commands about the server, and about the support sets stored on it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from lcl_adapter.serve.server import Options
 
 STORE = Path("support-sets")
-store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder that support sets are kept in.")
-namespace_option = click.option("--namespace", default="local", show_default=True, help="Whose sets: a name of the key file, or `local`.")
+store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder where support sets are stored.")
+namespace_option = click.option("--namespace", default="local", show_default=True, help="The owner of the sets: a name of the key file, or `local`.")
 
 
 def serving(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what listens, as one value."""
+    """The options of a server, as one value."""
 
     @wraps(command)
     def wrapped(
@@ -33,25 +33,41 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
             from lcl_adapter.serve.server import Options
         except ImportError as error:
             raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
-        named = dict(_named(text) for text in adapters)
+        named = dict(_parse_adapter(text) for text in adapters)
         command(Options(base.defaulting_to(precision="auto"), named, adapter_folder, host, port, key_file, memory, queue, timeout, store))
 
     options = (
         click.option(
-            "--adapter", "adapters", multiple=True, metavar="NAME=RUN", help="An adapter under a name of its own. May be given several times."
+            "--adapter",
+            "adapters",
+            multiple=True,
+            metavar="NAME=RUN",
+            help="An adapter, and the model name to serve it under. May be given several times.",
         ),
-        click.option("--adapter-folder", type=PATH, help="Runs in it may be loaded and unloaded while the server runs, by their folder's name."),
-        click.option("--host", default="127.0.0.1", show_default=True, help="Any other than this machine needs --api-key-file."),
-        click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True),
-        click.option("--api-key-file", "key_file", type=PATH, help="A line a key: name, key, and `admin` where it may load adapters."),
         click.option(
-            "--memory", type=Memory(), help="For weights and kept support sets together [default: half of what is free beside the weights]."
+            "--adapter-folder", type=PATH, help="Runs in this folder can be loaded and unloaded while the server runs, by the names of their folders."
         ),
-        click.option("--tiles", is_flag=True, help="Pictures in any-resolution tiles, as the adapter was trained."),
-        click.option("--queue", type=click.IntRange(1), default=256, show_default=True, help="Questions that may wait; more are answered 429."),
-        click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds that a request may take."),
+        click.option(
+            "--host", default="127.0.0.1", show_default=True, help="The address to listen on. Any other than this machine's own needs --api-key-file."
+        ),
+        click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port to listen on."),
+        click.option(
+            "--api-key-file", "key_file", type=PATH, help="A file with one line for each key: name, key, and `admin` if it may load adapters."
+        ),
+        click.option(
+            "--memory", type=Memory(), help="Memory for weights and cached support sets together [default: half of what is free beside the weights]."
+        ),
+        click.option("--tiles", is_flag=True, help="Split pictures into any-resolution tiles, if the adapter was trained with them."),
+        click.option(
+            "--queue",
+            type=click.IntRange(1),
+            default=256,
+            show_default=True,
+            help="Questions that may wait. Further ones are refused with status 429.",
+        ),
+        click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Time limit of a request, in seconds."),
         store_option,
-        base_options("BASE", precision="Of the base [default: auto]."),
+        base_options("BASE", precision="Precision of the base [default: auto]."),
     )
     for option in reversed(options):
         wrapped = option(wrapped)
@@ -61,7 +77,8 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
 @main.command()
 @serving
 def serve(options: Options) -> None:
-    """Serve BASE and adapters on it: OpenAI's chat API, stored support sets, classification. Its pages are under /docs.
+    """Serve BASE and adapters on it: OpenAI's chat API, stored support sets, classification. The API is described under
+    /docs.
 
     \b
     lcl-adapter serve pocket --adapter pocket-lcl=runs/pocket
@@ -75,44 +92,45 @@ def serve(options: Options) -> None:
 @main.command()
 @serving
 def demo(options: Options) -> None:
-    """A page to teach BASE by photos, ask it, and compare base and adapter; the API is under it.
+    """Serve a page to show BASE labelled photos, ask it about others, and compare base and adapter. The API is served
+    too.
 
     \b
     lcl-adapter demo pocket --adapter lcl=runs/quickstart        # then open http://127.0.0.1:8000
 
-    With --api-key-file, visitors log in with a name and key of the file, and see that name's sets alone.
+    With --api-key-file, visitors log in with a name and key of the file, and see only the sets of that name.
     """
     try:
         from lcl_adapter.page import server
     except ImportError as error:
         raise RunError(f'the page needs {error.name}: pip install "lcl-adapter[page]".') from error
     if options.port == 0:
-        raise RunError("--port 0: the page has to know its own address; give a port.")
+        raise RunError("--port 0: the page must know its own address; give a port.")
     server.run(options)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """``NAME=RUN``, or a run's folder, whose name it then has."""
-    name, given, folder = text.partition("=")
-    return (name, Path(folder)) if given else (Path(text).name, Path(text))
+def _parse_adapter(text: str) -> tuple[str, Path]:
+    """``NAME=RUN``, or a run's folder; then the folder's name is the model's."""
+    name, separator, folder = text.partition("=")
+    return (name, Path(folder)) if separator else (Path(text).name, Path(text))
 
 
 @main.group()
 def support() -> None:
-    """Stored support sets: the same store that the server keeps, from a shell."""
+    """Manage the support sets in the server's store from a shell."""
 
 
 @support.command("add")
 @click.argument("name")
 @click.argument("photos", type=PATH)
-@click.option("--shots", type=click.IntRange(1), help="Photos a class, from the first by name [default: all].")
-@click.option("--question", help="What is asked about a new photo [default: the model's own wording].")
-@click.option("--expected-version", "expected", type=click.IntRange(0), help="Refuse where another wrote it since this version; 0: it must be new.")
+@click.option("--shots", type=click.IntRange(1), help="Photos of each class, the first by name [default: all].")
+@click.option("--question", help="The question about a new photo [default: the model's own wording].")
+@click.option("--expected-version", "expected", type=click.IntRange(0), help="Refuse if the set has another version by now. 0: the set must be new.")
 @store_option
 @namespace_option
 @json_option
 def add(name: str, photos: Path, shots: int | None, question: str | None, expected: int | None, store: Path, namespace: str, as_json: bool) -> None:
-    """Store PHOTOS, a folder of photos a class, as a new version of the set NAME.
+    """Store PHOTOS, which holds a folder of photos for each class, as a new version of the set NAME.
 
     \b
     lcl-adapter support add scratches photos/
@@ -127,20 +145,20 @@ def add(name: str, photos: Path, shots: int | None, question: str | None, expect
 @namespace_option
 @json_option
 def list_(store: Path, namespace: str, as_json: bool) -> None:
-    """The sets, a line each."""
+    """List the stored sets."""
     from lcl_adapter.serve import support_sets
 
-    emit(support_sets.names(store, namespace), as_json)
+    emit(support_sets.list_sets(store, namespace), as_json)
 
 
 @support.command("show")
 @click.argument("name")
-@click.option("--version", type=click.IntRange(1), help="An earlier one [default: the newest].")
+@click.option("--version", type=click.IntRange(1), help="An earlier version [default: the newest].")
 @store_option
 @namespace_option
 @json_option
 def show(name: str, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
-    """Labels, photos and versions of the set NAME."""
+    """Show labels, photos and versions of the set NAME."""
     from lcl_adapter.serve import support_sets
 
     emit(support_sets.show(store, namespace, name, version), as_json)
@@ -161,12 +179,15 @@ def remove(name: str, store: Path, namespace: str, as_json: bool) -> None:
 @support.command("export")
 @click.argument("name")
 @click.argument("out", type=PATH)
-@click.option("--version", type=click.IntRange(1), help="An earlier one [default: the newest].")
+@click.option("--version", type=click.IntRange(1), help="An earlier version [default: the newest].")
 @store_option
 @namespace_option
 @json_option
 def export_set(name: str, out: Path, version: int | None, store: Path, namespace: str, as_json: bool) -> None:
-    """Write the set NAME as a folder of photos a class, which `ask`, `support add` and `support import` take."""
+    """Write the set NAME as a folder of photos for each class.
+
+    `ask`, `support add` and `support import` accept the folder.
+    """
     from lcl_adapter.serve import support_sets
 
     emit(support_sets.export(store, namespace, name, out, version), as_json)
@@ -174,12 +195,12 @@ def export_set(name: str, out: Path, version: int | None, store: Path, namespace
 
 @support.command("import")
 @click.argument("folder", type=PATH)
-@click.option("--name", help="[default: what it was exported as, or the folder's name]")
+@click.option("--name", help="The set's name [default: the name it was exported with, or the folder's]")
 @store_option
 @namespace_option
 @json_option
 def import_set(folder: Path, name: str | None, store: Path, namespace: str, as_json: bool) -> None:
-    """Store a FOLDER that `support export` wrote, in its order and with its question."""
+    """Store a FOLDER that `support export` wrote. Order and question are the same as before."""
     from lcl_adapter.serve import support_sets
 
-    emit(support_sets.take(store, namespace, folder, name), as_json)
+    emit(support_sets.import_set(store, namespace, folder, name), as_json)

@@ -1,7 +1,10 @@
-"""Base against adapter, on the same questions, in one run. ``suites`` makes the cells, ``judges`` score them, ``runner`` measures."""
+"""Compare base and adapter on the same questions, in one run.
+
+``suites`` builds the cells, ``judges`` scores them, ``runner`` measures.
+"""
 
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
-from lcl_adapter.evaluate.runner import evaluate, measure_adapter, measure_base, readable, retention_of
+from lcl_adapter.evaluate.runner import drop_unreadable, evaluate, measure_adapter, measure_base, retention_of
 from lcl_adapter.evaluate.suites import build_cells, check_held_out, check_measured, check_suites
 
 __all__ = [
@@ -11,9 +14,9 @@ __all__ = [
     "check_held_out",
     "check_measured",
     "check_suites",
+    "drop_unreadable",
     "evaluate",
     "measure_adapter",
     "measure_base",
-    "readable",
     "retention_of",
 ]

@@ -1,8 +1,11 @@
-"""What a user would do without this project, on the base's own tower: no training, the same questions.
+"""Methods that need no training, on the base's own vision tower and the same questions, to compare with.
 
-prototype   class means of the shown pictures; the query belongs to the nearest
-patches     the largest distance of a query's patch to its nearest patch in the references (after PatchCore, arXiv 2106.08265)
-copied      the box that was shown last, said again
+prototype   class means of the shown pictures; the query gets the label of the nearest mean
+patches     the largest distance of a patch of the query to its nearest patch in the references (after PatchCore, arXiv 2106.08265)
+copied      the box that was shown last
+
+Shapes: N pictures, M shown pictures of a case, K labels of a case, R references, Q queries, P patches of a picture,
+C width of a patch, X = R * P patches of all references.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import mean
 
 
-def measure(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
-    """The baseline's name and figures, and whether it is right on each case where that can be said."""
-    nothing: list[bool | None] = [None] * len(cell.cases)
+def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
+    """The baseline's name and figures (None if the cell has none), and whether it is right on each case (None if
+    unknown).
+    """
+    unknown: list[bool | None] = [None] * len(cell.cases)
     match cell.baseline:
         case "prototype":
             right = nearest_prototype(cell.cases, vision)
@@ -32,75 +37,79 @@ def measure(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, 
             return ({"name": "prototype", "value": mean(known)} if known else None), right
         case "patches":
             scores = patch_distances(cell.cases, vision)
-            return {"name": "patch distance", **judges.ranked(cell.cases, scores, None, None)}, nothing
+            return {"name": "patch distance", **judges.ranking_figures(cell.cases, scores, None, None)}, unknown
         case "prototype or neither":
             decided, threshold = prototype_or_neither(cell.cases, vision)
-            told = {"threshold": round(threshold, 3), "note": "its threshold is the best one on these very questions"}
-            return {"name": "prototype, best threshold", **judges.roles(cell.cases, decided, None), **told}, nothing
+            note = {"threshold": round(threshold, 3), "note": "its threshold is the best one on these very questions"}
+            return {"name": "prototype, best threshold", **judges.role_figures(cell.cases, decided, None), **note}, unknown
         case "copied":
             boxes = [parse(c.episode.support[-1].label) if c.episode and c.episode.support else None for c in cell.cases]
-            return {"name": "last shown box", **judges.overlaps(cell.cases, boxes)}, nothing
+            return {"name": "last shown box", **judges.overlap_figures(cell.cases, boxes)}, unknown
         case _:
-            return None, nothing
+            return None, unknown
 
 
-def _vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
-    """Unit vectors [N, C] of the different pictures, and each one's row."""
-    different = list(dict.fromkeys(pictures))
-    return standardised(mean_patches(different, vision)), {picture: row for row, picture in enumerate(different)}
+def _unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
+    """Unit vectors [N, C] of the distinct pictures, and each picture's index among the N."""
+    distinct = list(dict.fromkeys(pictures))
+    return standardised(mean_patches(distinct, vision)), {picture: index for index, picture in enumerate(distinct)}
 
 
 def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[str, float] | None]:
-    """Cosine of the query and each shown label's mean; None where nothing is shown."""
-    vectors, place = _vectors([p for c in cases for t in (*c.support, c.query) for p in t.pictures], vision)
-    found: list[dict[str, float] | None] = []
+    """For each case, the cosine of the query and the mean of each shown label; None if nothing is shown."""
+    vectors_NC, index = _unit_vectors([p for c in cases for t in (*c.support, c.query) for p in t.pictures], vision)
+    similarities: list[dict[str, float] | None] = []
     for case in cases:
         shown = case.episode.support if case.episode else ()
         if not shown or case.query.picture is None:
-            found.append(None)
+            similarities.append(None)
             continue
-        query = vectors[place[case.query.picture]]
+        query_C = vectors_NC[index[case.query.picture]]
         labels = list(dict.fromkeys(e.label for e in shown))
-        means = class_means(vectors[[place[e.picture] for e in shown]], [labels.index(e.label) for e in shown])
-        found.append(dict(zip(labels, (means @ query).tolist(), strict=True)))
-    return found
+        shown_MC = vectors_NC[[index[e.picture] for e in shown]]
+        means_KC = class_means(shown_MC, [labels.index(e.label) for e in shown])
+        similarities.append(dict(zip(labels, (means_KC @ query_C).tolist(), strict=True)))
+    return similarities
 
 
 def nearest_prototype(cases: Sequence[Case], vision: VisionFeatures) -> list[bool | None]:
-    """Whether the nearest prototype is the gold label's, for each case; None where there is no support set."""
+    """For each case, whether the nearest prototype has the right label; None if there is no support set."""
     return [None if s is None else max(s, key=s.__getitem__) == c.gold for c, s in zip(cases, _similarities(cases, vision), strict=True)]
 
 
 def prototype_or_neither(cases: Sequence[Case], vision: VisionFeatures) -> tuple[list[str], float]:
-    """The nearer product, or neither below a threshold; of all thresholds the one with the best balanced accuracy here."""
-    near = []
-    for case, scores in zip(cases, _similarities(cases, vision), strict=True):
-        assert scores is not None
-        label = max(scores, key=scores.__getitem__)
-        near.append((scores[label], case.truth["roles"][label]))
+    """Each query's role: the nearer product, or neither below a threshold.
+
+    The threshold has the best balanced accuracy on these cases.
+    """
+    nearest = []
+    for case, similarities in zip(cases, _similarities(cases, vision), strict=True):
+        assert similarities is not None
+        label = max(similarities, key=similarities.__getitem__)
+        nearest.append((similarities[label], case.truth["roles"][label]))
     best: tuple[float, list[str], float] = (-1.0, [], 0.0)
-    for threshold in np.quantile([s for s, _ in near], np.linspace(0, 1, 41)):
-        decided = [role if score >= threshold else "neither" for score, role in near]
-        value = judges.roles(cases, decided, None)["value"]
+    for threshold in np.quantile([similarity for similarity, _ in nearest], np.linspace(0, 1, 41)):
+        decided = [role if similarity >= threshold else "neither" for similarity, role in nearest]
+        value = judges.role_figures(cases, decided, None)["value"]
         if value > best[0]:
             best = (value, decided, float(threshold))
     return best[1], best[2]
 
 
 def patch_distances(cases: Sequence[Case], vision: VisionFeatures) -> list[float]:
-    """Each query's largest distance of a patch to the nearest patch of the references shown with it."""
+    """For each query, the largest distance of one of its patches to the nearest patch of its references."""
     groups: dict[tuple[Picture, ...], list[int]] = {}
     for index, case in enumerate(cases):
         groups.setdefault(tuple(p for t in case.support for p in t.pictures), []).append(index)
-    found = [0.0] * len(cases)
+    distances = [0.0] * len(cases)
     for references, members in groups.items():
-        shown = vision.patches(references).float()
-        mean_patch, spread = shown.mean((0, 1)), shown.std((0, 1)) + 1e-6
-        known = ((shown - mean_patch) / spread).flatten(0, 1)
+        references_RPC = vision.patches(references).float()
+        mean_C, spread_C = references_RPC.mean((0, 1)), references_RPC.std((0, 1)) + 1e-6
+        known_XC = ((references_RPC - mean_C) / spread_C).flatten(0, 1)  # the patches of all references in one list
         for start in range(0, len(members), CHUNK):
-            part = members[start : start + CHUNK]
-            queries = (vision.patches([p for i in part for p in cases[i].query.pictures]).float() - mean_patch) / spread
-            nearest = torch.cdist(queries.flatten(0, 1), known).min(1).values.view(len(part), -1)
-            for index, distance in zip(part, nearest.max(1).values.tolist(), strict=True):
-                found[index] = distance
-    return found
+            chunk = members[start : start + CHUNK]
+            queries_QPC = (vision.patches([p for i in chunk for p in cases[i].query.pictures]).float() - mean_C) / spread_C
+            nearest_QP = torch.cdist(queries_QPC.flatten(0, 1), known_XC).min(1).values.view(len(chunk), -1)
+            for index, distance in zip(chunk, nearest_QP.max(1).values.tolist(), strict=True):
+                distances[index] = distance
+    return distances

@@ -1,4 +1,7 @@
-"""A case is one question with what is right; a cell is one line of the report: the same cases for base and adapter."""
+"""A case is one question with its right answer.
+
+A cell is one line of the report: the same cases for base and adapter.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from lcl_adapter.recipe.wording import Wording
 
 @dataclass(frozen=True)
 class Case:
-    """One query. ``answers`` are the worded labels (empty for free text), ``gold`` the right one, ``group`` its class.
+    """One query.
 
-    truth: what else a judge needs, for instance the ten answers, a box, or the kind of defect.
+    answers: the worded labels, empty for free text. gold: the right label, or the right text. group: its class; intervals
+    resample groups. truth: what else a judge needs, for instance VQAv2's ten answers, a box, or the kind of defect.
     """
 
     support: tuple[Turn, ...]
@@ -33,8 +37,8 @@ class Case:
     truth: Any = None
 
     @property
-    def worded(self) -> str:
-        """The right answer as it is said."""
+    def worded_gold(self) -> str:
+        """The right label in the wording of an answer."""
         return self.answers[self.labels.index(self.gold)] if self.labels else self.gold
 
 
@@ -45,8 +49,8 @@ Judge = Callable[[Sequence[Case], Sequence[Reply]], dict[str, Any]]
 class Cell:
     """One line of the report.
 
-    metric: what ``value`` is called. judge: replies -> {"value", "ci95", "greedy", ...}. baseline: which training-free method
-    stands beside it. published: other people's figures, by the same protocol. new_tokens: how long a generated answer may be.
+    metric: the name of ``value``. judge: cases and replies -> {"value", "ci95", "greedy", ...}. baseline: the method
+    without training to compare with. published: (who, value) by the same protocol. new_tokens: the most generated tokens.
     """
 
     suite: str
@@ -66,34 +70,34 @@ class Cell:
     new_tokens: int = 24
 
 
-def drawn(
+def draw_episodes(
     pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, count: int, on_fault: str
 ) -> list[Episode]:
-    """The first ``count`` episodes; with "skip", those with a mask or box that cannot be used are passed over.
+    """The first ``count`` episodes. With ``on_fault="skip"``, those with an unusable mask or box are left out.
 
-    Raises DataError with "refuse", and where nearly all are faulty.
+    Raises DataError for the first such episode with "refuse", and if nearly all are unusable.
     """
-    made: list[Episode] = []
+    drawn: list[Episode] = []
     for index in range(4 * count + 20):
-        if len(made) == count:
-            return made
+        if len(drawn) == count:
+            return drawn
         try:
-            made.append(episodes.draw(pool, options, seed, epoch, index))
+            drawn.append(episodes.draw(pool, options, seed, epoch, index))
         except DataError:
             if on_fault == "refuse" or index == 4 * count + 19:
                 raise
-    return made
+    return drawn
 
 
-def case_of(episode: Episode, wording: Wording, group: str, place: int = 0, truth: Any = None) -> Case:
-    """One query of an episode, worded as in training; labels are scored where there are several."""
+def case_of(episode: Episode, wording: Wording, group: str, query_index: int = 0, truth: Any = None) -> Case:
+    """One query of an episode, worded as in training. Labels are scored if there are several."""
     conversation = from_episode(episode, wording)
-    query = episode.queries[place]
+    query = episode.queries[query_index]
     words = episode.wording or wording
     labels = episode.labels if len(episode.labels) > 1 else ()
     return Case(
         support=tuple(replace(t, learn=False) for t in conversation.shared),
-        query=conversation.branches[place][0],
+        query=conversation.branches[query_index][0],
         labels=labels,
         answers=tuple(words.answered(label) for label in labels),
         gold=query.label,

@@ -1,4 +1,6 @@
-"""Replies -> figures. Every judge gives ``value`` (the cell's main figure), its 95 % interval, and the share of right texts."""
+"""Replies -> figures: ``value`` (the main one), ``ci95`` (its 95 % interval), ``greedy`` (the share of right texts),
+and more.
+"""
 
 from __future__ import annotations
 
@@ -27,43 +29,46 @@ def _mean_of(right: Sequence[bool | float], cases: Sequence[Case], greedy: float
 
 
 def answer_of(case: Case, reply: Reply) -> str:
-    """The label that is scored highest; "" where nothing tells them apart, as when a server's text names none of them."""
+    """The label with the highest score; "" if all scores are equal, as for a server's text that names no label."""
     return case.labels[reply.best] if reply.decided else ""
 
 
-def labelled(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """Accuracy of scored labels; the text word for word, and by LCL's own rule, beside it."""
+def label_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Accuracy of the scored labels. Beside it, accuracy of the text: exactly, and by LCL's rule."""
     right = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)]
-    texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return _mean_of(right, cases, mean(texts), lcl_rule=mean(_by_lcls_rule(cases, replies)))
+    texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
+    return _mean_of(right, cases, mean(texts), lcl_rule=mean(_right_by_lcl_rule(cases, replies)))
 
 
-def by_lcls_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """As the paper scores its tests: the generated text by LCL's rule; scored labels and the exact text beside it."""
-    texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
+def lcl_rule_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Accuracy of the generated text by LCL's rule, as the paper scores its tests.
+
+    Beside it, the exact text and the scored labels.
+    """
+    texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
     scored = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)] if cases[0].labels else []
-    right = _by_lcls_rule(cases, replies)
+    right = _right_by_lcl_rule(cases, replies)
     return _mean_of(right, cases, mean(texts), lcl_rule=mean(right), **({"scored": mean(scored)} if scored else {}))
 
 
-def _by_lcls_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> list[bool]:
+def _right_by_lcl_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> list[bool]:
     return [rules.lcl_rule(r.text.lower(), c.gold.lower(), [x.lower() for x in c.labels if x != c.gold]) for c, r in zip(cases, replies, strict=True)]
 
 
-def exact(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """The greedy text is the answer, but for case and white space."""
+def exact_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Accuracy of the greedy text, without regard to case and white space."""
     right = [rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(right, cases, mean(right))
 
 
-def vqav2(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """VQAv2's soft score against every answer that people gave."""
+def vqav2_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """VQAv2's soft score against all answers that people gave."""
     scores = [rules.vqa_score(r.text, c.truth) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(scores, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def pope(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """Accuracy, precision, recall and F1 of "yes", and how often it is said."""
+def pope_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Accuracy, precision, recall and F1 of "yes", and the share of "yes" among the answers."""
     yes = [not rules.pope_says_no(r.text) for r in replies]
     truth = [c.gold == "yes" for c in cases]
     right = [a == b for a, b in zip(yes, truth, strict=True)]
@@ -71,70 +76,79 @@ def pope(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
     precision = hits / sum(yes) if any(yes) else 0.0
     recall = hits / sum(truth) if any(truth) else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    told = {"precision": precision, "recall": recall, "f1": f1, "yes_share": sum(yes) / len(yes)}
-    return _mean_of(right, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]), **_rounded(told))
+    figures = {"precision": precision, "recall": recall, "f1": f1, "yes_share": sum(yes) / len(yes)}
+    return _mean_of(right, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]), **_rounded(figures))
 
 
-def instructed(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """ROUGE-L, and exact answers beside it."""
+def rouge_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """ROUGE-L, and beside it the share of exact answers."""
     scores = [metrics.rouge_l(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(scores, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def boxed(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """Right if the answer's first box has an IoU over 0.5; an answer without a box is wrong."""
-    return overlaps(cases, [parse(r.text) for r in replies], mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
+def box_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Accuracy of boxes: right if the first box in the text has an IoU over 0.5. A text without a box is wrong."""
+    return overlap_figures(cases, [parse(r.text) for r in replies], mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def overlaps(cases: Sequence[Case], boxes: Sequence[Box | None], greedy: float | None = None) -> dict[str, Any]:
-    found = [c.truth.iou(b) if b is not None else 0.0 for c, b in zip(cases, boxes, strict=True)]
-    told = {"mean_iou": mean(found), "no_box": mean([b is None for b in boxes])}
-    return _mean_of([iou > RIGHT_IOU for iou in found], cases, greedy, **told)
+def overlap_figures(cases: Sequence[Case], boxes: Sequence[Box | None], greedy: float | None = None) -> dict[str, Any]:
+    """The same figures for boxes; None is a missing one."""
+    ious = [c.truth.iou(b) if b is not None else 0.0 for c, b in zip(cases, boxes, strict=True)]
+    return _mean_of([iou > RIGHT_IOU for iou in ious], cases, greedy, mean_iou=mean(ious), no_box=mean([b is None for b in boxes]))
 
 
-def inspected(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """AUROC and the rest by category, from the score of "good" against "defective"; the mean over categories is the figure."""
+def inspection_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """AUROC and other figures of each category, from the probability of "defective".
+
+    The main figure is the mean AUROC over categories.
+    """
     scores = [1 - dict(zip(c.labels, r.probabilities, strict=True))[c.truth["good"]] for c, r in zip(cases, replies, strict=True)]
-    texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return ranked(cases, scores, [answer_of(c, r) != c.truth["good"] for c, r in zip(cases, replies, strict=True)], mean(texts))
+    texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
+    decided = [answer_of(c, r) != c.truth["good"] for c, r in zip(cases, replies, strict=True)]
+    return ranking_figures(cases, scores, decided, mean(texts))
 
 
-def ranked(cases: Sequence[Case], scores: Sequence[float], called: Sequence[bool] | None, greedy: float | None) -> dict[str, Any]:
-    """``scores`` are higher for a defect; ``called`` is what was decided, None for a method that decides nothing."""
+def ranking_figures(cases: Sequence[Case], scores: Sequence[float], decided: Sequence[bool] | None, greedy: float | None) -> dict[str, Any]:
+    """scores: higher for a defect.
+
+    decided: whether each case was called defective, None for a method without decisions.
+
+    Raises DataError if no category has both good and defective cases.
+    """
     truth = np.array([c.truth["defect"] is not None for c in cases])
     values, groups = np.asarray(scores), [c.group for c in cases]
     by_category: dict[str, dict[str, float]] = {}
     for category in dict.fromkeys(groups):
-        places = [i for i, g in enumerate(groups) if g == category]
-        if 0 < truth[places].sum() < len(places):
-            one = metrics.ranking(truth[places], values[places])
-            if called is not None:
-                one |= metrics.decisions(truth[places].tolist(), [called[i] for i in places])
-            by_category[category] = one
+        members = [i for i, g in enumerate(groups) if g == category]
+        if 0 < truth[members].sum() < len(members):
+            own = metrics.ranking(truth[members], values[members])
+            if decided is not None:
+                own |= metrics.decisions(truth[members].tolist(), [decided[i] for i in members])
+            by_category[category] = own
     kinds = sorted({c.truth["defect"] for c in cases if c.truth["defect"]})
-    aurocs = {category: one["auroc"] for category, one in by_category.items()}
+    aurocs = {category: own["auroc"] for category, own in by_category.items()}
     keys = next(iter(by_category.values()), {})
-    told: dict[str, Any] = {k: mean([one[k] for one in by_category.values()]) for k in keys}
-    if called is not None:
-        tally = Counter(zip(truth.tolist(), called, strict=True))
-        told["confusion"] = {_state(t): {_state(s): tally[t, s] for s in (False, True)} for t in (False, True)}
-    told["by_category"] = {category: _rounded(one) for category, one in by_category.items()}
-    told["by_defect"] = {kind: _kind_auroc(kind, cases, values, groups) for kind in kinds}
+    figures: dict[str, Any] = {key: mean([own[key] for own in by_category.values()]) for key in keys}
+    if decided is not None:
+        counts = Counter(zip(truth.tolist(), decided, strict=True))
+        figures["confusion"] = {_state(t): {_state(d): counts[t, d] for d in (False, True)} for t in (False, True)}
+    figures["by_category"] = {category: _rounded(own) for category, own in by_category.items()}
+    figures["by_defect"] = {kind: _kind_auroc(kind, cases, values, groups) for kind in kinds}
     if not aurocs:
-        raise DataError(f"no category has both good and defective photos among the {len(cases)} that are asked about; raise the limit.")
+        raise DataError(f"no category has both good and defective photos among the {len(cases)} photos of the suite; raise its limit.")
     interval = metrics.class_bootstrap(list(aurocs.values()), list(aurocs))
-    return _figures(mean(list(aurocs.values())), interval, greedy, **told)
+    return _figures(mean(list(aurocs.values())), interval, greedy, **figures)
 
 
 def _kind_auroc(kind: str, cases: Sequence[Case], values: np.ndarray, groups: Sequence[str]) -> float:
-    """One kind of defect against the good photos of the same category, averaged over categories."""
-    found = []
+    """AUROC of one kind of defect against the good photos of the same category, averaged over categories."""
+    aurocs = []
     for category in dict.fromkeys(groups):
-        places = [i for i, c in enumerate(cases) if groups[i] == category and c.truth["defect"] in {None, kind}]
-        truth = [cases[i].truth["defect"] is not None for i in places]
+        members = [i for i, c in enumerate(cases) if groups[i] == category and c.truth["defect"] in {None, kind}]
+        truth = [cases[i].truth["defect"] is not None for i in members]
         if 0 < sum(truth) < len(truth):
-            found.append(metrics.ranking(truth, values[places])["auroc"])
-    return mean(found)
+            aurocs.append(metrics.ranking(truth, values[members])["auroc"])
+    return mean(aurocs)
 
 
 def _state(defective: bool) -> str:
@@ -144,25 +158,30 @@ def _state(defective: bool) -> str:
 ROLES = ("A", "B", "neither")
 
 
-def sorted_out(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """A, B or neither: balanced accuracy, each role's recall, and how "neither" goes wrong each way. A is the product shown first."""
-    texts = [rules.exact(r.text, c.worded) for c, r in zip(cases, replies, strict=True)]
-    return roles(cases, [c.truth["roles"].get(answer_of(c, r), "") for c, r in zip(cases, replies, strict=True)], mean(texts))
+def product_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Balanced accuracy over the roles A, B and neither, each role's recall, and both kinds of wrong "neither".
+
+    A is the product shown first.
+    """
+    texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
+    decided = [c.truth["roles"].get(answer_of(c, r), "") for c, r in zip(cases, replies, strict=True)]
+    return role_figures(cases, decided, mean(texts))
 
 
-def roles(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> dict[str, Any]:
+def role_figures(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> dict[str, Any]:
+    """The same figures for decided roles; "" is no decision."""
     truth = [c.truth["roles"][c.gold] for c in cases]
 
-    def balanced(places: np.ndarray) -> float:
+    def balanced(members: np.ndarray) -> float:
         recalls = []
         for role in ROLES:
-            own = [i for i in places if truth[i] == role]
+            own = [i for i in members if truth[i] == role]
             if own:
                 recalls.append(sum(decided[i] == role for i in own) / len(own))
         return float(np.mean(recalls))
 
     confusion = Counter(zip(truth, decided, strict=True))
-    told = {
+    figures = {
         "accuracy": mean([a == b for a, b in zip(truth, decided, strict=True)]),
         "recall": {r: mean([d == r for t, d in zip(truth, decided, strict=True) if t == r]) for r in ROLES if r in truth},
         "neither_said_of_a_product": mean([d == "neither" for t, d in zip(truth, decided, strict=True) if t != "neither"]),
@@ -171,8 +190,8 @@ def roles(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -
         "confusion": {t: {d: confusion[t, d] for d in ROLES} for t in ROLES},
     }
     everything = np.arange(len(cases))
-    return _figures(balanced(everything), metrics.resampled(balanced, [c.group for c in cases]), greedy, **told)
+    return _figures(balanced(everything), metrics.resampled(balanced, [c.group for c in cases]), greedy, **figures)
 
 
-def _rounded(told: dict[str, float]) -> dict[str, float]:
-    return {k: round(v, 4) for k, v in told.items()}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""What figures are made of: intervals by class, ranking of scores, and agreement of texts."""
+"""Means, intervals by class, ranking and decision figures, and agreement of texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ RESAMPLES = 2000
 
 
 def mean(values: Sequence[bool | float]) -> float:
+    """The mean to four decimals; 0 for no values."""
     return round(float(sum(values)) / len(values), 4) if len(values) else 0.0
 
 
 def class_bootstrap(right: Sequence[bool | float], groups: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, resampling whole classes: queries of one class are not independent."""
+    """95 % interval of the mean. It resamples whole classes, because the queries of one class are not independent."""
     values = np.asarray(right, dtype=float)
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(member, values), np.bincount(member)
@@ -26,17 +27,20 @@ def class_bootstrap(right: Sequence[bool | float], groups: Sequence[str], seed: 
 
 
 def resampled(figure: Callable[[np.ndarray], float], groups: Sequence[str], resamples: int = 400, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of any figure of case numbers, resampling whole classes."""
+    """95 % interval of any figure, resampling whole classes. figure: the indices of some cases -> its value on them."""
     names, member = np.unique(np.asarray(groups), return_inverse=True)
-    places = [np.flatnonzero(member == i) for i in range(len(names))]
+    cases = [np.flatnonzero(member == i) for i in range(len(names))]
     rng = np.random.default_rng(seed)
-    found = [figure(np.concatenate([places[i] for i in rng.integers(0, len(names), len(names))])) for _ in range(resamples)]
-    low, high = np.percentile(found, [2.5, 97.5])
+    values = [figure(np.concatenate([cases[i] for i in rng.integers(0, len(names), len(names))])) for _ in range(resamples)]
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Image AUROC, average precision and the largest F1 over thresholds; ``truth`` is true for a defect, high scores mean one."""
+    """Image AUROC, average precision and the highest F1 over thresholds.
+
+    truth: true for a defect. scores: higher for a defect.
+    """
     precision, recall, _ = sk.precision_recall_curve(truth, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return {
@@ -46,27 +50,32 @@ def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.nda
     }
 
 
-def decisions(truth: Sequence[bool], said: Sequence[bool]) -> dict[str, float]:
-    """Balanced accuracy and MCC of yes-or-no decisions, and how often each is said: a model that always says one is seen here."""
-    right, told = np.asarray(truth, dtype=bool), np.asarray(said, dtype=bool)
-    pair = [float((told[right == side] == side).mean()) for side in (True, False) if (right == side).any()]
-    constant = len(set(said)) < 2 or len(set(truth)) < 2
+def decisions(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:
+    """Balanced accuracy and MCC of yes-or-no decisions, and the share of yes, which is 0 or 1 for a model with a
+    constant answer.
+    """
+    true, predicted = np.asarray(truth, dtype=bool), np.asarray(decided, dtype=bool)
+    recalls = [float((predicted[true == value] == value).mean()) for value in (True, False) if (true == value).any()]
+    constant = len(set(decided)) < 2 or len(set(truth)) < 2
     return {
-        "balanced_accuracy": float(np.mean(pair)),
-        "mcc": 0.0 if constant else float(sk.matthews_corrcoef(right, told)),
-        "said_share": float(told.mean()),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "mcc": 0.0 if constant else float(sk.matthews_corrcoef(true, predicted)),
+        "said_share": float(predicted.mean()),
     }
 
 
 def rouge_l(text: str, answer: str) -> float:
-    """ROUGE-L's F-measure over words: twice the longest common subsequence, over both lengths (Lin, 2004; beta 1)."""
-    one, other = text.lower().split(), answer.lower().split()
-    if not one or not other:
-        return float(one == other)
-    row = [0] * (len(other) + 1)
-    for word in one:
-        before = row
+    """ROUGE-L's F-measure over words: twice the longest common subsequence, divided by both lengths (Lin, 2004; beta
+    1).
+    """
+    words, answer_words = text.lower().split(), answer.lower().split()
+    if not words or not answer_words:
+        return float(words == answer_words)
+    # row[j]: length of the longest common subsequence of the words so far and the answer's first j
+    row = [0] * (len(answer_words) + 1)
+    for word in words:
+        previous = row
         row = [0]
-        for place, against in enumerate(other):
-            row.append(before[place] + 1 if word == against else max(row[-1], before[place + 1]))
-    return 2 * row[-1] / (len(one) + len(other))
+        for j, answer_word in enumerate(answer_words):
+            row.append(previous[j] + 1 if word == answer_word else max(row[-1], previous[j + 1]))
+    return 2 * row[-1] / (len(words) + len(answer_words))

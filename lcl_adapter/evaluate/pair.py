@@ -37,9 +37,7 @@ class ModelPair:
     def local(cls, predictor: Predictor) -> ModelPair:
         """A base on this machine, without its adapter and with it."""
 
-        def without_adapter(
-            requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None
-        ) -> list[Reply]:
+        def without_adapter(requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
             with predictor.base.without_adapter():
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 

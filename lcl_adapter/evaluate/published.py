@@ -1,4 +1,7 @@
-"""Other people's figures, printed beside ours where the protocol is theirs; marked as published, never as measured here."""
+"""Figures that others published, shown beside ours if the protocol is the same.
+
+They are marked as published, not as measured here.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 Figures = tuple[tuple[str, float], ...]
 
-# Link-Context Learning (arXiv 2308.07891), its tables of accuracy by number of support images, both classes together.
-SHOWN = (0, 2, 4, 6, 8, 10, 12, 14, 16)
+# Link-Context Learning (arXiv 2308.07891), its tables of accuracy by the number of support images, of both classes
+# together.
+SUPPORT_IMAGES = (0, 2, 4, 6, 8, 10, 12, 14, 16)
 IMAGENET_100 = {
     "OpenFlamingo": (0.00, 0.41, 0.62, 0.72, 0.75, 0.77, 0.78, 0.73, 0.72),
     "Shikra": (0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
@@ -25,7 +29,8 @@ ISEKAI = {
         "LCL 2way-random": (None, 0.43, 0.46, 0.47, 0.48, 0.48, 0.49, 0.49, 0.49),
     },
 }
-# Image AUROC by good references; WinCLIP (arXiv 2303.14814), PatchCore as it reports it, AnomalyGPT (arXiv 2308.15366).
+# Image AUROC by the number of good references: WinCLIP (arXiv 2303.14814), PatchCore as reported there, AnomalyGPT
+# (arXiv 2308.15366).
 INSPECTION = {
     "mvtec": {
         0: (("WinCLIP", 0.918),),
@@ -43,21 +48,21 @@ POPE: Figures = (("LLaVA-1.5-7B (F1, mean of the three files)", 0.859), ("LLaVA-
 VQAV2: Figures = (("LLaVA-1.5-7B", 0.785), ("LLaVA-1.5-7B LoRA", 0.791), ("Shikra-13B", 0.773), ("LCL mix 7B", 0.751))
 
 
-def imagenet_100(shots_a_class: int) -> Figures:
-    return _column(IMAGENET_100, shots_a_class)
+def imagenet_100(shots_per_class: int) -> Figures:
+    return _column(IMAGENET_100, shots_per_class)
 
 
-def isekai(name: str | None, shots_a_side: int) -> Figures:
-    return _column(ISEKAI[name], shots_a_side) if name else ()
+def isekai(name: str | None, shots_per_class: int) -> Figures:
+    return _column(ISEKAI[name], shots_per_class) if name else ()
 
 
 def inspection(name: str | None, references: int) -> Figures:
     return INSPECTION[name].get(references, ()) if name else ()
 
 
-def _column(table: Mapping[str, Sequence[float | None]], shots: int) -> Figures:
-    """The paper counts all support images: twice the shots a class."""
-    if 2 * shots not in SHOWN:
+def _column(table: Mapping[str, Sequence[float | None]], shots_per_class: int) -> Figures:
+    """The figures for a number of shots. The paper counts all support images, which are twice the shots of a class."""
+    if 2 * shots_per_class not in SUPPORT_IMAGES:
         return ()
-    place = SHOWN.index(2 * shots)
-    return tuple((who, value) for who, row in table.items() if (value := row[place]) is not None)
+    column = SUPPORT_IMAGES.index(2 * shots_per_class)
+    return tuple((who, value) for who, row in table.items() if (value := row[column]) is not None)

@@ -1,4 +1,4 @@
-"""How published tests judge an answer: exact text, LCL's own rule, VQAv2's, POPE's."""
+"""Rules that decide whether a generated text is right: exact text, and the published rules of LCL, VQAv2 and POPE."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 
 
 def normalise(text: str) -> str:
-    """Lower case, white space collapsed, an ending full stop dropped."""
+    """Lower case, with single spaces and without a final full stop."""
     return re.sub(r"\s+", " ", text).strip().rstrip(".").lower()
 
 
 def exact(text: str, answer: str) -> bool:
-    """Whether the greedy text is the answer."""
+    """Whether the text is the answer, after both are normalised."""
     return normalise(text) == normalise(answer)
 
 
 def lcl_rule(text: str, gold: str, others: Sequence[str]) -> bool:
     """LCL's scoring of generated text (the evaluation code of isekai-portal/Link-Context-Learning).
 
-    "there is", "in the image", quotes and dots are stripped; right if the true label is in what remains, and no other
-    label is in what remains once the true one is removed.
+    "there is", "in the image", quotes and dots are removed from the text. The answer is right if the rest contains the
+    true label, and contains no other label once the true one is removed.
 
-    Substrings break it ("cat" in "cattle"), so exact match and label scores are shown beside it.
+    The rule also counts substrings ("cat" in "cattle"), so exact match and label scores are reported beside it.
     """
     rest = text
     for filler in ("there is", "in the image", '"', "'", "."):
@@ -36,10 +36,11 @@ def lcl_rule(text: str, gold: str, others: Sequence[str]) -> bool:
 
 DIGITS = {w: str(n) for n, w in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
-MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
-STOPS = re.compile(r"\.(?!\d)")  # the published pattern means to spare those behind a digit too, and does not
+PUNCTUATION = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
+# The published pattern is meant to leave a full stop after a digit in place too, but does not.
+FULL_STOP = re.compile(r"\.(?!\d)")
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# Words that VQAv2's evaluation gives their apostrophe back ("dont" -> "don't"), and those of two that lack either.
+# VQAv2's evaluation adds missing apostrophes ("dont" -> "don't"); words with two apostrophes may lack one or both.
 SHORTENED = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't
 might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's
@@ -56,31 +57,38 @@ CONTRACTIONS |= {"yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dv
 
 
 def vqa_normalise(text: str) -> str:
-    """VQAv2's normalisation: marks, full stops that end no number, number words, articles, contractions."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    kept = text
-    for mark in MARKS:
-        beside_a_space = f"{mark} " in text or f" {mark}" in text
-        kept = kept.replace(mark, "" if beside_a_space or COMMA_IN_NUMBER.search(text) else " ")
-    words = [DIGITS.get(w, w) for w in STOPS.sub("", kept).lower().split()]
+    """VQAv2's normalisation of punctuation, full stops outside numbers, number words, articles and contractions."""
+    text = _one_line(text)
+    cleaned = text
+    for mark in PUNCTUATION:
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if next_to_space or COMMA_IN_NUMBER.search(text) else " ")
+    words = [DIGITS.get(w, w) for w in FULL_STOP.sub("", cleaned).lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ARTICLES)
 
 
 def vqa_score(text: str, answers: Sequence[str]) -> float:
-    """VQAv2's soft score: over each answer left out in turn, min(1, matches among the other nine / 3), averaged.
+    """VQAv2's soft score.
 
-    One match of ten gives 0.3, two 0.6, three 0.9, four and more 1. Answers are normalised only where they are not all equal,
-    as the published code does.
+    Each human answer is left out in turn; the mean of min(1, matches among the other nine / 3) counts.
+
+    One match of ten gives 0.3, two 0.6, three 0.9, four and more 1. Texts are normalised only if the human answers
+    differ, as in the published code.
     """
-    said = text.replace("\n", " ").replace("\t", " ").strip()
-    told = [a.replace("\n", " ").replace("\t", " ").strip() for a in answers]
-    if len(set(told)) > 1:
-        said, told = vqa_normalise(said), [vqa_normalise(a) for a in told]
-    scores = [min(1.0, sum(said == other for place, other in enumerate(told) if place != left_out) / 3) for left_out in range(len(told))]
+    text = _one_line(text)
+    answers = [_one_line(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        text, answers = vqa_normalise(text), [vqa_normalise(answer) for answer in answers]
+    matches = [text == answer for answer in answers]
+    scores = [min(1.0, (sum(matches) - left_out) / 3) for left_out in matches]
     return sum(scores) / len(scores)
 
 
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def pope_says_no(text: str) -> bool:
-    """POPE's reading of an answer: no, if its first sentence has the word No, no or not; else yes."""
+    """POPE's reading of a text: no if its first sentence has the word No, no or not, and yes otherwise."""
     words = text.split(".")[0].replace(",", "").split()
     return any(w in {"No", "no", "not"} for w in words)

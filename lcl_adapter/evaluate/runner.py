@@ -1,4 +1,4 @@
-"""Cells -> report.json, predictions.jsonl. A killed run goes on where it was."""
+"""Cells -> report.json and predictions.jsonl. An interrupted evaluation continues from its cached cells."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run's adapter and its base; writes ``report.json`` and ``predictions.jsonl``.
 
-    The whole evaluation of the recipe goes into the run's folder; a part of it, or one with another seed, into
-    ``partial/`` below it, so that it never takes the whole one's place. Cells that were measured before with the same
-    adapter and the same questions are taken from ``evaluation/``. A suite that the recipe has not is taken from those
-    that ship by name, over ``data.root``.
+    The complete evaluation of the recipe is written into the run's folder. A part of it, or one with another seed, goes
+    to ``partial/`` in that folder, so that it never replaces the complete one. Cells that were measured before, with the
+    same adapter and the same questions, are read from ``evaluation/``. A suite that the recipe does not have is looked up
+    among the shipped ones, and reads its data under ``data.root``.
 
-    served: ask models behind a server instead; the report goes into ``served/`` below the run. There is no tower then, so no baseline.
+    fresh: measure again instead of reading cached cells. served: ask models behind a server instead. The report then goes
+    to ``served/`` in the run's folder, and has no baselines, because there is no vision tower.
 
     Raises AdapterError, RecipeError, DataError; with ``served`` EndpointError, MissingError, RequestError.
     """
@@ -62,24 +63,25 @@ def evaluate(
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     rows, lines = [], []
-    with served.pair(run) if served else nullcontext(_here(loaded, recipe)) as pair:
+    with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe)) as pair:
         for cell in build_cells(recipe, limit, suites, seed):
-            key = _key(cell, manifest, recipe, pair.told)
-            kept = run / CACHE / f"{cell.name}-{key[:12]}.json"
-            measured = None if fresh or served else _kept(kept, key)  # another model may be behind a server's name by now
+            key = _cache_key(cell, manifest, recipe, pair.identity)
+            cached = run / CACHE / f"{cell.name}-{key[:12]}.json"
+            # The name of a served model may stand for another model by now.
+            measured = None if fresh or served else _read_cached(cached, key)
             if measured is None:
-                measured = {"key": key, **measure(cell, pair)}
-                write_json(kept, measured)
+                measured = {"key": key, **measure_cell(cell, pair)}
+                write_json(cached, measured)
             rows.append(measured["row"])
             lines += measured["predictions"]
-            console.print(_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
-        told = {"served": pair.told} if served else {}
+            console.print(_summary_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
+        served_models = {"served": pair.identity} if served else {}
     report = {
         "run": run.name,
         "base": manifest["base"],
         "seed": recipe.evaluate.seed if seed is None else seed,
         "limit": limit,
-        **told,
+        **served_models,
         "suites": rows,
         "retention": retention_of([(r["suite"], r["base"]["value"], r["adapter"]["value"]) for r in rows], recipe),
     }
@@ -90,23 +92,25 @@ def evaluate(
     return report
 
 
-def _here(base: Base | None, recipe: Recipe) -> ModelPair:
-    """On this machine."""
+def _local_pair(base: Base | None, recipe: Recipe) -> ModelPair:
     assert base is not None
-    return ModelPair.of(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
+    return ModelPair.local(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
 
 
 def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Path:
+    """The run's folder for a complete evaluation, ``partial/`` in it for any other."""
     return run / "partial" if suites or limit or seed is not None or overrides else run
 
 
-def measure(cell: Cell, pair: ModelPair) -> dict[str, Any]:
-    """One cell: the same requests to the base and to the adapter, and the baseline. Cases with a broken picture are left out, and counted.
+def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
+    """Send a cell's requests to the base and to the adapter, and compute its baseline.
 
-    Raises DataError where none is left.
+    Returns its row and its predictions.
+
+    Cases with a broken picture are left out, and counted. Raises DataError if no case remains.
     """
-    asked = len(cell.cases)
-    cell, _ = readable(cell, pair.vision)
+    total = len(cell.cases)
+    cell, _ = drop_unreadable(cell, pair.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -115,79 +119,83 @@ def measure(cell: Cell, pair: ModelPair) -> dict[str, Any]:
         def done(count: int) -> None:
             bar.advance(task, count)
 
-        of_base = pair.base(requests, done=done, new_tokens=cell.new_tokens)
-        of_adapter = pair.adapter(requests, done=done, new_tokens=cell.new_tokens)
-    baseline, nearest = baselines.measure(cell, pair.vision) if pair.vision else (None, [None] * len(cases))
+        base_replies = pair.base(requests, done=done, new_tokens=cell.new_tokens)
+        adapter_replies = pair.adapter(requests, done=done, new_tokens=cell.new_tokens)
+    baseline, nearest = baselines.measure_baseline(cell, pair.vision) if pair.vision else (None, [None] * len(cases))
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
-        "left_out": asked - len(cases),
+        "left_out": total - len(cases),
         "chance": round(cell.chance, 4),
         "baseline": baseline,
         "published": [{"who": who, "value": value} for who, value in cell.published],
-        "base": cell.judge(cases, of_base),
-        "adapter": cell.judge(cases, of_adapter),
+        "base": cell.judge(cases, base_replies),
+        "adapter": cell.judge(cases, adapter_replies),
     }
-    predictions = [_prediction(cell, index, case, of_base[index], of_adapter[index], nearest[index]) for index, case in enumerate(cases)]
+    compared = zip(cases, base_replies, adapter_replies, nearest, strict=True)
+    predictions = [_prediction(cell, index, *replies) for index, replies in enumerate(compared)]
     return {"row": row, "predictions": predictions}
 
 
-def readable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
-    """The cell without the cases whose pictures cannot be read, and why they cannot."""
-    found: dict[Picture, str | None] = {}
+def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
+    """The cell without the cases whose pictures cannot be read, and the messages about those pictures.
 
-    def fault(picture: Picture) -> str | None:
-        if picture not in found:
+    Raises DataError if no case remains.
+    """
+    messages: dict[Picture, str | None] = {}
+
+    def is_broken(picture: Picture) -> bool:
+        if picture not in messages:
             try:
                 if vision is None or picture not in vision.cache:
                     read_image(picture)
-                found[picture] = None
+                messages[picture] = None
             except DataError as error:
-                found[picture] = str(error)
-        return found[picture]
+                messages[picture] = str(error)
+        return messages[picture] is not None
 
-    pictures = [[p for turn in (*c.support, c.query) for p in turn.pictures] for c in cell.cases]
-    kept = tuple(c for c, shown in zip(cell.cases, pictures, strict=True) if not any(fault(p) for p in shown))
-    broken = [why for why in found.values() if why]
-    for why in broken:
-        console.print(f"{cell.name}: left out: {why}", style="yellow", markup=False, highlight=False)
-    if not kept:
-        why = broken[0] if broken else "it is empty"
-        raise DataError(f"evaluate.suites.{cell.suite}: no case of {cell.name} has pictures that can be read: {why}")
-    return (cell if not broken else replace(cell, cases=kept)), broken
+    readable = tuple(case for case in cell.cases if not any(is_broken(p) for turn in (*case.support, case.query) for p in turn.pictures))
+    broken = [message for message in messages.values() if message]
+    for message in broken:
+        console.print(f"{cell.name}: left out: {message}", style="yellow", markup=False, highlight=False)
+    if not readable:
+        reason = broken[0] if broken else "it is empty"
+        raise DataError(f"evaluate.suites.{cell.suite}: no case of {cell.name} has pictures that can be read: {reason}")
+    return (cell if not broken else replace(cell, cases=readable)), broken
 
 
 def measure_adapter(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
-    """The main figure of each cell for the model as it stands, by the cell's name: what is watched while training."""
-    found = {}
+    """The main figure of each cell for the model in its present state, by the cell's name. Used during training."""
+    figures = {}
     for cell in cells:
         requests = [(c.support, c.query, c.answers) for c in cell.cases]
-        found[cell.name] = cell.judge(cell.cases, predictor.run(requests, new_tokens=cell.new_tokens))["value"]
-    return found
+        figures[cell.name] = cell.judge(cell.cases, predictor.run(requests, new_tokens=cell.new_tokens))["value"]
+    return figures
 
 
 def measure_base(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
-    """The same without the adapter."""
+    """The main figure of each cell without the adapter."""
     with predictor.base.without_adapter():
         return measure_adapter(cells, predictor)
 
 
 def retention_of(figures: Sequence[tuple[str, float, float]], recipe: Recipe) -> list[dict[str, Any]]:
-    """For every suite under ``keep``: how far the adapter fell below the base, in points, and whether that is allowed.
+    """For every suite under ``evaluate.retention``: how far the adapter fell below the base, in points, and whether
+    that is allowed.
 
-    ``figures`` are (suite, base, adapter) of each cell; a suite of several cells is judged by their mean.
+    figures: (suite, base, adapter) of each cell. For a suite of several cells, their mean counts.
     """
-    found = []
-    for suite, allowed in recipe.evaluate.keep.items():
+    rows = []
+    for suite, allowed in recipe.evaluate.retention.items():
         own = [(base, adapter) for name, base, adapter in figures if name == suite]
         if own:
             fell = 100 * sum(base - adapter for base, adapter in own) / len(own)
-            found.append({"suite": suite, "fell": round(fell, 2), "allowed": allowed, "kept": fell <= allowed})
-    return found
+            rows.append({"suite": suite, "fell": round(fell, 2), "allowed": allowed, "retained": fell <= allowed})
+    return rows
 
 
 def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply, nearest: bool | None) -> dict[str, Any]:
-    def told(reply: Reply) -> dict[str, Any]:
+    def as_json(reply: Reply) -> dict[str, Any]:
         scores = {label: round(value, 5) for label, value in zip(case.labels, reply.log_likelihoods, strict=True)}
         return {"text": reply.text, "log_likelihoods": scores}
 
@@ -205,26 +213,37 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
         "labels": list(case.labels),
         "gold": case.gold,
         **({"defect": truth["defect"]} if "defect" in truth else {}),
-        "base": told(base),
-        "adapter": told(adapter),
-        "right": bool(cell.judge([case], [adapter])["value"] >= 0.3) if not case.labels else judges.answer_of(case, adapter) == case.gold,
+        "base": as_json(base),
+        "adapter": as_json(adapter),
+        "right": _is_right(cell, case, adapter),
         "prototype_right": nearest,
     }
 
 
-def _key(cell: Cell, manifest: dict[str, Any], recipe: Recipe, who: Any) -> str:
-    """What a kept cell's figures depend on."""
+def _is_right(cell: Cell, case: Case, reply: Reply) -> bool:
+    """Whether the label with the highest score is right.
 
-    def told(turn: Turn) -> str:
+    Free text is right from a score of 0.3 on, one match of VQAv2's ten answers.
+    """
+    if case.labels:
+        return judges.answer_of(case, reply) == case.gold
+    return bool(cell.judge([case], [reply])["value"] >= 0.3)
+
+
+def _cache_key(cell: Cell, manifest: dict[str, Any], recipe: Recipe, models: Any) -> str:
+    """A hash of everything that a cell's figures depend on. models: which served models were asked."""
+
+    def describe(turn: Turn) -> str:
         sizes = [f"{p} {p.path.stat().st_size if p.path.exists() else 0}" for p in turn.pictures]
         return f"{turn.text} {' '.join(sizes)}"
 
-    spoken = [[c.labels, c.gold, str(c.truth), told(c.query), [told(t) for t in c.support]] for c in cell.cases]
-    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, spoken, who])
+    cases = [[c.labels, c.gold, str(c.truth), describe(c.query), [describe(t) for t in c.support]] for c in cell.cases]
+    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, cases, models])
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def _kept(path: Path, key: str) -> dict[str, Any] | None:
+def _read_cached(path: Path, key: str) -> dict[str, Any] | None:
+    """A cached cell, None if there is none with this key."""
     try:
         measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -232,7 +251,7 @@ def _kept(path: Path, key: str) -> dict[str, Any] | None:
     return measured if measured.get("key") == key else None
 
 
-def _line(row: dict[str, Any]) -> str:
+def _summary_line(row: dict[str, Any]) -> str:
     own = row["adapter"]
     parts = [f"{row['name']:<26} n {row['n']:>5}", f"{row['metric']}", f"chance {row['chance']:.2f}"]
     parts += [f"{row['baseline']['name']} {row['baseline']['value']:.3f}"] if row["baseline"] else []

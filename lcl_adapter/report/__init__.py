@@ -1,15 +1,17 @@
-"""What a person looks at: loss plot, accuracy by shots, ROC curves, wrong answers as pictures, episode previews, the run card."""
+"""Output for people: tables, loss plot, accuracy by shots, ROC curves, the page with wrong answers, episode previews,
+the run card.
+"""
 
 from lcl_adapter.report.card import write_card
 from lcl_adapter.report.data_check import show_check
 from lcl_adapter.report.pages import read_predictions, write_report_page
-from lcl_adapter.report.plan import lines_of, show_plan
+from lcl_adapter.report.plan import fact_lines, show_plan
 from lcl_adapter.report.plots import plot_accuracy, plot_loss, plot_roc
 from lcl_adapter.report.preview import write_preview
 from lcl_adapter.report.table import show_table
 
 __all__ = [
-    "lines_of",
+    "fact_lines",
     "plot_accuracy",
     "plot_loss",
     "plot_roc",

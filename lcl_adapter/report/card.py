@@ -1,4 +1,4 @@
-"""The run card: one Markdown page that says what was trained, on what, and what came out."""
+"""The run card: one Markdown page with what was trained, on what data, and the results."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.files import write_text
-from lcl_adapter.report.table import figure
+from lcl_adapter.report.table import format_figure, is_retained
 
 
 def write_card(run: Path) -> Path:
-    """``README.md`` of the run's folder, from the manifest, the recipe and, where there is one, the report."""
+    """Write ``README.md`` in the run's folder, from the manifest, the recipe and, if it exists, the report."""
     manifest = read_manifest(run)
     report = json.loads((run / "report.json").read_text(encoding="utf-8")) if (run / "report.json").exists() else None
     sections = [
@@ -23,7 +23,7 @@ def write_card(run: Path) -> Path:
         + "\n```\n\nWith plain PEFT:\n\n```python\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForImageTextToText\n\n"
         f'model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(BASE), "{run.name}")\n```\n\n'
-        "PEFT takes the base in Hugging Face's layout: `lcl-adapter convert` writes it from the original one.",
+        "PEFT needs the base in Hugging Face's layout: `lcl-adapter convert` writes it from the original one.",
         _training(manifest) if "training_seconds" in manifest else "",
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in manifest["libraries"].items()),
         "## Recipe\n\n```yaml\n" + (run / "recipe.yaml").read_text(encoding="utf-8").strip() + "\n```",
@@ -33,16 +33,16 @@ def write_card(run: Path) -> Path:
 
 
 def _head(name: str, manifest: dict[str, Any]) -> str:
-    made = "trained on Link-Context-Learning episodes" if "training_seconds" in manifest else f"imported from `{manifest['imported_from']}`"
-    held = {n: len(names) for n, names in manifest.get("held_in", {}).items()}
+    origin = "trained on Link-Context-Learning episodes" if "training_seconds" in manifest else f"imported from `{manifest['imported_from']}`"
+    trained = {source: len(names) for source, names in manifest.get("held_in", {}).items()}
     facts = {
         "base": f"`{manifest['base']}`, hash `{manifest['base_hash'][:16]}`",
         "layout, family": f"{manifest['layout']}, {manifest['family']} (prompt v{manifest['prompt_version']})",
         "precision": manifest["precision"],
-        "classes seen": ", ".join(f"{n}: {count}" for n, count in held.items()),
+        "trained classes": ", ".join(f"{source}: {count}" for source, count in trained.items()),
     }
-    lines = "\n".join(f"- {what}: {told}" for what, told in facts.items() if told)
-    return f"# {name}\n\nA LoRA adapter for a LLaVA, {made} by lcl-adapter.\n\n{lines}"
+    lines = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)
+    return f"# {name}\n\nA LoRA adapter for a LLaVA, {origin} by lcl-adapter.\n\n{lines}"
 
 
 def _results(report: dict[str, Any] | None) -> str:
@@ -51,18 +51,22 @@ def _results(report: dict[str, Any] | None) -> str:
     head = "| suite | n | figure | chance | without training | base | adapter | 95 % | adapter's text |\n|---|---|---|---|---|---|---|---|---|\n"
     rows = []
     for row in report["suites"]:
-        near, own = row["baseline"], row["adapter"]
+        baseline, own = row["baseline"], row["adapter"]
+        untrained = baseline and baseline["value"]
         rows.append(
-            f"| {row['name']} | {row['n']} | {row['metric']} | {row['chance']:.2f} | {figure(near and near['value'])} | {row['base']['value']:.3f} | "
-            f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {figure(own['greedy'])} |"
+            f"| {row['name']} | {row['n']} | {row['metric']} | {row['chance']:.2f} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
+            f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {format_figure(own['greedy'])} |"
         )
-    told = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
-    others = "\n\nPublished by others, by the same protocol:\n\n" + "\n".join(f"- {name}: {figures}" for name, figures in told) if told else ""
-    kept = "".join(
-        f"\n\n{r['suite']}: {r['fell']:+.1f} points below the base, {r['allowed']:.1f} allowed: {'kept' if r['kept'] else '**not kept**'}."
-        for r in report["retention"]
+    published = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
+    heading = "\n\nPublished by others, by the same protocol:\n\n"
+    others = heading + "\n".join(f"- {name}: {figures}" for name, figures in published) if published else ""
+    retention = "".join(
+        f"\n\n{row['suite']}: {row['fell']:+.1f} points below the base, {row['allowed']:.1f} allowed: "
+        f"{'retained' if is_retained(row) else '**not retained**'}."
+        for row in report["retention"]
     )
-    return "## Results\n\nMeasured together, on the same questions (`report.json`, `predictions.jsonl`).\n\n" + head + "\n".join(rows) + others + kept
+    intro = "## Results\n\nMeasured together, on the same questions (`report.json`, `predictions.jsonl`).\n\n"
+    return intro + head + "\n".join(rows) + others + retention
 
 
 def _training(manifest: dict[str, Any]) -> str:
@@ -76,7 +80,7 @@ def _training(manifest: dict[str, Any]) -> str:
         for name, share in manifest["shares"]["requested"].items()
         for counts in [manifest["tokens"].get(name, nothing)]
     )
-    columns = ("source", "share asked", "realised", "of the tokens", "rows", "tokens", "learned", "gone through", "left out")
+    columns = ("source", "share asked", "realised", "of the tokens", "rows", "tokens", "learned", "passes", "left out")
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     images = manifest["images"]
     faults = "".join(f"\n- {count} x {fault}" for fault, count in manifest["bad_pictures"].items())
@@ -91,5 +95,6 @@ def _training(manifest: dict[str, Any]) -> str:
 
 
 def _passes(manifest: dict[str, Any], name: str) -> str:
+    """How often a source's entries were used, and whether the source ended before training did."""
     passes = f"{manifest['passes'][name]:.1f} times" if name in manifest["passes"] else "-"
     return passes + (f", then ended ({manifest['ended'][name]})" if name in manifest["ended"] else "")

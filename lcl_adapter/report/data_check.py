@@ -1,4 +1,4 @@
-"""What ``data check`` found, for people."""
+"""The result of ``data check``, for people."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from rich.table import Table
 from lcl_adapter.terminal import console
 
 
-def show_check(found: dict[str, Any]) -> None:
-    """Counts and shares as a table, then every fault with its place."""
+def show_check(result: dict[str, Any]) -> None:
+    """Print counts and shares as a table, then every fault and where it is."""
     table = Table(title="data", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("source", "entries", "opened", "share", "realised", "passes", "longest", "left out"):
         table.add_column(column, justify="left" if column in {"source", "left out"} else "right", no_wrap=column == "source")
-    rows = found["rows"] or {}
-    for name, one in found["sources"].items():
+    rows = result["rows"] or {}
+    for name, counts in result["sources"].items():
         passes = rows.get("passes", {}).get(name)
         ended = rows.get("ended", {}).get(name)
         table.add_row(
             name,
-            f"{one['entries']:,}",
-            f"{one['pictures']:,}",
-            _part(rows.get("requested", {}).get(name)),
-            _part(rows.get("realised", {}).get(name)),
+            f"{counts['entries']:,}",
+            f"{counts['pictures']:,}",
+            _format_share(rows.get("requested", {}).get(name)),
+            _format_share(rows.get("realised", {}).get(name)),
             ("-" if passes is None else f"{passes:.1f}") + (f", ends ({ended})" if ended else ""),
             str(rows.get("longest", {}).get(name, "-")),
-            ", ".join(f"{count} x {reason}" for reason, count in one["left_out"].items()) or "-",
+            ", ".join(f"{count} x {reason}" for reason, count in counts["left_out"].items()) or "-",
         )
     console.print(table)
     if "context" in rows:
         console.print(f"the context holds {rows['context']:,} tokens", highlight=False)
-    for note in found["notes"]:
+    for note in result["notes"]:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    for fault in found["faults"]:
+    for fault in result["faults"]:
         console.print(f"{fault['source']}: {fault['kind']}: {fault['message']}", style="red", markup=False, highlight=False, soft_wrap=True)
-    count = len(found["faults"])
+    count = len(result["faults"])
     console.print("no faults" if not count else f"{count} fault{'s' if count > 1 else ''}", style="bold" if not count else "bold red")
 
 
-def _part(share: float | None) -> str:
+def _format_share(share: float | None) -> str:
     return "-" if share is None else f"{share:.2f}"

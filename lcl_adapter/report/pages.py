@@ -1,10 +1,11 @@
-"""``report.html``: the table, the plot, and the adapter's surest mistakes as pictures."""
+"""``report.html``: the table, the plots, and the wrong answers of which the adapter was most confident."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from jinja2 import Environment, PackageLoader
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.files import write_text
+from lcl_adapter.report.table import is_retained
 from lcl_adapter.report.thumbs import data_url
 
-WORST = 40
+MOST_SHOWN = 40  # wrong answers on a page
 
 
 def write_report_page(run: Path) -> Path:
-    """From ``report.json`` and ``predictions.jsonl`` of a run, with the plots beside them."""
+    """Write the page from ``report.json``, ``predictions.jsonl`` and the plots in a run's folder."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     predictions = read_predictions(run)
     plots = [(name, run / f"{name}.png") for name in ("accuracy", "roc")]
@@ -33,8 +35,8 @@ def write_report_page(run: Path) -> Path:
             rows=report["suites"],
             confusions=[r for r in report["suites"] if "confusion" in r["adapter"]],
             inspections=[r for r in report["suites"] if "by_category" in r["adapter"]],
-            retention=report["retention"],
-            wrong=mistakes(predictions),
+            retention=[{**row, "retained": is_retained(row)} for row in report["retention"]],
+            wrong=wrong_answers(predictions),
         ),
     )
     return run / "report.html"
@@ -44,46 +46,52 @@ def read_predictions(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
-def mistakes(predictions: list[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
-    """The surest wrong answers of the suites that have something to learn from, and wrong texts of plain questions; suites in turn."""
+def wrong_answers(predictions: list[dict[str, Any]], count: int = MOST_SHOWN) -> list[dict[str, Any]]:
+    """The wrong answers with the highest confidence, from the suites in turn.
+
+    Controls, and labels without a support set, are left out.
+    """
     by_suite: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
     for line in predictions:
-        wrong = None if line["control"] else _wrong(line)
+        wrong = None if line["control"] else _wrong_answer(line)
         if wrong is not None:
             by_suite.setdefault(line["suite"], []).append((*wrong, line))
-    for found in by_suite.values():
-        found.sort(key=lambda item: (-item[0], item[2]["cell"], item[2]["index"]))
-    turns = [found[place] for place in range(count) for found in by_suite.values() if place < len(found)]
-    return [_shown(sure, said, line) for sure, said, line in turns[:count]]
+    for answers in by_suite.values():
+        answers.sort(key=lambda item: (-item[0], item[2]["cell"], item[2]["index"]))
+    in_turn = [item for items in zip_longest(*by_suite.values()) for item in items if item is not None]
+    return [_page_item(confidence, answer, line) for confidence, answer, line in in_turn[:count]]
 
 
-def _wrong(line: dict[str, Any]) -> tuple[float, str] | None:
-    """How sure a wrong answer was (0 for free text) and what was said; None for a right one, and where nothing was shown to learn from."""
+def _wrong_answer(line: dict[str, Any]) -> tuple[float, str] | None:
+    """The confidence of a wrong answer (0 for free text), and the answer.
+
+    None for a right one, and for labels without a support set.
+    """
     scores = line["adapter"]["log_likelihoods"]
     if not scores:
         return None if line["right"] else (0.0, line["adapter"]["text"])
-    said = max(scores, key=scores.__getitem__)
-    if said == line["gold"] or not line["support"]:
+    answer = max(scores, key=scores.__getitem__)
+    if answer == line["gold"] or not line["support"]:
         return None
-    return 1 / sum(math.exp(v - scores[said]) for v in scores.values()), said
+    return 1 / sum(math.exp(v - scores[answer]) for v in scores.values()), answer
 
 
-def _shown(sure: float, said: str, line: dict[str, Any]) -> dict[str, Any]:
+def _page_item(confidence: float, answer: str, line: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": line["cell"],
         "index": line["index"],
         "class_name": line["class"] if line["support"] or line["labels"] else line["question"],
         "defect": line.get("defect"),
         "gold": line["gold"],
-        "said": said,
-        "sure": f"({sure:.0%})" if sure else "",
+        "answer": answer,
+        "confidence": f"({confidence:.0%})" if confidence else "",
         "query": _url(line["picture"]),
         "support": [{"url": _url(name), "label": label} for name, label in line["support"]],
     }
 
 
 def _url(name: str) -> str:
-    """A picture's name in predictions.jsonl back into a picture; a grey square where the file has gone."""
+    """A data URL for a picture's name in predictions.jsonl; a grey square if the file no longer exists."""
     try:
         return data_url(Picture.parse(name))
     except DataError:

@@ -1,4 +1,4 @@
-"""A forecast and a path's facts, as people read them."""
+"""The memory forecast, and the facts of ``inspect``, for people."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from rich.table import Table
 from lcl_adapter.terminal import console
 
 
-def show_plan(found: Mapping[str, Any]) -> None:
-    """Memory by part for training, evaluation and serving; what fits; ways to make it fit."""
-    forecasts = found["forecasts"]
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Print the memory by part for training, evaluation and serving, whether it fits, and what would make it fit."""
+    forecasts = plan["forecasts"]
     table = Table("memory", *forecasts, box=box.SIMPLE)
     for part in dict.fromkeys(p for f in forecasts.values() for p in f["parts"]):
-        table.add_row(part, *(_marked(f["parts"].get(part)) for f in forecasts.values()))
+        table.add_row(part, *(_marked_size(f["parts"].get(part)) for f in forecasts.values()))
     for moment in dict.fromkeys(m for f in forecasts.values() for m in f["moments"]):
-        table.add_row(f"  or {moment}", *(_marked(f["moments"].get(moment), f["moments"]) for f in forecasts.values()), style="dim")
+        table.add_row(f"  or {moment}", *(_marked_size(f["moments"].get(moment), f["moments"]) for f in forecasts.values()), style="dim")
     table.add_row("peak", *(_size(f["total"]) for f in forecasts.values()), style="bold")
     console.print(table)
-    rows = (
-        f"longest row {found['longest_row']:,} tokens with {found['images_in_it']} images of {found['tokens_an_image']}; context {found['context']:,}"
-    )
+    images = f"{plan['images_in_it']} images of {plan['tokens_an_image']}"
+    rows = f"longest row {plan['longest_row']:,} tokens with {images}; context {plan['context']:,}"
     console.print(rows, highlight=False)
-    device = "GPU" if found["device"] == "cuda" else "CPU"
-    fit = "training fits" if found["fits"] else "training DOES NOT FIT"
-    console.print(f"{found['precision']} on a {device} of {_size(found['memory'])}: {fit}", style="bold" if found["fits"] else "bold red")
-    if found["support_sets_beside"]:
-        console.print(f"serving leaves room for {found['support_sets_beside']:,} support sets of that length", highlight=False)
-    for remedy in found["remedies"]:
+    device = "GPU" if plan["device"] == "cuda" else "CPU"
+    fit = "training fits" if plan["fits"] else "training DOES NOT FIT"
+    console.print(f"{plan['precision']} on a {device} of {_size(plan['memory'])}: {fit}", style="bold" if plan["fits"] else "bold red")
+    if plan["support_sets_beside"]:
+        console.print(f"serving leaves room for {plan['support_sets_beside']:,} support sets of that length", highlight=False)
+    for remedy in plan["remedies"]:
         console.print(
             f"  {' '.join(remedy['overrides'])}: {_size(remedy['total'])}; costs {remedy['cost']}", highlight=False, markup=False, soft_wrap=True
         )
-    if not found["fits"] and not found["remedies"]:
-        console.print("  nothing that was tried is enough: take a smaller base", highlight=False)
-    if "probe" in found:
-        peak = f", peak {found['probe']['peak'] / 1e9:.2f} GB" if "peak" in found["probe"] else ""
-        console.print(f"a step took {found['probe']['seconds_a_step']:.2f} s{peak}", highlight=False)
+    if not plan["fits"] and not plan["remedies"]:
+        console.print("  none of the known changes is enough: use a smaller base", highlight=False)
+    if "probe" in plan:
+        peak = f", peak {plan['probe']['peak'] / 1e9:.2f} GB" if "peak" in plan["probe"] else ""
+        console.print(f"a step took {plan['probe']['seconds_a_step']:.2f} s{peak}", highlight=False)
 
 
-def _marked(size: int | None, among: Mapping[str, int] | None = None) -> str:
+def _marked_size(size: int | None, among: Mapping[str, int] | None = None) -> str:
     if size is None:
         return "-"
     mark = "*" if among and size == max(among.values()) else ""
@@ -52,20 +51,16 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
-def lines_of(found: Mapping[str, Any]) -> list[str]:
-    """A fact a line."""
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """One line for each fact."""
     lines = []
-    for name, one in found.items():
-        told = ", ".join(f"{k} {_number(v)}" for k, v in one.items()) if isinstance(one, Mapping) else _number(one)
-        lines.append(f"{name}: {told}")
+    for name, fact in facts.items():
+        text = ", ".join(f"{key} {_format(value)}" for key, value in fact.items()) if isinstance(fact, Mapping) else _format(fact)
+        lines.append(f"{name}: {text}")
     return lines
 
 
-def _number(value: Any) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else repr(value)
-        if isinstance(value, str) and "\n" in value
-        else str(value)
-    )
+def _format(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return repr(value) if isinstance(value, str) and "\n" in value else str(value)

@@ -1,4 +1,4 @@
-"""Loss by step, and accuracy by shots with base, adapter, prototype and chance."""
+"""Plots: loss by step, accuracy by shots, and ROC curves, for base, adapter, baseline and chance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 
 def plot_loss(metrics: Path, out: Path) -> None:
-    """The training loss of ``metrics.jsonl``, as logged and as a running mean."""
+    """Plot the training loss of ``metrics.jsonl``, as logged and as a running mean."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not lines:
         return
@@ -37,7 +37,10 @@ def plot_loss(metrics: Path, out: Path) -> None:
 
 
 def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
-    """One panel for each suite (and nearness) that is measured by shots or references; False where there is nothing to draw."""
+    """Plot accuracy by shots or references, one panel for each suite and kind of neighbours.
+
+    Returns False if there is nothing to plot.
+    """
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["shots"] is not None and row["control"] is None:
@@ -50,12 +53,12 @@ def plot_accuracy(rows: Sequence[dict[str, Any]], out: Path) -> bool:
     down = -(-len(panels) // across)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(down, across, figsize=(3.3 * across, 3.7 * down), squeeze=False)
-        places = list(axes.flat)
-        for axis, (title, cells) in zip(places, panels.items(), strict=False):
+        all_axes = list(axes.flat)
+        for axis, (title, cells) in zip(all_axes, panels.items(), strict=False):
             _panel(axis, sorted(cells, key=lambda r: int(r["shots"])), title)
-        for axis in places[len(panels) :]:
+        for axis in all_axes[len(panels) :]:
             axis.set_axis_off()
-        handles, names = max((axis.get_legend_handles_labels() for axis in places), key=lambda found: len(found[0]))
+        handles, names = max((axis.get_legend_handles_labels() for axis in all_axes), key=lambda legend: len(legend[0]))
         figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.04))
         figure.tight_layout(rect=(0, 0.03, 1, 1))
         _save(figure, out)
@@ -69,16 +72,16 @@ def _panel(axis: Any, cells: Sequence[dict[str, Any]], title: str) -> None:
         low = [v - c[name]["ci95"][0] for v, c in zip(values, cells, strict=True)]
         high = [c[name]["ci95"][1] - v for v, c in zip(values, cells, strict=True)]
         axis.errorbar(shots, values, yerr=[low, high], color=colour, marker="o", linewidth=2, capsize=3, label=name)
-    near = [(s, c["baseline"]["value"]) for s, c in zip(shots, cells, strict=True) if c["baseline"]]
-    if near:
-        axis.plot(*zip(*near, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="without training")
+    baseline = [(s, c["baseline"]["value"]) for s, c in zip(shots, cells, strict=True) if c["baseline"]]
+    if baseline:
+        axis.plot(*zip(*baseline, strict=True), color=PROTOTYPE, marker="x", linestyle="--", label="without training")
     axis.axhline(cells[0]["chance"], color=CHANCE, linestyle=":", label="chance")
-    unit = "references" if cells[0]["kind"] == "inspection" else "shots a class"
+    unit = "references" if cells[0]["kind"] == "inspection" else "shots per class"
     axis.set(title=title, xlabel=unit, ylabel=cells[0]["metric"], ylim=(0, 1.02))
 
 
 def plot_roc(rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]], out: Path) -> bool:
-    """One panel for each inspection cell: true against false alarms over all categories, base and adapter; False where there is none."""
+    """Plot ROC curves over all categories, one panel for each inspection cell. Returns False if there is none."""
     cells = [row for row in rows if row["kind"] == "inspection"]
     if not cells:
         return False
@@ -88,12 +91,12 @@ def plot_roc(rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any
             own = [p for p in predictions if p["cell"] == row["name"]]
             truth = [p["defect"] is not None for p in own]
             for name, colour in (("base", BASE), ("adapter", ADAPTER)):
-                alarm, found, _ = roc_curve(truth, [defect_score(p, name) for p in own])
-                axis.plot(alarm, found, color=colour, linewidth=2, label=f"{name} {row[name]['value']:.2f}")
+                false_alarms, hits, _ = roc_curve(truth, [defect_score(p, name) for p in own])
+                axis.plot(false_alarms, hits, color=colour, linewidth=2, label=f"{name} {row[name]['value']:.2f}")
             axis.plot([0, 1], [0, 1], color=CHANCE, linestyle=":")
             axis.set(title=row["name"], xlabel="good parts called defective", xlim=(0, 1), ylim=(0, 1.02))
             axis.legend(frameon=False, loc="lower right", title="mean AUROC", fontsize=8, title_fontsize=8)
-        axes[0][0].set_ylabel("defective parts found")
+        axes[0][0].set_ylabel("defective parts called defective")
         _save(figure, out)
     return True
 

@@ -1,4 +1,4 @@
-"""Episodes as the model gets them: every picture in its place, every learned token in colour."""
+"""Episodes as the model reads them: every picture at its place, every learned token in colour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GREEN, GREY, INK = (11, 110, 79), (105, 110, 118), (24, 26, 30)
 
 @dataclass(frozen=True)
 class Piece:
-    """A picture, or a run of tokens that are all learned or all not. ``branch`` 0 is the support set."""
+    """A picture, or consecutive tokens that are all learned or all not. ``branch`` 0 is the support set."""
 
     branch: int
     picture: Picture | None = None
@@ -42,7 +42,10 @@ class Strip:
 
 
 def pieces_of(encoded: Encoded, collator: Collator) -> tuple[Piece, ...]:
-    """What the labels say, not what the turns meant: read back from the encoded row."""
+    """The pieces of an encoded row.
+
+    Learned tokens are read from its labels, and not from the turns, to show any mistake in them.
+    """
     encoder = collator.encoder
     pictures = iter(encoded.pictures)
     pieces: list[Piece] = []
@@ -73,31 +76,38 @@ def pieces_of(encoded: Encoded, collator: Collator) -> tuple[Piece, ...]:
 
 
 def policy_of(collator: Collator, source: str) -> str:
-    """The policy of a source; plain questions go by their type."""
+    """The policy of a source; for plain questions, their type."""
     options = collator.mixture.options[source]
     return str(getattr(options, "policy", options.type))
 
 
 def strips(collator: Collator, each: int, sources: Sequence[str] = (), policies: Sequence[str] = ()) -> list[Strip]:
-    """The first ``each`` conversations of every source, in the order of the schedule; of those named, where some are."""
+    """The first ``each`` conversations of every source, in the order of the schedule.
+
+    sources, policies: only these, all if empty.
+    """
     mixture = collator.mixture
     wanted = [n for n in mixture.options if (not sources or n in sources) and (not policies or policy_of(collator, n) in policies)]
-    found: dict[str, list[Strip]] = {name: [] for name in wanted}
+    by_source: dict[str, list[Strip]] = {name: [] for name in wanted}
     for index in range(mixture.total + each * 100 * len(mixture.options)):
-        if all(len(s) >= each for s in found.values()):
+        if all(len(s) >= each for s in by_source.values()):
             break
         source = mixture.slot(index).source
-        if source in found and len(found[source]) < each:
+        if source in by_source and len(by_source[source]) < each:
             conversation, encoded = collator.usable(index)
             learned = sum(label != IGNORED for label in encoded.labels)
-            found[source].append(Strip(source, policy_of(collator, source), conversation.origin, len(encoded), learned, pieces_of(encoded, collator)))
-    return [strip for group in found.values() for strip in group]
+            pieces = pieces_of(encoded, collator)
+            by_source[source].append(Strip(source, policy_of(collator, source), conversation.origin, len(encoded), learned, pieces))
+    return [strip for group in by_source.values() for strip in group]
 
 
 def write_preview(
     collator: Collator, each: int, title: str, out: Path, png: bool, sources: Sequence[str] = (), policies: Sequence[str] = ()
 ) -> list[Path]:
-    """The page, and with ``png`` a picture of the same; returns what was written. Raises RecipeError where nothing is left to show."""
+    """Write the page, and with ``png`` a picture of it.
+
+    Returns the paths. Raises RecipeError if no source is left to show.
+    """
     if png and out.suffix == ".png":
         raise RecipeError([f"--out {out}: the page is HTML, and its picture goes beside it; give a name that ends in .html"])
     shown = strips(collator, each, sources, policies)
@@ -116,7 +126,7 @@ def write_preview(
 
 
 def draw(shown: Sequence[Strip], width: int = 1280) -> Image.Image:
-    """The strips one below the other, [3, H, width]."""
+    """The strips, one below the other, in one picture."""
     font, small = _font(14), _font(12)
     pages = [_draw_strip(strip, width, font, small) for strip in shown]
     sheet = Image.new("RGB", (width, sum(p.height for p in pages)), "white")
@@ -156,7 +166,7 @@ def _draw_strip(strip: Strip, width: int, font: ImageFont.FreeTypeFont, small: I
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu, which ships with matplotlib: the same letters on every machine."""
+    """DejaVu, which matplotlib contains, so that the picture is the same on every machine."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

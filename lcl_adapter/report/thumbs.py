@@ -1,4 +1,4 @@
-"""Pictures for pages: small, embedded, so that a page is one file."""
+"""Small pictures that are embedded in a page, so that the page is one file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 96
 
 @lru_cache(maxsize=2048)
 def thumbnail(picture: Picture, side: int = SIDE) -> Image.Image:
-    """The picture scaled to fit ``side``, on white."""
+    """The picture scaled to fit a white square."""
     image = read_image(picture)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     page = Image.new("RGB", (side, side), "white")
@@ -25,6 +25,7 @@ def thumbnail(picture: Picture, side: int = SIDE) -> Image.Image:
 
 @lru_cache(maxsize=2048)
 def data_url(picture: Picture) -> str:
+    """A thumbnail as a WebP data URL. Raises DataError for a broken picture."""
     buffer = io.BytesIO()
     thumbnail(picture).save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

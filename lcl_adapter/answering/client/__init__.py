@@ -1,4 +1,4 @@
-"""Asking a server: this project's own, vLLM, ``transformers serve``, or any other that speaks OpenAI's chat API."""
+"""A client for this project's server, vLLM, ``transformers serve``, and any other server with OpenAI's chat API."""
 
 from lcl_adapter.answering.client.endpoint import ChatAnswer, Endpoint
 from lcl_adapter.answering.client.remote import RemotePredictor, judge

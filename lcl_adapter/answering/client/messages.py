@@ -1,4 +1,4 @@
-"""Turns -> OpenAI's messages: the same conversation that ``predict`` reads, images as data URLs."""
+"""Turns -> OpenAI's messages, with images as data URLs: the same conversation that ``predict`` reads."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.data.sources.images import read_bytes
 
-AS_THEY_ARE = {"PNG", "JPEG", "WEBP"}
+SENT_UNCHANGED = {"PNG", "JPEG", "WEBP"}
 ORIENTATION = 0x0112  # EXIF
 
 
 def image_of(picture: Picture, pad: bool = False) -> str:
-    """A data URL of the pixels that training sees; with ``pad`` made square first, in CLIP's mean colour, for servers that would crop it.
+    """A data URL of the pixels that training reads.
 
-    The file itself where it is a plain upright RGB picture, for servers differ in how they turn a photo or lay transparency on a
-    page; anything else as PNG. Raises DataError for a broken one.
+    pad: make the picture square first, in CLIP's mean colour, for servers that would crop it.
+
+    A plain upright RGB file is sent unchanged. Anything else is sent as PNG, because servers differ in how they rotate a
+    photo and in the background of transparent pixels. Raises DataError for a broken picture.
     """
     if not (picture.view or picture.turned or picture.tile or pad):
         data = read_bytes(picture)
         try:
             with Image.open(io.BytesIO(data)) as opened:
-                plain = opened.format in AS_THEY_ARE and opened.mode == "RGB" and not opened.has_transparency_data
+                plain = opened.format in SENT_UNCHANGED and opened.mode == "RGB" and not opened.has_transparency_data
                 if plain and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
                     opened.load()
                     return api_types.data_url(data)
-        except Exception:  # Pillow's decoders raise whatever the bytes make them raise; read_image says what is wrong
+        except Exception:  # Pillow's decoders raise all kinds of errors; read_image below raises a clear one
             pass
     buffer = io.BytesIO()
     image = read_image(picture)
@@ -43,21 +45,24 @@ def image_of(picture: Picture, pad: bool = False) -> str:
 
 
 def to_messages(turns: Sequence[Turn], pad: bool = False) -> list[dict[str, Any]]:
-    """Each turn a message; an image before its text, or where ``<image>`` stands among several. Raises DataError."""
+    """One message for each turn. An image comes before its text; several stand where the text has ``<image>``.
+
+    Raises DataError.
+    """
     return [{"role": turn.role, "content": _content(turn, pad)} for turn in turns]
 
 
 def _content(turn: Turn, pad: bool) -> str | list[dict[str, Any]]:
-    shown = [{"type": "image_url", "image_url": {"url": image_of(picture, pad)}} for picture in turn.pictures]
-    if not shown:
+    images = [{"type": "image_url", "image_url": {"url": image_of(picture, pad)}} for picture in turn.pictures]
+    if not images:
         return turn.text
     if not turn.further:
-        return [shown[0], {"type": "text", "text": turn.text}]
+        return [images[0], {"type": "text", "text": turn.text}]
     parts: list[dict[str, Any]] = []
-    waiting = iter(shown)
+    remaining = iter(images)
     for number, text in enumerate(turn.text.split(IMAGE)):
         if number:
-            parts.append(next(waiting))
+            parts.append(next(remaining))
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
     return parts

@@ -1,4 +1,4 @@
-"""A model behind an endpoint, asked as ``predict.Predictor`` is: the same requests, the same replies."""
+"""A model behind an endpoint, used like ``predict.Predictor``: the same requests, the same replies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
-from lcl_adapter.answering.predict import Reply, Request
-from lcl_adapter.data.conversations import Turn
+from lcl_adapter.answering.predict import Reply, Request, SupportTurns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, RequestError
+
+Messages = list[dict[str, Any]]
 
 
 @dataclass
 class RemotePredictor:
-    """workers: requests under way at a time. pad: pictures are made square before they are sent.
+    """workers: requests sent at the same time. pad: make pictures square before they are sent.
 
-    Label scores are what :mod:`lcl_adapter.answering.client.scores` makes of the tokens told.
+    Label scores come from :mod:`lcl_adapter.answering.client.scores`.
     """
 
     endpoint: Endpoint
@@ -34,16 +35,17 @@ class RemotePredictor:
     pad: bool = False
 
     def run(self, requests: Sequence[Request], done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
-        """Replies in the order of the requests. Equal support sets are asked after each other, so that a server's prefix cache has them.
+        """Replies in the order of the requests.
 
+        Requests with equal support sets are sent one after the other, so that a server's prefix cache can help.
         Raises DataError for a broken picture; EndpointError, RequestError, MissingError.
         """
-        first: dict[tuple[Turn, ...], int] = {}
+        first: dict[SupportTurns, int] = {}
         order = sorted(range(len(requests)), key=lambda i: first.setdefault(requests[i][0], i))
-        told = lru_cache(maxsize=4 * self.workers)(lambda turns: to_messages(turns, self.pad))
+        support_messages = lru_cache(maxsize=4 * self.workers)(lambda turns: to_messages(turns, self.pad))
         replies: dict[int, Reply] = {}
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self._one, requests[i], told, new_tokens or self.max_new_tokens) for i in order]
+            futures = [pool.submit(self._send, requests[i], support_messages, new_tokens or self.max_new_tokens) for i in order]
             try:
                 for index, future in zip(order, futures, strict=True):
                     replies[index] = future.result()
@@ -54,16 +56,18 @@ class RemotePredictor:
                 raise
         return [replies[i] for i in range(len(requests))]
 
-    def _one(self, request: Request, told: Callable[[tuple[Turn, ...]], list[dict[str, Any]]], new_tokens: int) -> Reply:
+    def _send(self, request: Request, support_messages: Callable[[SupportTurns], Messages], new_tokens: int) -> Reply:
         support, query, answers = request
-        spoken = self.endpoint.chat(self.model, [*told(support), *to_messages([query], self.pad)], new_tokens, scored=bool(answers))
-        return Reply(spoken.text, log_likelihoods(answers, spoken.text, spoken.tokens) if answers else ())
+        messages = [*support_messages(support), *to_messages([query], self.pad)]
+        chat_answer = self.endpoint.chat(self.model, messages, new_tokens, scored=bool(answers))
+        return Reply(chat_answer.text, log_likelihoods(answers, chat_answer.text, chat_answer.tokens) if answers else ())
 
 
 def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str | None = None, question: str | None = None) -> api_types.ClassifyOut:
-    """Pictures by a set that this project's own server keeps; one that cannot be read here has its fault in its own result, as there.
+    """Classify pictures by a support set that is stored on this project's server.
 
-    Raises DataError where none can be read; RequestError, MissingError, EndpointError.
+    The result of a picture that cannot be read here holds its error, as for one that the server cannot read. Raises
+    DataError if none can be read; RequestError, MissingError, EndpointError.
     """
     images: list[str | DataError] = []
     for picture in pictures:
@@ -77,10 +81,12 @@ def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str
     try:
         request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question)
     except ValidationError as error:
-        raise RequestError("; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors()[:3])) from error
-    found = endpoint.classify(request)
-    judged, kind = iter(found.results), "invalid_request_error"
-    results = [
-        next(judged) if isinstance(image, str) else api_types.Judgement(error=api_types.Fault(message=str(image), type=kind)) for image in images
-    ]
-    return found.model_copy(update={"results": results})
+        raise RequestError("; ".join(f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()[:3])) from error
+    response = endpoint.classify(request)
+    answered = iter(response.results)
+    results = [next(answered) if isinstance(image, str) else _unreadable(image) for image in images]
+    return response.model_copy(update={"results": results})
+
+
+def _unreadable(error: DataError) -> api_types.Judgement:
+    return api_types.Judgement(error=api_types.Fault(message=str(error), type="invalid_request_error"))

@@ -1,4 +1,6 @@
-"""Label scores from what a chat API tells: the text that was said, and beside each of its tokens the likeliest others."""
+"""Label scores from a chat API: from its text, and from the log-probabilities of its tokens and of their likeliest
+alternatives.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MARK = re.compile(r"<.*>")  # how end tokens are written
-UNSEEN = 1e-9  # the least that is left over beside the tokens that are told
+END_TOKEN = re.compile(r"<.*>")  # how servers write end tokens
+LEAST_PROBABILITY = 1e-9  # what all tokens that a server does not list have together, at least
+NOT_NAMED = -20.0  # log-likelihood of the answers that a text without tokens does not give
+Branch = tuple[int, str]  # the index of a token in the reply, and an alternative to it
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """One token: its text, its log-probability, and (text, log-probability) of the likeliest at its place, itself among them or not."""
+    """A token of a reply: its text, its log-probability, and (text, log-probability) of the likeliest tokens at its
+    place.
+
+    Some servers list the token itself in ``top``, others do not.
+    """
 
     text: str
     logprob: float
@@ -21,76 +29,90 @@ class TokenScore:
 
 
 def log_likelihoods(answers: Sequence[str], text: str, tokens: Sequence[TokenScore] | None) -> tuple[float, ...]:
-    """One an answer; all equal where nothing tells the answers apart.
+    """One score for each answer; all are equal if nothing distinguishes the answers.
 
-    The answer that was said has the log-probability of its tokens. Any other is taken as likely as the likeliest token that turns
-    to it where it parts from what was said (answers that turn off by the same token share it), or as what no told token accounts for:
-    bounds from above, and close ones where labels part early. Without tokens, the answer that the text gives has all.
+    The answer that the reply gives has the sum of its tokens' log-probabilities. Any other answer leaves the reply at
+    some token. Its score is the probability up to there, times that of the likeliest alternative that continues the
+    answer. Answers with the same alternative share its probability. If no alternative continues the answer, the
+    probability of all unlisted tokens takes its place. These scores are upper bounds. They are close where labels
+    differ early.
+
+    Without tokens, the answer that the text names has the whole probability.
     """
-    # A character in several tokens is told in pieces that are no text ("\ufffd"): what was said by then cannot be followed.
-    whole = tokens and not any("\ufffd" in token.text for token in tokens)
-    scored = _by_tokens(answers, text, tokens) if whole and tokens else ()
-    if scored and max(scored) - min(scored) > 1e-6:
-        return scored
-    said = which(answers, text)
-    return tuple(0.0 if index == said else -20.0 for index in range(len(answers))) if said is not None else (0.0,) * len(answers)
+    # A character of several tokens has tokens that are no text ("\ufffd"); such a reply cannot be compared token by
+    # token.
+    complete = tokens and not any("\ufffd" in token.text for token in tokens)
+    scores = _scores_by_tokens(answers, text, tokens) if complete and tokens else ()
+    if scores and max(scores) - min(scores) > 1e-6:
+        return scores
+    named = find_answer(answers, text)
+    return tuple(0.0 if index == named else NOT_NAMED for index in range(len(answers))) if named is not None else (0.0,) * len(answers)
 
 
-def which(answers: Sequence[str], text: str) -> int | None:
-    """The answer that the text is, or else the only one that it holds as whole words; the longest where one holds another."""
-    told = _plain(text)
+def find_answer(answers: Sequence[str], text: str) -> int | None:
+    """Index of the answer that is equal to the text, or else of the only one that the text has as whole words.
+
+    An answer inside a longer one that the text also has does not count.
+    """
+    plain_text = _plain(text)
     plain = [_plain(answer) for answer in answers]
-    if told in plain:
-        return plain.index(told)
-    held = [index for index, answer in enumerate(plain) if answer and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", told)]
-    widest = [i for i in held if not any(plain[i] != plain[j] and plain[i] in plain[j] for j in held)]
-    return widest[0] if len(widest) == 1 else None
+    if plain_text in plain:
+        return plain.index(plain_text)
+    matches = [index for index, answer in enumerate(plain) if answer and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", plain_text)]
+    longest = [i for i in matches if not any(plain[i] != plain[j] and plain[i] in plain[j] for j in matches)]
+    return longest[0] if len(longest) == 1 else None
 
 
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().strip(".!").casefold()
 
 
-def _by_tokens(answers: Sequence[str], text: str, tokens: Sequence[TokenScore]) -> tuple[float, ...]:
-    """Without white space on either side: servers differ in whether a token's text begins with its space."""
-    bare, whole = [_bare(answer) for answer in answers], _bare(text)
-    found: dict[int, tuple[float, tuple[int, str] | None]] = {}  # log-probability, and which turning it shares with others
-    said, total = "", 0.0
+def _scores_by_tokens(answers: Sequence[str], text: str, tokens: Sequence[TokenScore]) -> tuple[float, ...]:
+    """Spaces are ignored, because servers differ in whether a token's text begins with its space."""
+    plain_answers, plain_text = [_without_spaces(answer) for answer in answers], _without_spaces(text)
+    scores: dict[int, float] = {}
+    branches: dict[int, Branch | None] = {}
+    prefix, logprob = "", 0.0  # the reply before the current token
     for place, token in enumerate(tokens):
-        longer = said + _bare(token.text)
-        ends = not whole.startswith(longer)  # an end token, which is no part of the text
-        for index, answer in enumerate(bare):
-            if index not in found and not (answer == said if ends else answer.startswith(longer)):
-                found[index] = _turning(answer, said, total, token, place)
-        total += token.logprob
-        if ends:
+        longer = prefix + _without_spaces(token.text)
+        at_end = not plain_text.startswith(longer)  # an end token, which is no part of the text
+        for index, answer in enumerate(plain_answers):
+            follows = answer == prefix if at_end else answer.startswith(longer)
+            if index not in scores and not follows:
+                scores[index], branches[index] = _leave(answer, prefix, logprob, token, place)
+        logprob += token.logprob
+        if at_end:
             break
-        said = longer
-    for index, answer in enumerate(bare):
-        if index not in found:  # all that was said begins it: it was said, or is longer than what was
-            found[index] = (total if answer == said else total + math.log(UNSEEN), None)
-    shared = [turning for _, turning in found.values() if turning is not None]
-    values = (found[index] for index in range(len(answers)))
-    return tuple(value - (math.log(shared.count(turning)) if turning is not None else 0.0) for value, turning in values)
+        prefix = longer
+    for index, answer in enumerate(plain_answers):
+        if index not in scores:  # the answer is the whole reply, or begins with it
+            scores[index], branches[index] = logprob if answer == prefix else logprob + math.log(LEAST_PROBABILITY), None
+    shared = [branch for branch in branches.values() if branch is not None]
+    sharing = [shared.count(branch) if (branch := branches[index]) is not None else 1 for index in range(len(answers))]
+    return tuple(scores[index] - math.log(count) for index, count in enumerate(sharing))
 
 
-def _bare(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def _turning(answer: str, said: str, total: float, token: TokenScore, place: int) -> tuple[float, tuple[int, str] | None]:
-    """Where ``answer`` parts from what was said, at ``token``: by the likeliest token that goes on with it, or ends where it ends."""
-    ways = [(value, text) for text, value in token.top if _goes_on(answer, said, text)]
-    if ways:
-        value, text = max(ways)
-        return total + value, (place, text)
-    told = dict(token.top) | {token.text: token.logprob}
-    left = math.log(max(UNSEEN, 1 - sum(math.exp(value) for value in told.values())))
-    return total + min(left, *told.values()), None
+def _leave(answer: str, prefix: str, logprob: float, token: TokenScore, place: int) -> tuple[float, Branch | None]:
+    """The score of an answer that differs from the reply at ``token``, and the alternative that continues the answer.
+
+    prefix, logprob: the reply before ``token``.
+    """
+    alternatives = [(value, text) for text, value in token.top if _continues(answer, prefix, text)]
+    if alternatives:
+        value, text = max(alternatives)
+        return logprob + value, (place, text)
+    listed = dict(token.top) | {token.text: token.logprob}
+    unlisted = math.log(max(LEAST_PROBABILITY, 1 - sum(math.exp(value) for value in listed.values())))
+    return logprob + min(unlisted, *listed.values()), None
 
 
-def _goes_on(answer: str, said: str, text: str) -> bool:
-    bare = _bare(text)
-    if answer == said:
-        return not bare or MARK.fullmatch(bare) is not None
-    return bool(bare) and answer.startswith(said + bare)
+def _continues(answer: str, prefix: str, text: str) -> bool:
+    """Whether a token's text continues the answer after ``prefix``, or ends it where the prefix is all of it."""
+    plain = _without_spaces(text)
+    if answer == prefix:
+        return not plain or END_TOKEN.fullmatch(plain) is not None
+    return bool(plain) and answer.startswith(prefix + plain)

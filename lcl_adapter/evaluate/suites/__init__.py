@@ -1,4 +1,4 @@
-"""Suites -> cells. One file a kind of task; what a suite asks is worded and packed as in training."""
+"""Suites -> cells. There is one file for each kind of task. Questions are worded as in training."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ from lcl_adapter.recipe.wording import Wording
 
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 
-LONGEST = 200  # questions of a suite, the longest ones, that are checked before training
+LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
 def build_cells(recipe: Recipe, limit: int | None = None, only: tuple[str, ...] = (), seed: int | None = None) -> Iterator[Cell]:
-    """The cells of a recipe's suites, in its order. ``only`` keeps the suites named; ``limit`` the first cases of each.
+    """The cells of a recipe's suites, in its order.
 
-    Raises RecipeError for a suite that is not there.
+    limit: only the first cases of each cell. only: the names of suites to build, all if empty. seed: instead of the
+    recipe's. Raises RecipeError for an unknown suite.
     """
     known = recipe.evaluate.suites
     missing = [name for name in only if name not in known]
     if missing:
-        there = f"the recipe has {', '.join(known) or 'none'}; by name there are {', '.join(presets())}"
-        raise RecipeError([f"no suite {name!r}{did_you_mean(name, [*known, *presets()])}; {there}" for name in missing])
+        available = f"the recipe has {', '.join(known) or 'none'}; shipped ones are {', '.join(presets())}"
+        raise RecipeError([f"no suite {name!r}{did_you_mean(name, [*known, *presets()])}; {available}" for name in missing])
     wording, chosen = WORDINGS[recipe.wording], recipe.evaluate.seed if seed is None else seed
     for name, options in known.items():
         if not only or name in only:
@@ -53,6 +54,7 @@ def build_cells(recipe: Recipe, limit: int | None = None, only: tuple[str, ...] 
 
 
 def cells_of(name: str, options: SuiteOptions, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+    """The cells of one suite."""
     match options:
         case LclSuite():
             yield from lcl.cells(name, options, wording, seed, limit)
@@ -76,25 +78,28 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, seed: int, limi
             yield questions.instruct(name, options, limit)
 
 
-ABOUT_CLASSES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
+CLASS_SUITES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
 
 
 def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
-    """No class or category that is evaluated may be trained on: neither under its name in a source of the same type, nor by any picture.
+    """Refuse to evaluate a class or category that is trained on: by name in a source of the same type, or by any
+    picture.
 
-    Plain questions are asked about training classes too (what must be kept); there the same file on both pair is refused.
-    Raises RecipeError that lists what is in common.
+    Plain questions may be about training classes, because they measure retention. For them, the same file in training
+    and evaluation is refused. Raises RecipeError with everything in common.
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
     for source, trained in mixture.pools.items():
         names |= {(mixture.options[source].type, n) for n in names_of(trained)}
-        pictures |= {_key(p) for p in pictures_of(trained)}
+        pictures |= {_picture_key(p) for p in pictures_of(trained)}
     faults = []
     for name, options in recipe.evaluate.suites.items():
-        if isinstance(options, ABOUT_CLASSES):
-            common = sorted({n for kind, n, shown in _asked_about(name, options) if (kind, n) in names or any(_key(p) in pictures for p in shown)})
-            faults += [_in_common(name, common)] if common else []
+        if isinstance(options, CLASS_SUITES):
+            common = sorted(
+                {n for kind, n, shown in _classes_of(name, options) if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)}
+            )
+            faults += [_overlap_message(name, common)] if common else []
         else:
             files = _files(options.source)
             same = [s for s, o in mixture.options.items() if files & _files(o)]
@@ -104,13 +109,16 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
 
 
 def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: tuple[str, ...]) -> None:
-    """The same for an adapter that is measured later, by what its manifest says it was trained on. Raises RecipeError."""
+    """The same check for a trained adapter, by name alone.
+
+    held_in: the classes of each source, from its manifest. Raises RecipeError.
+    """
     names = {(recipe.sources[source].type, n) for source, trained in held_in.items() if source in recipe.sources for n in trained}
     faults = []
     for name, options in recipe.evaluate.suites.items():
-        if isinstance(options, ABOUT_CLASSES) and (not only or name in only):
-            common = sorted({n for kind, n, _ in _asked_about(name, options) if (kind, n) in names})
-            faults += [_in_common(name, common)] if common else []
+        if isinstance(options, CLASS_SUITES) and (not only or name in only):
+            common = sorted({n for kind, n, _ in _classes_of(name, options) if (kind, n) in names})
+            faults += [_overlap_message(name, common)] if common else []
     if faults:
         raise RecipeError(faults)
 
@@ -119,12 +127,13 @@ def _files(options: Any) -> set[Path]:
     return {file for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
 
 
-def _asked_about(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
-    """What a suite asks about: the type of source, a class's or a category's name, its pictures."""
+def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
+    """The classes or categories of a suite: type of source, name, pictures."""
     if isinstance(options, ImageNet100Suite):
         for pair in read_test_pairs(packaged(options.pairs), packaged(options.images)):
-            for side, one in enumerate(pair.names):  # told apart by pictures: two classes of ImageNet may go by one name
-                yield "", one, (*pair.shown[side], *pair.asked[side])
+            # An empty type: compared by pictures alone, because two classes of ImageNet may share a name.
+            for side, class_name in enumerate(pair.names):
+                yield "", class_name, (*pair.shown[side], *pair.asked[side])
         return
     reader: Any = options.source
     pool: ClassPool | InspectionPool = open_reader(name, reader)
@@ -132,20 +141,20 @@ def _asked_about(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, t
         yield reader.type, part.name, part.pictures
 
 
-def _in_common(name: str, common: Sequence[str]) -> str:
+def _overlap_message(name: str, common: Sequence[str]) -> str:
     shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
-    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` on both pair)"
+    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
 
 
 def check_suites(recipe: Recipe, encoder: Encoder) -> None:
-    """Draw a few cases of every cell, and the longest questions of every question suite: what cannot be drawn or does not fit the
-    context is said before training, not after.
+    """Draw a few cases of every cell, and the longest questions of every question suite, so that faults show before
+    training.
 
-    Raises RecipeError, DataError, EpisodeError.
+    Raises RecipeError, DataError; EpisodeError if a question does not fit the context.
     """
     for cell in build_cells(recipe, limit=4):
         for case in cell.cases:
-            _fits(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
+            _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
             pool = open_reader(name, options.source)
@@ -157,10 +166,10 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
                     if options.source.on_fault == "refuse":
                         raise
                     continue
-                _fits(encoder, name, turns, new_tokens)
+                _check_length(encoder, name, turns, new_tokens)
 
 
-def _fits(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
+def _check_length(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
     length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
     if length > encoder.context:
         raise EpisodeError(
@@ -168,5 +177,5 @@ def _fits(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) 
         )
 
 
-def _key(picture: Picture) -> tuple[str, str | None]:
+def _picture_key(picture: Picture) -> tuple[str, str | None]:
     return str(picture.path), picture.member

@@ -1,4 +1,7 @@
-"""Boxes as text: referring expressions, and few-shot detection. Right if the IoU with the true box is over 0.5."""
+"""Suites about boxes in text: referring expressions, and few-shot detection.
+
+An IoU over 0.5 with the true box is right.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from collections.abc import Iterator
 from lcl_adapter.data.sources import InspectionPool, open_reader
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
-from lcl_adapter.evaluate.cases import Case, Cell, case_of, drawn
-from lcl_adapter.evaluate.suites.questions import asked
+from lcl_adapter.evaluate.cases import Case, Cell, case_of, draw_episodes
+from lcl_adapter.evaluate.suites.questions import question_cases
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.suites import LocateSuite, RecSuite
 from lcl_adapter.recipe.wording import Wording
 
-BOX_TOKENS = 40  # four numbers of three decimals are 25 tokens where digits stand alone
+BOX_TOKENS = 40  # four numbers of three decimals are 25 tokens if each digit is a token
 
 
 def rec(name: str, options: RecSuite, limit: int | None) -> Cell:
-    cases = asked(name, options.source, limit)
+    cases = question_cases(name, options.source, limit)
     boxed = tuple(Case(c.support, c.query, (), (), c.gold, c.group, truth=parse(c.gold)) for c in cases)
-    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.boxed, new_tokens=BOX_TOKENS)
+    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.box_figures, new_tokens=BOX_TOKENS)
 
 
 def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
@@ -27,10 +30,10 @@ def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: 
     count = min(options.episodes, limit or options.episodes)
     for shots in options.shots:
         kind = InspectionOptions if isinstance(pool, InspectionPool) else EpisodeOptions
-        asked_for = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
-        made = drawn(pool, asked_for, seed, 4, count, getattr(options.source, "on_fault", "refuse"))
+        episode_options = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
+        drawn = draw_episodes(pool, episode_options, seed, 4, count, getattr(options.source, "on_fault", "refuse"))
         names = list(pool.regions)
-        cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in made)
+        cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in drawn)
         yield Cell(
             name,
             f"{name}-{shots}shot",
@@ -38,7 +41,7 @@ def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: 
             "IoU > 0.5",
             0.0,
             cases,
-            judges.boxed,
+            judges.box_figures,
             baseline="copied",
             policy="locate",
             shots=shots,

@@ -1,4 +1,4 @@
-"""N-way K-shot episodes on held-out classes, and controls whose support set tells nothing."""
+"""N-way K-shot episodes on held-out classes, and controls with an uninformative support set."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from lcl_adapter.recipe.wording import Wording
 
 def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
     control = options.control if isinstance(options, ControlSuite) else None
-    # Shipped classes with five drawings or more in every suite, so that all cells are about the same classes.
+    # All suites use the shipped classes with at least five drawings, so that all cells are about the same classes.
     wanted = 4 if options.source.shipped else 1 if options.further_views else max(options.shots)
     pool = open_reader(name, options.source, 1 + wanted)
     if len(pool) < options.ways:
-        where = f"evaluate.suites.{name}: {len(pool)} class{'es' if len(pool) > 1 else ''} to measure on, {options.ways} ways are asked"
-        raise RecipeError([f"{where}; raise `hold_out` on both pair, add classes, or lower `ways`"])
+        where = f"evaluate.suites.{name}: {len(pool)} class{'es' if len(pool) > 1 else ''} to measure on, but `ways` is {options.ways}"
+        raise RecipeError([f"{where}; raise `hold_out` in training and evaluation, add classes, or lower `ways`"])
     if options.neighbours and "hard" in options.neighbours and not pool.grouped:
-        raise RecipeError([f"evaluate.suites.{name}: nothing tells which classes are near; set `neighbours: easy`, or add neighbours.json"])
+        raise RecipeError(
+            [f"evaluate.suites.{name}: it is not known which classes are near each other; set `neighbours: easy`, or add neighbours.json"]
+        )
     for shots in options.shots:
         for neighbours in options.neighbours or (("easy", "hard") if pool.grouped else ("easy",)):
-            drawn = EpisodeOptions(
+            episode_options = EpisodeOptions(
                 policy="n-way",
                 ways=[options.ways],
                 shots=[shots],
@@ -40,7 +42,7 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
                 further_views=options.further_views,
             )
             count = min(options.episodes, limit or options.episodes)
-            made = [episodes.draw(pool, drawn, seed, 1 + (neighbours == "hard"), index) for index in range(count)]
+            drawn = [episodes.draw(pool, episode_options, seed, 1 + (neighbours == "hard"), index) for index in range(count)]
             label = f"{name}-{neighbours}" if control and len(options.shots) == 1 else f"{name}-{shots}shot-{neighbours}"
             yield Cell(
                 suite=name,
@@ -49,9 +51,9 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
                 metric="accuracy",
                 chance=1 / options.ways,
                 cases=tuple(
-                    case_of(_controlled(e, control, seed, i), wording, pool.classes[e.queries[0].class_index].name) for i, e in enumerate(made)
+                    case_of(_apply_control(e, control, seed, i), wording, pool.classes[e.queries[0].class_index].name) for i, e in enumerate(drawn)
                 ),
-                judge=judges.labelled,
+                judge=judges.label_figures,
                 baseline="prototype",
                 policy="n-way",
                 ways=options.ways,
@@ -61,8 +63,8 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
             )
 
 
-def _controlled(episode: Episode, control: str | None, seed: int, index: int) -> Episode:
-    """The same pictures with nothing to learn from them: names shuffled among the support set, or no support set."""
+def _apply_control(episode: Episode, control: str | None, seed: int, index: int) -> Episode:
+    """The same query with an uninformative support set: its names are shuffled, or it is empty."""
     if control == "no-support":
         return replace(episode, support=())
     if control == "shuffled-names":

@@ -1,4 +1,4 @@
-"""Two products are shown; the query is the one, the other, or neither: as in training, on products that were not trained on."""
+"""Two products are shown, and the query is one of them or neither: as in training, on held-out products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcl_adapter.recipe.wording import Wording
 def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
     pool = open_reader(name, options.source, 1 + max(options.shots))
     for shots in options.shots:
-        drawn = EpisodeOptions(
+        episode_options = EpisodeOptions(
             policy="product",
             shots=[shots],
             names=options.names,
@@ -28,15 +28,15 @@ def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: 
             languages=options.languages,
         )
         count = min(options.episodes, limit or options.episodes)
-        made = [episodes.draw(pool, drawn, seed, 3, index) for index in range(count)]
+        drawn = [episodes.draw(pool, episode_options, seed, 3, index) for index in range(count)]
         yield Cell(
             suite=name,
             name=f"{name}-{shots}shot",
             kind="product",
             metric="balanced accuracy",
             chance=1 / 3,
-            cases=tuple(case_of(e, wording, pool.classes[e.queries[0].class_index].name, 0, _truth(e, pool)) for e in made),
-            judge=judges.sorted_out,
+            cases=tuple(case_of(e, wording, pool.classes[e.queries[0].class_index].name, 0, _truth(e, pool)) for e in drawn),
+            judge=judges.product_figures,
             baseline="prototype or neither",
             policy="product",
             shots=shots,
@@ -44,7 +44,10 @@ def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: 
 
 
 def _truth(episode: Episode, pool: ClassPool) -> dict[str, object]:
-    """Which label is A (the product shown first), B and neither; and whether a neither is a near one."""
+    """The role of each label: A (the product shown first), B or neither.
+
+    near: whether a query of neither is similar to a shown product.
+    """
     shown = list(dict.fromkeys(e.label for e in episode.support))
     roles = {shown[0]: "A", shown[1]: "B"} | {label: "neither" for label in episode.labels if label not in shown}
     query = episode.queries[0]

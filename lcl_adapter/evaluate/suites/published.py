@@ -1,7 +1,8 @@
-"""LCL's own tests, followed to the letter (isekai-portal/Link-Context-Learning, evaluation code and configurations).
+"""LCL's own tests, by its evaluation code and configurations (isekai-portal/Link-Context-Learning).
 
-Names are the classes' own, in lower case. The first ``shot`` pictures of each list are shown, both pair shuffled together
-(unseeded there, seeded here), the answer is generated greedily and judged by LCL's rule. ``shot`` is per class.
+Names are those of the classes, in lower case. The first ``shots`` pictures of each class are shown, those of both
+classes shuffled together (without a seed there, with one here). The answer is generated greedily and scored by LCL's
+rule.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from lcl_adapter.recipe.wording import Wording
 
 
 def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
-    """Classes 2k and 2k + 1 oppose each other; the first ``queries`` test pictures of every class are asked about."""
+    """Classes 2k and 2k + 1 form a pair. The first ``queries`` test pictures of every class are the queries."""
     pairs = read_test_pairs(packaged(options.pairs), packaged(options.images))
     for shots in options.shots:
         cases = []
         for number, pair in enumerate(pairs):
             names = (pair.names[0].lower(), pair.names[1].lower())
             for side in (0, 1):
-                for place, asked in enumerate(pair.asked[side][: options.queries]):
-                    cases.append(_case(names, pair.shown, asked, side, shots, wording, [seed, shots, number, side, place]))
+                for index, query in enumerate(pair.asked[side][: options.queries]):
+                    cases.append(_case(names, pair.shown, query, side, shots, wording, [seed, shots, number, side, index]))
         yield _cell(name, shots, cases, limit, "imagenet-100", published.imagenet_100(shots))
 
 
 def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
-    """A line of the file is one question."""
+    """Each line of the file is one question."""
     source = options.source
     assert isinstance(source, Isekai)
     questions = read_isekai_questions(packaged(source.file), packaged(source.images), name, source.on_fault)
@@ -46,17 +47,19 @@ def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: 
 def _case(
     names: tuple[str, str],
     shown: tuple[Sequence[Picture], Sequence[Picture]],
-    asked: Picture,
+    query: Picture,
     side: int,
     shots: int,
     wording: Wording,
     seed: list[int],
 ) -> Case:
     if min(map(len, shown)) < shots:
-        raise DataError(f"{names[0]!r} and {names[1]!r} have {len(shown[0])} and {len(shown[1])} pictures to show, {shots} of each are asked.")
+        raise DataError(
+            f"{names[0]!r} and {names[1]!r} have {len(shown[0])} and {len(shown[1])} pictures to show, but `shots` asks for {shots} of each."
+        )
     support = [Example(picture, names[s], s) for s in (0, 1) for picture in shown[s][:shots]]
     order = np.random.default_rng(seed).permutation(len(support))
-    episode = Episode(tuple(support[i] for i in order), (Example(asked, names[side], side),), names, LearnedAnswers.QUERY, names[side])
+    episode = Episode(tuple(support[i] for i in order), (Example(query, names[side], side),), names, LearnedAnswers.QUERY, names[side])
     return case_of(episode, wording, names[side])
 
 
@@ -69,7 +72,7 @@ def _cell(name: str, shots: int, cases: list[Case], limit: int | None, kind: str
         metric="LCL's rule",
         chance=0.5,
         cases=tuple(chosen),
-        judge=judges.by_lcls_rule,
+        judge=judges.lcl_rule_figures,
         baseline="prototype" if shots else None,
         ways=2,
         shots=shots,
