@@ -1,0 +1,65 @@
+"""What the model reads behind a support set in one pass: questions, and the answers to score, packed into a row.
+
+Shapes: T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lcl_adapter.base.encoder import Position
+
+Ids = list[int]
+PADDING = -1  # the segment of a padding token
+NO_SEGMENT = -2  # matches no token's segment, not even padding's: the parent of a question
+
+
+@dataclass(frozen=True)
+class PackedAnswer:
+    """An answer to score. ``ids[i]`` is predicted by the logits at the row's token ``predicted_at[i]``."""
+
+    ids: Ids
+    predicted_at: list[int]
+
+
+@dataclass(frozen=True)
+class PackedQuestion:
+    """Where a question is in its row: its segment, its last token, and the position that follows it."""
+
+    segment: int
+    last: int
+    next_position: int
+    answers: tuple[PackedAnswer, ...]
+
+
+@dataclass
+class Row:
+    """The tokens that follow one support set in a pass. Lists are [T].
+
+    A segment is a question, or an answer; an answer's parent is the segment of its question. Positions count from the
+    end of the support set. longest: tokens of the longest question together with one answer.
+    """
+
+    ids: Ids = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    position: list[Position] = field(default_factory=list)
+    questions: list[PackedQuestion] = field(default_factory=list)
+    longest: int = 0
+
+    def add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
+        """Append a segment. Returns the index of its first token."""
+        start, number = len(self.ids), 1 + max(self.segment, default=PADDING)
+        self.ids += ids
+        self.segment += [number] * len(ids)
+        self.parent += [parent] * len(ids)
+        self.position += positions
+        return start
+
+    def places_to_read(self) -> Iterator[int]:
+        """Tokens whose logits are needed; the same one may come several times."""
+        for question in self.questions:
+            yield question.last
+            for answer in question.answers:
+                yield from answer.predicted_at
