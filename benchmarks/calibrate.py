@@ -52,7 +52,7 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
     wording = engine.models["adapter"].wording
     labels = [kinds[0].name, kinds[1].name]
     answers = tuple(wording.answered(label) for label in labels)
-    with engine.on("adapter"):
+    with engine.using("adapter"):
         steps = calibrate(engine, shown, wording, None)
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What a set says of strangers: the threshold of "none of these"."""
+"""A set's calibration: the threshold of "none of these", and the temperature of the probabilities."""
 
 from __future__ import annotations
 
@@ -12,48 +12,47 @@ from lcl_adapter.serve.calibrate import Calibration, _threshold, familiarity
 
 
 def cosines(rng: np.random.Generator, labels: list[str], inside: float, across: float, noise: float = 0.02) -> torch.Tensor:
-    """Of photos that are so alike within a label and across."""
-    made = np.array([[inside if one == other else across for other in labels] for one in labels])
-    made = np.clip(made + rng.normal(0, noise, made.shape), -0.99, 0.999)
-    return torch.tensor((made + made.T) / 2)
+    """Cosines [N, N] of photos: ``inside`` between photos of the same label, ``across`` between labels, plus noise."""
+    cosines_NN = np.array([[inside if first == second else across for second in labels] for first in labels])
+    cosines_NN = np.clip(cosines_NN + rng.normal(0, noise, cosines_NN.shape), -0.99, 0.999)
+    return torch.tensor((cosines_NN + cosines_NN.T) / 2)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 6), st.floats(0.5, 0.95), st.floats(0.1, 0.35))
-def test_labels_that_are_apart_have_the_threshold_between(seed: int, ways: int, shots: int, inside: float, gap: float) -> None:
+def test_for_labels_far_apart_the_threshold_lies_between(seed: int, ways: int, shots: int, inside: float, gap: float) -> None:
     labels = [f"label {n}" for n in range(ways) for _ in range(shots)]
-    found = _threshold(cosines(np.random.default_rng(seed), labels, inside, inside - gap - 0.15), labels)
-    assert found is not None
-    assert familiarity([inside - gap - 0.15]) - 0.3 < found < familiarity([inside])
+    threshold = _threshold(cosines(np.random.default_rng(seed), labels, inside, inside - gap - 0.15), labels)
+    assert threshold is not None
+    assert familiarity([inside - gap - 0.15]) - 0.3 < threshold < familiarity([inside])
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6))
 def test_labels_that_look_alike_reject_few_of_their_own(seed: int, shots: int) -> None:
-    """Good and scratched: what a label's photos have in common with the other's is no reason."""
+    """Such as good and scratched: a photo is not rejected because it also looks like the other label's photos."""
     labels = [name for name in ("good", "scratched") for _ in range(shots)]
-    likeness = cosines(np.random.default_rng(seed), labels, 0.97, 0.97, 0.002)
-    found = _threshold(likeness, labels)
-    assert found is not None
-    own = [
-        familiarity([float(likeness[n, m]) for m in range(len(labels)) if m != n and labels[m] == labels[n]])  # as a new photo of it would be
-        for n in range(len(labels))
+    cosines_NN = cosines(np.random.default_rng(seed), labels, 0.97, 0.97, 0.002)
+    threshold = _threshold(cosines_NN, labels)
+    assert threshold is not None
+    own = [  # each photo's familiarity, as if it were a new photo of its label
+        familiarity([float(cosines_NN[n, m]) for m in range(len(labels)) if m != n and labels[m] == labels[n]]) for n in range(len(labels))
     ]
-    assert sum(one < found for one in own) <= len(own) / 4
-    assert found > familiarity([0.8])
+    assert sum(score < threshold for score in own) <= len(own) / 4
+    assert threshold > familiarity([0.8])
 
 
-def test_nothing_is_said_where_no_label_has_two_photos() -> None:
+def test_there_is_no_threshold_without_two_photos_of_a_label_or_with_one_label() -> None:
     assert _threshold(torch.eye(3), ["a", "b", "c"]) is None
     assert _threshold(torch.ones(2, 2), ["a", "a"]) is None
 
 
-def test_a_calibration_of_another_version_is_made_again() -> None:
-    made = Calibration(1.5, 0.7, 8, 7)
-    assert Calibration.read(made.written()) == made
-    assert Calibration.read({**made.written(), "format": 1}) is None
+def test_a_calibration_of_another_format_is_not_used() -> None:
+    calibration = Calibration(1.5, 0.7, 8, 7)
+    assert Calibration.from_json(calibration.to_json()) == calibration
+    assert Calibration.from_json({**calibration.to_json(), "format": 1}) is None
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_probabilities_sum_to_one_and_keep_the_order(temperature: float) -> None:
-    found = Calibration(temperature).probabilities([-1.0, -3.0, -0.5])
-    assert sum(found) == pytest.approx(1)
-    assert sorted(range(3), key=lambda n: found[n]) == [1, 0, 2]
+def test_probabilities_sum_to_one_in_the_order_of_the_likelihoods(temperature: float) -> None:
+    probabilities = Calibration(temperature).probabilities([-1.0, -3.0, -0.5])
+    assert sum(probabilities) == pytest.approx(1)
+    assert sorted(range(3), key=lambda n: probabilities[n]) == [1, 0, 2]

@@ -1,7 +1,7 @@
-"""The page in a real browser: teach, ask, compare, save, reload; broken photos, slow answers; phone, keyboard, screen reader, Japanese.
+"""The page in a real browser: all buttons, broken photos, slow answers, a phone, a keyboard, a screen reader, Japanese.
 
-Needs a Chromium (Debian's will do); where there is none the tests are skipped, unless LCL_NEED_BROWSER is set. Screenshots are kept in
-``build/screenshots``.
+The tests need Chromium, such as Debian's. Without it they are skipped, or fail if LCL_NEED_BROWSER is set. Screenshots
+are written to ``build/screenshots``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.page import shown
+from lcl_adapter.page import html
 from lcl_adapter.page.handlers import Handlers
 from lcl_adapter.page.server import with_page
-from lcl_adapter.page.texts import ENGLISH, JAPANESE, SAID
+from lcl_adapter.page.texts import ENGLISH, JAPANESE, MESSAGES
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import read_keys
 from lcl_adapter.serve.service import Service
@@ -43,14 +43,14 @@ from lcl_adapter.serve.store import Store
 from tests.test_merge import adapter_on
 
 SHOTS = Path(__file__).parent.parent / "build" / "screenshots"
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 if CHROMIUM is None and not os.environ.get("LCL_NEED_BROWSER"):
-    pytest.skip("no Chromium here; `apt install chromium` brings one", allow_module_level=True)
+    pytest.skip("no Chromium; `apt install chromium` installs it", allow_module_level=True)
 KEYS = {"plant-a": "key-of-plant-a-0123456789", "plant-b": "key-of-plant-b-0123456789"}
 
 
 class Running:
-    """A page with its API on a free port. ``delay``: seconds that passes before a question is taken up."""
+    """A page with its API on a free port. delay: seconds that the service waits before each question."""
 
     def __init__(self, base: Path, run: Path, folder: Path, keys: Path | None = None) -> None:
         with socket.socket() as free:
@@ -64,7 +64,7 @@ class Running:
         scratch = folder / "scratch"
         scratch.mkdir()
         service = Service(self.engine, self.store, timeout=60)
-        service.chat, service.classify = self._slowly(service.chat), self._slowly(service.classify)  # type: ignore[method-assign]
+        service.chat, service.classify = self._delayed(service.chat), self._delayed(service.classify)  # type: ignore[method-assign]
         app = with_page(service, read_keys(keys) if keys else None, self.url, scratch)
         self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run)
@@ -72,12 +72,12 @@ class Running:
         while not self.server.started:
             time.sleep(0.02)
 
-    def _slowly(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Both are run in a thread of their own, so that the rest of the server goes on."""
+    def _delayed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Both methods run in a thread of their own, so the rest of the server goes on."""
 
-        def delayed(*given: Any) -> Any:
+        def delayed(*arguments: Any) -> Any:
             time.sleep(self.delay)
-            return work(*given)
+            return method(*arguments)
 
         return delayed
 
@@ -108,35 +108,35 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, running: Running, request: pytest.FixtureRequest) -> Iterator[Callable[..., Page]]:
-    """Opens the page. Nothing may be fetched from elsewhere; what went wrong leaves a picture of it."""
+    """Opens the page. Fails if anything is fetched from another server. Writes a screenshot at the end of the test."""
     running.delay = 0.0
     for name in running.store.names("local"):
         running.store.remove("local", name)
-    contexts, elsewhere = [], []
+    contexts, foreign_requests = [], []
 
     def opened(locale: str = "en-US", width: int = 1100, url: str | None = None) -> Page:
         context = browser.new_context(locale=locale, viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
-        expect.set_options(timeout=15_000)  # a machine may be busy; what is there is found at once all the same
-        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url or running.url, "data:", "blob:")) else None)
+        expect.set_options(timeout=15_000)  # a machine may be busy; what is visible passes at once
+        page.on("request", lambda r: foreign_requests.append(r.url) if not r.url.startswith((url or running.url, "data:", "blob:")) else None)
         page.goto(url or running.url)
         page.get_by_role("tab").first.wait_for()
         names = running.store.names("local")
-        if names and url is None:  # the pickers are filled after the page is there
+        if names and url is None:  # the pickers are filled after the page has loaded
             expect(page.get_by_role("combobox").first).to_have_value(names[0])
         return page
 
     yield opened
     for context in contexts:
         if context.pages:
-            keep(context.pages[0], f"{request.node.name}-end")
+            screenshot(context.pages[0], f"{request.node.name}-end")
         context.close()
-    assert elsewhere == []
+    assert foreign_requests == []
 
 
-def keep(page: Page, name: str) -> None:
+def screenshot(page: Page, name: str) -> None:
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / f"{re.sub(r'[^a-z0-9-]+', '-', name.lower())}.png", full_page=True)
 
@@ -145,29 +145,31 @@ def press(page: Page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def turn_to(page: Page, name: str) -> None:
+def open_tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def upload(page: Page, place: str, *files: Path) -> None:
-    field = page.locator(f"#{place} input[type=file]").first
+def upload(page: Page, element: str, *files: Path) -> None:
+    field = page.locator(f"#{element} input[type=file]").first
     field.set_input_files([str(file) for file in files])
-    expect(page.locator(f"#{place} img")).to_have_count(len(files))
+    expect(page.locator(f"#{element} img")).to_have_count(len(files))
 
 
 def teach(page: Page, photos: Path, name: str, labels: tuple[str, ...] = ("good", "scratched")) -> None:
     for number, label in enumerate(labels):
         page.locator(f"#lcl-label-{number} textarea, #lcl-label-{number} input").fill(label)
-        upload(page, f"lcl-pile-{number}", *sorted((photos / label).iterdir())[:2])
+        upload(page, f"lcl-group-{number}", *sorted((photos / label).iterdir())[:2])
     page.get_by_label(ENGLISH["set_name"]).fill(name)
     press(page, "Save")
     expect(page.get_by_role("status").filter(has_text=f"Saved {name}, version 1: 2 good, 2 scratched.")).to_be_visible()
 
 
 def store(running: Running, photos: Path, name: str = "screws", question: str | None = None) -> None:
-    """A set that is there already."""
+    """Store a set through the API."""
     examples = [
-        api_types.LabelledImage(label=one, image=image_of(Picture(photos / one / f"{n}.png"))) for one in ("good", "scratched") for n in range(2)
+        api_types.LabelledImage(label=label, image=image_of(Picture(photos / label / f"{n}.png")))
+        for label in ("good", "scratched")
+        for n in range(2)
     ]
     with Endpoint(running.url) as endpoint:
         endpoint.put_set(name, api_types.SupportSetIn(examples=examples, question=question))
@@ -176,23 +178,22 @@ def store(running: Running, photos: Path, name: str = "screws", question: str | 
 def test_teach_ask_save_reload_and_compare(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     page = visit()
     teach(page, photos, "screws")
-    keep(page, "teach")
-    turn_to(page, "Ask")
+    screenshot(page, "teach")
+    open_tab(page, "Ask")
     upload(page, "lcl-queries", photos / "good/3.png", photos / "scratched/3.png")
-    press(page, "Judge")
+    press(page, "Classify")
     cards = page.locator("#lcl-answer section")
     expect(cards).to_have_count(2)
-    keep(page, "ask")
+    screenshot(page, "ask")
     with Endpoint(running.url) as endpoint:
-        told = endpoint.classify(api_types.ClassifyIn(support_set="screws", images=[image_of(Picture(photos / "good/3.png"))], model="lcl")).results[
-            0
-        ]
+        body = api_types.ClassifyIn(support_set="screws", images=[image_of(Picture(photos / "good/3.png"))], model="lcl")
+        result = endpoint.classify(body).results[0]
     first = cards.first
-    expect(first.locator("h2")).to_contain_text(told.label or "none of these")
-    for label, chance in told.probabilities.items():
+    expect(first.locator("h2")).to_contain_text(result.label or "none of these")
+    for label, chance in result.probabilities.items():
         expect(first.locator("li").filter(has_text=label)).to_contain_text(f"{chance:.0%}")
-    assert told.most_alike is not None
-    expect(first.locator("figcaption")).to_have_text(f"most like this taught photo: {told.most_alike.label}")
+    assert result.most_alike is not None
+    expect(first.locator("figcaption")).to_have_text(f"most similar photo of the set: {result.most_alike.label}")
     assert first.locator(".lcl-why p").count() >= 1
 
     page.reload()
@@ -201,20 +202,20 @@ def test_teach_ask_save_reload_and_compare(visit: Callable[..., Page], running: 
     page.get_by_role("option", name="screws").click()
     press(page, "Open")
     expect(page.get_by_role("status").filter(has_text="Opened screws, version 1")).to_be_visible()
-    expect(page.locator("#lcl-pile-1 img")).to_have_count(2)
+    expect(page.locator("#lcl-group-1 img")).to_have_count(2)
     expect(page.locator("#lcl-label-1 textarea, #lcl-label-1 input")).to_have_value("scratched")
 
-    turn_to(page, "Compare")
-    page.get_by_label(ENGLISH["set_asked"]).locator("visible=true").click()
+    open_tab(page, "Compare")
+    page.get_by_label(ENGLISH["set"]).locator("visible=true").click()
     page.get_by_role("option", name="screws").locator("visible=true").click()
     upload(page, "lcl-compared", photos / "good/3.png")
-    press(page, "Judge with both")
+    press(page, "Classify with both")
     expect(page.locator("#lcl-comparison section")).to_have_count(2)
     expect(page.locator("#lcl-comparison h2")).to_have_text(["base", "lcl"])
-    keep(page, "compare")
+    screenshot(page, "compare")
 
 
-def test_what_was_opened_is_stored_byte_for_byte(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+def test_an_opened_set_is_stored_again_byte_for_byte(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     """Opening and saving again makes a new version of the same photos."""
     store(running, photos, "bolts")
     page = visit()
@@ -222,11 +223,11 @@ def test_what_was_opened_is_stored_byte_for_byte(visit: Callable[..., Page], run
     expect(page.get_by_role("status").filter(has_text="Opened bolts, version 1")).to_be_visible()
     press(page, "Save")
     expect(page.get_by_role("status").filter(has_text="Saved bolts, version 2")).to_be_visible()
-    one, two = (running.store.get("local", "bolts", version) for version in (1, 2))
-    assert one.examples == two.examples
+    first, second = (running.store.get("local", "bolts", version) for version in (1, 2))
+    assert first.examples == second.examples
 
 
-def test_a_sets_question_is_kept_and_a_removed_set_can_be_saved_again(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+def test_a_saved_set_retains_its_question_and_a_removed_set_can_be_saved_again(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     store(running, photos, "washers", "Which part is this?")
     page = visit()
     press(page, "Open")
@@ -245,27 +246,28 @@ def test_a_sets_question_is_kept_and_a_removed_set_can_be_saved_again(visit: Cal
     assert running.store.names("local") == ["washers"]
 
 
-def test_another_writer_is_not_overwritten(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+def test_another_visitors_version_is_not_overwritten(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     store(running, photos, "nuts")
     page = visit()
     press(page, "Open")
     expect(page.get_by_role("status").filter(has_text="Opened nuts")).to_be_visible()
     store(running, photos, "nuts")
     press(page, "Save")
-    expect(page.get_by_role("alert")).to_contain_text("Another has saved this set")
+    expect(page.get_by_role("alert")).to_contain_text("Another visitor has saved this set")
     press(page, "Clear all")
-    expect(page.locator("#lcl-label-0 textarea, #lcl-label-0 input")).to_have_value("")  # what is written before that would be cleared too
+    # else the text that follows would be cleared too
+    expect(page.locator("#lcl-label-0 textarea, #lcl-label-0 input")).to_have_value("")
     teach(page, photos, "others")
-    page.get_by_label(ENGLISH["set_name"]).fill("nuts")  # a new set, under a name that is taken
+    page.get_by_label(ENGLISH["set_name"]).fill("nuts")  # a new set, under the name of a stored one
     press(page, "Save")
-    expect(page.get_by_role("alert")).to_contain_text("Another has saved this set")
+    expect(page.get_by_role("alert")).to_contain_text("Another visitor has saved this set")
     assert running.store.get("local", "nuts").version == 2
 
 
 def test_the_example_and_a_copy(visit: Callable[..., Page], photos: Path, tmp_path: Path) -> None:
     page = visit()
     press(page, "Try the example")
-    expect(page.locator("#lcl-pile-0 img")).to_have_count(4)
+    expect(page.locator("#lcl-group-0 img")).to_have_count(4)
     press(page, "Save")
     expect(page.get_by_role("status").filter(has_text="Saved example, version")).to_be_visible()
     page.get_by_role("button", name=re.compile("A copy of the set")).click()
@@ -273,114 +275,115 @@ def test_the_example_and_a_copy(visit: Callable[..., Page], photos: Path, tmp_pa
     link = page.locator("a[download]").first
     with page.expect_download() as waiting:
         link.click()
-    packed = tmp_path / "example.zip"
-    waiting.value.save_as(packed)
-    zipfile.ZipFile(packed).extractall(tmp_path / "example")
+    archive = tmp_path / "example.zip"
+    waiting.value.save_as(archive)
+    zipfile.ZipFile(archive).extractall(tmp_path / "example")
     query = next((tmp_path / "example" / "key").glob("*.webp"))
-    asked = CliRunner().invoke(main, ["ask", str(tmp_path / "example"), str(query), "--json"])
-    assert asked.exit_code == 0, asked.output
-    assert set(json.loads(asked.stdout)["support"]) == {"key", "paperclip"}
+    result = CliRunner().invoke(main, ["ask", str(tmp_path / "example"), str(query), "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["support"]) == {"key", "paperclip"}
     press(page, "Clear all")
-    expect(page.locator("#lcl-pile-0 img")).to_have_count(0)
-    page.locator("input[type=file][accept='.zip']").set_input_files(str(packed))
-    expect(page.get_by_role("status").filter(has_text="Taken: 8 photos")).to_be_visible()
-    expect(page.locator("#lcl-pile-1 img")).to_have_count(4)
-    turn_to(page, "Ask")
+    expect(page.locator("#lcl-group-0 img")).to_have_count(0)
+    page.locator("input[type=file][accept='.zip']").set_input_files(str(archive))
+    expect(page.get_by_role("status").filter(has_text="Uploaded: 8 photos")).to_be_visible()
+    expect(page.locator("#lcl-group-1 img")).to_have_count(4)
+    open_tab(page, "Ask")
     expect(page.locator("#lcl-queries img")).to_have_count(5)
 
 
-def test_a_broken_photo_spoils_only_itself(visit: Callable[..., Page], running: Running, photos: Path, tmp_path: Path) -> None:
+def test_a_broken_photo_affects_only_its_own_result(visit: Callable[..., Page], running: Running, photos: Path, tmp_path: Path) -> None:
     store(running, photos, "pins")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<html>no photo</html>")
     page = visit()
     page.locator("#lcl-label-0 textarea, #lcl-label-0 input").fill("good")
-    page.locator("#lcl-pile-0 input[type=file]").first.set_input_files([str(photos / "good/0.png"), str(broken)])
-    expect(page.locator("#lcl-pile-0 img")).to_have_count(2)
+    page.locator("#lcl-group-0 input[type=file]").first.set_input_files([str(photos / "good/0.png"), str(broken)])
+    expect(page.locator("#lcl-group-0 img")).to_have_count(2)
     page.get_by_label(ENGLISH["set_name"]).fill("spoilt")
     press(page, "Save")
     expect(page.get_by_role("alert")).to_contain_text("broken.png: not an image")
-    turn_to(page, "Ask")
+    open_tab(page, "Ask")
     upload(page, "lcl-queries", broken, photos / "good/3.png")
-    press(page, "Judge")
+    press(page, "Classify")
     cards = page.locator("#lcl-answer section")
     expect(cards).to_have_count(2)
     expect(cards.first.get_by_role("alert")).to_contain_text("not an image")
     expect(cards.last.locator("li")).to_have_count(2)
-    keep(page, "broken-photo")
+    screenshot(page, "broken-photo")
     assert str(tmp_path) not in page.content()
 
 
-def test_fields_left_empty_are_named(visit: Callable[..., Page], photos: Path) -> None:
+def test_empty_fields_are_reported(visit: Callable[..., Page], photos: Path) -> None:
     page = visit()
     alert = page.get_by_role("alert").locator("visible=true")
     press(page, "Open")
     expect(alert).to_contain_text("choose a set first")
     press(page, "Save")
     expect(alert).to_contain_text("at least two labels")
-    upload(page, "lcl-pile-0", photos / "good/0.png")
+    upload(page, "lcl-group-0", photos / "good/0.png")
     press(page, "Save")
-    expect(alert).to_contain_text("Pile 1 has photos and no label")
-    turn_to(page, "Ask")
-    press(page, "Judge")
+    expect(alert).to_contain_text("Group 1 has photos and no label")
+    open_tab(page, "Ask")
+    press(page, "Classify")
     expect(page.locator("#lcl-answer").get_by_role("alert")).to_contain_text("choose a set first")
 
 
 def test_a_slow_answer_is_waited_for(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     store(running, photos, "gears")
     page = visit()
-    turn_to(page, "Ask")
+    open_tab(page, "Ask")
     upload(page, "lcl-queries", photos / "good/3.png")
     running.delay = 2.0
-    press(page, "Judge")
+    press(page, "Classify")
     expect(page.locator("#lcl-answer .progress-text, #lcl-answer .eta-bar, #lcl-answer [data-testid=status-tracker]").first).to_be_visible()
-    keep(page, "slow-answer")
-    turn_to(page, "Teach")  # the page goes on while it waits
-    turn_to(page, "Ask")
+    screenshot(page, "slow-answer")
+    open_tab(page, "Teach")  # the page can be used in the meantime
+    open_tab(page, "Ask")
     expect(page.locator("#lcl-answer section")).to_have_count(1)
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_chat_streams_stops_and_begins_again(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+def test_chat_streams_and_can_be_stopped_and_begun_again(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     page = visit()
-    turn_to(page, "Chat")
+    open_tab(page, "Chat")
     page.locator("#lcl-message input[type=file]").set_input_files(str(photos / "good/0.png"))
     page.locator("#lcl-message textarea").fill("What is this?")
     page.keyboard.press("Enter")
-    talk = page.locator("#lcl-talk")
-    expect(talk.get_by_text("What is this?")).to_be_visible()
-    expect(talk.locator("img")).to_have_count(1)
-    bot = talk.locator("[data-testid=bot]")
+    window = page.locator("#lcl-talk")
+    expect(window.get_by_text("What is this?")).to_be_visible()
+    expect(window.locator("img")).to_have_count(1)
+    bot = window.locator("[data-testid=bot]")
     expect(bot).to_have_count(1)
     expect(bot.first).not_to_have_text("")
-    keep(page, "chat")
+    screenshot(page, "chat")
     press(page, "Start again")
     expect(bot).to_have_count(0)
     running.delay = 3.0
     page.locator("#lcl-message textarea").fill("And now?")
     page.keyboard.press("Enter")
-    expect(talk.get_by_text("And now?")).to_be_visible()
+    expect(window.get_by_text("And now?")).to_be_visible()
     press(page, "Stop")
-    expect(talk.get_by_text("And now?")).to_have_count(0)
+    expect(window.get_by_text("And now?")).to_have_count(0)
     running.delay = 0.0
-    page.locator("#lcl-message textarea").fill("<image> is a mark")
+    page.locator("#lcl-message textarea").fill("<image> is a special token")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("mark of the model's own prompt")
-    expect(page.locator("#lcl-message textarea")).to_have_value("<image> is a mark")  # to be mended and sent again
+    expect(page.get_by_role("alert")).to_contain_text("a special token of the model's prompt")
+    # to be corrected and sent again
+    expect(page.locator("#lcl-message textarea")).to_have_value("<image> is a special token")
 
 
-def test_who_asks_before_a_model_is_picked_asks_the_first(running: Running, photos: Path, tmp_path: Path) -> None:
-    """A page that is still filling its pickers has none."""
+def test_without_a_picked_model_the_default_is_used(running: Running, photos: Path, tmp_path: Path) -> None:
+    """The pickers of models are empty until the page has loaded."""
     store(running, photos, "washers")
     handlers = Handlers(running.url, tmp_path, None)
     request: Any = SimpleNamespace(headers={"accept-language": "en"}, username=None, session_hash="early")
     file = str(photos / "good/3.png")
     photo = [(file, None)]
     try:
-        picked = handlers.ask("washers", "lcl", photo, "", False, request)
-        assert handlers.ask("washers", None, photo, "", False, request) == picked
-        pair = handlers.compare("washers", "base", "lcl", photo, False, request)
-        assert handlers.compare("washers", None, None, photo, False, request) == pair
+        result = handlers.ask("washers", "lcl", photo, "", False, request)
+        assert handlers.ask("washers", None, photo, "", False, request) == result
+        comparison = handlers.compare("washers", "base", "lcl", photo, False, request)
+        assert handlers.compare("washers", None, None, photo, False, request) == comparison
         message = {"text": "What is this?", "files": [file]}
         early, later = (list(handlers.chat(message, [], model, None, request))[-2][2] for model in (None, "lcl"))
         assert early[-1]["role"] == "assistant"
@@ -392,39 +395,39 @@ def test_who_asks_before_a_model_is_picked_asks_the_first(running: Running, phot
 @pytest.mark.parametrize("locale", ["en-US", "ja-JP"])
 def test_a_phone_shows_everything_without_scrolling_sideways(visit: Callable[..., Page], running: Running, photos: Path, locale: str) -> None:
     store(running, photos, "cogs")
-    texts, said = (JAPANESE, SAID["ja"]) if locale == "ja-JP" else (ENGLISH, SAID["en"])
+    texts, messages = (JAPANESE, MESSAGES["ja"]) if locale == "ja-JP" else (ENGLISH, MESSAGES["en"])
     page = visit(locale, 390)
     for tab in ("teach", "ask", "compare", "chat"):
-        turn_to(page, texts[tab])
+        open_tab(page, texts[tab])
         if tab == "ask":
             upload(page, "lcl-queries", photos / "good/3.png")
             press(page, texts["ask_button"])
-            expect(page.locator("#lcl-answer figcaption")).to_contain_text(said["alike"].format(label=""))
+            expect(page.locator("#lcl-answer figcaption")).to_contain_text(messages["most_alike"].format(label=""))
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
         for button in page.get_by_role("button").locator("visible=true").all():
             box = button.bounding_box()
             assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 391), button.inner_text()
-        keep(page, f"phone-{locale}-{tab}")
+        screenshot(page, f"phone-{locale}-{tab}")
 
 
 def test_screen_readers_and_contrast(visit: Callable[..., Page], running: Running, photos: Path) -> None:
-    """No fault that axe finds, but one of Gradio's own."""
+    """axe reports no faults, except a known one of Gradio."""
     store(running, photos, "springs")
     page = visit()
     faults = []
     for tab in ("Teach", "Ask", "Compare", "Chat"):
-        turn_to(page, tab)
+        open_tab(page, tab)
         if tab == "Ask":
             upload(page, "lcl-queries", photos / "good/3.png")
-            press(page, "Judge")
+            press(page, "Classify")
             expect(page.locator("#lcl-answer section")).to_have_count(1)
-        found = Axe().run(page)
-        faults += [(tab, one["id"], node["html"][:160]) for one in found.response["violations"] for node in one["nodes"]]
-    # The gallery's own button holds its file field; Gradio's, and harmless: the field is not in the order of tabs.
-    assert [one for one in faults if not (one[1] == "nested-interactive" and "icon-button" in one[2])] == []
+        violations = Axe().run(page).response["violations"]
+        faults += [(tab, violation["id"], node["html"][:160]) for violation in violations for node in violation["nodes"]]
+    # In Gradio's gallery a button contains the file field. This is harmless, for the field is not in the tab order.
+    assert [fault for fault in faults if not (fault[1] == "nested-interactive" and "icon-button" in fault[2])] == []
 
 
-def test_by_keyboard_alone(visit: Callable[..., Page], running: Running, photos: Path) -> None:
+def test_the_page_works_by_keyboard_alone(visit: Callable[..., Page], running: Running, photos: Path) -> None:
     store(running, photos, "valves")
     page = visit()
 
@@ -442,7 +445,7 @@ def test_by_keyboard_alone(visit: Callable[..., Page], running: Running, photos:
 
     tab_to("Try the example")
     page.keyboard.press("Enter")
-    expect(page.locator("#lcl-pile-0 img")).to_have_count(4)
+    expect(page.locator("#lcl-group-0 img")).to_have_count(4)
     page.locator("body").click(position={"x": 1, "y": 1})
     tab_to("Save")
     page.keyboard.press("Enter")
@@ -451,12 +454,12 @@ def test_by_keyboard_alone(visit: Callable[..., Page], running: Running, photos:
     page.locator("body").click(position={"x": 1, "y": 1})
     tab_to("Ask")
     page.keyboard.press("Enter")
-    tab_to("Judge")
+    tab_to("Classify")
     page.keyboard.press("Enter")
     expect(page.locator("#lcl-answer section")).to_have_count(5)
 
 
-def test_visitors_with_keys_see_their_own_sets(
+def test_each_visitor_with_a_key_has_their_own_sets(
     browser: Browser, tiny_folder: Callable[[str], Path], run_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys.txt"
@@ -492,22 +495,20 @@ def test_visitors_with_keys_see_their_own_sets(
         running.stop()
 
 
-def test_both_languages_say_everything() -> None:
+def test_both_languages_have_all_texts() -> None:
     assert ENGLISH.keys() == JAPANESE.keys()
-    assert SAID["en"].keys() == SAID["ja"].keys()
-    for key, text in SAID["en"].items():
-        assert set(re.findall(r"{(\w+)", text)) == set(re.findall(r"{(\w+)", SAID["ja"][key])), key
+    assert MESSAGES["en"].keys() == MESSAGES["ja"].keys()
+    for key, text in MESSAGES["en"].items():
+        assert set(re.findall(r"{(\w+)", text)) == set(re.findall(r"{(\w+)", MESSAGES["ja"][key])), key
 
 
-def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     label = "<script>alert(1)</script>"
-    one = api_types.Judgement(
-        label=label, nearest=label, probabilities={label: 0.55, "b": 0.45}, margin=0.1, most_alike=api_types.Alike(example=0, label=label, cosine=1)
-    )
-    found = api_types.ClassifyOut(
-        model="m", support_set="s", version=1, results=[one], calibration=api_types.CalibrationOut(temperature=1, threshold=None, left_out=4, right=1)
-    )
-    html = shown.judged("en", [tmp_path / "none.png"], found, ['data:"><script>'])
-    assert "<script" not in html
-    assert "close (55% and 45%)" in html
-    assert "1 of 4 were right" in html
+    similar = api_types.SimilarExample(example=0, label=label, cosine=1)
+    result = api_types.Judgement(label=label, nearest=label, probabilities={label: 0.55, "b": 0.45}, margin=0.1, most_alike=similar)
+    calibration = api_types.CalibrationOut(temperature=1, threshold=None, left_out=4, right=1)
+    response = api_types.ClassifyOut(model="m", support_set="s", version=1, results=[result], calibration=calibration)
+    page = html.results("en", [tmp_path / "none.png"], response, ['data:"><script>'])
+    assert "<script" not in page
+    assert "close (55% and 45%)" in page
+    assert "1 of 4 were right" in page

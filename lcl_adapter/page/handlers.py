@@ -1,4 +1,8 @@
-"""What each button does: the page's fields -> a request to the API -> the page's fields. One client a visitor, with the visitor's key."""
+"""What each button does: it turns the page's fields into a request to the API, and the response into new fields.
+
+Each visitor has a client of the API, with the visitor's key. Handlers return values for Gradio's components, in the
+order that ``blocks.py`` gives as their outputs.
+"""
 
 from __future__ import annotations
 
@@ -26,35 +30,43 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import ConflictError, DataError, UserError
-from lcl_adapter.page import MOST, html
-from lcl_adapter.page.texts import language, say
+from lcl_adapter.page import MAX_LABELS, html
+from lcl_adapter.page.texts import language_of, message
 from lcl_adapter.report.thumbs import data_url
 from lcl_adapter.serve import folders
 
-KEEP = 3600  # seconds that opened photos stay on disk for the browser to fetch
-NEW_TOKENS = 256
-SESSIONS = 1000  # whose last turn is known
-EXAMPLE = (("key", "paperclip"), 4, 2)  # held-out classes, how many drawings of each are shown, and how many asked about
-STRANGER = "mushroom"  # and one drawing of a class that is not shown
-Opened = tuple[str, int, str | None] | None  # name, version (0 for none yet) and question of the set that is in the piles
-Photos = Sequence[tuple[str, str | None]] | None
+PHOTO_SECONDS = 3600  # that a set's photos stay on disk for the browser to fetch
+MAX_NEW_TOKENS = 256
+MAX_SESSIONS = 1000  # browser windows whose current turn of the chat is remembered
+EXAMPLE_CLASSES = ("key", "paperclip")  # held-out classes
+EXAMPLE_SHOTS, EXAMPLE_QUERIES = 4, 2  # of each class
+EXAMPLE_UNKNOWN = "mushroom"  # one query is of this class, which is not in the set
+# name, version (0: not stored yet) and question of the set in the fields
+OpenedSet = tuple[str, int, str | None] | None
+Photos = Sequence[tuple[str, str | None]] | None  # a gallery's value: (file, caption)
+ChatMessage = Mapping[str, Any]  # role, text, files
 
 
 @dataclass
 class Handlers:
-    """url: of the API. keys: those of visitors who logged in, by their name; without them there is one visitor, this machine's."""
+    """The functions behind the page's buttons.
+
+    url: of the API. scratch: a folder for photos.
+    keys: of the visitors who logged in, by name; None: one visitor, on this machine.
+    """
 
     url: str
     scratch: Path
     keys: Mapping[str, str] | None = None
     _clients: dict[str, Endpoint] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _left_as: dict[str | None, list[Any]] = field(default_factory=dict)
-    _turns: dict[str | None, int] = field(default_factory=dict)
-    _count: int = 0
+    _last_turn: int = 0
+    _turns: dict[str | None, int] = field(default_factory=dict)  # the current turn of the chat, by browser window
+    # what a turn shows at its end, if a newer turn has ended it
+    _after_end: dict[str | None, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._thumbs = lru_cache(maxsize=16)(self._examples)
+        self._cached_thumbs = lru_cache(maxsize=16)(self._thumbs)
 
     def close(self) -> None:
         for client in self._clients.values():
@@ -63,152 +75,161 @@ class Handlers:
     # Teach
 
     def begin(self, request: gr.Request) -> list[Any]:
-        """Sets and models, in every picker."""
+        """The choices of all pickers of sets and models."""
         try:
-            names, base, first = self._models(request)
+            names, base, default = self._models(request)
         except UserError:
-            names, base, first = [], None, None
-        picked = [gr.Dropdown(choices=names, value=value) for value in (first, base, first, first)]
-        return [*self._pickers(request, first=True), *picked]
+            names, base, default = [], None, None
+        models = [gr.Dropdown(choices=names, value=value) for value in (default, base, default, default)]
+        return [*self._set_pickers(request, choose_first=True), *models]
 
     def _models(self, request: gr.Request) -> tuple[list[str], str | None, str | None]:
-        """All of them, the base, and the first adapter or else the base: what is asked where nothing is picked, or not yet."""
+        """All models, the base, and the default: the first adapter, or the base if there is none."""
         names = self._api(request).models()
         base = "base" if "base" in names else (names[0] if names else None)
         return names, base, next((name for name in names if name != base), base)
 
-    def add_pile(self, count: int) -> list[Any]:
-        count = min(MOST, count + 1)
-        return [count, *(gr.Column(visible=number < count) for number in range(MOST))]
+    def add_group(self, count: int) -> list[Any]:
+        count = min(MAX_LABELS, count + 1)
+        return [count, *(gr.Column(visible=number < count) for number in range(MAX_LABELS))]
 
-    def save(self, request: gr.Request, name: str, opened: Opened, *fields: Any) -> list[Any]:
-        """Refused where another has saved the set since it was opened here."""
-        tongue = language(request)
+    def save(self, request: gr.Request, name: str, opened: OpenedSet, *fields: Any) -> list[Any]:
+        """Store the set, unless another visitor has saved it since it was opened here.
+
+        fields: all labels, then all galleries.
+        """
+        language = language_of(request)
         try:
             half = len(fields) // 2
-            examples = self._piles(tongue, fields[:half], fields[half:])
+            examples = self._examples(language, fields[:half], fields[half:])
             if not name:
-                raise DataError(say(tongue, "no_name"))
-            known = opened[1] if opened and opened[0] == name else 0  # a set that was not opened here is not to be lost unseen
+                raise DataError(message(language, "no_name"))
+            # 0: a set that was not opened here is not overwritten
+            version = opened[1] if opened and opened[0] == name else 0
             question = opened[2] if opened else None
-            given = api_types.SupportSetIn(examples=examples, question=question, expected_version=known)
-            stored = self._api(request).put_set(name, given)
+            stored = self._api(request).put_set(name, api_types.SupportSetIn(examples=examples, question=question, expected_version=version))
         except ConflictError:
-            return [html.note(say(tongue, "conflict"), wrong=True), opened, *self._pickers(request)]
+            return [html.note(message(language, "conflict"), error=True), opened, *self._set_pickers(request)]
         except (UserError, ValidationError) as error:
-            return [self._wrong(tongue, error), opened, *self._pickers(request)]
-        told = say(tongue, "saved", name=stored.name, version=stored.version, counts=_counts(stored.labels))
-        return [html.note(told), (stored.name, stored.version, stored.question), *self._pickers(request, stored.name)]
+            return [self._error_note(language, error), opened, *self._set_pickers(request)]
+        text = message(language, "saved", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
+        return [html.note(text), (stored.name, stored.version, stored.question), *self._set_pickers(request, stored.name)]
 
-    def _piles(self, tongue: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[api_types.LabelledImage]:
+    def _examples(self, language: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[api_types.LabelledImage]:
         examples = []
         for number, (label, photos) in enumerate(zip(labels, galleries, strict=True), 1):
             label = " ".join((label or "").split())
             if photos and not label:
-                raise DataError(say(tongue, "label_missing", number=number))
+                raise DataError(message(language, "label_missing", number=number))
             if label and not photos:
-                raise DataError(say(tongue, "photos_missing", label=label))
+                raise DataError(message(language, "photos_missing", label=label))
             examples += [api_types.LabelledImage(label=label, image=image_of(_picture(path))) for path in _paths(photos)]
-        if len({one.label for one in examples}) < 2:
-            raise DataError(say(tongue, "no_labels"))
+        if len({example.label for example in examples}) < 2:
+            raise DataError(message(language, "no_labels"))
         return examples
 
     def load(self, name: str | None, request: gr.Request) -> list[Any]:
-        tongue = language(request)
+        """Open a stored set."""
+        language = language_of(request)
         if not name:
-            return self._left(say(tongue, "no_set"))
+            return self._unchanged_groups(message(language, "no_set"))
         try:
-            found = self._api(request).read_set(name, images=True)
-            piles = self._on_disk([(one.label, _bytes(one.image or "")) for one in found.examples])
+            stored = self._api(request).read_set(name, images=True)
+            groups = self._write_photos(_labelled_bytes(stored))
         except UserError as error:
-            return self._left(error)
-        told = say(tongue, "opened", name=found.name, version=found.version, counts=_counts(found.labels))
-        return self._filled(told, (found.name, found.version, found.question), found.name, piles)
+            return self._unchanged_groups(error)
+        text = message(language, "opened", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
+        return self._filled_groups(text, (stored.name, stored.version, stored.question), stored.name, groups)
 
-    def remove(self, name: str | None, opened: Opened, request: gr.Request) -> list[Any]:
-        """What is in the piles stays there, and can be saved anew."""
-        tongue = language(request)
+    def remove(self, name: str | None, opened: OpenedSet, request: gr.Request) -> list[Any]:
+        """Remove a stored set. The fields stay as they are, and can be saved again."""
+        language = language_of(request)
         if not name:
-            return [html.note(say(tongue, "no_set"), wrong=True), opened, *self._pickers(request)]
+            return [html.note(message(language, "no_set"), error=True), opened, *self._set_pickers(request)]
         try:
             self._api(request).remove_set(name)
         except UserError as error:
-            return [self._wrong(tongue, error), opened, *self._pickers(request)]
-        left = (name, 0, opened[2]) if opened and opened[0] == name else opened
-        return [html.note(say(tongue, "removed", name=name)), left, *self._pickers(request, first=True)]
+            return [self._error_note(language, error), opened, *self._set_pickers(request)]
+        opened = (name, 0, opened[2]) if opened and opened[0] == name else opened
+        return [html.note(message(language, "removed", name=name)), opened, *self._set_pickers(request, choose_first=True)]
 
     def example(self, request: gr.Request) -> list[Any]:
-        """Drawings of classes that the shipped base was not trained on."""
-        classes, shots, left = EXAMPLE
-        pool = {one.name: one.pictures for one in read_pocket("held_out").classes}
-        piles = self._on_disk([(name, read_bytes(picture)) for name in classes for picture in pool[name][:shots]])
-        further = [*(picture for name in classes for picture in pool[name][shots : shots + left]), pool[STRANGER][0]]
-        asked = self._on_disk([("asked", read_bytes(picture)) for picture in further])
-        queries = [str(path) for path in asked["asked"]]
-        return [*self._filled(say(language(request), "example"), None, "example", piles), queries, queries]
+        """Fill the groups and the queries with drawings of classes that the shipped base was not trained on."""
+        pool = {held_out.name: held_out.pictures for held_out in read_pocket("held_out").classes}
+        shown = [(name, picture) for name in EXAMPLE_CLASSES for picture in pool[name][:EXAMPLE_SHOTS]]
+        groups = self._write_photos([(name, read_bytes(picture)) for name, picture in shown])
+        queries = [picture for name in EXAMPLE_CLASSES for picture in pool[name][EXAMPLE_SHOTS : EXAMPLE_SHOTS + EXAMPLE_QUERIES]]
+        queries.append(pool[EXAMPLE_UNKNOWN][0])
+        paths = self._write_photos([("query", read_bytes(picture)) for picture in queries])["query"]
+        gallery = [str(path) for path in paths]
+        return [*self._filled_groups(message(language_of(request), "example"), None, "example", groups), gallery, gallery]
 
     def clear(self) -> list[Any]:
-        return self._filled("", None, "", {})
+        return self._filled_groups("", None, "", {})
 
     def export(self, name: str | None, request: gr.Request) -> list[Any]:
-        tongue = language(request)
+        """Write a stored set as a zip file of a folder."""
+        language = language_of(request)
         if not name:
-            return [html.note(say(tongue, "no_set"), wrong=True), None]
+            return [html.note(message(language, "no_set"), error=True), None]
         try:
-            found = self._api(request).read_set(name, images=True)
-            out = self._folder() / name
-            folders.write(out, found.name, found.version, found.question, [(one.label, _bytes(one.image or "")) for one in found.examples])
-            packed = shutil.make_archive(str(out), "zip", out)
+            stored = self._api(request).read_set(name, images=True)
+            out = self._new_folder() / name
+            folders.write(out, stored.name, stored.version, stored.question, _labelled_bytes(stored))
+            archive = shutil.make_archive(str(out), "zip", out)
         except (UserError, OSError) as error:
-            return [self._wrong(tongue, error), None]
-        return [html.note(""), packed]
+            return [self._error_note(language, error), None]
+        return [html.note(""), archive]
 
-    def take(self, file: str | None, request: gr.Request) -> list[Any]:
-        """A zip that :meth:`export` made, or one of photos by folder. Its names never leave the folder it is unpacked in."""
-        tongue = language(request)
+    def import_set(self, file: str | None, request: gr.Request) -> list[Any]:
+        """Fill the groups from a zip file that :meth:`export` wrote, or of photos in a folder per label."""
+        language = language_of(request)
         if not file:
-            return self._left("")
-        unpacked = self._folder()
+            return self._unchanged_groups("")
+        folder = self._new_folder()
         try:
-            written = folders.read(_unpacked(Path(file), unpacked / "set"))
-            piles = self._on_disk(written.examples)
+            content = folders.read(_unpack(Path(file), folder / "set"))
+            groups = self._write_photos(content.examples)
         except (UserError, OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
-            return self._left(say(tongue, "bad_zip", why=str(error).replace(str(unpacked / "set"), "")))
+            return self._unchanged_groups(message(language, "bad_zip", why=str(error).replace(str(folder / "set"), "")))
         finally:
-            shutil.rmtree(unpacked, ignore_errors=True)
-        taken = (written.name or "", 0, written.question)
-        return self._filled(say(tongue, "taken", count=len(written.examples)), taken, written.name or "", piles)
+            shutil.rmtree(folder, ignore_errors=True)
+        text = message(language, "imported", count=len(content.examples))
+        return self._filled_groups(text, (content.name or "", 0, content.question), content.name or "", groups)
 
     # Ask and compare
 
-    def ask(self, name: str | None, model: str | None, photos: Photos, question: str, bar: bool, request: gr.Request) -> str:
-        tongue = language(request)
+    def ask(self, name: str | None, model: str | None, photos: Photos, question: str, reject: bool, request: gr.Request) -> str:
+        language = language_of(request)
         try:
-            paths = self._given(tongue, name, photos)
-            found = self._classified(request, str(name), model or self._models(request)[2], paths, question.strip() or None)
-            return html.judged(tongue, paths, found, self._thumbs(_who(request), str(name), found.version), bar)
+            paths = self._query_paths(language, name, photos)
+            response = self._classify(request, str(name), model or self._models(request)[2], paths, question.strip() or None)
+            thumbs = self._cached_thumbs(_visitor(request), str(name), response.version)
+            return html.results(language, paths, response, thumbs, reject)
         except (UserError, ValidationError) as error:
-            return self._wrong(tongue, error)
+            return self._error_note(language, error)
 
-    def compare(self, name: str | None, base: str | None, adapter: str | None, photos: Photos, bar: bool, request: gr.Request) -> str:
-        tongue = language(request)
+    def compare(self, name: str | None, base: str | None, adapter: str | None, photos: Photos, reject: bool, request: gr.Request) -> str:
+        language = language_of(request)
         try:
-            paths = self._given(tongue, name, photos)
-            _, plain, first = self._models(request)
-            told = [(model, self._classified(request, str(name), model, paths)) for model in (base or plain, adapter or first)]
-            pair = {f"{model}{' ' * n}": found for n, (model, found) in enumerate(told)}  # the same model twice is two pair
-            return html.compared(tongue, paths, pair, self._thumbs(_who(request), str(name), told[0][1].version), bar)
+            paths = self._query_paths(language, name, photos)
+            _, default_base, default = self._models(request)
+            models = (base or default_base, adapter or default)
+            responses = [(str(model), self._classify(request, str(name), model, paths)) for model in models]
+            thumbs = self._cached_thumbs(_visitor(request), str(name), responses[0][1].version)
+            return html.comparison(language, paths, responses, thumbs, reject)
         except (UserError, ValidationError) as error:
-            return self._wrong(tongue, error)
+            return self._error_note(language, error)
 
-    def _given(self, tongue: str, name: str | None, photos: Photos) -> list[Path]:
+    def _query_paths(self, language: str, name: str | None, photos: Photos) -> list[Path]:
+        """Raises DataError without a set or without photos."""
         if not name:
-            raise DataError(say(tongue, "no_set"))
+            raise DataError(message(language, "no_set"))
         if not photos:
-            raise DataError(say(tongue, "no_photos"))
+            raise DataError(message(language, "no_photos"))
         return _paths(photos)
 
-    def _classified(
+    def _classify(
         self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None
     ) -> api_types.ClassifyOut:
         return judge(self._api(request), name, [_picture(path) for path in paths], model, question)
@@ -216,178 +237,212 @@ class Handlers:
     # Chat
 
     def chat(
-        self, message: Mapping[str, Any], talk: list[dict[str, Any]], model: str | None, name: str | None, request: gr.Request
+        self, entered: Mapping[str, Any], history: list[ChatMessage], model: str | None, name: str | None, request: gr.Request
     ) -> Iterator[list[Any]]:
-        """The answer as it is said. What goes wrong leaves the message where it was, to be sent again."""
-        tongue, text, files = language(request), str(message.get("text") or "").strip(), [Path(f) for f in message.get("files") or ()]
+        """Stream the answer. After an error the message is in its field again, to be corrected and sent again.
+
+        entered: text and files of the message field.
+        Yields the message field, the history, the chat window and the status line.
+        """
+        language, window = language_of(request), request.session_hash
+        text, files = str(entered.get("text") or "").strip(), [str(file) for file in entered.get("files") or ()]
         if not text and not files:
             yield [gr.skip()] * 4
             return
-        asked = {"role": "user", "text": text, "files": [str(file) for file in files]}
-        said, turn = "", self._next_turn(request)
-        try:
-            messages = [_message(one) for one in (*talk, asked)]
-            more = {"support_set": name} if name else {}
-            yield [{"text": "", "files": []}, talk, _told([*talk, asked, {"role": "assistant", "text": "…", "files": []}]), html.note("")]
-            for piece in self._api(request).stream(str(model or self._models(request)[2]), messages, NEW_TOKENS, **more):
-                if self._turns.get(request.session_hash) != turn:  # leaving the stream ends the server's work
-                    break
-                said += piece
-                answer = {"role": "assistant", "text": said, "files": []}
-                yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), html.note("")]
-        except UserError as error:
-            if self._turns.get(request.session_hash) == turn:
-                yield [dict(message), talk, _told(talk), self._wrong(tongue, error)]
-                return
-        if self._turns.get(request.session_hash) != turn:
-            yield self._left_as.get(request.session_hash, [gr.skip()] * 4)  # a piece that was on its way may have been shown after it
-            return
-        if not said.strip():
-            answer = {"role": "assistant", "text": say(tongue, "silent"), "files": []}
-            yield [gr.skip(), [*talk, asked, answer], _told([*talk, asked, answer]), html.note("")]
-        yield [gr.skip()] * 4  # what is yielded last is shown once more at the end, when it may no longer be true
+        sent = [*history, {"role": "user", "text": text, "files": files}]
 
-    def stop(self, talk: list[dict[str, Any]], request: gr.Request) -> list[Any]:
-        """What was said so far stays."""
-        left = [gr.skip(), talk, _told(talk), html.note("")]
-        self._next_turn(request, left)
-        return left
+        def with_answer(answer: str) -> list[ChatMessage]:
+            return [*sent, {"role": "assistant", "text": answer, "files": []}]
+
+        answer, turn = "", self._next_turn(request)
+        try:
+            messages = [_api_message(entry) for entry in sent]
+            extra = {"support_set": name} if name else {}
+            yield [{"text": "", "files": []}, history, _chat_window(with_answer("…")), html.note("")]
+            for piece in self._api(request).stream(str(model or self._models(request)[2]), messages, MAX_NEW_TOKENS, **extra):
+                if self._turns.get(window) != turn:  # closing the stream ends the server's work
+                    break
+                answer += piece
+                yield [gr.skip(), with_answer(answer), _chat_window(with_answer(answer)), html.note("")]
+        except UserError as error:
+            if self._turns.get(window) == turn:
+                yield [dict(entered), history, _chat_window(history), self._error_note(language, error)]
+                return
+        if self._turns.get(window) != turn:
+            # the last piece may have been shown after the turn's end: replace it
+            yield self._after_end.get(window, [gr.skip()] * 4)
+            return
+        if not answer.strip():
+            shown = with_answer(message(language, "silent"))
+            yield [gr.skip(), shown, _chat_window(shown), html.note("")]
+        yield [gr.skip()] * 4  # Gradio shows the last yielded value once more at the end, when it may be out of date
+
+    def stop(self, history: list[ChatMessage], request: gr.Request) -> list[Any]:
+        """End the answer. The text so far stays."""
+        fields = [gr.skip(), history, _chat_window(history), html.note("")]
+        self._next_turn(request, fields)
+        return fields
 
     def forget(self, request: gr.Request) -> list[Any]:
+        """Begin a new conversation."""
         self._next_turn(request, [gr.skip(), [], [], html.note("")])
         return [{"text": "", "files": []}, [], [], html.note("")]
 
-    def _next_turn(self, request: gr.Request, left: list[Any] | None = None) -> int:
-        """Of this browser window; an answer to an earlier turn is not shown any more. ``left``: what is to be seen instead."""
+    def _next_turn(self, request: gr.Request, fields: list[Any] | None = None) -> int:
+        """Begin a new turn of this browser window, which ends the earlier one.
+
+        fields: what the earlier turn shows at its end.
+        """
         with self._lock:
-            self._count += 1
-            self._turns[request.session_hash] = self._count
-            self._left_as[request.session_hash] = left or [gr.skip()] * 4
-            while len(self._turns) > SESSIONS:
+            self._last_turn += 1
+            self._turns[request.session_hash] = self._last_turn
+            self._after_end[request.session_hash] = fields or [gr.skip()] * 4
+            while len(self._turns) > MAX_SESSIONS:
                 oldest = next(iter(self._turns))
                 self._turns.pop(oldest)
-                self._left_as.pop(oldest, None)
-            return self._count
+                self._after_end.pop(oldest, None)
+            return self._last_turn
 
-    # What they share
+    # Shared parts
 
     def _api(self, request: gr.Request) -> Endpoint:
-        who = _who(request)
+        """The visitor's client."""
+        visitor = _visitor(request)
         with self._lock:
-            if who not in self._clients:
-                self._clients[who] = Endpoint(self.url, key=self.keys[who] if self.keys is not None else None)
-            return self._clients[who]
+            if visitor not in self._clients:
+                self._clients[visitor] = Endpoint(self.url, key=self.keys[visitor] if self.keys is not None else None)
+            return self._clients[visitor]
 
-    def _pickers(self, request: gr.Request, chosen: str | None = None, first: bool = False) -> list[Any]:
-        """The four pickers of sets, the chat's with none of them to choose. Where nothing was chosen they stay where they are."""
+    def _set_pickers(self, request: gr.Request, chosen: str | None = None, choose_first: bool = False) -> list[Any]:
+        """The four pickers of sets; the chat's also offers no set.
+
+        Without ``chosen`` and ``choose_first`` their values stay.
+        """
         try:
-            names = [one.name for one in self._api(request).sets()]
+            names = [stored.name for stored in self._api(request).sets()]
         except UserError:
             names = []
-        chosen = chosen or (names[0] if first and names else None)
+        chosen = chosen or (names[0] if choose_first and names else None)
         value: dict[str, Any] = {"value": chosen} if chosen else {} if names else {"value": None}
-        free = [("–", ""), *((name, name) for name in names)]
-        return [*(gr.Dropdown(choices=list(names), **value) for _ in range(3)), gr.Dropdown(choices=free)]
+        chat_choices = [("–", ""), *((name, name) for name in names)]
+        return [*(gr.Dropdown(choices=list(names), **value) for _ in range(3)), gr.Dropdown(choices=chat_choices)]
 
-    def _examples(self, who: str, name: str, version: int) -> tuple[str, ...]:
-        """The set's photos, small."""
-        told = self._clients[who].read_set(name, images=True)
-        if told.version != version:
+    def _thumbs(self, visitor: str, name: str, version: int) -> tuple[str, ...]:
+        """Small images of the set's photos, as data URLs. Empty if the newest version is another one."""
+        stored = self._clients[visitor].read_set(name, images=True)
+        if stored.version != version:
             return ()
-        return tuple(data_url(Picture(Path(one.sha256), data=_bytes(one.image or ""))) for one in told.examples)
+        return tuple(data_url(Picture(Path(e.sha256), data=_bytes_of(e.image or ""))) for e in stored.examples)
 
-    def _filled(self, told: str, opened: Opened, name: str, piles: Mapping[str, Sequence[Path]]) -> list[Any]:
-        """Status, what is open, its name, and the piles. A set of more labels than the page has is not cut: it is refused by :meth:`_on_disk`."""
-        labels = [*piles, *[""] * (MOST - len(piles))]
-        photos = [[str(path) for path in piles[label]] if label else None for label in labels]
-        count = max(2, len(piles))
-        return [html.note(told), opened, name, count, *labels, *photos, *(gr.Column(visible=number < count) for number in range(MOST))]
+    def _filled_groups(self, status: str, opened: OpenedSet, name: str, groups: Mapping[str, Sequence[Path]]) -> list[Any]:
+        """The status line, the opened set, its name, and the fields of all groups.
 
-    def _left(self, told: str | Exception) -> list[Any]:
-        """The piles as they are, and what went wrong."""
-        text = _plain(self.url, told) if isinstance(told, Exception) else told
-        return [html.note(text, wrong=bool(text)), *[gr.skip()] * (3 + 3 * MOST)]
+        ``groups`` has at most MAX_LABELS labels.
+        """
+        labels = [*groups, *[""] * (MAX_LABELS - len(groups))]
+        photos = [[str(path) for path in groups[label]] if label else None for label in labels]
+        count = max(2, len(groups))
+        columns = [gr.Column(visible=number < count) for number in range(MAX_LABELS)]
+        return [html.note(status), opened, name, count, *labels, *photos, *columns]
 
-    def _wrong(self, tongue: str, error: Exception) -> str:
+    def _unchanged_groups(self, status: str | Exception) -> list[Any]:
+        """An error in the status line; the groups stay as they are."""
+        text = self._without_url(status) if isinstance(status, Exception) else status
+        return [html.note(text, error=bool(text)), *[gr.skip()] * (3 + 3 * MAX_LABELS)]
+
+    def _error_note(self, language: str, error: Exception) -> str:
         if isinstance(error, ValidationError):
-            told = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors()[:3])
+            text = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors()[:3])
         else:
-            told = _plain(self.url, error)
-        return html.note(say(tongue, "failed", why=told) if not isinstance(error, DataError) else told, wrong=True)
+            text = self._without_url(error)
+        return html.note(message(language, "failed", why=text) if not isinstance(error, DataError) else text, error=True)
 
-    def _folder(self) -> Path:
-        """A new one; those of an hour ago are removed."""
-        for old in self.scratch.iterdir():
-            if old.stat().st_mtime < time.time() - KEEP:
-                shutil.rmtree(old, ignore_errors=True)
+    def _without_url(self, error: Exception) -> str:
+        """The error without the API's address, which the visitor did not enter."""
+        return str(error).replace(f"{self.url}: ", "").replace(self.url, "")
+
+    def _new_folder(self) -> Path:
+        """A new folder for photos. Folders older than PHOTO_SECONDS are removed."""
+        for folder in self.scratch.iterdir():
+            if folder.stat().st_mtime < time.time() - PHOTO_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
         return Path(tempfile.mkdtemp(dir=self.scratch))
 
-    def _on_disk(self, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
-        """For the browser to fetch, byte for byte what is stored. Raises DataError for more labels than there are piles."""
+    def _write_photos(self, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
+        """Photos as files by label, for the browser to fetch, byte for byte as stored.
+
+        Raises DataError for more labels than groups.
+        """
         labels = len({label for label, _ in examples})
-        if labels > MOST:
-            raise DataError(f"{labels} labels are more than the {MOST} this page shows; `lcl-adapter support` takes it.")
-        folder = self._folder()
-        piles: dict[str, list[Path]] = {}
+        if labels > MAX_LABELS:
+            raise DataError(f"the set has {labels} labels; this page shows at most {MAX_LABELS}. Use `lcl-adapter support` for it.")
+        folder = self._new_folder()
+        groups: dict[str, list[Path]] = {}
         for number, (label, data) in enumerate(examples):
-            kind = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
-            path = folder / f"{number:03d}.{kind}"
+            suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
+            path = folder / f"{number:03d}.{suffix}"
             path.write_bytes(data)
-            piles.setdefault(label, []).append(path)
-        return piles
+            groups.setdefault(label, []).append(path)
+        return groups
 
 
-def _unpacked(file: Path, out: Path) -> Path:
-    """Raises DataError for more than a set can be; entries that are links or lead outside are written inside or not at all (zipfile)."""
+def _unpack(file: Path, out: Path) -> Path:
+    """Unpack a zip file; return the set's folder in it. Raises DataError for more bytes or files than a set can have.
+
+    ``zipfile`` writes nothing outside ``out``: it strips paths that lead outside, and links become plain files.
+    """
     with zipfile.ZipFile(file) as archive:
-        listed = archive.infolist()
-        if sum(one.file_size for one in listed) > folders.LARGEST or len(listed) > 4 * api_types.MAX_IMAGES:
-            raise DataError(f"it unpacks to more than {folders.LARGEST >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
+            raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
         archive.extractall(out)
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
-    return inside[0] if len(inside) == 1 and not (out / folders.SHEET).exists() else out
+    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
 
 
-def _who(request: gr.Request) -> str:
+def _visitor(request: gr.Request) -> str:
     return request.username or ""
 
 
 def _picture(path: str | Path) -> Picture:
-    """Named as the visitor knows it, without this machine's folders. Raises DataError where the upload was tidied away in the meantime."""
+    """A picture under the file's name alone, without this machine's folders.
+
+    Raises DataError if the uploaded file was deleted.
+    """
     path = Path(path)
     try:
         return Picture(Path(path.name), data=path.read_bytes() or b"\0")
     except OSError as error:
-        raise DataError(f"{path.name}: is not here any more; add the photo again.") from error
+        raise DataError(f"{path.name}: the file was deleted in the meantime; add the photo again.") from error
 
 
 def _paths(photos: Photos) -> list[Path]:
-    return [Path(one[0]) for one in photos or ()]
+    return [Path(photo[0]) for photo in photos or ()]
 
 
-def _bytes(url: str) -> bytes:
+def _bytes_of(url: str) -> bytes:
     return base64.b64decode(url.partition(",")[2])
 
 
-def _counts(labels: Mapping[str, int]) -> str:
+def _labelled_bytes(stored: api_types.SupportSetWithExamples) -> list[tuple[str, bytes]]:
+    return [(example.label, _bytes_of(example.image or "")) for example in stored.examples]
+
+
+def _label_counts(labels: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {label}" for label, count in labels.items())
 
 
-def _plain(url: str, error: Exception) -> str:
-    """The visitor did not name a server, and need not read its address."""
-    return str(error).replace(f"{url}: ", "").replace(url, "")
+def _api_message(sent: ChatMessage) -> dict[str, Any]:
+    """A message in OpenAI's format."""
+    images = [{"type": "image_url", "image_url": {"url": image_of(_picture(file))}} for file in sent["files"]]
+    return {"role": sent["role"], "content": [*images, {"type": "text", "text": sent["text"]}] if images else sent["text"]}
 
 
-def _message(one: Mapping[str, Any]) -> dict[str, Any]:
-    images = [{"type": "image_url", "image_url": {"url": image_of(_picture(file))}} for file in one["files"]]
-    return {"role": one["role"], "content": [*images, {"type": "text", "text": one["text"]}] if images else one["text"]}
-
-
-def _told(talk: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """As the chat shows it: photos first, as the model sees them."""
-    listed: list[dict[str, Any]] = []
-    for one in talk:
-        listed += [{"role": one["role"], "content": {"path": file}} for file in one["files"]]
-        if one["text"] or not one["files"]:
-            listed.append({"role": one["role"], "content": one["text"]})
-    return listed
+def _chat_window(history: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages for Gradio's chat window. Photos come first, as in the model's prompt."""
+    entries: list[dict[str, Any]] = []
+    for sent in history:
+        entries += [{"role": sent["role"], "content": {"path": file}} for file in sent["files"]]
+        if sent["text"] or not sent["files"]:
+            entries.append({"role": sent["role"], "content": sent["text"]})
+    return entries

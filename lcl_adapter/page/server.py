@@ -15,44 +15,48 @@ from lcl_adapter.page.handlers import Handlers
 from lcl_adapter.page.texts import translations
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.keys import Keys
-from lcl_adapter.serve.server import Options, listen
+from lcl_adapter.serve.server import Options, serve_app
 from lcl_adapter.serve.service import Service
 
-THREADS = 32  # visitors' requests under way
-LARGEST_BODY = 64 * 2**20  # as the API's own
+MAX_THREADS = 32  # handlers that run at a time, for all visitors
+MAX_UPLOAD_BYTES = 64 * 2**20  # the same as the API's limit of a request
 
 
 def run(options: Options) -> None:
-    """Until it is told to stop. Raises UserError before it listens, never after."""
+    """Serve page and API until a signal stops the process. Raises UserError before the port is opened, never after."""
     with tempfile.TemporaryDirectory(prefix="lcl-adapter-page-") as scratch:
-        url = f"http://{_reached(options.host)}:{options.port}"
-        listen(options, lambda service, keys: with_page(service, keys, url, Path(scratch)), "the page and its API")
+        url = f"http://{_api_host(options.host)}:{options.port}"
+        serve_app(options, lambda service, keys: with_page(service, keys, url, Path(scratch)), "the page and its API")
 
 
-def _reached(host: str) -> str:
-    """How the page reaches the API beside it."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-    return everywhere.get(host, f"[{host}]" if ":" in host else host)
+def _api_host(host: str) -> str:
+    """The host under which the page reaches the API beside it."""
+    all_addresses = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    return all_addresses.get(host, f"[{host}]" if ":" in host else host)
 
 
 def with_page(service: Service, keys: Keys | None, url: str, scratch: Path) -> FastAPI:
-    """The API with the page at ``/``. With keys, a visitor logs in by name and key, and sees that key's sets alone."""
+    """The API with the page at ``/``.
+
+    With keys, a visitor logs in with a name and its key, and sees that name's sets alone.
+    """
     app = make_app(service, keys, page=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(scratch / "uploads"))
     (scratch / "opened").mkdir(exist_ok=True)
-    known: dict[str, str] = {}
+    visitor_keys: dict[str, str] = {}  # of the visitors who have logged in, by name
 
     def log_in(name: str, key: str) -> bool:
         caller = keys.find(key) if keys else None
         if caller is None or caller.namespace != name:
             return False
-        known[name] = key
+        visitor_keys[name] = key
         return True
 
-    handlers = Handlers(url, scratch / "opened", known if keys else None)
+    handlers = Handlers(url, scratch / "opened", visitor_keys if keys else None)
     page = make_page(handlers)
     page.queue(max_size=64, default_concurrency_limit=8)
-    page.limiter = CapacityLimiter(THREADS)  # type: ignore[assignment] # of its own: waiting for the API, it must not take the API's threads
+    # its own threads: handlers wait for the API, which needs threads too
+    page.limiter = CapacityLimiter(MAX_THREADS)  # type: ignore[assignment]
     return gr.mount_gradio_app(
         app,
         page,
@@ -60,7 +64,7 @@ def with_page(service: Service, keys: Keys | None, url: str, scratch: Path) -> F
         auth=log_in if keys else None,
         allowed_paths=[str(scratch)],
         show_error=False,
-        max_file_size=LARGEST_BODY,  # a downloaded set comes back; a photo of it is bounded like any other
+        max_file_size=MAX_UPLOAD_BYTES,  # enough for a downloaded set; the photos in it have their own limit
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -1,4 +1,7 @@
-"""What the page says, in English and Japanese. Labels are put in the reader's language by the browser, answers by the server."""
+"""The page's texts, in English and Japanese.
+
+The browser translates the labels of fields and buttons; the server writes the messages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import gradio as gr
 
 ENGLISH = {
     "title": "# Teach by photos",
-    "lead": "Show a few photos of each kind, and the model judges new ones by them. Nothing is trained here; what you teach is kept under a name.",
+    "lead": "Show a few photos of each class, and the model classifies new photos by them. No training runs. A set of photos is stored under a name.",
     "teach": "Teach",
     "ask": "Ask",
     "compare": "Compare",
@@ -16,31 +19,31 @@ ENGLISH = {
     "remove": "Remove",
     "example": "Try the example",
     "set_name": "Name of the set",
-    "set_name_info": "letters, digits, dots and dashes",
-    "pile": "Label",
+    "set_name_info": "letters, digits, dots, dashes and underscores",
+    "group": "Label",
     "photos": "Photos of this label",
-    "add_pile": "Add a label",
+    "add_group": "Add a label",
     "save": "Save",
     "export": "Download as a folder",
     "exported": "The set, as a zip file",
-    "import": "Take a downloaded set",
-    "copy": "A copy of the set: as a folder that `lcl-adapter ask` takes",
+    "import": "Upload a downloaded set",
+    "copy": "A copy of the set: as a folder that `lcl-adapter ask` reads",
     "clear": "Clear all",
-    "set_asked": "Judge by",
+    "set": "Classify by",
     "model": "Model",
-    "queries": "Photos to judge",
+    "queries": "Photos to classify",
     "question": "Question (optional)",
-    "question_info": "left empty, what the set or the model was taught to be asked",
-    "ask_button": "Judge",
-    "bar": "No label for what is unlike all taught photos",
-    "bar_info": "off: the nearest label is always given",
+    "question_info": "if empty, the question of the set or of the model is used",
+    "ask_button": "Classify",
+    "reject": "No label for photos that are unlike all photos of the set",
+    "reject_info": "off: the most likely label is always shown",
     "base": "Base",
     "adapter": "Adapter",
-    "compare_button": "Judge with both",
-    "with_set": "Show it the set first",
+    "compare_button": "Classify with both",
+    "with_set": "Show the model this set first",
     "nothing": "no set",
     "message": "Message",
-    "message_hint": "Ask something; add photos with the clip",
+    "message_hint": "Type a question; add photos with the clip",
     "conversation": "Conversation",
     "forget": "Start again",
     "stop": "Stop",
@@ -58,23 +61,23 @@ JAPANESE = {
     "example": "例を試す",
     "set_name": "セットの名前",
     "set_name_info": "英数字、ピリオド、ハイフン",
-    "pile": "ラベル",
+    "group": "ラベル",
     "photos": "このラベルの写真",
-    "add_pile": "ラベルを追加",
+    "add_group": "ラベルを追加",
     "save": "保存",
     "export": "フォルダーとしてダウンロード",
     "exported": "セット（zip ファイル）",
     "import": "ダウンロードしたセットを取り込む",
     "copy": "セットの写し：`lcl-adapter ask` が読むフォルダー",
     "clear": "すべて消す",
-    "set_asked": "使うセット",
+    "set": "使うセット",
     "model": "モデル",
     "queries": "判定する写真",
     "question": "質問（任意）",
     "question_info": "空欄なら、セットまたはモデルの既定の質問",
     "ask_button": "判定",
-    "bar": "教えた写真のどれにも似ていなければラベルを付けない",
-    "bar_info": "オフにすると、常に最も近いラベルを返します",
+    "reject": "教えた写真のどれにも似ていなければラベルを付けない",
+    "reject_info": "オフにすると、常に最も近いラベルを返します",
     "base": "ベース",
     "adapter": "アダプター",
     "compare_button": "両方で判定",
@@ -86,39 +89,39 @@ JAPANESE = {
     "forget": "最初から",
     "stop": "停止",
 }
-SAID = {
+MESSAGES = {
     "en": {
         "saved": "Saved {name}, version {version}: {counts}.",
         "opened": "Opened {name}, version {version}: {counts}.",
         "removed": "Removed {name}.",
-        "taken": "Taken: {count} photos. Give it a name and save it.",
-        "example": "Drawings that the shipped base was not trained on. Save them, then judge the photos under Ask.",
+        "imported": "Uploaded: {count} photos. Give the set a name and save it.",
+        "example": "These are drawings that the shipped base was not trained on. Save them, then classify the photos under Ask.",
         "no_set": "Save or choose a set first.",
         "no_name": "Give the set a name.",
-        "no_photos": "Add a photo to judge first.",
+        "no_photos": "Add a photo first.",
         "no_labels": "Give at least two labels with photos.",
-        "label_missing": "Pile {number} has photos and no label.",
+        "label_missing": "Group {number} has photos and no label.",
         "photos_missing": "{label} has no photos.",
         "photo": "Photo",
-        "alike": "most like this taught photo: {label}",
+        "most_alike": "most similar photo of the set: {label}",
         "none": "none of these",
-        "nearest": "nearest: {label}",
-        "unlike": "Not sure: it looks unlike the photos of {label} (likeness {score:.2f}, this set's photos reach {threshold:.2f} or more).",
-        "close": "Not sure: {one} and {other} are close ({first:.0%} and {second:.0%}). More photos that show the difference would help.",
-        "weak": "The set is hard to tell apart: of its own photos, asked about one by one without themselves, {right} of {asked} were right.",
-        "few": "Two photos a label at least would let the set check itself.",
+        "nearest": "most likely: {label}",
+        "unlike": "Not sure: it looks unlike the photos of {label} (similarity {score:.2f}; this set's own photos have {threshold:.2f} or more).",
+        "close": "Not sure: {first_label} and {second_label} are close ({first:.0%} and {second:.0%}). More photos of the difference can help.",
+        "weak": "This set is difficult: when each of its photos was left out and classified by the others, {right} of {left_out} were right.",
+        "few": "With at least two photos per label, the set can be checked on its own photos.",
         "sure": "Sure.",
-        "conflict": "Another has saved this set since you opened it. Open it again, or save under another name.",
-        "bad_zip": "This is no set that was downloaded here: {why}",
+        "conflict": "Another visitor has saved this set since you opened it. Open it again, or save under another name.",
+        "bad_zip": "This is not a set that was downloaded here: {why}",
         "failed": "It did not work: {why}",
         "silent": "(no answer)",
-        "same": "Both say the same about {same} of {count} photos.",
+        "same": "Both models give the same answer for {same} of {count} photos.",
     },
     "ja": {
         "saved": "{name} をバージョン {version} として保存しました（{counts}）。",
         "opened": "{name} のバージョン {version} を開きました（{counts}）。",
         "removed": "{name} を削除しました。",
-        "taken": "写真 {count} 枚を取り込みました。名前を付けて保存してください。",
+        "imported": "写真 {count} 枚を取り込みました。名前を付けて保存してください。",
         "example": "付属ベースの学習に使っていない絵です。保存してから「判定する」で試してください。",
         "no_set": "先にセットを保存するか選んでください。",
         "no_name": "セットに名前を付けてください。",
@@ -127,12 +130,12 @@ SAID = {
         "label_missing": "{number} 番目の写真にラベルがありません。",
         "photos_missing": "{label} の写真がありません。",
         "photo": "写真",
-        "alike": "最も似ている教えた写真：{label}",
+        "most_alike": "最も似ている教えた写真：{label}",
         "none": "どれでもない",
         "nearest": "最も近い：{label}",
         "unlike": "確信なし：{label} の写真に似ていません（類似度 {score:.2f}、このセットの写真は {threshold:.2f} 以上）。",
-        "close": "確信なし：{one} と {other} が僅差です（{first:.0%} と {second:.0%}）。違いの分かる写真を足してください。",
-        "weak": "見分けにくいセットです：自分の写真を一枚ずつ除いて尋ねると、{asked} 枚中 {right} 枚が正解でした。",
+        "close": "確信なし：{first_label} と {second_label} が僅差です（{first:.0%} と {second:.0%}）。違いの分かる写真を足してください。",
+        "weak": "見分けにくいセットです：自分の写真を一枚ずつ除いて尋ねると、{left_out} 枚中 {right} 枚が正解でした。",
         "few": "ラベルごとに二枚以上あると、セット自身で確かめられます。",
         "sure": "確信あり。",
         "conflict": "開いた後に別の人がこのセットを保存しました。開き直すか、別の名前で保存してください。",
@@ -143,12 +146,12 @@ SAID = {
     },
 }
 
-# The browser translates every text that is a key, a set's name too: a colon is in no name.
+# The browser translates every text that is a key, and that could be a set's name. No name has a colon.
 _TRANSLATED = gr.I18n(en={f"lcl:{key}": text for key, text in ENGLISH.items()}, ja={f"lcl:{key}": text for key, text in JAPANESE.items()})
 
 
 def label(key: str) -> gr.i18n.I18nData:
-    """In the browser's language."""
+    """The text of a field or button, in the browser's language."""
     return _TRANSLATED(f"lcl:{key}")
 
 
@@ -156,11 +159,11 @@ def translations() -> gr.I18n:
     return _TRANSLATED
 
 
-def language(request: gr.Request | None) -> str:
-    """Of the browser: its first, Japanese or else English."""
-    asked = request.headers.get("accept-language", "") if request else ""
-    return "ja" if asked.lower().startswith("ja") else "en"
+def language_of(request: gr.Request | None) -> str:
+    """The key of MESSAGES for the browser's first language: Japanese, or else English."""
+    accepted = request.headers.get("accept-language", "") if request else ""
+    return "ja" if accepted.lower().startswith("ja") else "en"
 
 
-def say(tongue: str, key: str, **named: object) -> str:
-    return SAID[tongue][key].format(**named)
+def message(language: str, key: str, **values: object) -> str:
+    return MESSAGES[language][key].format(**values)

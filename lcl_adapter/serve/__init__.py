@@ -1,9 +1,20 @@
 """Stored support sets behind an OpenAI-compatible HTTP API.
 
-wire      what goes over the line, checked           images    bytes from a client, bounded before they are decoded
-store     support sets on disk                       shelf     the same from a shell
-keys      who asks, and whose sets they see          gate      what is refused before a body is read
-speech    tokens drawn, and made text                jobs      what waits for the model
-engine    one model, a queue, kept sets              calibrate probabilities that mean something, "none of these"
-service   requests to jobs, replies to answers       api       the routes; metrics; server, which loads and listens
+server        loads the model and listens
+api           the routes
+middleware    access, body size and timing, before a route runs
+keys          API keys and their namespaces
+service       requests become jobs; replies become API responses
+jobs          the entries of the engine's queue
+engine        one model, one thread, one queue
+cache         prefilled support sets in memory
+decoding      sampling of tokens, and tokens to text
+calibrate     temperature of the probabilities, threshold of "none of these"
+images        images from a client, bounded before they are decoded
+store         support sets on disk
+folders       a support set as a folder of photos
+support_sets  the `support` commands
+metrics       counters for Prometheus
+
+The types of requests and responses are in ``answering/api_types.py``, which the client shares.
 """

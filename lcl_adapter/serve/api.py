@@ -1,6 +1,7 @@
 """The routes: OpenAI's chat completions and models, stored support sets, classification, adapters, health and metrics.
 
-Every error is OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, and says nothing of paths, keys or other callers.
+Every error has OpenAI's format, ``{"error": {"message", "type", "param", "code"}}``. It contains no paths, no keys and
+nothing of other callers.
 """
 
 import asyncio
@@ -21,17 +22,19 @@ from starlette.exceptions import HTTPException
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
-from lcl_adapter.serve.decoding import Speaker, Token
+from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
 from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
-from lcl_adapter.serve.middleware import Gate, Measured, fault
+from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
 from lcl_adapter.serve.service import Classification, Service, summary
 from lcl_adapter.serve.store import StoredSet
 
 log = logging.getLogger("lcl_adapter.serve")
-SWEEP = 600  # seconds between removals of images that no set names any more
-CODES: dict[type[Exception], tuple[int, str, str]] = {
+SWEEP_SECONDS = 600  # between two removals of images that no set names any more
+DISCONNECT_SECONDS = 0.5  # between two checks whether the client has disconnected
+MAX_FAULTS = 5  # of an invalid request that are reported together
+STATUSES: dict[type[Exception], tuple[int, str, str]] = {  # an exception's status, error type and error code
     MissingError: (404, "invalid_request_error", "not_found"),
     ConflictError: (409, "invalid_request_error", "version_conflict"),
     RunError: (507, "server_error", "storage"),
@@ -43,88 +46,93 @@ CODES: dict[type[Exception], tuple[int, str, str]] = {
 }
 
 
-def answer_to(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+def error_response(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers."""
-    for kind, (status, name, code) in CODES.items():
-        if isinstance(error, kind):
-            headers = {"Retry-After": str(error.wait)} if isinstance(error, BusyError) else {}
-            return status, fault(str(error) or "it took longer than it may.", name, code), headers
+    for exception, (status, kind, code) in STATUSES.items():
+        if isinstance(error, exception):
+            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else {}
+            return status, error_body(str(error) or "the request exceeded the server's time limit.", kind, code), headers
     log.error("unexpected %s", type(error).__name__, exc_info=error)
-    return 500, fault("an error of the server's own; its log has it.", "server_error", "internal"), {}
+    return 500, error_body("an internal error of the server; its log has the details.", "server_error", "internal"), {}
 
 
 async def wait_for(futures: Sequence[Future[Any]], request: Request, cancel: Callable[[], None], timeout: float) -> None:
-    """Until all are done; a client that went away is noticed within half a second, and its work is cancelled. Raises GoneError, TimeoutError."""
-    ends = time.monotonic() + timeout
-    left = {asyncio.wrap_future(future) for future in futures}
+    """Wait until all futures are done. Calls ``cancel`` if the client disconnects or the time is over.
+
+    Raises GoneError within half a second after the client disconnects; TimeoutError after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    pending = {asyncio.wrap_future(future) for future in futures}
     try:
-        while left:
-            _, left = await asyncio.wait(left, timeout=0.5)
-            if left and await request.is_disconnected():
-                raise GoneError("the client went away")
-            if left and time.monotonic() > ends:
+        while pending:
+            _, pending = await asyncio.wait(pending, timeout=DISCONNECT_SECONDS)
+            if pending and await request.is_disconnected():
+                raise GoneError("the client disconnected")
+            if pending and time.monotonic() > deadline:
                 raise TimeoutError
     except BaseException:
         cancel()
         raise
     finally:
-        for one in left:
-            one.add_done_callback(lambda done: done.cancelled() or done.exception())  # told to nobody
+        for future in pending:  # read the exception, or asyncio logs that nobody did
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-async def caller(request: Request) -> Caller:
-    """Whom the gate has let in."""
-    found: Caller = request.state.caller
-    return found
+async def current_caller(request: Request) -> Caller:
+    """The caller that the middleware has accepted."""
+    caller: Caller = request.state.caller
+    return caller
 
 
-VersionAsked = Annotated[int | None, Query(ge=1, le=api_types.MAX_VERSION)]
-Who = Annotated[Caller, Depends(caller)]
+VersionQuery = Annotated[int | None, Query(ge=1, le=api_types.MAX_VERSION)]
+AnyCaller = Annotated[Caller, Depends(current_caller)]
 
 
-async def administrator(who: Who) -> Caller:
-    """Raises HTTPException for a key that is none's."""
-    if not who.admin:
-        raise HTTPException(403, "this needs a key that is marked `admin`.")
-    return who
+async def administrator(caller: AnyCaller) -> Caller:
+    """Raises HTTPException for a key without `admin`."""
+    if not caller.admin:
+        raise HTTPException(403, "this route needs a key that is marked `admin`.")
+    return caller
 
 
 Admin = Annotated[Caller, Depends(administrator)]
 
 
 def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 2**20, page: bool = False) -> FastAPI:
-    """Without ``keys`` every caller is the local one, and only requests to localhost are answered.
+    """The API as an ASGI app.
 
-    page: what is not the API's is a page's, which has a log-in of its own.
+    keys: without them every caller is the local one, and only requests to localhost are answered.
+    body_limit: bytes of a request.
+    page: paths outside the API belong to a page that has its own log-in.
     """
     engine = service.engine
     metrics = Metrics(engine)
     began = time.time()
 
-    async def sweeping() -> None:
+    async def sweep_regularly() -> None:
         while True:
-            await asyncio.sleep(SWEEP)
+            await asyncio.sleep(SWEEP_SECONDS)
             with suppress(UserError):
                 await run_in_threadpool(service.store.sweep)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(sweeping())
+        sweeper = asyncio.create_task(sweep_regularly())
         yield
         sweeper.cancel()
         await run_in_threadpool(engine.stop)
         service.store.close()
 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    app.add_middleware(Measured, metrics=metrics)
-    app.add_middleware(Gate, limit=body_limit, keys=keys, page=page)
+    app.add_middleware(RequestMetrics, metrics=metrics)
+    app.add_middleware(AccessControl, limit=body_limit, keys=keys, page=page)
 
-    async def on_user_error(_: Request, error: Exception) -> JSONResponse:
-        status, body, headers = answer_to(error)
+    async def on_error(_: Request, error: Exception) -> JSONResponse:
+        status, body, headers = error_response(error)
         return JSONResponse(body, status, headers)
 
-    for kind in (*CODES, Exception):
-        app.add_exception_handler(kind, on_user_error)
+    for exception in (*STATUSES, Exception):
+        app.add_exception_handler(exception, on_error)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -135,132 +143,141 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         }
         kind, code = kinds.get(error.status_code, ("invalid_request_error", "invalid_request"))
         headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else None
-        return JSONResponse(fault(str(error.detail), kind, code), error.status_code, headers)
+        return JSONResponse(error_body(str(error.detail), kind, code), error.status_code, headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = [_told(one) for one in error.errors()[:5]]
-        first = error.errors()[0]
-        return JSONResponse(fault("; ".join(told), "invalid_request_error", "invalid_value", _where(first) or None), 400)
+        faults = error.errors()
+        message = "; ".join(_fault_message(fault) for fault in faults[:MAX_FAULTS])
+        return JSONResponse(error_body(message, "invalid_request_error", "invalid_value", _field_of(faults[0]) or None), 400)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The process is there."""
+        """The process runs."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """The model answers."""
+        """The model can answer."""
         return JSONResponse({"status": "ready"}) if engine.alive else JSONResponse({"status": "the engine is not running"}, 503)
 
     @app.get("/metrics")
     async def read_metrics(_: Admin) -> Response:
-        """Prometheus' text; of all callers, so that it needs an administrator's key."""
+        """Metrics in Prometheus' text format. They cover all callers, so the key must be an administrator's."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    def named(name: str) -> dict[str, Any]:
+    def model_card(name: str) -> dict[str, Any]:
         model = engine.find(name)
         return {"id": name, "object": "model", "created": int(model.created if model.folder else began), "owned_by": "lcl-adapter"}
 
     @app.get("/v1/models")
-    async def models(_: Who) -> dict[str, Any]:
-        return {"object": "list", "data": [named(name) for name in list(engine.models)]}
+    async def models(_: AnyCaller) -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(name) for name in list(engine.models)]}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str, _: Who) -> dict[str, Any]:
-        return named(name)
+    async def model(name: str, _: AnyCaller) -> dict[str, Any]:
+        return model_card(name)
 
     @app.put("/v1/adapters/{name}")
     def load_adapter(name: api_types.Name, _: Admin) -> dict[str, Any]:
-        """Load one of the runs in the server's own adapter folder; refused where it changes nothing."""
-        service.load(name)
-        return named(name)
+        """Load a run of the server's adapter folder. It is refused if it changes none of the base's answers."""
+        service.load_adapter(name)
+        return model_card(name)
 
     @app.delete("/v1/adapters/{name}", status_code=204)
     def unload_adapter(name: api_types.Name, _: Admin) -> None:
-        service.unload(name)
+        service.unload_adapter(name)
 
     @app.put("/v1/support-sets/{name}")
-    def put_set(name: api_types.Name, given: api_types.SupportSetIn, who: Who) -> api_types.SupportSetOut:
-        """Store a new version; 409 where ``expected_version`` is not the newest."""
-        return summary(service.put(who.namespace, name, given))
+    def put_set(name: api_types.Name, body: api_types.SupportSetIn, caller: AnyCaller) -> api_types.SupportSetOut:
+        """Store a new version. The answer is 409 if ``expected_version`` is not the newest."""
+        return summary(service.put(caller.namespace, name, body))
 
     @app.get("/v1/support-sets")
-    def sets(who: Who) -> api_types.SupportSets:
-        found: list[StoredSet] = []
-        for name in service.store.names(who.namespace):
-            with suppress(MissingError):  # removed in between
-                found.append(service.store.get(who.namespace, name))
-        return api_types.SupportSets(data=[summary(one) for one in found])
+    def sets(caller: AnyCaller) -> api_types.SupportSets:
+        stored_sets: list[StoredSet] = []
+        for name in service.store.names(caller.namespace):
+            with suppress(MissingError):  # another caller removed it after the names were read
+                stored_sets.append(service.store.get(caller.namespace, name))
+        return api_types.SupportSets(data=[summary(stored) for stored in stored_sets])
 
     @app.get("/v1/support-sets/{name}")
-    def read_set(name: api_types.Name, who: Who, version: VersionAsked = None, images: bool = False) -> api_types.SupportSetWithExamples:
-        return service.whole(service.store.get(who.namespace, name, version), images)
+    def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> api_types.SupportSetWithExamples:
+        return service.with_examples(service.store.get(caller.namespace, name, version), images)
 
     @app.get("/v1/support-sets/{name}/versions")
-    def versions(name: api_types.Name, who: Who) -> api_types.Versions:
-        found = service.store.versions(who.namespace, name)
-        return api_types.Versions(data=[api_types.Version(version=number, created=created) for number, created in found])
+    def versions(name: api_types.Name, caller: AnyCaller) -> api_types.Versions:
+        numbers = service.store.versions(caller.namespace, name)
+        return api_types.Versions(data=[api_types.Version(version=number, created=created) for number, created in numbers])
 
     @app.delete("/v1/support-sets/{name}", status_code=204)
-    def remove_set(name: api_types.Name, who: Who, expected_version: VersionAsked = None) -> None:
-        service.remove(who.namespace, name, expected_version)
+    def remove_set(name: api_types.Name, caller: AnyCaller, expected_version: VersionQuery = None) -> None:
+        service.remove(caller.namespace, name, expected_version)
 
     @app.post("/v1/classify")
-    async def classify(given: api_types.ClassifyIn, who: Who, request: Request) -> api_types.ClassifyOut:
-        """Judge images by a stored set. A broken image has its fault in its own result."""
-        started: Classification = await run_in_threadpool(service.classify, who.namespace, given)
-        await wait_for(started.futures, request, started.cancel, service.timeout)
-        judged = started.judged()
-        metrics.images.inc(sum(one.error is None for one in judged.results))
-        return judged
+    async def classify(body: api_types.ClassifyIn, caller: AnyCaller, request: Request) -> api_types.ClassifyOut:
+        """Classify images by a stored set. An image that cannot be used has an error in its own result."""
+        classification: Classification = await run_in_threadpool(service.classify, caller.namespace, body)
+        await wait_for(classification.futures, request, classification.cancel, service.timeout)
+        response = classification.response()
+        metrics.images.inc(sum(result.error is None for result in response.results))
+        return response
 
     @app.post("/v1/chat/completions")
-    async def chat(given: api_types.ChatIn, who: Who, request: Request) -> Any:
-        job, speaker = await run_in_threadpool(service.chat, who.namespace, given)
-        if given.stream:
-            spoken = _Stream(given, job, speaker)
+    async def chat(body: api_types.ChatIn, caller: AnyCaller, request: Request) -> Any:
+        job, decoder = await run_in_threadpool(service.chat, caller.namespace, body)
+        if body.stream:
+            stream = _Stream(body, job, decoder)
             engine.submit(job)
-            first = await spoken.begun(request)
-            return StreamingResponse(spoken.events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            first = await stream.first_piece(request)
+            return StreamingResponse(stream.events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         engine.submit(job)
         await wait_for([job.future], request, job.cancelled.set, service.timeout)
         reason = job.future.result()
-        told = speaker.told(speaker.tokens) if given.logprobs else None
-        return api_types.completion(given, speaker.text, reason, usage_of(job, speaker), told)
+        logprobs = decoder.logprobs(decoder.tokens) if body.logprobs else None
+        return api_types.completion(body, decoder.text, reason, usage_of(job, decoder), logprobs)
 
     return app
 
 
-def usage_of(job: Job, speaker: Speaker) -> dict[str, int]:
-    said = len(speaker.tokens)
-    return {"prompt_tokens": job.read, "completion_tokens": said, "total_tokens": job.read + said}
+def usage_of(job: Job, decoder: TextDecoder) -> dict[str, int]:
+    generated = len(decoder.tokens)
+    return {"prompt_tokens": job.prompt_tokens, "completion_tokens": generated, "total_tokens": job.prompt_tokens + generated}
+
+
+Piece = tuple[str, list[Token]]  # new text of an answer, and its tokens
 
 
 class _Stream:
-    """Text from the engine's thread to one client. The engine never waits for it: what a slow client has not read is a few kB at most."""
+    """Text from the engine's thread to one client.
 
-    def __init__(self, given: api_types.ChatIn, job: Job, speaker: Speaker) -> None:
-        self.given, self.job, self.speaker = given, job, speaker
+    The engine never waits for the client; unread text stays in ``pieces``, a few kB at most.
+    """
+
+    def __init__(self, body: api_types.ChatIn, job: Job, decoder: TextDecoder) -> None:
+        self.body, self.job, self.decoder = body, job, decoder
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[tuple[str, list[Token]] | None] = asyncio.Queue()
-        speaker.send = lambda text, tokens: self._put((text, tokens))
+        self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the answer has ended
+        decoder.send = lambda text, tokens: self._put((text, tokens))
         job.future.add_done_callback(lambda _: self._put(None))
-        self.head = {"id": api_types.completion_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": given.model}
+        self.head = {"id": api_types.completion_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": body.model}
 
-    def _put(self, piece: tuple[str, list[Token]] | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+    def _put(self, piece: Piece | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed, so the server stops and nobody reads the stream
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
-    async def begun(self, request: Request) -> tuple[str, list[Token]] | None:
-        """The first piece; what goes wrong before it is an error with a status of its own."""
+    async def first_piece(self, request: Request) -> Piece | None:
+        """Wait for the first piece. An error before it can still be answered with its own status.
+
+        Raises GoneError, TimeoutError, and what the job raised.
+        """
         while True:
             try:
-                first = await asyncio.wait_for(self.pieces.get(), 0.5)
+                first = await asyncio.wait_for(self.pieces.get(), DISCONNECT_SECONDS)
             except TimeoutError:
                 if await request.is_disconnected():
                     self.job.cancelled.set()
-                    raise GoneError("the client went away") from None
+                    raise GoneError("the client disconnected") from None
                 if time.monotonic() > self.job.deadline:
                     self.job.cancelled.set()
                     raise
@@ -272,39 +289,44 @@ class _Stream:
                 raise error
             return first
 
-    async def events(self, piece: tuple[str, list[Token]] | None) -> AsyncIterator[str]:
+    def _chunk(self, delta: dict[str, Any], tokens: Sequence[Token]) -> str:
+        logprobs = self.decoder.logprobs(tokens) if self.body.logprobs else None
+        return _event(api_types.chunk(self.head, delta, None, logprobs))
+
+    async def events(self, piece: Piece | None) -> AsyncIterator[str]:
+        """OpenAI's server-sent events, beginning with the text of ``piece``."""
         try:
             yield _event(api_types.chunk(self.head, {"role": "assistant", "content": ""}))
             while piece is not None:
                 text, tokens = piece
-                yield _event(api_types.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
+                yield self._chunk({"content": text}, tokens)
                 piece = await self.pieces.get()
             error = self.job.future.exception()
             if error is not None:
-                yield _event(answer_to(error)[1] if isinstance(error, Exception) else fault("stopped", "server_error", None))
+                yield _event(error_response(error)[1] if isinstance(error, Exception) else error_body("stopped", "server_error", None))
                 return
-            text, tokens = self.speaker.rest()
+            text, tokens = self.decoder.remaining()
             if text or tokens:
-                yield _event(api_types.chunk(self.head, {"content": text}, None, self.speaker.told(tokens) if self.given.logprobs else None))
+                yield self._chunk({"content": text}, tokens)
             yield _event(api_types.chunk(self.head, {}, self.job.future.result()))
-            if self.given.stream_options and self.given.stream_options.include_usage:
-                yield _event({**self.head, "choices": [], "usage": usage_of(self.job, self.speaker)})
+            if self.body.stream_options and self.body.stream_options.include_usage:
+                yield _event({**self.head, "choices": [], "usage": usage_of(self.job, self.decoder)})
             yield "data: [DONE]\n\n"
         finally:
-            self.job.cancelled.set()  # a client that left; a job that is done does not mind
+            self.job.cancelled.set()  # ends the work for a client that disconnected; a finished job ignores it
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _where(error: Any) -> str:
-    return ".".join(str(part) for part in error["loc"][1:])
+def _field_of(fault: Any) -> str:
+    return ".".join(str(part) for part in fault["loc"][1:])
 
 
-def _told(error: Any) -> str:
-    """Where and what, without the value: it may be a photo, or a key."""
-    if error["type"] == "json_invalid":
+def _fault_message(fault: Any) -> str:
+    """The field and its fault, without the field's value: that may be a photo or a key."""
+    if fault["type"] == "json_invalid":
         return "the body is not JSON"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{_where(error)}: {message}" if _where(error) else message
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{_field_of(fault)}: {message}" if _field_of(fault) else message

@@ -1,4 +1,4 @@
-"""Prefilled sets in memory: the one that was asked longest ago makes room for the next, before that is read."""
+"""Prefilled support sets in memory, under a limit in bytes. The least recently used set is evicted first."""
 
 from __future__ import annotations
 
@@ -9,24 +9,32 @@ from dataclasses import dataclass
 import torch
 
 from lcl_adapter.answering.cache import Prefilled
-from lcl_adapter.serve.jobs import Key
+from lcl_adapter.serve.jobs import SetKey
 
-Place = tuple[str, Key]  # a model's name, and a set
-REMEMBERED = 10_000  # places that were evicted, to tell a rebuild from a first reading
+CacheKey = tuple[str, SetKey]  # a model's name, and a support set
+MAX_EVICTED_KEYS = 10_000  # keys of evicted sets that are remembered, so that a second prefill counts as a rebuild
 
 
 @dataclass(frozen=True)
 class CachedSet:
-    """A prefilled set, and its pictures as the tower sees them: unit vectors [N, width], in the order of its turns."""
+    """A prefilled set.
 
-    ready: Prefilled
+    vectors: its N pictures as unit vectors of the vision tower, [N, C], in the order of its turns.
+    bytes: of its keys and values.
+    """
+
+    prefilled: Prefilled
     vectors: torch.Tensor
     bytes: int
 
 
 @dataclass
 class Counters:
-    """Since the start."""
+    """Counts since the start.
+
+    A field's name is part of its metric's name: ``lcl_<field>_total``.
+    waves: batches of jobs that the model answered.
+    """
 
     hits: int = 0
     prefills: int = 0
@@ -39,63 +47,70 @@ class Counters:
 
 
 class SetCache:
-    """At most ``budget`` bytes of them. Used on the engine's thread alone; numbers may be read on any."""
+    """At most ``budget`` bytes of prefilled sets.
+
+    The engine's thread alone changes it; any thread may read ``bytes`` and the length.
+    """
 
     def __init__(self, budget: int, counters: Counters) -> None:
         self.budget, self.counters = budget, counters
         self.bytes = 0
-        self._sets: OrderedDict[Place, CachedSet] = OrderedDict()
-        self._evicted: set[Place] = set()
-        self._a_token = 0.0  # bytes, of the last that was read
+        self._sets: OrderedDict[CacheKey, CachedSet] = OrderedDict()
+        self._evicted: set[CacheKey] = set()
+        self._bytes_per_token = 0.0  # of the set that was stored last
 
     def __len__(self) -> int:
         return len(self._sets)
 
     def values(self) -> Iterator[CachedSet]:
-        """From the one that was asked longest ago to the newest."""
+        """From the least to the most recently used."""
         return iter(list(self._sets.values()))
 
-    def get(self, place: Place) -> CachedSet | None:
-        found = self._sets.get(place)
-        if found is not None:
-            self._sets.move_to_end(place)
+    def get(self, key: CacheKey) -> CachedSet | None:
+        cached = self._sets.get(key)
+        if cached is not None:
+            self._sets.move_to_end(key)
             self.counters.hits += 1
-        return found
+        return cached
 
     def make_room(self, tokens: int) -> None:
-        """For a set of so many tokens, as far as it is known what one takes: read first, it would stand beside what has to go."""
-        self._evict(int(tokens * self._a_token))
+        """Evict sets before a new one of so many tokens is prefilled, so that memory never has to hold both.
 
-    def put(self, place: Place, kept: CachedSet) -> None:
-        """A set that is larger than all there is, is used and not kept."""
-        self._a_token = kept.bytes / max(1, kept.ready.mask.shape[1])
+        The size is estimated from the last set that was stored. Before the first set, nothing is evicted.
+        """
+        self._evict(int(tokens * self._bytes_per_token))
+
+    def put(self, key: CacheKey, cached: CachedSet) -> None:
+        """Store a set. A set that is larger than the whole budget is not stored."""
+        self._bytes_per_token = cached.bytes / max(1, cached.prefilled.mask.shape[1])
         self.counters.prefills += 1
-        self.counters.rebuilds += place in self._evicted
-        self._evicted.discard(place)
-        self._evict(kept.bytes)
-        if kept.bytes <= self.budget:
-            self._sets[place] = kept
-            self.bytes += kept.bytes
+        self.counters.rebuilds += key in self._evicted
+        self._evicted.discard(key)
+        self._evict(cached.bytes)
+        if cached.bytes <= self.budget:
+            self._sets[key] = cached
+            self.bytes += cached.bytes
 
-    def drop(self, which: Callable[[Place], bool]) -> None:
-        """Sets that are out of date; no evictions."""
-        for place in [place for place in self._sets if which(place)]:
-            self.bytes -= self._sets.pop(place).bytes
+    def drop(self, matches: Callable[[CacheKey], bool]) -> None:
+        """Remove sets that are out of date. These do not count as evictions."""
+        for key in [key for key in self._sets if matches(key)]:
+            self.bytes -= self._sets.pop(key).bytes
 
-    def _evict(self, room: int) -> None:
-        while self._sets and self.bytes + room > self.budget:
-            place, gone = self._sets.popitem(last=False)
-            self.bytes -= gone.bytes
+    def _evict(self, needed: int) -> None:
+        """Evict sets until ``needed`` bytes are free, or the cache is empty."""
+        while self._sets and self.bytes + needed > self.budget:
+            key, cached = self._sets.popitem(last=False)
+            self.bytes -= cached.bytes
             self.counters.evictions += 1
-            if len(self._evicted) > REMEMBERED:
+            if len(self._evicted) > MAX_EVICTED_KEYS:
                 self._evicted.clear()
-            self._evicted.add(place)
+            self._evicted.add(key)
 
 
-def size_of(ready: Prefilled) -> int:
-    """Bytes of keys and values."""
+def size_of(prefilled: Prefilled) -> int:
+    """Bytes of all keys and values."""
     total = 0
-    for layer in ready.cache.layers:
+    for layer in prefilled.cache.layers:
         for name in ("keys", "values"):
             tensor = getattr(layer, name, None)
             total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0

@@ -1,9 +1,14 @@
-"""What a stored set says of itself: how sure its judgements may be, and how alike its photos are.
+"""The temperature of a stored set's probabilities, and its threshold of "none of these".
 
-Photos are left out, one of each label at a time, and asked about without themselves. The temperature is what makes the probabilities of
-those judgements fit best (Guo et al., arXiv 1706.04599), held near 1 where they are few. "None of these" does not come from the language
-model, whose probabilities tell a strange photo badly from a known one; it comes from the vision tower: a query that is hardly more like
-its label's photos than another label's are is none of them. Both are measured by ``python -m benchmarks.calibrate``.
+Temperature: photos of the set are left out, one of each label at a time, and the model classifies them by the remaining
+photos. The temperature is the one that fits the probabilities of these answers best (Guo et al., arXiv 1706.04599).
+With few answers it stays near 1.
+
+"None of these": the language model's probabilities separate unknown classes from known ones badly. The vision tower
+separates them better, so this decision uses its vectors alone. A query is none of these if it is hardly more similar to
+its label's photos than photos of other labels are. ``python -m benchmarks.calibrate`` measures both.
+
+Shapes: N photos of the set, C width of a vector, J classified photos, K labels, G grid points.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.predict import Reply
@@ -22,18 +28,29 @@ from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.recipe.wording import Wording
 
-FORMAT = 2
-MOST_FOLDS = 6
-PRIOR_SPREAD, PRIOR_WEIGHT = 0.35, 4.0  # of familiarity within a label: what few photos say of it is held near this
-# Chosen on half of the shipped data's held-out classes; benchmarks/calibrate.py measures on the other half.
-BETWEEN, ABOVE = 0.2, 0.14  # how far from another label's photos to a label's own the threshold is, and how much further
-BELOW = 0.8  # and at least so many standard deviations below the label's own, for labels that look alike
-STEADY = 0.7  # how far from 1 the temperature's logarithm is expected to be
+FORMAT = 2  # of a stored calibration; one of another format is computed again
+MAX_FOLDS = 6  # rounds in which one photo per label is left out
+
+# The spread (standard deviation) of familiarity within a label. A few photos give a bad estimate of it, so the estimate
+# is averaged with PRIOR_SPREAD, which counts as much as PRIOR_WEIGHT photos.
+PRIOR_SPREAD, PRIOR_WEIGHT = 0.35, 4.0
+
+# The threshold's three numbers. They were chosen on half of the shipped data's held-out classes;
+# benchmarks/calibrate.py measures on the other half.
+GAP_SHARE = 0.2  # where the threshold is between the mean familiarity with other labels (0) and with the own label (1)
+OFFSET = 0.14  # added to that
+MIN_DEVIATIONS = 0.8  # but the threshold is at least so many standard deviations below the own label's mean
+
+LOG_TEMPERATURE_SPREAD = 0.7  # standard deviation of the prior on the temperature's logarithm, whose mean is 0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """threshold: of familiarity, None where no label has two photos. left_out, right: judgements made, and those that were right."""
+    """What was measured on a set's own photos.
+
+    threshold: of familiarity; None if no label has two photos, or there is one label.
+    left_out: how many photos were left out and classified. right: how many of these correctly.
+    """
 
     temperature: float = 1.0
     threshold: float | None = None
@@ -42,86 +59,105 @@ class Calibration:
     format: int = FORMAT
 
     def probabilities(self, log_likelihoods: Sequence[float]) -> tuple[float, ...]:
-        """Over the labels; they sum to 1."""
+        """One for each label; they sum to 1."""
         top = max(log_likelihoods)
         weights = [math.exp((value - top) / self.temperature) for value in log_likelihoods]
         return tuple(weight / sum(weights) for weight in weights)
 
-    def written(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def read(cls, value: dict[str, Any]) -> Calibration | None:
-        """None for one that another version wrote."""
-        return cls(**value) if value.get("format") == FORMAT else None
+    def from_json(cls, fields: dict[str, Any]) -> Calibration | None:
+        """None if another version of this package wrote the fields."""
+        return cls(**fields) if fields.get("format") == FORMAT else None
 
 
-class Asked(Protocol):
-    """What of an engine is needed here."""
+class CalibrationEngine(Protocol):
+    """The part of an engine that calibration needs."""
 
     def prefill(self, turns: Sequence[Turn]) -> Prefilled: ...
 
-    def ask(self, ready: Prefilled, asked: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]: ...
+    def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]: ...
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor: ...
 
 
 def familiarity(similarities: Sequence[float]) -> float:
-    """Of a photo whose cosines to photos of a label are these; grows without bound as the nearest approaches it."""
+    """How familiar a photo is, given its cosine similarities to a label's photos: -log(1 - the highest cosine).
+
+    It is 0 at cosine 0, and grows fast as the most similar photo approaches cosine 1 (13.8 at most).
+    """
     return -math.log(max(1e-6, 1.0 - max(similarities)))
 
 
-def calibrate(engine: Asked, shown: Sequence[tuple[Picture, str]], wording: Wording, question: str | None) -> Generator[None, None, Calibration]:
-    """On the engine's thread, a step a fold, so that others are answered in between."""
-    labels = list(dict.fromkeys(label for _, label in shown))
+def calibrate(
+    engine: CalibrationEngine, examples: Sequence[tuple[Picture, str]], wording: Wording, question: str | None
+) -> Generator[None, None, Calibration]:
+    """Calibrate a set of labelled photos; the generator's return value is the result.
+
+    It runs on the engine's thread and yields after each fold, so that other jobs run in between.
+    question: the set's own; without it the wording's query is asked.
+    """
+    labels = list(dict.fromkeys(label for _, label in examples))
     answers = tuple(wording.answered(label) for label in labels)
-    judged: list[tuple[tuple[float, ...], int]] = []
-    for fold in _folds([label for _, label in shown]):
-        rest = [one for place, one in enumerate(shown) if place not in fold]
-        ready = engine.prefill(support_turns(rest, wording))
-        asked = [(Turn("user", question or wording.query, shown[place][0]), answers) for place in fold]
-        replies = engine.ask(ready, asked)
-        judged += [(reply.log_likelihoods, labels.index(shown[place][1])) for place, reply in zip(fold, replies, strict=True)]
+    judged: list[tuple[tuple[float, ...], int]] = []  # log-likelihoods of all labels, and the index of the true label
+    for fold in _folds([label for _, label in examples]):
+        remaining = [example for place, example in enumerate(examples) if place not in fold]
+        prefilled = engine.prefill(support_turns(remaining, wording))
+        questions = [(Turn("user", question or wording.query, examples[place][0]), answers) for place in fold]
+        replies = engine.ask(prefilled, questions)
+        judged += [(reply.log_likelihoods, labels.index(examples[place][1])) for place, reply in zip(fold, replies, strict=True)]
         yield
-    vectors = engine.vectors([picture for picture, _ in shown])
+    vectors_NC = engine.vectors([picture for picture, _ in examples])
     right = sum(int(np.argmax(likely)) == label for likely, label in judged)
-    return Calibration(_temperature(judged), _threshold(vectors @ vectors.T, [label for _, label in shown]), len(judged), right)
+    threshold = _threshold(vectors_NC @ vectors_NC.T, [label for _, label in examples])
+    return Calibration(_temperature(judged), threshold, len(judged), right)
 
 
 def _folds(labels: Sequence[str]) -> list[list[int]]:
-    """Places to leave out together: one photo of every label that has another; MOST_FOLDS at most."""
-    places = [[p for p, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)]
-    several = [own for own in places if len(own) > 1]
-    count = min(MOST_FOLDS, max((len(own) for own in several), default=0))
+    """At most MAX_FOLDS lists of indices to leave out together: one photo of every label that has at least two."""
+    indices = [[index for index, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)]
+    several = [own for own in indices if len(own) > 1]
+    count = min(MAX_FOLDS, max((len(own) for own in several), default=0))
     return [[own[fold] for own in several if fold < len(own)] for fold in range(count)]
 
 
 def _temperature(judged: Sequence[tuple[tuple[float, ...], int]]) -> float:
-    """The likeliest, given that its logarithm is expected within STEADY of 0."""
+    """The most probable temperature, by grid search: cross-entropy plus a Gaussian prior on the logarithm.
+
+    judged: log-likelihoods of all labels, and the index of the true label.
+    """
     if not judged:
         return 1.0
-    scores = torch.tensor([likely for likely, _ in judged], dtype=torch.float64)
-    truth = torch.tensor([label for _, label in judged])
-    grid = torch.linspace(-2, 3, 101, dtype=torch.float64)
-    losses = [float(torch.nn.functional.cross_entropy(scores / math.exp(t), truth, reduction="sum")) + 0.5 * (float(t) / STEADY) ** 2 for t in grid]
-    return math.exp(float(grid[int(np.argmin(losses))]))
+    scores_JK = torch.tensor([likely for likely, _ in judged], dtype=torch.float64)
+    truth_J = torch.tensor([label for _, label in judged])
+    grid_G = torch.linspace(-2, 3, 101, dtype=torch.float64)  # logarithms of temperatures
+    losses = []
+    for log_temperature in grid_G:
+        fit = float(functional.cross_entropy(scores_JK / math.exp(log_temperature), truth_J, reduction="sum"))
+        losses.append(fit + 0.5 * (float(log_temperature) / LOG_TEMPERATURE_SPREAD) ** 2)
+    return math.exp(float(grid_G[int(np.argmin(losses))]))
 
 
-def _threshold(cosines: torch.Tensor, labels: Sequence[str]) -> float | None:
-    """Of familiarity: each photo beside the others of its label, and beside each other label's, which are this set's own strangers.
+def _threshold(cosines_NN: torch.Tensor, labels: Sequence[str]) -> float | None:
+    """The familiarity below which a query is none of these. None if no label has two photos, or there is one label.
 
-    Two photos a label say little of how alike a label's photos are, and another label's tell where to begin. Labels that look alike say
-    nothing of strangers; there the threshold is below what a label's own photos are. The spread is held near PRIOR_SPREAD.
+    Each photo is compared with the other photos of its own label, and with the photos of each other label. The other
+    labels' photos play the part of unknown classes, and the threshold lies between the two means. If labels look alike,
+    the two means are close and say nothing about unknown classes. Then the threshold is MIN_DEVIATIONS below the own
+    label's mean instead.
     """
     own: list[float] = []
     others: list[float] = []
-    for place, label in enumerate(labels):
+    for index, label in enumerate(labels):
         for other in dict.fromkeys(labels):
-            beside = [float(cosines[place, p]) for p, name in enumerate(labels) if name == other and p != place]
-            if beside:
-                (own if other == label else others).append(familiarity(beside))
+            similarities = [float(cosines_NN[index, i]) for i, name in enumerate(labels) if name == other and i != index]
+            if similarities:
+                (own if other == label else others).append(familiarity(similarities))
     if len(own) < 2 or not others:
         return None
-    count, known, strange = len(own), float(np.mean(own)), float(np.mean(others))
-    spread = (PRIOR_WEIGHT * PRIOR_SPREAD**2 + (count - 1) * float(np.var(own, ddof=1))) / (PRIOR_WEIGHT + count - 1)
-    return min(strange + BETWEEN * (known - strange) + ABOVE, known - BELOW * math.sqrt(spread * (1 + 1 / count)))
+    count, known, unknown = len(own), float(np.mean(own)), float(np.mean(others))
+    variance = (PRIOR_WEIGHT * PRIOR_SPREAD**2 + (count - 1) * float(np.var(own, ddof=1))) / (PRIOR_WEIGHT + count - 1)
+    between = unknown + GAP_SHARE * (known - unknown) + OFFSET
+    return min(between, known - MIN_DEVIATIONS * math.sqrt(variance * (1 + 1 / count)))

@@ -1,4 +1,4 @@
-"""What is said: how a token is drawn, and how tokens become text."""
+"""How the next token of an answer is chosen, and how tokens become text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-GREEDY = 1e-3  # temperatures below are none
+GREEDY_BELOW = 1e-3  # a lower temperature means greedy decoding
 
 
 @dataclass(frozen=True)
 class Token:
-    """One that was said: the text that it adds, its id and log-probability, and those of the likeliest ones beside it."""
+    """A generated token. top: ids and log-probabilities of the most likely tokens at its position."""
 
     id: int
     logprob: float
@@ -22,17 +22,24 @@ class Token:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 takes the likeliest; top_p: of the smallest set with this much probability; top: alternatives told."""
+    """How tokens are chosen.
+
+    temperature: 0 means the most likely token. top_p: draw from the smallest set of tokens with this much probability.
+    seed: of the draws; None means a random one. top_logprobs: alternatives reported with each token.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    top: int = 0
+    top_logprobs: int = 0
     max_tokens: int = 256
 
 
-class Chooser:
-    """Draws tokens as one request asks, from a generator of its own, so that batching with others changes nothing."""
+class TokenSampler:
+    """Chooses the tokens of one request.
+
+    It has its own random generator, so that batching with other requests changes nothing.
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -40,25 +47,28 @@ class Chooser:
         seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**31, (1,)))
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: torch.Tensor) -> Token:
+    def __call__(self, logits_V: torch.Tensor) -> Token:
+        """The next token, given the logits of all V tokens of the vocabulary."""
         self.count += 1
-        logits = logits.float().cpu()
-        logprobs = logits.log_softmax(-1)
-        hot = self.sampling.temperature
-        token = int(logits.argmax()) if hot < GREEDY else self._drawn((logits - logits.max()) / hot)
-        top = logprobs.topk(self.sampling.top) if self.sampling.top else None
-        beside = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else ()
-        return Token(token, float(logprobs[token]), beside)
+        logits_V = logits_V.float().cpu()
+        logprobs_V = logits_V.log_softmax(-1)
+        temperature = self.sampling.temperature
+        token = int(logits_V.argmax()) if temperature < GREEDY_BELOW else self._draw((logits_V - logits_V.max()) / temperature)
+        top = logprobs_V.topk(self.sampling.top_logprobs) if self.sampling.top_logprobs else None
+        alternatives = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else ()
+        return Token(token, float(logprobs_V[token]), alternatives)
 
-    def _drawn(self, logits: torch.Tensor) -> int:
-        chances, order = logits.softmax(-1).sort(descending=True)
-        within = chances.cumsum(-1) - chances < self.sampling.top_p  # the likeliest always
-        chances = chances * within
-        return int(order[torch.multinomial(chances, 1, generator=self.generator)])
+    def _draw(self, logits_V: torch.Tensor) -> int:
+        chances_V, order_V = logits_V.softmax(-1).sort(descending=True)
+        within_V = chances_V.cumsum(-1) - chances_V < self.sampling.top_p  # the most likely token is always within
+        return int(order_V[torch.multinomial(chances_V * within_V, 1, generator=self.generator)])
 
 
-class Speaker:
-    """Tokens to text, for one job: held back while a character or a stop text may still be under way."""
+class TextDecoder:
+    """Turns the tokens of one job into text. It holds text back while it may be part of a character or of a stop text.
+
+    stops: texts that end the answer and are no part of it. send: called with each piece of new text and its tokens.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], send: Callable[[str, list[Token]], None] | None = None) -> None:
         self.tokenizer = tokenizer
@@ -69,52 +79,52 @@ class Speaker:
         self.sent = 0
         self._unsent: list[Token] = []
 
-    def hear(self, token: Token) -> bool:
-        """On the engine's thread; False where a stop text was said."""
+    def add(self, token: Token) -> bool:
+        """Append a token, on the engine's thread. Returns False if a stop text is complete."""
         self.tokens.append(token)
         self._unsent.append(token)
-        whole = self._decoded(self.tokens)
-        ends = min((at for stop in self.stops if (at := whole.find(stop)) >= 0), default=None)
-        self.text = whole if ends is None else whole[:ends]
-        if ends is None:
-            held = max((_overlap(whole, stop) for stop in self.stops), default=0)
-            half = len(whole) - len(whole.rstrip("�"))  # bytes of a character that is not whole yet
-            self._flush(len(whole) - max(held, half))
+        decoded = self._decode(self.tokens)
+        end = min((at for stop in self.stops if (at := decoded.find(stop)) >= 0), default=None)
+        self.text = decoded if end is None else decoded[:end]
+        if end is None:
+            begun_stop = max((_overlap(decoded, stop) for stop in self.stops), default=0)
+            begun_character = len(decoded) - len(decoded.rstrip("�"))  # bytes of a character that is not complete yet
+            self._flush(len(decoded) - max(begun_stop, begun_character))
             return True
-        while self.tokens and self._decoded(self.tokens[:-1]).startswith(self.text):
-            gone = self.tokens.pop()  # said, and no part of the text
-            self._unsent = [kept for kept in self._unsent if kept is not gone]
+        while self.tokens and self._decode(self.tokens[:-1]).startswith(self.text):
+            removed = self.tokens.pop()  # a token of the stop text, so no part of the answer
+            self._unsent = [token for token in self._unsent if token is not removed]
         return False
 
-    def _decoded(self, tokens: Sequence[Token]) -> str:
+    def _decode(self, tokens: Sequence[Token]) -> str:
         return self.tokenizer.decode([t.id for t in tokens], skip_special_tokens=True).lstrip()
 
-    def rest(self) -> tuple[str, list[Token]]:
-        """What was held back to the end."""
-        found = self.text[self.sent :], self._unsent
+    def remaining(self) -> tuple[str, list[Token]]:
+        """The text that is still held back at the end, and its tokens."""
+        text, tokens = self.text[self.sent :], self._unsent
         self.sent, self._unsent = len(self.text), []
-        return found
+        return text, tokens
 
     def _flush(self, until: int) -> None:
         if self.send is not None and until > self.sent:
             self.send(self.text[self.sent : until], self._unsent)
             self.sent, self._unsent = until, []
 
-    def told(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """Log-probabilities as OpenAI gives them."""
-        return [{**self._named(t.id, t.logprob), "top_logprobs": [self._named(*one) for one in t.top]} for t in tokens]
+    def logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Log-probabilities in OpenAI's format."""
+        return [{**self._entry(t.id, t.logprob), "top_logprobs": [self._entry(*alternative) for alternative in t.top]} for t in tokens]
 
-    def _within(self, token: int) -> str:
-        """As it stands in a sentence: alone, a decoder drops the space that a word begins with."""
+    def _text_of(self, token: int) -> str:
+        """A token's text inside a sentence. Decoded alone, it would lose the space before a word."""
         before = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
         head, both = self.tokenizer.decode(before), self.tokenizer.decode([*before, token])
         return str(both[len(head) :] if both.startswith(head) else self.tokenizer.decode([token]))
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._within(token)
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text_of(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How much of ``stop``'s beginning ``text`` ends with."""
+    """The length of the longest beginning of ``stop`` that ``text`` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,10 @@
-"""One model behind a queue: jobs of many clients, those of one support set together, and prefilled sets kept under a memory budget.
+"""One model behind a queue: batches of jobs about the same support set, and a cache of prefilled sets.
 
-One thread owns the model. It takes the oldest job and with it every other that asks the same model about the same set, so
-that a set is read once and its questions pass the model together. Prefilled sets are kept, least recently used out first.
+One thread owns the model. It removes the oldest job from the queue, together with every other job for the same model
+and the same set. So a set is prefilled once, and its questions go through the model in one batch. The prefilled set
+stays in the cache.
+
+Shapes: N pictures, C width of a vector, S pictures of a support set, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -35,18 +38,22 @@ from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingErro
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache, size_of
-from lcl_adapter.serve.decoding import Chooser
+from lcl_adapter.serve.decoding import TokenSampler
 from lcl_adapter.serve.images import digest_of
-from lcl_adapter.serve.jobs import BusyError, Job, Key, RunningTasks, Task, alike
+from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
 
-VISION = 64 * 2**20  # bytes of vision features that are kept between requests
-DECODED = 4  # pictures in memory at a time, each up to 200 MB when it is padded to a square
-WAVE = 8192  # tokens behind a set at a time: the mask grows with their square
+VISION_CACHE_BYTES = 64 * 2**20  # vision features that are cached between requests
+MAX_DECODED = 4  # decoded pictures in memory at a time; one padded to a square can have 200 MB
+MAX_BATCH_TOKENS = 8192  # tokens of the questions in a batch; the attention mask grows with their square
+STOPPING_RETRY = 5  # seconds after which a client may ask again when the server stops
 
 
 @dataclass(frozen=True)
 class Scored:
-    """similarities: cosines to the set's pictures, in the order of its turns."""
+    """The result of a job with answers.
+
+    similarities: cosines of the query with the set's pictures, in the order of its turns.
+    """
 
     reply: Reply
     similarities: tuple[float, ...]
@@ -54,25 +61,32 @@ class Scored:
 
 @dataclass(frozen=True)
 class Model:
-    """A name that clients ask: the base alone, or one adapter on it."""
+    """A model that clients can name: the base alone, or the base with one adapter.
+
+    adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
+    identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
+    """
 
     name: str
     wording: Wording
     folder: Path | None = None
-    adapter: str = ""  # PEFT's own name for it, which may have fewer characters than a client's
-    identity: str = ""  # of the weights, base's and adapter's: what was measured of another is not this one's
+    adapter: str = ""
+    identity: str = ""
     created: float = field(default_factory=time.time)
 
 
 class Engine:
-    """``memory``: bytes that prefilled sets may take. ``queue``: jobs that may wait. ``pack``: questions behind one set at a time."""
+    """The model, its thread and its queue.
+
+    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in one batch. name: of the base, for clients.
+    """
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
         self.base = base
-        self.limit = queue
+        self.queue_limit = queue
         self.name = name
-        own = WORDINGS[base.family.wording]
-        self.models: dict[str, Model] = {name: Model(name, own, identity=base.checkpoint.hash())}
+        wording = WORDINGS[base.family.wording]
+        self.models: dict[str, Model] = {name: Model(name, wording, identity=base.checkpoint.hash())}
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
@@ -80,22 +94,22 @@ class Engine:
         self._tasks = RunningTasks()
         self._changed = threading.Condition()
         self._stopping = False
-        self._loaded = 0
-        self._pace = 0.05  # seconds a job, a running mean
-        self._predictor = self._fresh(base)
+        self._adapters_loaded = 0
+        self._seconds_per_job = 0.05  # a running mean
+        self._predictor = self._new_predictor(base)
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> Engine:
         self._thread.start()
         return self
 
-    def stop(self, patience: float = 30.0) -> None:
-        """What waits is refused; what runs is finished, for so many seconds."""
+    def stop(self, timeout: float = 30.0) -> None:
+        """Refuse all waiting jobs, and wait up to ``timeout`` seconds for the running batch."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(patience)
+            self._thread.join(timeout)
 
     @property
     def alive(self) -> bool:
@@ -103,29 +117,36 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """Jobs and tasks in the queue."""
         return len(self._waiting)
 
     def find(self, name: str) -> Model:
         """Raises MissingError."""
-        found = self.models.get(name)
-        if found is None:
-            raise MissingError(f"no model {name!r}{did_you_mean(name, list(self.models))}; there are {', '.join(self.models)}.")
-        return found
+        model = self.models.get(name)
+        if model is None:
+            raise MissingError(f"no model {name!r}{did_you_mean(name, list(self.models))}; this server has {', '.join(self.models)}.")
+        return model
 
     def submit(self, *jobs: Job | Task) -> None:
-        """All of them or none. Raises BusyError where the queue has no room, or the server is stopping."""
+        """Queue all of them or none.
+
+        Raises BusyError if the queue has no room for the jobs, or the server is stopping.
+        """
         with self._changed:
             if self._stopping:
-                raise BusyError(5)
-            asked = sum(isinstance(job, Job) for job in jobs)
-            if asked and sum(isinstance(job, Job) for job in self._waiting) + asked > self.limit:
+                raise BusyError(STOPPING_RETRY)
+            count = sum(isinstance(job, Job) for job in jobs)
+            if count and sum(isinstance(job, Job) for job in self._waiting) + count > self.queue_limit:
                 self.counters.refused += len(jobs)
-                raise BusyError(max(1, math.ceil(self._pace * len(self._waiting))))
+                raise BusyError(max(1, math.ceil(self._seconds_per_job * len(self._waiting))))
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
     def call(self, run: Callable[[Engine], Any], timeout: float | None = None) -> Any:
-        """Run something on the engine's thread and wait for it."""
+        """Run a function on the engine's thread and wait for its result.
+
+        Raises TimeoutError, and what the function raises.
+        """
         task = Task(partial(run, self))
         self.submit(task)
         try:
@@ -134,11 +155,23 @@ class Engine:
             task.cancelled.set()
             raise
 
-    # The engine's own thread from here on.
+    def drop_set(self, key: SetKey) -> None:
+        """Remove a set from the cache, for every model, after it was changed or removed in the store.
+
+        Any thread may call this.
+        """
+
+        def run() -> None:
+            self.cache.drop(lambda cache_key: cache_key[1] == key)
+
+        with suppress(BusyError):  # no request uses this key any more, so the set is evicted as the least recently used
+            self.submit(Task(run))
+
+    # From here on: the engine's own thread.
 
     def _loop(self) -> None:
         while True:
-            batch = self._next()
+            batch = self._next_batch()
             if not batch:
                 return
             began = time.monotonic()
@@ -146,236 +179,260 @@ class Engine:
                 if isinstance(batch[0], Task):
                     if self._tasks.step(batch[0]):
                         with self._changed:
-                            self._waiting.append(batch[0])  # behind what has come in the meantime
+                            self._waiting.append(batch[0])  # behind the jobs that were submitted in the meantime
                 else:
                     self._answer([job for job in batch if isinstance(job, Job)])
-            except BaseException as error:  # the thread must outlive whatever a request causes
+            except BaseException as error:  # no request may end the thread
                 for job in batch:
                     if not job.future.done():
                         job.future.set_exception(error)
-            self._pace = 0.8 * self._pace + 0.2 * (time.monotonic() - began) / len(batch)
+            self._seconds_per_job = 0.8 * self._seconds_per_job + 0.2 * (time.monotonic() - began) / len(batch)
 
-    def _next(self) -> list[Job | Task]:
-        """The oldest, and what goes with it. Empty when the server stops."""
+    def _next_batch(self) -> list[Job | Task]:
+        """Wait for work; return the oldest entry, and the jobs that can be answered with it.
+
+        Empty when the server stops.
+        """
         with self._changed:
             while not self._waiting and not self._stopping:
                 self._changed.wait()
             if self._stopping:
                 for job in (*self._waiting, *self._tasks.running):
                     if not job.future.done():
-                        job.future.set_exception(BusyError(5))
+                        job.future.set_exception(BusyError(STOPPING_RETRY))
                 self._waiting.clear()
                 return []
             first = self._waiting.popleft()
             if isinstance(first, Task) or first.key is None:
                 return [first]
-            wave, length = [first], self._length(first)
+            batch, tokens = [first], self._token_bound(first)
             for job in self._waiting:
-                if len(wave) < self._pack and isinstance(job, Job) and alike(job, first) and length + self._length(job) <= WAVE:
-                    wave.append(job)
-                    length += self._length(job)
-            taken = set(map(id, wave))
-            self._waiting = deque(job for job in self._waiting if id(job) not in taken)
-            return list(wave)
+                if len(batch) == self._pack:
+                    break
+                if isinstance(job, Job) and same_batch(job, first) and tokens + self._token_bound(job) <= MAX_BATCH_TOKENS:
+                    batch.append(job)
+                    tokens += self._token_bound(job)
+            chosen = set(map(id, batch))
+            self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
+            return list(batch)
 
-    def _length(self, job: Job) -> int:
-        """Tokens of a question with its answers, by their characters: mostly fewer."""
+    def _token_bound(self, job: Job) -> int:
+        """About how many tokens a question has with its answers.
+
+        Text counts a token per character, which is mostly too many.
+        """
         return len(job.turn.pictures) * self._predictor.encoder.tokens_an_image + 64 + len(job.turn.text) + sum(map(len, job.answers))
 
     @property
-    def spare(self) -> int:
-        """Tokens that a question must leave in the context."""
+    def reserved_tokens(self) -> int:
+        """Tokens of the context that are reserved for an answer, after a set and a question."""
         return self._predictor.max_new_tokens
 
     def _answer(self, jobs: list[Job]) -> None:
-        jobs = self._living(jobs)
+        """Answer jobs of the same batch.
+
+        If the batch fails, each job is tried alone, so that a fault ends only the job that causes it.
+        """
+        jobs = self._without_aborted(jobs)
         if not jobs:
             return
         first = jobs[0]
         try:
-            with self.on(first.model):
-                kept = self._prefilled(first)
+            with self.using(first.model):
+                cached = self._prefilled(first)
                 self.counters.waves += 1
                 if first.answers:
-                    replies = self.ask(kept.ready, [(job.turn, job.answers) for job in jobs])
-                    similar = (self.vectors([job.turn.picture for job in jobs if job.turn.picture]) @ kept.vectors.T).tolist()
-                    for job, reply, cosines in zip(jobs, replies, similar, strict=True):
+                    replies = self.ask(cached.prefilled, [(job.turn, job.answers) for job in jobs])
+                    vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
+                    cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
+                    for job, reply, cosines in zip(jobs, replies, cosines_NS, strict=True):
                         job.future.set_result(Scored(reply, tuple(cosines)))
                 else:
-                    self._say(kept.ready, jobs)
+                    self._generate(cached.prefilled, jobs)
             self.counters.answered += len(jobs)
         except Exception as error:
             if not isinstance(error, EpisodeError):
-                self._forget(first)  # whatever state it is in
+                self._drop_cached(first)  # its state is unknown after a fault
             if len(jobs) == 1:
                 first.fail(RequestError(str(error)) if isinstance(error, EpisodeError) else error)
                 return
-            for job in jobs:  # one of them may be the cause; the others are to have their answers
-                if job.heard:  # what was said cannot be taken back
+            for job in jobs:
+                if job.has_output:  # the client has a part of the text, so the job cannot be repeated
                     job.fail(error)
                 elif not job.future.done():
                     self._answer([job])
 
-    def _living(self, jobs: list[Job]) -> list[Job]:
-        found = []
+    def _without_aborted(self, jobs: list[Job]) -> list[Job]:
+        """End the jobs that were cancelled or are past their deadline; return the others."""
+        active = []
         for job in jobs:
-            over = job.over
-            if over is None:
-                found.append(job)
+            error = job.abort_error
+            if error is None:
+                active.append(job)
             else:
                 self.counters.cancelled += 1
-                job.fail(over)
-        return found
+                job.fail(error)
+        return active
 
-    def on(self, model: str) -> AbstractContextManager[None]:
-        """The model switched to this name's adapter, or to none."""
-        found = self.find(model)
-        if found.folder is None:
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Inside the block the model has this name's adapter, or none for the base. Raises MissingError."""
+        model = self.find(name)
+        if model.folder is None:
             return self.base.without_adapter() if isinstance(self.base.model, PeftModel) else nullcontext()
-        self.base.model.set_adapter(found.adapter, inference_mode=True)
+        self.base.model.set_adapter(model.adapter, inference_mode=True)
         return nullcontext()
 
     def prefill(self, turns: Sequence[Turn]) -> Prefilled:
+        """Read a support set. Cached sets are evicted first if there is not enough memory for both."""
         if turns:
             self.cache.make_room(len(self._predictor.encoder.turns(turns)[0]))
         return self._predictor.prefill([turns])
 
-    def ask(self, ready: Prefilled, asked: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
-        return self._predictor.ask(ready, [Question(0, turn, answers) for turn, answers in asked], generate=False)
+    def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
+        """Score the worded labels of each question by one prefilled set."""
+        return self._predictor.ask(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """What the tower sees in each: its mean patch as a unit vector, [N, width], on the CPU."""
+        """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""
         if not pictures:
             return torch.empty(0, 0)
-        return functional.normalize(mean_patches(pictures, self._predictor.vision), dim=1).cpu()
+        features_NC = mean_patches(pictures, self._predictor.vision)
+        return functional.normalize(features_NC, dim=1).cpu()
 
     def _prefilled(self, job: Job) -> CachedSet:
-        place = None if job.key is None else (job.model, job.key)
-        if place is not None and (known := self.cache.get(place)) is not None:
-            return known
+        """The job's support set, from the cache if it is there."""
+        key = None if job.key is None else (job.model, job.key)
+        if key is not None and (cached := self.cache.get(key)) is not None:
+            return cached
         turns = job.support()
-        ready = self.prefill(turns)
-        kept = CachedSet(ready, self.vectors([p for turn in turns for p in turn.pictures] if job.answers or place else []), size_of(ready))
-        if place is not None:
-            self.cache.put(place, kept)
-        return kept
+        prefilled = self.prefill(turns)
+        needs_vectors = bool(job.answers) or key is not None
+        pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
+        cached = CachedSet(prefilled, self.vectors(pictures), size_of(prefilled))
+        if key is not None:
+            self.cache.put(key, cached)
+        return cached
 
-    def _forget(self, job: Job) -> None:
+    def _drop_cached(self, job: Job) -> None:
         if job.key is not None:
-            self.cache.drop(lambda place: place == (job.model, job.key))
+            self.cache.drop(lambda key: key == (job.model, job.key))
 
-    def forget(self, key: Key) -> None:
-        """A set that was changed or removed; on any thread."""
+    def _generate(self, prefilled: Prefilled, jobs: list[Job]) -> None:
+        """Generate text for each job, a token at a time for all of them.
 
-        def run() -> None:
-            self.cache.drop(lambda place: place[1] == key)
-
-        with suppress(BusyError):  # nothing asks for it by this key any more, so it goes as the least recently used
-            self.submit(Task(run))
-
-    def _say(self, ready: Prefilled, jobs: list[Job]) -> None:
-        choosers = [Chooser(job.sampling) for job in jobs]
+        Sets each future to OpenAI's finish reason, "stop" or "length".
+        """
+        samplers = [TokenSampler(job.sampling) for job in jobs]
         encoder = self._predictor.encoder
         for job in jobs:
-            job.read = int(ready.mask.sum()) + len(encoder.turns([job.turn], opened=True, first=ready.empty)[0])
+            question_tokens = len(encoder.turns([job.turn], opened=True, first=prefilled.empty)[0])
+            job.prompt_tokens = int(prefilled.mask.sum()) + question_tokens
 
-        def choose(number: int, logits: torch.Tensor) -> int | None:
+        def choose(number: int, logits_V: torch.Tensor) -> int | None:
+            """The next token of a job, or None if its answer has ended."""
             job = jobs[number]
-            over = job.over
-            if over is not None:
+            abort_error = job.abort_error
+            if abort_error is not None:
                 self.counters.cancelled += 1
-                job.fail(over)
+                job.fail(abort_error)
                 return None
-            assert job.say is not None
+            assert job.on_token is not None
             try:
-                token = choosers[number](logits)
-                stops = token.id == encoder.eos or not job.say(token)
-            except Exception as fault:  # this job's own, and no reason to end the others
-                job.fail(fault)
+                token = samplers[number](logits_V)
+                ended = token.id == encoder.eos or not job.on_token(token)
+            except Exception as error:  # this job's own fault; the others go on
+                job.fail(error)
                 return None
-            job.heard = True
-            if stops:
+            job.has_output = True
+            if ended:
                 job.future.set_result("stop")
                 return None
-            if choosers[number].count >= job.sampling.max_tokens:
+            if samplers[number].count >= job.sampling.max_tokens:
                 job.future.set_result("length")
                 return None
             return token.id
 
-        self._predictor.generate(ready, [job.turn for job in jobs], choose, max(job.sampling.max_tokens for job in jobs))
+        self._predictor.generate(prefilled, [job.turn for job in jobs], choose, max(job.sampling.max_tokens for job in jobs))
         for job in jobs:
             if not job.future.done():
                 job.future.set_result("length")
 
-    def _fresh(self, base: Base) -> Predictor:
-        return Predictor(base, VisionFeatures(base, limit=VISION, batch=DECODED), batch_size=1, pack=self._pack)
+    def _new_predictor(self, base: Base) -> Predictor:
+        vision = VisionFeatures(base, limit=VISION_CACHE_BYTES, batch=MAX_DECODED)
+        return Predictor(base, vision, batch_size=1, pack=self._pack)
 
     def load_adapter(self, name: str, folder: Path) -> Model:
-        """Put an adapter on the base under a name of its own; on the engine's thread.
+        """Load an adapter under a name of its own, on the engine's thread. If this fails, the other models are unchanged.
 
-        Raises AdapterError: of another base or prompt, in use, or one that changes nothing; what was loaded before is untouched.
+        Raises AdapterError if the name is in use, or the adapter is for another base or prompt, is broken, or changes
+        no answer.
         """
         if name in self.models:
-            raise AdapterError(f"a model {name!r} is there already.")
+            raise AdapterError(f"a model {name!r} exists already. Unload it first, or give another name.")
         manifest = read_manifest(folder)
         checkpoint_of(folder, manifest, self.base.checkpoint.ref)
         if (self.base.family.name, self.base.family.version) != (manifest["family"], manifest["prompt_version"]):
             raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which is not this base's.")
         if manifest["tiles"] != self.base.tiles:
-            raise AdapterError(f"{folder}: trained with tiles {'on' if manifest['tiles'] else 'off'}; the server has them the other way.")
+            trained, served = ("on", "off") if manifest["tiles"] else ("off", "on")
+            raise AdapterError(f"{folder}: trained with tiles {trained}, but the server has tiles {served}.")
         recipe = folder / "recipe.yaml"
         wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
-        self._loaded += 1
-        own = f"adapter{self._loaded}"
+        self._adapters_loaded += 1
+        peft_name = f"adapter{self._adapters_loaded}"
         try:
             if isinstance(self.base.model, PeftModel):
-                self.base.model.load_adapter(str(folder), own)
+                self.base.model.load_adapter(str(folder), peft_name)
             else:
-                self.base = self.base.with_model(PeftModel.from_pretrained(self.base.llava, str(folder), adapter_name=own))
+                self.base = self.base.with_model(PeftModel.from_pretrained(self.base.llava, str(folder), adapter_name=peft_name))
             self.base.model.eval()
             check_adapted(self.base.model)
-            self._check_it_answers(own, folder)
+            self._check_effect(peft_name, folder)
         except BaseException as error:
-            self._take_off(own)
+            self._remove_adapter(peft_name)
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
-            raise AdapterError(f"{folder}: cannot be put on this base ({type(error).__name__}).") from error
+            raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
         identity = digest_of(json.dumps([manifest["base_hash"], manifest["files"]], sort_keys=True).encode())
-        self.models[name] = Model(name, wording, folder, own, identity)
-        self._predictor = self._fresh(self.base)
+        self.models[name] = Model(name, wording, folder, peft_name, identity)
+        self._predictor = self._new_predictor(self.base)
         return self.models[name]
 
     def unload_adapter(self, name: str) -> None:
-        """On the engine's thread. Raises MissingError; ModelError for the base."""
-        found = self.find(name)
-        if found.folder is None:
-            raise ModelError(f"{name!r} is the base, which stays.")
+        """Unload an adapter, on the engine's thread. Raises MissingError; ModelError for the base."""
+        model = self.find(name)
+        if model.folder is None:
+            raise ModelError(f"{name!r} is the base, which cannot be unloaded.")
         del self.models[name]
-        self.cache.drop(lambda place: place[0] == name)
-        self._take_off(found.adapter)
+        self.cache.drop(lambda key: key[0] == name)
+        self._remove_adapter(model.adapter)
 
-    def _take_off(self, own: str) -> None:
-        """Whatever of it was put on."""
+    def _remove_adapter(self, peft_name: str) -> None:
+        """Remove an adapter from the model, even if it was loaded only in part."""
         model = self.base.model
         if isinstance(model, PeftModel):
-            others = [name for name in model.peft_config if name != own]
+            others = [name for name in model.peft_config if name != peft_name]
             if others:
                 model.set_adapter(others[0], inference_mode=True)
-                if own in model.peft_config:
-                    model.delete_adapter(own)
+                if peft_name in model.peft_config:
+                    model.delete_adapter(peft_name)
             else:
                 self.base = self.base.with_model(model.unload())
-        self._predictor = self._fresh(self.base)
+        self._predictor = self._new_predictor(self.base)
 
-    def _check_it_answers(self, own: str, folder: Path) -> None:
-        """Peers serve an adapter whose weights found no place as if it were the base."""
+    def _check_effect(self, peft_name: str, folder: Path) -> None:
+        """Compare the adapter with the base on a test prompt.
+
+        Raises AdapterError if nothing changes, or the answer is not finite.
+        An adapter whose weights match no layer changes nothing; other servers serve it as if it worked (vllm#34186).
+        """
         turns = probe_turns("lcl")[:1]
-        self.base.model.set_adapter(own, inference_mode=True)
-        with_it = probe(self.base, turns)
+        self.base.model.set_adapter(peft_name, inference_mode=True)
+        adapted = probe(self.base, turns)
         with self.base.without_adapter():
-            change = with_it.distance(probe(self.base, turns))
+            change = adapted.distance(probe(self.base, turns))
         if not math.isfinite(change):
             raise AdapterError(f"{folder.name}: its answers are not finite (NaNs or infinities); the adapter is broken.")
         if change == 0.0:
-            raise AdapterError(f"{folder.name}: changes nothing in what the base answers, so it is not served under a name of its own.")
+            raise AdapterError(f"{folder.name}: changes nothing in the base's answers, so it is not served under a name of its own.")

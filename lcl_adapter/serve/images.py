@@ -1,7 +1,6 @@
-"""Images from a client: base64 in a data URL, bounded before they are decoded. Nothing is ever fetched.
+"""Images from a client: base64 in a data URL, with bounds that are checked before decoding.
 
-A decoded image has no path of its own on this machine; it is a :class:`Picture` in a scratch folder for as long as it is asked
-about, and never shown in an error.
+The server never fetches a URL.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from PIL import Image
 from lcl_adapter.errors import DataError
 
 TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF"}
-HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,", re.IGNORECASE)
+DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,", re.IGNORECASE)
+SMALLER = "Make it smaller first."
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one client may send: bytes, pixels and the longer side of an image, images a request.
+    """Limits for one request.
 
-    The side, because a picture is padded to a square before the model sees it.
+    bytes, pixels, side (the longer one, in pixels): of each image. images: in a conversation.
+    The side is bounded because a picture is padded to a square before the model reads it.
     """
 
     bytes: int = 10 * 2**20
@@ -40,17 +41,17 @@ def digest_of(data: bytes) -> str:
 
 
 def from_data_url(url: str, bounds: Bounds) -> bytes:
-    """The image's bytes, as they were given. Raises DataError: another kind of URL, too large, no image, broken."""
-    head = HEAD.match(url)
+    """The image file's bytes. Raises DataError: another kind of URL, too large, not an image, or broken."""
+    head = DATA_URL_HEAD.match(url)
     if head is None:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
-        what = f"a URL of {scheme[0]}" if scheme and scheme[0].lower() != "data:" else "not a base64 data URL"
-        raise DataError(f"the image is {what}: nothing is fetched here. Send data:image/png;base64,… with the image's own bytes.")
+        kind = f"a URL of {scheme[0]}" if scheme and scheme[0].lower() != "data:" else "not a base64 data URL"
+        raise DataError(f"the image is {kind}. The server fetches nothing: send data:image/png;base64,… with the image file's bytes.")
     if head[1].lower() not in TYPES:
-        raise DataError(f"the image says it is {head[1][:40]}; {', '.join(TYPES)} are taken.")
+        raise DataError(f"the image has type {head[1][:40]}; the server accepts {', '.join(TYPES)}.")
     size = (len(url) - head.end()) * 3 // 4
     if size > bounds.bytes:
-        raise DataError(f"the image is {size / 2**20:.1f} MiB, {bounds.bytes / 2**20:g} are allowed. Scale it down first.")
+        raise DataError(_too_many_bytes(size, bounds))
     try:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
@@ -60,27 +61,30 @@ def from_data_url(url: str, bounds: Bounds) -> bytes:
 
 
 def check(data: bytes, bounds: Bounds) -> None:
-    """By its header alone, and then by decoding it once. Raises DataError."""
+    """Check an image file by its header, then decode it once. Raises DataError."""
     if not data:
         raise DataError("the image is empty.")
     if len(data) > bounds.bytes:
-        raise DataError(f"the image is {len(data) / 2**20:.1f} MiB, {bounds.bytes / 2**20:g} are allowed. Scale it down first.")
+        raise DataError(_too_many_bytes(len(data), bounds))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the bound is ours
+            warnings.simplefilter("ignore")  # Pillow's warning about decompression bombs; the bounds here are stricter
             with Image.open(io.BytesIO(data), formats=list(TYPES.values())) as opened:
+                size = f"the image is {opened.width} x {opened.height} pixels"
                 if opened.width * opened.height > bounds.pixels:
-                    raise DataError(
-                        f"the image is {opened.width} x {opened.height} pixels, {bounds.pixels:,} in all are allowed. Scale it down first."
-                    )
+                    raise DataError(f"{size}; at most {bounds.pixels:,} pixels in all are allowed. {SMALLER}")
                 if max(opened.size) > bounds.side:
-                    raise DataError(f"the image is {opened.width} x {opened.height} pixels, {bounds.side:,} a side are allowed. Scale it down first.")
+                    raise DataError(f"{size}; at most {bounds.side:,} per side are allowed. {SMALLER}")
                 if min(opened.size) < 2:
-                    raise DataError(f"the image is {opened.width} x {opened.height} pixels, which shows nothing.")
+                    raise DataError(f"{size}; at least 2 per side are needed.")
                 opened.load()
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"the image has far more than the {bounds.pixels:,} pixels that are allowed. Scale it down first.") from error
-    except Exception as error:  # Pillow's decoders raise whatever the bytes make them raise
-        raise DataError("the image cannot be read: broken, or no image at all. Save it again as JPEG or PNG.") from error
+        raise DataError(f"the image has far more than the {bounds.pixels:,} pixels that are allowed. {SMALLER}") from error
+    except Exception as error:  # broken bytes can make Pillow's decoders raise any exception
+        raise DataError("the image cannot be read: the file is broken or not an image. Save it again as JPEG or PNG.") from error
+
+
+def _too_many_bytes(size: int, bounds: Bounds) -> str:
+    return f"the image has {size / 2**20:.1f} MiB; at most {bounds.bytes / 2**20:g} are allowed. {SMALLER}"

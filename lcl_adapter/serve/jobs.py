@@ -1,4 +1,4 @@
-"""What waits in the engine's queue, and how that ends otherwise than with an answer."""
+"""The entries of the engine's queue: jobs (questions to a model), tasks (other work), and errors that end them."""
 
 from __future__ import annotations
 
@@ -15,51 +15,55 @@ from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.decoding import Sampling, Token
 
-Key = tuple[str, str]  # what a prefilled set is kept under: whose it is, and which
+SetKey = tuple[str, str]  # a stored set: its namespace, and an id that no other version or set has
 
 
 class BusyError(LclError):
-    """The queue is full. ``wait``: seconds until it is worth trying again."""
+    """The queue is full, or the server stops. ``retry_after``: seconds to wait before another try."""
 
-    def __init__(self, wait: int) -> None:
-        self.wait = wait
-        super().__init__(f"the queue is full; try again in {wait} s.")
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"the queue is full; try again in {retry_after} s.")
 
 
 class TimeoutExceededError(LclError):
-    """A job waited, or took, longer than it may."""
+    """A job waited or ran longer than the server's time limit."""
 
 
 class GoneError(LclError):
-    """Nobody waits for the answer any more."""
+    """The client disconnected, so nobody waits for the answer."""
 
 
 @dataclass
 class Job:
     """One question to one model.
 
-    support: turns before it, read once and kept under ``key`` where there is one. answers: worded labels to score; without
-    any, text is said, and ``say`` is told each token and answers whether to go on.
+    support: returns the turns before the question; the engine prefills them once and caches them under ``key``, if
+    there is one.
+    answers: worded labels to score. Without answers the job generates text, and ``on_token`` gets each token and
+    returns whether to go on.
+    deadline: by ``time.monotonic``.
     """
 
     model: str
     support: Callable[[], Sequence[Turn]]
     turn: Turn
-    key: Key | None = None
+    key: SetKey | None = None
     answers: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    say: Callable[[Token], bool] | None = None
+    on_token: Callable[[Token], bool] | None = None
     deadline: float = math.inf
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    read: int = 0  # tokens of the prompt, known once it was read
-    heard: bool = False
+    prompt_tokens: int = 0  # known once the prompt is read
+    has_output: bool = False  # a token was passed to on_token, so the job cannot start again
 
     @property
-    def over(self) -> Exception | None:
+    def abort_error(self) -> Exception | None:
+        """Why the job must end without an answer, or None."""
         if self.cancelled.is_set():
             return GoneError("cancelled")
-        return TimeoutExceededError("it took longer than it may") if time.monotonic() > self.deadline else None
+        return TimeoutExceededError("the request exceeded the server's time limit.") if time.monotonic() > self.deadline else None
 
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
@@ -68,7 +72,10 @@ class Job:
 
 @dataclass
 class Task:
-    """Other work on the model, such as a calibration. ``run`` may return a generator, which is run a step at a time."""
+    """Other work on the model, such as a calibration.
+
+    ``run`` may return a generator; then each step of it is queued on its own.
+    """
 
     run: Callable[[], Any]
     steps: Generator[None, None, Any] | None = None
@@ -78,12 +85,18 @@ class Task:
 
 @dataclass
 class RunningTasks:
-    """Tasks of several steps, under way. Each step goes to the oldest one, so that the first is done early and not all of them late."""
+    """Tasks with several steps that have started.
+
+    Every step goes to the oldest task, so that tasks finish one after the other.
+    """
 
     running: deque[Task] = field(default_factory=deque)
 
     def step(self, task: Task) -> bool:
-        """Run a task that has one step, or a step of the oldest that has several. True where ``task`` is to be queued again."""
+        """Run ``task`` if it has one step; otherwise start it and run a step of the oldest task.
+
+        Returns whether to queue ``task`` again.
+        """
         if task.steps is None:
             try:
                 if task.cancelled.is_set():
@@ -109,5 +122,6 @@ class RunningTasks:
         return False
 
 
-def alike(one: Job, other: Job) -> bool:
-    return (one.model, one.key, bool(one.answers)) == (other.model, other.key, bool(other.answers))
+def same_batch(first: Job, second: Job) -> bool:
+    """Whether two jobs can be in one batch: same model, same support set, both scored or both generated."""
+    return (first.model, first.key, bool(first.answers)) == (second.model, second.key, bool(second.answers))

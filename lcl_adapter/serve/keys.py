@@ -1,9 +1,9 @@
-"""Who asks. A key file has a line a key: a name, the key, and ``admin`` where it may load adapters.
+"""API keys. A key file has one key per line: a name, the key, and ``admin`` if it may load adapters and read metrics.
 
-    plant-a   3f9c…            # a namespace of its own: it sees the support sets that it stored, and no others
+    plant-a   3f9c…            # a namespace: this key sees the support sets stored under plant-a, and no others
     ops       77ab…  admin
 
-The name is the namespace, so that a key can be exchanged for a new one.
+The name is the namespace, so a key can be replaced without losing its sets.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from pathlib import Path
 
 from lcl_adapter.errors import RunError
 
-SHORTEST = 16
+MIN_KEY_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class Caller:
+    """Who sends a request."""
+
     namespace: str
     admin: bool = False
 
 
-LOCAL = Caller("local", admin=True)
+LOCAL = Caller("local", admin=True)  # the one caller of a server without keys
 
 
 class Keys:
-    """Digests only; what was read is not kept."""
+    """Callers by the SHA-256 digests of their keys. The keys themselves are not stored."""
 
     def __init__(self, digests: Mapping[bytes, Caller]) -> None:
         self.digests = dict(digests)
 
     def find(self, key: str) -> Caller | None:
-        """Every key is compared, each in constant time."""
-        given, found = _digest(key), None
-        for digest, caller in self.digests.items():
-            if hmac.compare_digest(given, digest):
-                found = caller
-        return found
+        """The key's caller. Compares with every digest in constant time, so that the response time reveals nothing."""
+        digest, match = _digest(key), None
+        for known, caller in self.digests.items():
+            if hmac.compare_digest(digest, known):
+                match = caller
+        return match
 
 
 def read_keys(file: Path) -> Keys:
@@ -50,24 +52,24 @@ def read_keys(file: Path) -> Keys:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{file}: the keys cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from error
-    found: dict[bytes, Caller] = {}
+    callers: dict[bytes, Caller] = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#", 1)[0].split()
         if not words:
             continue
         if len(words) not in {2, 3} or (len(words) == 3 and words[2] != "admin"):
-            raise RunError(f"{file}:{number}: a line is a name, a key, and perhaps `admin`.")
+            raise RunError(f"{file}:{number}: a line has a name, a key, and optionally `admin`.")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", words[0]):
-            raise RunError(f"{file}:{number}: a name has letters, digits, dots, dashes and underscores, 64 at most.")
-        if len(words[1]) < SHORTEST:
-            raise RunError(f"{file}:{number}: the key has {len(words[1])} characters, {SHORTEST} at least are needed.")
+            raise RunError(f"{file}:{number}: a name has letters, digits, dots, dashes and underscores, at most 64.")
+        if len(words[1]) < MIN_KEY_LENGTH:
+            raise RunError(f"{file}:{number}: the key has {len(words[1])} characters; at least {MIN_KEY_LENGTH} are needed.")
         digest = _digest(words[1])
-        if digest in found:
-            raise RunError(f"{file}:{number}: the same key as {found[digest].namespace!r} has; each needs its own.")
-        found[digest] = Caller(words[0], len(words) == 3)
-    if not found:
-        raise RunError(f"{file}: no key in it. A line is a name and a key, for instance one from `openssl rand -hex 24`.")
-    return Keys(found)
+        if digest in callers:
+            raise RunError(f"{file}:{number}: the same key as {callers[digest].namespace!r}; each name needs its own.")
+        callers[digest] = Caller(words[0], len(words) == 3)
+    if not callers:
+        raise RunError(f"{file}: has no key. A line has a name and a key, for instance one from `openssl rand -hex 24`.")
+    return Keys(callers)
 
 
 def _digest(key: str) -> bytes:

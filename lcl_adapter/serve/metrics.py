@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from lcl_adapter.serve.engine import Engine
 
 
 class Metrics:
-    """Prometheus, in a registry of its own so that several servers fit into one process."""
+    """The server's metrics, in a registry of their own, so that several servers fit into one process."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("lcl_requests", "Requests by route and status.", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram("lcl_request_seconds", "How long they took.", ["route"], registry=self.registry)
-        self.images = Counter("lcl_images_classified", "Images judged.", registry=self.registry)
-        self.registry.register(_OfEngine(engine))
+        self.seconds = Histogram("lcl_request_seconds", "Duration of requests by route.", ["route"], registry=self.registry)
+        self.images = Counter("lcl_images_classified", "Classified images.", registry=self.registry)
+        self.registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class _OfEngine(Collector):
-    """Read when asked, so that the engine knows nothing of Prometheus."""
+class _EngineCollector(Collector):
+    """Reads the engine's counters when Prometheus asks, so that the engine does not depend on Prometheus."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def collect(self) -> Any:
         for name, value in vars(self.engine.counters).items():
-            yield CounterMetricFamily(f"lcl_{name}", f"Of the engine: {name}.", value=value)
-        yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in memory.", value=len(self.engine.cache))
-        yield GaugeMetricFamily("lcl_kept_bytes", "What they take.", value=self.engine.cache.bytes)
-        yield GaugeMetricFamily("lcl_kept_bytes_limit", "What they may take.", value=self.engine.cache.budget)
-        yield GaugeMetricFamily("lcl_queue", "Jobs that wait.", value=self.engine.waiting)
+            yield CounterMetricFamily(f"lcl_{name}", f"Count of the engine: {name}.", value=value)
+        yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in the cache.", value=len(self.engine.cache))
+        yield GaugeMetricFamily("lcl_kept_bytes", "Bytes of the prefilled sets in the cache.", value=self.engine.cache.bytes)
+        yield GaugeMetricFamily("lcl_kept_bytes_limit", "Bytes that the cache may use.", value=self.engine.cache.budget)
+        yield GaugeMetricFamily("lcl_queue", "Jobs and tasks that wait.", value=self.engine.waiting)

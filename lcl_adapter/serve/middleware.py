@@ -1,4 +1,7 @@
-"""Before and around the routes, as plain ASGI: who asks, how much, and how long it took. Starlette's own wrapper hides that a client went away."""
+"""Access, body size and timing, around the routes.
+
+Plain ASGI, because Starlette's own wrapper hides that a client disconnected.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from lcl_adapter.serve.keys import LOCAL, Keys
 if TYPE_CHECKING:
     from lcl_adapter.serve.metrics import Metrics
 
-OPEN = {"/health", "/ready"}  # without a key; they say nothing of what others do
-GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")  # by a key, where a page with a log-in of its own has the rest
+OPEN_PATHS = {"/health", "/ready"}  # need no key; they reveal nothing about other callers
+# beginnings of the API's paths; with a page, all other paths belong to it and need no key
+API_PATHS = ("/v1/", "/metrics", "/docs", "/openapi.json")
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or address is this machine's alone."""
+    """Whether a name or address can only mean this machine."""
     if host == "localhost":
         return True
     try:
@@ -30,18 +34,24 @@ def is_local(host: str) -> bool:
         return False
 
 
-def fault(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's format."""
     return {"error": api_types.Fault(message=message, type=kind, code=code, param=param).model_dump()}
 
 
-class Gate:
-    """Before a body is read: who asks, that the host is this machine where there are no keys (DNS rebinding), and that the body is not too large."""
+class AccessControl:
+    """Checks access and size before the body is read.
+
+    With keys, a request needs a known one. Without keys, its host must be this machine, so that no web page can reach
+    the server through DNS rebinding.
+    limit: bytes of a body. page: paths outside the API belong to a page that has its own log-in.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, keys: Keys | None, page: bool = False) -> None:
         self.app, self.limit, self.keys, self.page = app, limit, keys, page
 
-    def _open(self, path: str) -> bool:
-        return path in OPEN or (self.page and not path.startswith(GUARDED))
+    def _needs_no_key(self, path: str) -> bool:
+        return path in OPEN_PATHS or (self.page and not path.startswith(API_PATHS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,27 +61,28 @@ class Gate:
         scope.setdefault("state", {})["caller"] = LOCAL
         if self.keys is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            bare = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if not is_local(bare.strip("[]")):
-                told = "this server answers to localhost alone; start it with --api-key-file for others."
-                await self._refuse(send, 403, fault(told, "permission_error", "host"))
+            without_port = host if host.endswith("]") else host.rpartition(":")[0] or host
+            if not is_local(without_port.strip("[]")):
+                message = "this server answers requests to localhost only; start it with --api-key-file to serve others."
+                await self._refuse(send, 403, error_body(message, "permission_error", "host"))
                 return
-        elif not self._open(scope["path"]):
+        elif not self._needs_no_key(scope["path"]):
             scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            found = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
-            if found is None:
-                told = "no key, or one that is not known: send `Authorization: Bearer KEY`."
-                await self._refuse(send, 401, fault(told, "authentication_error", "invalid_api_key"), (b"www-authenticate", b"Bearer"))
+            caller = self.keys.find(key.strip()) if scheme.lower() == "bearer" else None
+            if caller is None:
+                message = "no key, or an unknown one: send `Authorization: Bearer KEY`."
+                await self._refuse(send, 401, error_body(message, "authentication_error", "invalid_api_key"), (b"www-authenticate", b"Bearer"))
                 return
-            scope["state"]["caller"] = found
-        told = headers.get(b"content-length", b"0")
-        too_large = fault(f"the request is larger than {self.limit / 2**20:g} MiB.", "invalid_request_error", "too_large")
-        if not told.isdigit() or int(told) > self.limit:
+            scope["state"]["caller"] = caller
+        length = headers.get(b"content-length", b"0")
+        too_large = error_body(f"the request is larger than {self.limit / 2**20:g} MiB.", "invalid_request_error", "too_large")
+        if not length.isdigit() or int(length) > self.limit:
             await self._refuse(send, 413, too_large)
             return
         read = 0
 
-        async def bounded() -> Message:
+        async def bounded_receive() -> Message:
+            """A body can be longer than its content-length says, or have none."""
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
@@ -79,17 +90,18 @@ class Gate:
                 raise HTTPException(413, too_large["error"]["message"])
             return message
 
-        await self.app(scope, bounded, send)
+        await self.app(scope, bounded_receive, send)
 
     @staticmethod
-    async def _refuse(send: Send, status: int, body: dict[str, Any], *more: tuple[bytes, bytes]) -> None:
+    async def _refuse(send: Send, status: int, body: dict[str, Any], *more_headers: tuple[bytes, bytes]) -> None:
         data = json.dumps(body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), (b"connection", b"close"), *more]
+        length = str(len(data)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close"), *more_headers]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": data})
 
 
-class Measured:
+class RequestMetrics:
     """Counts and times requests by route."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -101,13 +113,13 @@ class Measured:
             return
         started, status = time.perf_counter(), 0
 
-        async def noted(message: Message) -> None:
+        async def recording_send(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, recording_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()

@@ -1,11 +1,11 @@
-"""Load the model, open the store, listen: what ``lcl-adapter serve`` does."""
+"""Load the model, open the store and serve requests: what ``lcl-adapter serve`` does."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,13 +26,17 @@ from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from lcl_adapter.terminal import console
 
-CONNECTIONS = 1000  # at a time; more are answered 503 by uvicorn itself
-PATIENCE = 20  # seconds that open requests have when the server is told to stop
+MAX_CONNECTIONS = 1000  # at a time; uvicorn answers further ones with status 503
+SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop
+KEEP_ALIVE_SECONDS = 30  # that an idle connection stays open
 
 
 @dataclass(frozen=True)
 class Options:
-    """As the command line has them. memory: bytes for weights and kept sets together."""
+    """The command line's options.
+
+    adapters: runs by the names that clients use. memory: bytes for weights and cached sets together.
+    """
 
     base: BaseRef
     adapters: dict[str, Path]
@@ -47,54 +51,60 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Until it is told to stop. Raises UserError before it listens, never after."""
-    listen(options, make_app, ", ".join)
+    """Serve the API until a signal stops the process. Raises UserError before the port is opened, never after."""
+    serve_app(options, make_app)
 
 
-def listen(options: Options, make: Callable[[Service, Keys | None], FastAPI], what: str | Callable[[Iterable[str]], str]) -> None:
-    """``make``: of a running service and its keys, what answers. ``what``: is served, as it is announced."""
+def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI], content: str | None = None) -> None:
+    """Load everything, open the port, and serve until a signal stops the process.
+
+    make: returns the app, given a running service and its keys.
+    content: what is served, for the line that reports the start. Without it, the models' names.
+    """
     keys = check_address(options.host, options.key_file)
-    with take_address(options.host, options.port) as taken:
+    with bind_address(options.host, options.port) as bound:
         began = time.monotonic()
         service = make_service(options)
         config = uvicorn.Config(
             make(service, keys),
             log_level="warning",
-            timeout_graceful_shutdown=PATIENCE,
-            timeout_keep_alive=30,
-            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            limit_concurrency=MAX_CONNECTIONS,
             server_header=False,
         )
-        told = what if isinstance(what, str) else what(service.engine.models)
-        with _listening(options.host, options.port):
-            taken.listen(config.backlog)  # who reads the next line may ask at once
+        with _address_errors(options.host, options.port):
+            bound.listen(config.backlog)  # before the line is printed: whoever reads it can connect at once
         console.print(
-            f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{taken.getsockname()[1]} serves {told}; "
-            f"kept support sets may take {service.engine.cache.budget / 1e9:.2f} GB",
+            f"ready after {time.monotonic() - began:.1f} s: http://{options.host}:{bound.getsockname()[1]} serves "
+            f"{content or ', '.join(service.engine.models)}; cached support sets may use {service.engine.cache.budget / 1e9:.2f} GB",
             highlight=False,
             markup=False,
         )
         server = uvicorn.Server(config)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[taken])
+            server.run(sockets=[bound])
         if not server.started:
-            raise RunError("the server could not start; what went wrong stands above.")
+            raise RunError("the server could not start; the reason is in the messages above.")
 
 
-def take_address(host: str, port: int) -> socket.socket:
-    """Bound, and not yet listening: a port in use is told before the model is loaded. Raises RunError."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+def bind_address(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet.
+
+    A port in use is reported before the model is loaded. Raises RunError.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with contextlib.ExitStack() as undo:
-        undo.callback(taken.close)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with _listening(host, port):
-            taken.bind((host, port))
+        undo.callback(bound.close)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _address_errors(host, port):
+            bound.bind((host, port))
         undo.pop_all()
-    return taken
+    return bound
 
 
 @contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[None]:
+def _address_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -102,33 +112,36 @@ def _listening(host: str, port: int) -> Iterator[None]:
 
 
 def check_address(host: str, key_file: Path | None) -> Keys | None:
-    """Raises RunError where others could reach the server without a key."""
+    """The keys of the file. Raises RunError if other machines could reach the server without a key."""
     if key_file is not None:
         return read_keys(key_file)
     if not is_local(host):
-        raise RunError(f"--host {host} lets others reach this server; give --api-key-file with a key for each of them.")
+        raise RunError(f"--host {host} lets other machines reach this server; give --api-key-file with a key for each caller.")
     return None
 
 
 def make_service(options: Options) -> Service:
-    """Everything but the socket; the engine runs."""
+    """Load the model and open the store. The engine runs when this returns."""
     tiles = options.base.tiles or any(read_manifest(folder)["tiles"] for folder in options.adapters.values())
     store = Store(options.store)
     store.sweep()
     base = load_base(replace(options.base, tiles=tiles))
     weights = sum(p.numel() * p.element_size() for p in base.llava.parameters())
-    engine = Engine(base, _room(options.memory, weights, base.device), options.queue)
+    engine = Engine(base, _cache_budget(options.memory, weights, base.device), options.queue)
     for name, folder in options.adapters.items():
         engine.load_adapter(name, folder)
     loadable = None if options.adapter_folder is None else options.adapter_folder.absolute()
-    return Service(engine.start(), store, adapters=loadable, timeout=options.timeout)
+    return Service(engine.start(), store, adapter_folder=loadable, timeout=options.timeout)
 
 
-def _room(memory: int | None, weights: int, device: torch.device) -> int:
-    """What kept sets may take. Raises RunError where the weights alone are more than was given."""
+def _cache_budget(memory: int | None, weights: int, device: torch.device) -> int:
+    """Bytes for cached sets: ``memory`` less the weights; without ``memory``, half of what is free.
+
+    Raises RunError if the weights alone need more than ``memory``.
+    """
     if memory is None:
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
         return free // 2
     if memory <= weights:
-        raise RunError(f"--memory {memory / 1e6:,.0f}MB: the weights alone take {weights / 1e6:,.0f} MB.")
+        raise RunError(f"--memory {memory / 1e6:,.0f}MB: the weights alone need {weights / 1e6:,.0f} MB. Give more.")
     return memory - weights

@@ -1,4 +1,4 @@
-"""What the routes do, without HTTP: stored sets and messages become jobs, replies become judgements and text."""
+"""What the routes do, without HTTP: requests and stored sets become jobs, and the engine's replies become responses."""
 
 from __future__ import annotations
 
@@ -20,57 +20,71 @@ from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, RunError, UserError
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
-from lcl_adapter.serve.decoding import Sampling, Speaker
+from lcl_adapter.serve.decoding import Sampling, TextDecoder
 from lcl_adapter.serve.engine import Engine, Model, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
-from lcl_adapter.serve.jobs import Job, Task
+from lcl_adapter.serve.jobs import Job, SetKey, Task
 from lcl_adapter.serve.store import Store, StoredSet
+
+MAX_CALIBRATIONS = 1000  # in memory; all are stored on disk
+CONCURRENT_DECODES = 4  # images decoded at a time; one can need 100 MB
+CalibrationKey = tuple[int, str]  # a stored set's id and a model's identity
 
 
 @dataclass
 class Service:
-    """adapters: a folder of runs that may be loaded by their name, None where none may. timeout: seconds a request may take."""
+    """The API's functions, on one engine and one store.
+
+    adapter_folder: its subfolders are runs that may be loaded by name; None if none may.
+    timeout: seconds that a request may last.
+    """
 
     engine: Engine
     store: Store
     bounds: Bounds = field(default_factory=Bounds)
-    adapters: Path | None = None
+    adapter_folder: Path | None = None
     timeout: float = 120.0
-    _calibrating: dict[tuple[int, str], Future[Calibration]] = field(default_factory=dict)
-    _calibrations: dict[tuple[int, str], Calibration] = field(default_factory=dict)
+    _calibrating: dict[CalibrationKey, Future[Calibration]] = field(default_factory=dict)
+    _calibrations: dict[CalibrationKey, Calibration] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(4))
+    _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(CONCURRENT_DECODES))
 
     # Support sets
 
-    def put(self, namespace: str, name: str, given: api_types.SupportSetIn) -> StoredSet:
-        """Check everything, then store. Raises RequestError with the example's number; ConflictError; RunError where the disk is full."""
-        for number, example in enumerate(given.examples):
-            self._check_text(example.label, f"examples[{number}].label")
-        self._check_text(given.question or "", "question")
-        self._check_length([(Picture(Path("image")), example.label) for example in given.examples], given.question)
-        examples = [(e.label, self._image(e.image, f"examples[{number}].image")) for number, e in enumerate(given.examples)]
-        return self.store.put(namespace, name, examples, given.question, given.expected_version)
+    def put(self, namespace: str, name: str, request: api_types.SupportSetIn) -> StoredSet:
+        """Check everything, then store.
 
-    def _image(self, url: str, where: str) -> bytes:
-        """Decoded once, few at a time: what waits is text, what is being decoded can be 100 MB. Raises RequestError."""
+        Raises RequestError with the example's number; ConflictError; RunError if the disk is full.
+        """
+        for number, example in enumerate(request.examples):
+            self._check_text(example.label, f"examples[{number}].label")
+        self._check_text(request.question or "", "question")
+        self._check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
+        examples = [(e.label, self._decode(e.image, f"examples[{number}].image")) for number, e in enumerate(request.examples)]
+        return self.store.put(namespace, name, examples, request.question, request.expected_version)
+
+    def _decode(self, url: str, where: str) -> bytes:
+        """The image file's bytes, checked.
+
+        Only a few are checked at a time, for that needs the decoded pixels. Raises RequestError.
+        """
         try:
             with self._decoding:
                 return from_data_url(url, self.bounds)
         except DataError as error:
             raise RequestError(f"{where}: {error}") from error
 
-    def _check_length(self, shown: Sequence[tuple[Picture, str]], question: str | None) -> None:
-        """Every model's wording of it has to leave room for a question and its longest answer."""
+    def _check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
+        """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
         encoder = self._encoder
         for model in list(self.engine.models.values()):
-            answer = max((model.wording.answered(label) for _, label in shown), key=len)
-            asked = [Turn("user", question or model.wording.query, shown[0][0]), Turn("assistant", answer)]
-            length = len(encoder.turns([*support_turns(shown, model.wording), *asked])[0]) + self.engine.spare
+            answer = max((model.wording.answered(label) for _, label in examples), key=len)
+            dialogue = [Turn("user", question or model.wording.query, examples[0][0]), Turn("assistant", answer)]
+            length = len(encoder.turns([*support_turns(examples, model.wording), *dialogue])[0]) + self.engine.reserved_tokens
             if length > encoder.context:
                 raise RequestError(
-                    f"{len(shown)} photos and a question are {length} tokens ({encoder.tokens_an_image} a photo); they do not fit the context of "
-                    f"{encoder.context}: show fewer."
+                    f"{len(examples)} photos and a question are {length} tokens ({encoder.tokens_an_image} per photo); they do not fit the "
+                    f"context of {encoder.context}: show fewer."
                 )
 
     @cached_property
@@ -80,39 +94,46 @@ class Service:
     def _check_text(self, text: str, where: str) -> None:
         token = self._encoder.special_token_in(text)
         if token is not None:
-            raise RequestError(f"{where}: holds {token!r}, a special token of the model's prompt. Leave it out.")
+            raise RequestError(f"{where}: contains {token!r}, a special token of the model's prompt. Leave it out.")
 
-    def whole(self, stored: StoredSet, images: bool) -> api_types.SupportSetWithExamples:
-        shown = []
-        for one in stored.examples:
-            image = api_types.data_url(self.store.bytes_of(stored.namespace, one.image)) if images else None
-            shown.append(api_types.StoredExample(label=one.label, sha256=one.image, image=image))
-        return api_types.SupportSetWithExamples(**summary(stored).model_dump(), examples=shown)
+    def with_examples(self, stored: StoredSet, images: bool) -> api_types.SupportSetWithExamples:
+        """A set with its examples; with ``images``, their bytes as data URLs."""
+        examples = []
+        for example in stored.examples:
+            image = api_types.data_url(self.store.bytes_of(stored.namespace, example.image)) if images else None
+            examples.append(api_types.StoredExample(label=example.label, sha256=example.image, image=image))
+        return api_types.SupportSetWithExamples(**summary(stored).model_dump(), examples=examples)
 
     def remove(self, namespace: str, name: str, expected: int | None) -> None:
-        kept = [self.store.get(namespace, name, number) for number, _ in self.store.versions(namespace, name)]
+        """Remove a set with all its versions, from the store and from the engine's cache.
+
+        Raises MissingError, ConflictError.
+        """
+        versions = [self.store.get(namespace, name, number) for number, _ in self.store.versions(namespace, name)]
         self.store.remove(namespace, name, expected)
-        for one in kept:
-            self.engine.forget(key_of(one))
+        for stored in versions:
+            self.engine.drop_set(key_of(stored))
 
     def _picture(self, namespace: str, data: bytes) -> Picture:
-        """Named by whose it is, so that no cache is shared between callers."""
+        """A picture whose path begins with the namespace, so that no cache is shared between callers."""
         return Picture(Path(namespace) / digest_of(data), data=data)
 
+    def _examples(self, stored: StoredSet) -> list[tuple[Picture, str]]:
+        return [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]
+
     def _turns(self, stored: StoredSet, model: Model) -> tuple[Turn, ...]:
-        shown = [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]
-        return support_turns(shown, model.wording)
+        return support_turns(self._examples(stored), model.wording)
 
     # Classification
 
     def classify(self, namespace: str, request: api_types.ClassifyIn) -> Classification:
-        """Jobs in the engine's queue, and what becomes of their replies. Raises MissingError, RequestError, BusyError."""
-        model = self.engine.find(request.model or self.default)
+        """Queue a job for each image that can be used. Raises MissingError, RequestError, BusyError."""
+        model = self.engine.find(request.model or self.default_model)
         stored = self.store.get(namespace, request.support_set, request.version)
         self._check_text(request.question or "", "question")
-        if len(request.images) > self.engine.limit:
+        if len(request.images) > self.engine.queue_limit:
             raise RequestError(
-                f"{len(request.images)} images are more than the {self.engine.limit} questions that may wait here; send fewer at a time."
+                f"{len(request.images)} images are more than the {self.engine.queue_limit} questions that may wait; send fewer at a time."
             )
         deadline = time.monotonic() + self.timeout
         answers = tuple(model.wording.answered(label) for label in stored.labels)
@@ -120,66 +141,66 @@ class Service:
         jobs: list[Job | UserError] = []
         for number, url in enumerate(request.images):
             try:
-                picture = self._picture(namespace, self._image(url, f"images[{number}]"))
+                picture = self._picture(namespace, self._decode(url, f"images[{number}]"))
             except RequestError as error:
                 jobs.append(error)
                 continue
             turn = Turn("user", question, picture)
             jobs.append(Job(model.name, partial(self._turns, stored, model), turn, key_of(stored), answers, deadline=deadline))
-        asked = [job for job in jobs if isinstance(job, Job)]
-        calibration = self._calibration(stored, model) if asked else None
-        self.engine.submit(*asked)
+        usable = [job for job in jobs if isinstance(job, Job)]
+        calibration = self._calibration(stored, model) if usable else None
+        self.engine.submit(*usable)
         return Classification(request, stored, model, calibration, jobs)
 
     def _calibration(self, stored: StoredSet, model: Model) -> Future[Calibration]:
-        """Stored with the set's version; made once, by the engine, where it is not there yet."""
-        place = (stored.id, model.identity)
-        found = self._calibrations.get(place)
-        if found is None and (kept := self.store.read_calibration(*place)) is not None:
-            found = Calibration.read(kept)
-        if found is not None:
+        """The set's calibration for a model: from memory, from the store, or computed by a task of the engine."""
+        key = (stored.id, model.identity)
+        calibration = self._calibrations.get(key)
+        if calibration is None and (fields := self.store.read_calibration(*key)) is not None:
+            calibration = Calibration.from_json(fields)
+        if calibration is not None:
             done: Future[Calibration] = Future()
-            done.set_result(found)
+            done.set_result(calibration)
             return done
         with self._lock:
-            under_way = self._calibrating.get(place)
-            if under_way is not None:
-                return under_way
-            task = Task(lambda: self._calibrated(self.engine, stored, model))
+            running = self._calibrating.get(key)
+            if running is not None:
+                return running
+            task = Task(lambda: self._calibration_steps(self.engine, stored, model))
             self.engine.submit(task)
-            self._calibrating[place] = task.future
-        task.future.add_done_callback(lambda _: self._calibrating.pop(place, None))
+            self._calibrating[key] = task.future
+        task.future.add_done_callback(lambda _: self._calibrating.pop(key, None))
         return task.future
 
-    def _calibrated(self, engine: Engine, stored: StoredSet, model: Model) -> Generator[None, None, Calibration]:
-        shown = [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]
-        steps = calibrate(engine, shown, model.wording, stored.question)
+    def _calibration_steps(self, engine: Engine, stored: StoredSet, model: Model) -> Generator[None, None, Calibration]:
+        """The steps of a task. Its last one stores the calibration and returns it."""
+        steps = calibrate(engine, self._examples(stored), model.wording, stored.question)
         while True:
-            with engine.on(model.name):  # another request may have switched the model in between
+            with engine.using(model.name):  # between two steps a job may have switched to another adapter
                 try:
                     next(steps)
                 except StopIteration as finished:
-                    self._remember((stored.id, model.identity), finished.value)
+                    self._store_calibration((stored.id, model.identity), finished.value)
                     return finished.value
             yield
 
-    def _remember(self, place: tuple[int, str], made: Calibration) -> None:
-        """In memory too: a full disk is no reason not to answer."""
-        if len(self._calibrations) >= 1000:
+    def _store_calibration(self, key: CalibrationKey, calibration: Calibration) -> None:
+        """In memory and on disk. If the disk is full, the copy in memory is enough to answer."""
+        if len(self._calibrations) >= MAX_CALIBRATIONS:
             self._calibrations.pop(next(iter(self._calibrations)))
-        self._calibrations[place] = made
+        self._calibrations[key] = calibration
         with suppress(RunError):
-            self.store.write_calibration(*place, made.written())
+            self.store.write_calibration(*key, calibration.to_json())
 
     @property
-    def default(self) -> str:
-        """The first adapter, where there is one: that is what one serves for."""
+    def default_model(self) -> str:
+        """The first adapter's name, or the base's if there is no adapter."""
         return next((name for name, model in list(self.engine.models.items()) if model.folder is not None), self.engine.name)
 
     # Chat
 
-    def chat(self, namespace: str, request: api_types.ChatIn) -> tuple[Job, Speaker]:
-        """A job that is not submitted yet, and who turns its tokens into text. Raises MissingError, RequestError."""
+    def chat(self, namespace: str, request: api_types.ChatIn) -> tuple[Job, TextDecoder]:
+        """A job that is not queued yet, and the decoder of its tokens. Raises MissingError, RequestError."""
         model = self.engine.find(request.model)
         turns = self._messages(namespace, request.messages)
         sampling = Sampling(request.temperature, request.top_p, request.seed, request.top_logprobs, request.token_limit)
@@ -187,18 +208,22 @@ class Service:
         support: Callable[[], Sequence[Turn]] = lambda: before  # noqa: E731
         if request.support_set is not None:
             stored = self.store.get(namespace, request.support_set, request.support_set_version)
-            key = None if before else key_of(stored)
+            key = None if before else key_of(stored)  # only the set alone is cached, not a set with more turns
             support = lambda: (*self._turns(stored, model), *before)  # noqa: E731
         encoder = self.engine.base.encoder()
-        length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit  # of a stored set the engine knows the rest
+        # without the set; the engine checks the whole length
+        length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit
         if length > encoder.context:
             raise RequestError(f"the messages and up to {request.token_limit} new tokens are {length} tokens, the context is {encoder.context}.")
-        speaker = Speaker(self.engine.base.tokenizer, request.stops)
-        job = Job(model.name, support, turns[-1], key, sampling=sampling, say=speaker.hear, deadline=time.monotonic() + self.timeout)
-        return job, speaker
+        decoder = TextDecoder(self.engine.base.tokenizer, request.stops)
+        job = Job(model.name, support, turns[-1], key, sampling=sampling, on_token=decoder.add, deadline=time.monotonic() + self.timeout)
+        return job, decoder
 
     def _messages(self, namespace: str, messages: Sequence[api_types.Message]) -> tuple[Turn, ...]:
-        """Instructions go before the next user text, as LLaVA's prompts have one fixed system text. Raises RequestError."""
+        """Messages as turns.
+
+        System texts go before the next user text, for LLaVA's prompts have one fixed system text. Raises RequestError.
+        """
         turns: list[Turn] = []
         instructions: list[str] = []
         images = 0
@@ -213,16 +238,16 @@ class Service:
                 else:
                     images += 1
                     if message.role != "user":
-                        raise RequestError(f"{where}: only a user shows images.")
+                        raise RequestError(f"{where}: only a user message can have images.")
                     if images > self.bounds.images:
-                        raise RequestError(f"{where}: more than {self.bounds.images} images.")
-                    pictures.append(self._picture(namespace, self._image(part.image_url.url, where)))
+                        raise RequestError(f"{where}: a conversation has at most {self.bounds.images} images.")
+                    pictures.append(self._picture(namespace, self._decode(part.image_url.url, where)))
                     texts.append(IMAGE)
             if message.role in {"system", "developer"}:
                 instructions += texts
                 continue
             if turns and turns[-1].role == message.role:
-                raise RequestError(f"messages[{number}]: two messages of the {message.role}'s in a row; join them.")
+                raise RequestError(f"messages[{number}]: two {message.role} messages in a row; join them.")
             if not turns and message.role != "user":
                 raise RequestError(f"messages[{number}]: the first message must be the user's.")
             if message.role == "user":
@@ -232,26 +257,33 @@ class Service:
 
     # Adapters
 
-    def load(self, name: str) -> Model:
-        """One of the folders that may be loaded, by its name. Raises MissingError, AdapterError without a path in it."""
-        if self.adapters is None:
+    def load_adapter(self, name: str) -> Model:
+        """Load a run of the adapter folder by its name.
+
+        Raises MissingError; AdapterError, without a path in its message.
+        """
+        if self.adapter_folder is None:
             raise MissingError("this server loads no adapters; start it with --adapter-folder.")
-        folder = self.adapters / name
-        if folder.parent != self.adapters or not folder.is_dir():
+        folder = self.adapter_folder / name
+        if folder.parent != self.adapter_folder or not folder.is_dir():
             raise MissingError(f"no adapter {name!r} to load.")
         try:
             return self.engine.call(lambda engine: engine.load_adapter(name, folder), self.timeout)
         except UserError as error:
-            told = str(error).replace(str(folder), name).replace(str(self.engine.base.path), "the base")
-            raise AdapterError(re.sub(r"(?<!\w)/[\w./-]+", "…", told)) from error
+            message = str(error).replace(str(folder), name).replace(str(self.engine.base.path), "the base")
+            raise AdapterError(re.sub(r"(?<!\w)/[\w./-]+", "…", message)) from error
 
-    def unload(self, name: str) -> None:
+    def unload_adapter(self, name: str) -> None:
+        """Raises MissingError; ModelError for the base."""
         self.engine.call(lambda engine: engine.unload_adapter(name), self.timeout)
 
 
 @dataclass
 class Classification:
-    """A request under way. ``jobs``: one an image, or what was wrong with it."""
+    """A classification request that is being answered.
+
+    jobs: one for each image, or the error of an image that cannot be used.
+    """
 
     request: api_types.ClassifyIn
     stored: StoredSet
@@ -261,60 +293,74 @@ class Classification:
 
     @property
     def futures(self) -> list[Future[Any]]:
-        own = [self.calibration] if self.calibration else []
-        return own + [job.future for job in self.jobs if isinstance(job, Job)]
+        calibration = [self.calibration] if self.calibration else []
+        return calibration + [job.future for job in self.jobs if isinstance(job, Job)]
 
     def cancel(self) -> None:
-        """The questions; a calibration is for all who ask about the set."""
-        for one in self.jobs:
-            if isinstance(one, Job):
-                one.cancelled.set()
+        """Cancel the jobs. The calibration goes on, for other requests about the set need it too."""
+        for job in self.jobs:
+            if isinstance(job, Job):
+                job.cancelled.set()
 
-    def judged(self) -> api_types.ClassifyOut:
-        """Once every future is done. Raises what the calibration raised; a fault of one image is told in its place."""
-        found = self.calibration.result() if self.calibration else Calibration()
-        results = [self._one(found, job) for job in self.jobs]
-        told = api_types.CalibrationOut(temperature=found.temperature, threshold=found.threshold, left_out=found.left_out, right=found.right)
-        stored = self.stored
-        return api_types.ClassifyOut(model=self.model.name, support_set=stored.name, version=stored.version, calibration=told, results=results)
+    def response(self) -> api_types.ClassifyOut:
+        """Call it when every future is done.
 
-    def _one(self, calibration: Calibration, job: Job | UserError) -> api_types.Judgement:
+        Raises what the calibration raised; an image's own fault is in its result.
+        """
+        calibration = self.calibration.result() if self.calibration else Calibration()
+        return api_types.ClassifyOut(
+            model=self.model.name,
+            support_set=self.stored.name,
+            version=self.stored.version,
+            calibration=api_types.CalibrationOut(
+                temperature=calibration.temperature, threshold=calibration.threshold, left_out=calibration.left_out, right=calibration.right
+            ),
+            results=[self._judgement(calibration, job) for job in self.jobs],
+        )
+
+    def _judgement(self, calibration: Calibration, job: Job | UserError) -> api_types.Judgement:
         error = job if isinstance(job, UserError) else job.future.exception()
         if isinstance(error, UserError):
-            code = "invalid_image" if error is job else "invalid_value"  # the image's own, or what came of asking
+            # the image cannot be used, or the question failed
+            code = "invalid_image" if error is job else "invalid_value"
             return api_types.Judgement(error=api_types.Fault(message=str(error), type="invalid_request_error", code=code))
         if error is not None:
             raise error
         assert isinstance(job, Job)
         scored: Scored = job.future.result()
-        reply, labels = scored.reply, self.stored.labels
-        chances = calibration.probabilities(reply.log_likelihoods)
-        ranked = sorted(chances, reverse=True)
+        reply, labels, examples = scored.reply, self.stored.labels, self.stored.examples
+        probabilities = calibration.probabilities(reply.log_likelihoods)
+        first, second = sorted(probabilities, reverse=True)[:2]
         nearest = labels[reply.best]
-        alike = dict(zip(shown_order(len(self.stored.examples)), scored.similarities, strict=True))  # by the place of each example
-        score = familiarity([cosine for place, cosine in alike.items() if self.stored.examples[place].label == nearest])
-        strange = calibration.threshold is not None and score < calibration.threshold
-        place = max(alike, key=alike.__getitem__)
+        # by the example's index in the stored set
+        cosines = dict(zip(shown_order(len(examples)), scored.similarities, strict=True))
+        score = familiarity([cosine for index, cosine in cosines.items() if examples[index].label == nearest])
+        none_of_these = calibration.threshold is not None and score < calibration.threshold
+        most_alike = max(cosines, key=cosines.__getitem__)
         return api_types.Judgement(
-            label=None if strange else nearest,
+            label=None if none_of_these else nearest,
             nearest=nearest,
-            probabilities=dict(zip(labels, chances, strict=True)),
-            margin=ranked[0] - ranked[1],
-            none_of_these=strange,
+            probabilities=dict(zip(labels, probabilities, strict=True)),
+            margin=first - second,
+            none_of_these=none_of_these,
             familiarity=score,
-            most_alike=api_types.SimilarExample(example=place, label=self.stored.examples[place].label, cosine=alike[place]),
+            most_alike=api_types.SimilarExample(example=most_alike, label=examples[most_alike].label, cosine=cosines[most_alike]),
         )
 
 
 def _turn(role: str, texts: Sequence[str], pictures: Sequence[Picture]) -> Turn:
     if not pictures:
         return Turn(role, "\n".join(texts))
-    if len(pictures) == 1:  # stands before the text, as LLaVA was trained
+    if len(pictures) == 1:  # LLaVA was trained with a single image before the text
         return Turn(role, "\n".join(text for text in texts if text != IMAGE), pictures[0])
     return Turn(role, "\n".join(texts), pictures[0], further=tuple(pictures[1:]))
 
 
-def key_of(stored: StoredSet) -> tuple[str, str]:
+def key_of(stored: StoredSet) -> SetKey:
+    """The key of a stored set in the engine's cache.
+
+    The time is part of it, for a store that was deleted and made anew reuses ids.
+    """
     return stored.namespace, f"{stored.id}-{stored.created}"
 
 

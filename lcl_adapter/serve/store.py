@@ -1,12 +1,14 @@
 """Support sets on disk: one SQLite file, and images by their content.
 
-    FOLDER/support.sqlite      namespaces, sets, versions, examples, calibrations
-    FOLDER/images/ns/abcd…     the bytes a client gave, named by their SHA-256; a folder a namespace, so that no caller can
-                               tell by the time of a write what another has stored
+    FOLDER/support.sqlite            namespaces, sets, versions, examples, calibrations
+    FOLDER/images/<namespace>/abcd…  the bytes that a client sent, named by their SHA-256
 
-An image is on the disk before the set that names it is; a set is one transaction, and acknowledged when SQLite has synced it.
-So what was acknowledged survives a kill and a full disk, and what was not leaves at most images that nothing names, which
-are removed when a store is opened.
+Each namespace has its own folder of images, named by a hash. If namespaces shared images, the time of a write would
+reveal what another caller has stored.
+
+An image is written to the disk before the set that names it. A set is written in one transaction, and acknowledged
+after SQLite has synced it. So an acknowledged set survives a kill or a full disk. A set that was not acknowledged
+leaves at most images that no set names. The server removes these at its start and every ten minutes.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ CREATE TABLE IF NOT EXISTS calibrations (
     set_id INTEGER NOT NULL REFERENCES sets (id) ON DELETE CASCADE, model TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (set_id, model)
 );
 """
-VERSIONS_KEPT = 20
+MAX_VERSIONS = 20  # the newest versions of a set that stay stored
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class StoredSet:
-    """One version of a set, in the order its examples are shown."""
+    """One version of a set, with its examples in the order in which they were given."""
 
     id: int
     namespace: str
@@ -73,12 +75,12 @@ class StoredSet:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Each once, in the order of their first showing."""
+        """Each label once, in the order of its first example."""
         return tuple(dict.fromkeys(example.label for example in self.examples))
 
 
-def _explained(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
-    """What SQLite and the disk say, as this package's errors."""
+def _store_errors(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+    """Raise errors of SQLite and the disk as RunError, without a path."""
 
     @wraps(method)
     def call(self: Store, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -86,17 +88,21 @@ def _explained(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
             return method(self, *args, **kwargs)
         except (sqlite3.Error, OSError, OverflowError) as error:
             if disk_is_full(error) or "disk is full" in str(error):
-                raise RunError("the disk is full: nothing of this was stored, and what was stored before is whole. Free some room.") from error
+                raise RunError("the disk is full: nothing was stored, and all earlier sets are intact. Free some space.") from error
             raise RunError(f"the store of support sets cannot be used ({type(error).__name__}).") from error
 
     return call  # type: ignore[return-value]
 
 
+def _conflict(name: str, version: int, expected: int) -> ConflictError:
+    return ConflictError(f"support set {name!r} is at version {version}, not {expected}: another writer changed it. Read it and try again.")
+
+
 class Store:
-    """Safe for threads and for several processes; a write is seen whole or not at all."""
+    """Threads and several processes can use one store together. A reader gets all of a write or nothing of it."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises RunError where the folder cannot be used, or holds something else."""
+        """Raises RunError if the folder cannot be used, or has another kind of file under the store's names."""
         self.folder = folder
         self.images = folder / "images"
         self._lock = threading.RLock()
@@ -107,7 +113,7 @@ class Store:
                 self._connection.execute(f"PRAGMA {pragma}")
             self._connection.executescript(SCHEMA)
         except (sqlite3.Error, OSError) as error:
-            raise RunError(f"{folder}: no store of support sets can be kept here ({error}).") from error
+            raise RunError(f"{folder}: cannot be used as a store of support sets ({error}). Give another folder.") from error
 
     def close(self) -> None:
         with self._lock:
@@ -125,57 +131,56 @@ class Store:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    @_explained
+    @_store_errors
     def put(
         self, namespace: str, name: str, examples: Sequence[tuple[str, bytes]], question: str | None = None, expected: int | None = None
     ) -> StoredSet:
-        """A new version of a set. expected: the version that the writer saw last, 0 for none.
+        """Store a new version of a set.
 
-        Raises ConflictError where another was written since; RunError where the disk is full.
+        expected: the version that the writer read last, 0 for none; None overwrites any.
+        Raises ConflictError if another version was written since; RunError if the disk is full.
         """
-        kept = tuple(Example(label, self._keep(namespace, data)) for label, data in examples)
-        with self._transaction() as at:
-            head = at.execute("SELECT version, gone FROM heads WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
+        stored = tuple(Example(label, self._write_image(namespace, data)) for label, data in examples)
+        with self._transaction() as connection:
+            head = connection.execute("SELECT version, gone FROM heads WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
             last, gone = head or (0, 1)
             if expected is not None and expected != (0 if gone else last):
-                raise ConflictError(
-                    f"support set {name!r} is at version {0 if gone else last}, not {expected}: another wrote it. Read it and try again."
-                )
+                raise _conflict(name, 0 if gone else last, expected)
             version, now = last + 1, time.time()
-            number = at.execute(
+            set_id = connection.execute(
                 "INSERT INTO sets (namespace, name, version, question, created) VALUES (?, ?, ?, ?, ?)", (namespace, name, version, question, now)
             ).lastrowid
-            assert number is not None
-            rows = [(number, place, example.label, example.image) for place, example in enumerate(kept)]
-            at.executemany("INSERT INTO examples VALUES (?, ?, ?, ?)", rows)
-            at.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, 0)", (namespace, name, version))
-            at.execute("DELETE FROM sets WHERE namespace = ? AND name = ? AND version <= ?", (namespace, name, version - VERSIONS_KEPT))
-        return StoredSet(number, namespace, name, version, now, kept, question)
+            assert set_id is not None
+            rows = [(set_id, place, example.label, example.image) for place, example in enumerate(stored)]
+            connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?)", rows)
+            connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, 0)", (namespace, name, version))
+            connection.execute("DELETE FROM sets WHERE namespace = ? AND name = ? AND version <= ?", (namespace, name, version - MAX_VERSIONS))
+        return StoredSet(set_id, namespace, name, version, now, stored, question)
 
-    @_explained
+    @_store_errors
     def get(self, namespace: str, name: str, version: int | None = None) -> StoredSet:
-        """The newest version, or the one named. Raises MissingError."""
+        """The newest version, or the given one. Raises MissingError."""
         with self._lock:
             head = self._connection.execute("SELECT version, gone FROM heads WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
             if head is None or head[1]:
-                raise MissingError(f"no support set {name!r}; `lcl-adapter support add {name} PHOTOS` or PUT /v1/support-sets/{name} makes one.")
+                raise MissingError(f"no support set {name!r}; `lcl-adapter support add {name} PHOTOS` or PUT /v1/support-sets/{name} stores one.")
             wanted = head[0] if version is None else version
             row = self._connection.execute(
                 "SELECT id, created, question FROM sets WHERE namespace = ? AND name = ? AND version = ?", (namespace, name, wanted)
             ).fetchone()
             if row is None:
-                raise MissingError(f"support set {name!r} has no version {wanted}; the newest is {head[0]}, and {VERSIONS_KEPT} are kept.")
-            shown = self._connection.execute("SELECT label, image FROM examples WHERE set_id = ? ORDER BY place", (row[0],)).fetchall()
-        return StoredSet(row[0], namespace, name, wanted, row[1], tuple(Example(*one) for one in shown), row[2])
+                raise MissingError(f"support set {name!r} has no version {wanted}; the newest is {head[0]}, and the last {MAX_VERSIONS} are stored.")
+            examples = self._connection.execute("SELECT label, image FROM examples WHERE set_id = ? ORDER BY place", (row[0],)).fetchall()
+        return StoredSet(row[0], namespace, name, wanted, row[1], tuple(Example(*example) for example in examples), row[2])
 
-    @_explained
+    @_store_errors
     def names(self, namespace: str) -> list[str]:
         with self._lock:
             return [row[0] for row in self._connection.execute("SELECT name FROM heads WHERE namespace = ? AND gone = 0 ORDER BY name", (namespace,))]
 
-    @_explained
+    @_store_errors
     def versions(self, namespace: str, name: str) -> list[tuple[int, float]]:
-        """Number and time of each that is kept, newest first. Raises MissingError."""
+        """Number and time (seconds since 1970) of each stored version, newest first. Raises MissingError."""
         self.get(namespace, name)
         with self._lock:
             rows = self._connection.execute(
@@ -183,71 +188,77 @@ class Store:
             )
             return [(row[0], row[1]) for row in rows]
 
-    @_explained
+    @_store_errors
     def remove(self, namespace: str, name: str, expected: int | None = None) -> None:
-        """With all its versions; their numbers are not used again. Raises MissingError, ConflictError."""
-        with self._transaction() as at:
-            head = at.execute("SELECT version FROM heads WHERE namespace = ? AND name = ? AND gone = 0", (namespace, name)).fetchone()
+        """Remove a set with all its versions. Their numbers are not used again. Raises MissingError, ConflictError."""
+        with self._transaction() as connection:
+            head = connection.execute("SELECT version FROM heads WHERE namespace = ? AND name = ? AND gone = 0", (namespace, name)).fetchone()
             if head is None:
                 raise MissingError(f"no support set {name!r}.")
             if expected is not None and expected != head[0]:
-                raise ConflictError(f"support set {name!r} is at version {head[0]}, not {expected}: another wrote it. Read it and try again.")
-            at.execute("DELETE FROM sets WHERE namespace = ? AND name = ?", (namespace, name))
-            at.execute("UPDATE heads SET gone = 1 WHERE namespace = ? AND name = ?", (namespace, name))
+                raise _conflict(name, head[0], expected)
+            connection.execute("DELETE FROM sets WHERE namespace = ? AND name = ?", (namespace, name))
+            connection.execute("UPDATE heads SET gone = 1 WHERE namespace = ? AND name = ?", (namespace, name))
 
-    @_explained
+    @_store_errors
     def read_calibration(self, set_id: int, model: str) -> dict[str, Any] | None:
         with self._lock:
             row = self._connection.execute("SELECT value FROM calibrations WHERE set_id = ? AND model = ?", (set_id, model)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    @_explained
+    @_store_errors
     def write_calibration(self, set_id: int, model: str, value: dict[str, Any]) -> None:
-        """Of a set that may have gone in the meantime; then nothing is written."""
-        with self._transaction() as at:
-            if at.execute("SELECT 1 FROM sets WHERE id = ?", (set_id,)).fetchone():
-                at.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?)", (set_id, model, json.dumps(value)))
+        """Write nothing if the set was removed in the meantime."""
+        with self._transaction() as connection:
+            if connection.execute("SELECT 1 FROM sets WHERE id = ?", (set_id,)).fetchone():
+                connection.execute("INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?)", (set_id, model, json.dumps(value)))
 
-    @_explained
+    @_store_errors
     def bytes_of(self, namespace: str, image: str) -> bytes:
-        return self._place(namespace, image).read_bytes()
+        return self._image_path(namespace, image).read_bytes()
 
-    @_explained
-    def sweep(self, older: float = 3600.0) -> int:
-        """Remove images that no set names, unless they are so new (seconds) that their set may be on its way; how many there were."""
+    @_store_errors
+    def sweep(self, min_age: float = 3600.0) -> int:
+        """Remove images that no set names, and return how many.
+
+        Images younger than ``min_age`` seconds stay: their set may follow.
+        """
         count, now = 0, time.time()
-        old = [f for f in (*self.images.glob("tmp*"), *self.images.glob("*/*")) if f.is_file() and now - f.stat().st_mtime > older]
-        for file in old:
-            with self._transaction() as at:  # no writer, of this process or another, touches or names an image meanwhile
-                rows = at.execute("SELECT DISTINCT namespace FROM examples JOIN sets ON sets.id = set_id WHERE image = ?", (file.name,))
-                named = any(self._place(row[0], file.name) == file for row in rows)
-                if not named and file.exists() and now - file.stat().st_mtime > older:
+        files = (*self.images.glob("tmp*"), *self.images.glob("*/*"))
+        for file in [file for file in files if file.is_file() and now - file.stat().st_mtime > min_age]:
+            with self._transaction() as connection:  # meanwhile no writer, in this process or another, can use an image
+                rows = connection.execute("SELECT DISTINCT namespace FROM examples JOIN sets ON sets.id = set_id WHERE image = ?", (file.name,))
+                named = any(self._image_path(row[0], file.name) == file for row in rows)
+                if not named and file.exists() and now - file.stat().st_mtime > min_age:
                     file.unlink()
                     count += 1
         return count
 
-    def _place(self, namespace: str, image: str) -> Path:
+    def _image_path(self, namespace: str, image: str) -> Path:
         return self.images / digest_of(namespace.encode())[:16] / image
 
-    def _keep(self, namespace: str, data: bytes) -> str:
-        """On the disk for good when this returns."""
+    def _write_image(self, namespace: str, data: bytes) -> str:
+        """Write an image, synced to the disk, and return its name.
+
+        An image that is stored already is not written again.
+        """
         name = digest_of(data)
-        place = self._place(namespace, name)
-        if place.exists():
-            os.utime(place)  # so that no sweep takes it before its set is there
+        path = self._image_path(namespace, name)
+        if path.exists():
+            os.utime(path)  # its age starts again, so that no sweep removes it before its set is written
             return name
-        place.parent.mkdir(exist_ok=True)
-        number, partial = tempfile.mkstemp(dir=self.images)
+        path.parent.mkdir(exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=self.images)
         try:
-            with os.fdopen(number, "wb") as opened:
+            with os.fdopen(descriptor, "wb") as opened:
                 opened.write(data)
                 opened.flush()
                 os.fsync(opened.fileno())
-            os.replace(partial, place)
+            os.replace(partial, path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-        folder = os.open(place.parent, os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
