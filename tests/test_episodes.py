@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.episodes.base import clash
-from lcl_adapter.data.episodes.two_way import rank_weight
+from lcl_adapter.data.episodes.two_way import draw_by_rank
 from lcl_adapter.data.sources import ClassPool, Picture, PictureClass, read_pocket
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
@@ -107,7 +107,7 @@ def test_no_answer_from_position() -> None:
 
 def test_rank_weights_prefer_near() -> None:
     rng = np.random.default_rng(0)
-    tally = Counter(rank_weight(rng, [10, 11, 12]) for _ in range(6000))
+    tally = Counter(draw_by_rank(rng, [10, 11, 12]) for _ in range(6000))
     assert [round(tally[k] / 6000, 1) for k in (10, 11, 12)] == [0.5, 0.3, 0.2]
 
 

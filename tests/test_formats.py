@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from lcl_adapter.data.sources import ClassPool, InspectionPool, QuestionPool, open_reader, read_image, read_isekai_questions, read_test_pairs
 from lcl_adapter.data.sources.base import pictures_of
-from lcl_adapter.data.sources.boxes import Box, located, parse
+from lcl_adapter.data.sources.boxes import Box, parse, region_box
 from lcl_adapter.recipe.sources import TaggedSource
 
 ROOT = Path(__file__).parent.parent / "datasets"
@@ -143,7 +143,7 @@ def test_imagenet_pairs_and_their_neighbours() -> None:
     assert [pool.classes[i].name for i in pool.neighbours(1)] == ["triangle", "cross", "circle"], "as the file ranks them"
     pairs = read_test_pairs(FIXTURES / "imagenet-lcl" / "test100_pairs.jsonl", FIXTURES / "imagenet-lcl" / "images")
     assert [p.names for p in pairs] == [("Ring", "Bar"), ("Frame", "Dots")]
-    assert [(len(p.shown[0]), len(p.asked[1])) for p in pairs] == [(4, 4)] * 2
+    assert [(len(p.support[0]), len(p.queries[1])) for p in pairs] == [(4, 4)] * 2
 
 
 def test_imagenet_in_an_archive(tmp_path: Path) -> None:
@@ -164,22 +164,22 @@ def test_mvtec_and_visa() -> None:
     for name, categories in (("mvtec", ["metal nut", "screw", "tile"]), ("visa", ["candle", "pcb1"])):
         pool = opened(name)
         assert isinstance(pool, InspectionPool)
-        assert [p.name for p in pool.parts] == categories
-        for part in pool.parts:
+        assert [p.name for p in pool.categories] == categories
+        for part in pool.categories:
             assert set(part.defects) == {"scratch", "hole"}
             assert len(part.references) == 4
             shown = {str(p) for p in part.references}
             assert not shown & {str(s.picture) for s in part.good}, "no test photo is a reference"
     held = opened("mvtec", split="held_out", held_out=["screw"])
-    assert [p.name for p in held.parts] == ["screw"]
-    assert [p.name for p in opened("mvtec", split="train", held_out=["screw"]).parts] == ["metal nut", "tile"]
+    assert [p.name for p in held.categories] == ["screw"]
+    assert [p.name for p in opened("mvtec", split="train", held_out=["screw"]).categories] == ["metal nut", "tile"]
 
 
 def test_mvtec_in_an_archive(tmp_path: Path) -> None:
     archive = Path(shutil.make_archive(str(tmp_path / "parts"), "zip", FIXTURES / "mvtec"))
     pool, folder = opened("mvtec", path=archive), opened("mvtec")
-    assert [p.name for p in pool.parts] == [p.name for p in folder.parts]
-    assert [located(r) for r in pool.regions["hole on the tile"]] == [located(r) for r in folder.regions["hole on the tile"]]
+    assert [p.name for p in pool.categories] == [p.name for p in folder.categories]
+    assert [region_box(r) for r in pool.regions["hole on the tile"]] == [region_box(r) for r in folder.regions["hole on the tile"]]
 
 
 def test_questions_carry_their_answers() -> None:
@@ -203,7 +203,7 @@ def test_rec_boxes_become_text_on_the_padded_square() -> None:
     one = opened("shikra-rec").dialogues[0].exchanges[0]
     assert one.region is not None
     x0, y0, x1, y1 = one.region.box
-    box = located(one.region)  # 48 x 40: four pixels of padding above and below
+    box = region_box(one.region)  # 48 x 40: four pixels of padding above and below
     assert box == Box(x0 / 48, (y0 + 4) / 48, x1 / 48, (y1 + 4) / 48)
     assert parse(f"It is at {box.text()}.").iou(box) > 0.97
     assert parse("nowhere") is None
@@ -214,7 +214,7 @@ def test_a_mask_becomes_the_smallest_box_around_it() -> None:
     regions = opened("mvtec").regions["scratch on the screw"]
     with Image.open(regions[0].mask.path) as mask:
         left, top, right, bottom = mask.getbbox()
-    assert located(regions[0]) == Box(left / 48, (top + 4) / 48, right / 48, (bottom + 4) / 48)
+    assert region_box(regions[0]) == Box(left / 48, (top + 4) / 48, right / 48, (bottom + 4) / 48)
 
 
 def test_a_dataset_on_disk_gives_names_and_pictures() -> None:

@@ -153,6 +153,6 @@ def test_drawn_data_is_the_same_every_time(tmp_path: Path) -> None:
             assert all(few.read(n) == whole.read(n) for n in few.namelist())
         classes = {c.name for c in read_pocket(split).classes}
         pool = read_mvtec(shipped(name))
-        assert {p.name for p in pool.parts} <= {c.replace("_", " ") for c in classes}
-        assert len(pool.parts) == counts[split == "held_out"]
-        assert set(pool.parts[0].defects) == set(parts.DEFECTS)
+        assert {p.name for p in pool.categories} <= {c.replace("_", " ") for c in classes}
+        assert len(pool.categories) == counts[split == "held_out"]
+        assert set(pool.categories[0].defects) == set(parts.DEFECTS)

@@ -14,8 +14,8 @@ from PIL import Image
 from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, from_episode
 from lcl_adapter.data.episodes import Episode
-from lcl_adapter.data.sources import ClassPool, InspectionPool, Part, Picture, Specimen, read_image
-from lcl_adapter.data.sources.boxes import located, parse
+from lcl_adapter.data.sources import ClassPool, InspectionPool, PartCategory, Picture, Specimen, read_image
+from lcl_adapter.data.sources.boxes import parse, region_box
 from lcl_adapter.errors import EpisodeError, RecipeError
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.wording import load, phrase
@@ -27,11 +27,11 @@ QUICK = settings(max_examples=100, deadline=None)
 INDEX = st.integers(0, 10**6)
 
 
-def made_part(name: str, references: int, good: int, defects: dict[str, int]) -> Part:
+def made_part(name: str, references: int, good: int, defects: dict[str, int]) -> PartCategory:
     def photo(place: str, number: int) -> Picture:
         return Picture(Path(f"{name}/{place}/{number}.png"))
 
-    return Part(
+    return PartCategory(
         name,
         tuple(photo("train/good", n) for n in range(references)),
         tuple(Specimen(photo("test/good", n)) for n in range(good)),
@@ -52,7 +52,7 @@ def options(form: str, **more: object) -> InspectionOptions:
 def test_every_inspection(form: str, seed: int, index: int) -> None:
     episode = episodes.draw(PARTS, options(form), seed, 0, index)
     assert episode == episodes.draw(PARTS, options(form), seed, 0, index)
-    part = PARTS.parts[episode.queries[0].class_index]
+    part = PARTS.categories[episode.queries[0].class_index]
     truth = {s.picture: s.defect for s in part.good} | {s.picture: s.defect for found in part.defects.values() for s in found}
     shown = [e.picture for e in episode.support]
     assert len(shown) == len(set(shown))
@@ -131,12 +131,12 @@ def test_a_defect_is_located_by_its_mask() -> None:
     pool = opened("mvtec")
     for index in range(20):
         episode = episodes.draw(pool, options("localise", shots=[2]), 0, 0, index)
-        part = pool.parts[episode.queries[0].class_index]
+        part = pool.categories[episode.queries[0].class_index]
         masks = {s.picture: s for found in part.defects.values() for s in found}
         for query in episode.queries:
             specimen = masks[query.picture]
             region = next(r for found in pool.regions.values() for r in found if r.picture == query.picture)
-            assert query.label == located(region).text()
+            assert query.label == region_box(region).text()
             assert specimen.defect is not None
 
 
@@ -152,7 +152,7 @@ def test_places_are_shown_and_asked(name: str) -> None:
         for example in (*episode.support, *episode.queries):
             box = parse(example.label)
             assert box is not None
-            assert box.iou(located(pictures[example.picture])) > 0.9
+            assert box.iou(region_box(pictures[example.picture])) > 0.9
         assert episode.wording is not None
         assert thing in episode.wording.instruction or thing in from_episode(episode, WORDINGS["short"]).shared[0].text
 

@@ -136,7 +136,7 @@ def test_each_shard_is_fetched_once_a_pass(elsewhere: tuple[str, Path], tmp_path
     real = fsspec.open
     monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or real(url, mode))
     pool = read_shards(None, urls, index, tmp_path / "cache", 2 * 10240 + 20480, 2)
-    for number in _order(1, 0, 0, len(pool), pool.chunks, pool.mixed):
+    for number in _order(1, 0, 0, len(pool), pool.shard_sizes, pool.shards_at_once):
         pool.dialogues[int(number)]
     assert sorted(fetched) == expanded(urls)
 

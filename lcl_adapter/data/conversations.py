@@ -14,7 +14,7 @@ import numpy as np
 
 from lcl_adapter.data.episodes import Episode, LearnedAnswers
 from lcl_adapter.data.sources import Dialogue, Picture
-from lcl_adapter.data.sources.boxes import located
+from lcl_adapter.data.sources.boxes import region_box
 from lcl_adapter.recipe.wording import Wording
 
 
@@ -90,8 +90,12 @@ def shown_order(count: int) -> list[int]:
     return [int(index) for index in np.random.default_rng(0).permutation(count)]
 
 
-def support_turns(shown: Sequence[tuple[Picture, str]], wording: Wording) -> tuple[Turn, ...]:
-    """A support set of labelled pictures as turns, in an order that depends on their number alone: classes must not stand in blocks."""
+def support_turns(shown: Sequence[tuple[Picture, str]], wording: Wording | None = None) -> tuple[Turn, ...]:
+    """A support set of labelled pictures as turns. Their order depends on their number only, and mixes the classes.
+
+    wording: ``WORDINGS["short"]`` where None.
+    """
+    wording = wording or WORDINGS["short"]
     turns: list[Turn] = []
     for position, index in enumerate(shown_order(len(shown))):
         picture, label = shown[index]
@@ -113,7 +117,7 @@ def from_dialogues(dialogues: tuple[Dialogue, ...]) -> Conversation:
     for dialogue in dialogues:
         turns: list[Turn] = []
         for exchange in dialogue.exchanges:
-            answer = located(exchange.region).text() if exchange.region else exchange.answer
+            answer = region_box(exchange.region).text() if exchange.region else exchange.answer
             turns += [Turn("user", exchange.question, exchange.picture, further=exchange.further), Turn("assistant", answer, learn=True)]
         branches.append(tuple(turns))
     return Conversation((), tuple(branches), dialogues[0].origin)

@@ -168,8 +168,8 @@ class Mixture:
             if isinstance(pool, ClassPool):
                 entries = [[c.name, c.groups, c.ranked, c.hard, c.boxes, *map(told, c.pictures)] for c in pool.classes]
             elif isinstance(pool, InspectionPool):
-                specimens = [(part, s) for part in pool.parts for s in (*part.good, *(s for found in part.defects.values() for s in found))]
-                entries = [[part.name, *map(told, part.references)] for part in pool.parts]
+                specimens = [(part, s) for part in pool.categories for s in (*part.good, *(s for found in part.defects.values() for s in found))]
+                entries = [[part.name, *map(told, part.references)] for part in pool.categories]
                 entries += [[part.name, s.defect, told(s.picture), told(s.mask)] for part, s in specimens]
             else:
                 entries = [[pool.fingerprint, len(pool)]]
@@ -186,7 +186,7 @@ class Mixture:
 
     def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
         epoch, place = divmod(ordinal, len(pool))
-        return int(_order(self.seed, list(self.options).index(source), epoch, len(pool), pool.chunks, pool.mixed)[place])
+        return int(_order(self.seed, list(self.options).index(source), epoch, len(pool), pool.shard_sizes, pool.shards_at_once)[place])
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Pools -> episodes. One policy a file; every draw is a pure function of (seed, epoch, index).
+"""Pools -> episodes. One policy a file. Every draw is a pure function of (seed, epoch, index).
 
 A new policy is a function of (pool, options, rng, origin) in a file of its own, its name in ``recipe/sources.py``, and a
 line in ``POLICIES`` or ``PART_POLICIES``.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Policy, generator
-from lcl_adapter.data.episodes.inspection import inspection, judged
+from lcl_adapter.data.episodes.inspection import inspection, inspection_episode
 from lcl_adapter.data.episodes.jigsaw import jigsaw
 from lcl_adapter.data.episodes.locate import locate
 from lcl_adapter.data.episodes.n_way import n_way
@@ -18,7 +18,7 @@ from lcl_adapter.data.episodes.two_way import two_way_random_shot, two_way_weigh
 from lcl_adapter.data.sources import ClassPool, InspectionPool
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, InspectionPolicy, PolicyName
 
-__all__ = ["PART_POLICIES", "POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "generator", "judged", "pictures_needed"]
+__all__ = ["PART_POLICIES", "POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "generator", "inspection_episode", "pictures_needed"]
 
 POLICIES: Mapping[PolicyName, Policy] = {
     "2way-weight": two_way_weight,
@@ -34,9 +34,9 @@ PART_POLICIES: Mapping[InspectionPolicy, Any] = {"inspection": inspection, "loca
 
 
 def draw(pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, index: int) -> Episode:
-    """The episode that (seed, epoch, index) stands for.
+    """The episode of (seed, epoch, index).
 
-    Raises EpisodeError where the pool cannot give what the options ask.
+    Raises EpisodeError if the pool has too little for these options.
     """
     policy: Any = PART_POLICIES[options.policy] if isinstance(options, InspectionOptions) else POLICIES[options.policy]
     episode: Episode = policy(pool, options, generator(seed, epoch, index), f"{pool.name} episode {index}")
@@ -44,7 +44,7 @@ def draw(pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionO
 
 
 def pictures_needed(options: EpisodeOptions, shots: int) -> int:
-    """How many pictures a class needs for an episode of ``shots``: those, less what further views stand in for, and one query."""
+    """How many pictures a class needs for an episode: one for the query, and enough for ``shots``, with further views counted."""
     if options.policy == "jigsaw":
         return 1
     return 1 + -(-shots // (options.further_views + 1))

@@ -1,4 +1,4 @@
-"""What an episode is, and what all policies share: random draws, names, pictures by other hands."""
+"""What an episode is, and what all policies share: random draws, names, support pictures by other artists than the query's."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lcl_adapter.recipe.wording import Wording
 
 Rng = np.random.Generator
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+ATTEMPTS = 50  # draws of other classes before a policy gives up
 
 
 class LearnedAnswers(Enum):
-    """Which answers are trained: the query's alone (as LCL does), or also support labels that were shown before."""
+    """Which answers are trained: only the queries' (as in LCL), or also support labels that were shown before."""
 
     QUERY = "query"
     REPEATED = "repeated"
@@ -26,7 +27,7 @@ class LearnedAnswers(Enum):
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled picture. ``class_index`` points into the pool; it is never shown to the model."""
+    """One labelled picture. ``class_index`` is its class in the pool; the model never sees it."""
 
     picture: Picture
     label: str
@@ -35,9 +36,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Episode:
-    """A support set and the queries to be judged by it. ``labels`` are the names in play, in an order that tells nothing.
+    """A support set, and queries to answer with it. ``labels`` are all possible labels, in random order.
 
-    wording: how the task's own questions are put; None for the recipe's wording.
+    wording: the sentences of the episode's task; None for the recipe's wording.
     """
 
     support: tuple[Example, ...]
@@ -61,76 +62,90 @@ def random_name(rng: Rng) -> str:
     return "".join(rng.choice(LETTERS, int(rng.integers(1, 11))))
 
 
-def clash(one: str, other: str) -> bool:
-    """Whether one of two names is a prefix of the other: then the first tokens could not tell them apart."""
-    return one.startswith(other) or other.startswith(one)
+def clash(first: str, second: str) -> bool:
+    """Whether one of two names is a prefix of the other. Their first tokens could then be the same."""
+    return first.startswith(second) or second.startswith(first)
 
 
-def random_names(rng: Rng, count: int, taken: Sequence[str] = ()) -> list[str]:
-    """``count`` random names, none a prefix of another or of those taken."""
+def random_names(rng: Rng, count: int, used: Sequence[str] = ()) -> list[str]:
+    """``count`` random names, none of them a prefix of another or of a used one."""
     names: list[str] = []
     while len(names) < count:
         name = random_name(rng)
-        if not any(clash(name, other) for other in (*names, *taken)):
+        if not any(clash(name, other) for other in (*names, *used)):
             names.append(name)
     return names
 
 
-def take(rng: Rng, pictures: Sequence[Picture], count: int, views: int) -> list[Picture]:
-    """``count`` pictures in random order; when they run out, again in further views, up to ``views`` of them each."""
+def draw_pictures(rng: Rng, pictures: Sequence[Picture], count: int, views: int) -> list[Picture]:
+    """``count`` pictures in random order. When they run out, their further views follow, up to ``views`` of each."""
     order = [pictures[i] for i in rng.permutation(len(pictures))]
     return [order[i % len(order)].in_view(i // len(order)) for i in range(min(count, len(order) * (views + 1)))]
 
 
-def divide(
-    rng: Rng, classes: Sequence[PictureClass], asked: Sequence[int], shots: int | Sequence[int], options: EpisodeOptions
-) -> list[list[list[Picture]]]:
-    """For each class, its query pictures (``asked`` of them) and its support pictures (``shots``): [class][side][picture].
+@dataclass(frozen=True)
+class ClassPictures:
+    """The pictures of one class in an episode."""
 
-    No query picture is in the support set. Where hands are known and ``other_artists`` is set, no *hand* of a query is in
-    it either, in any class: else the class that lacks the query's style would give the answer away.
+    queries: list[Picture]
+    support: list[Picture]
 
-    Raises EpisodeError where a class has too few pictures.
+
+def split_pictures(
+    rng: Rng, classes: Sequence[PictureClass], queries: Sequence[int], shots: int | Sequence[int], options: EpisodeOptions
+) -> list[ClassPictures]:
+    """Query and support pictures of each class. ``queries`` and ``shots`` say how many.
+
+    No query picture is in the support set. If artists are known and ``other_artists`` is set, no *artist* of a query is in
+    the support set of any class. Otherwise the class without the query's style could be ruled out by style alone.
+
+    Raises EpisodeError if a class has too few pictures.
     """
-    shown = [shots] * len(classes) if isinstance(shots, int) else list(shots)
-    needed = [-(-count // (options.further_views + 1)) for count in shown]
-    by_hand = options.other_artists and all(p.artist is not None for one in classes for p in one.pictures)
-    hands: list[str] = []
-    if by_hand:
-        queried = [one.artists for one, count in zip(classes, asked, strict=True) if count]
-        shuffled = rng.permutation(sorted({h for one in classes for h in one.artists})).tolist()
-        for hand in sorted(shuffled, key=lambda h: -sum(h in own for own in queried)):  # a hand all queried classes have, first
-            rest = [sum(p.artist not in {*hands, hand} for p in one.pictures) for one in classes]
-            if all(r >= n for r, n in zip(rest, needed, strict=True)) and len(hands) < max(1, *asked):
-                hands.append(str(hand))
-    pair = []
-    for one, count, shots_of_class, kept in zip(classes, asked, shown, needed, strict=True):
-        if by_hand:
-            querying = [p for p in one.pictures if p.artist in hands]
-            rest_of_class = [p for p in one.pictures if p.artist not in hands]
+    shots_of = [shots] * len(classes) if isinstance(shots, int) else list(shots)
+    needed = [-(-count // (options.further_views + 1)) for count in shots_of]  # pictures for the support set, without further views
+    by_artist = options.other_artists and all(p.artist is not None for c in classes for p in c.pictures)
+    query_artists = _query_artists(rng, classes, queries, needed) if by_artist else []
+    divided = []
+    for picture_class, query_count, shot_count, reserved in zip(classes, queries, shots_of, needed, strict=True):
+        if by_artist:
+            for_queries = [p for p in picture_class.pictures if p.artist in query_artists]
+            for_support = [p for p in picture_class.pictures if p.artist not in query_artists]
         else:
-            order = [one.pictures[i] for i in rng.permutation(len(one.pictures))]
-            spare = max(0, min(count, len(order) - kept))
-            querying, rest_of_class = order[:spare], order[spare:]
-        support = take(rng, rest_of_class, shots_of_class, options.further_views) if rest_of_class else []
-        if (count and not querying) or len(support) < shots_of_class:
-            other = "by other hands than the query's" if by_hand else "besides the query"
+            order = [picture_class.pictures[i] for i in rng.permutation(len(picture_class.pictures))]
+            spare = max(0, min(query_count, len(order) - reserved))
+            for_queries, for_support = order[:spare], order[spare:]
+        support = draw_pictures(rng, for_support, shot_count, options.further_views) if for_support else []
+        if (query_count and not for_queries) or len(support) < shot_count:
+            condition = "by other artists than the query's" if by_artist else "besides the query"
             raise EpisodeError(
-                f"class {one.name!r} has {len(one.pictures)} pictures, {shots_of_class} {other} are needed: "
+                f"class {picture_class.name!r} has {len(picture_class.pictures)} pictures, {shot_count} {condition} are needed: "
                 "lower `shots`, add photos, or allow `further_views`."
             )
-        queries = take(rng, querying, count, options.further_views) if count else []
-        queries += [queries[i % len(queries)] for i in range(count - len(queries))]  # asked again rather than not at all
-        pair.append([queries, support])
-    return pair
+        drawn = draw_pictures(rng, for_queries, query_count, options.further_views) if query_count else []
+        repeated = [drawn[i % len(drawn)] for i in range(query_count - len(drawn))]  # too few pictures: some are asked about twice
+        divided.append(ClassPictures(drawn + repeated, support))
+    return divided
 
 
-def first_that_works(attempt: Callable[[], Episode]) -> Episode:
-    """Try other classes, from the same stream, where those drawn have clashing names or share too few hands.
+def _query_artists(rng: Rng, classes: Sequence[PictureClass], queries: Sequence[int], needed: Sequence[int]) -> list[str]:
+    """Artists whose pictures are queries; without them every class still has ``needed`` support pictures."""
+    chosen: list[str] = []
+    queried = [c.artists for c, count in zip(classes, queries, strict=True) if count]
+    shuffled = rng.permutation(sorted({artist for c in classes for artist in c.artists})).tolist()
+    # Artists of all queried classes come first.
+    for artist in sorted(shuffled, key=lambda a: -sum(a in artists for artists in queried)):
+        rest = [sum(p.artist not in {*chosen, artist} for p in c.pictures) for c in classes]
+        if all(r >= n for r, n in zip(rest, needed, strict=True)) and len(chosen) < max(1, *queries):
+            chosen.append(str(artist))
+    return chosen
 
-    Raises the last attempt's EpisodeError after 50.
+
+def retry(attempt: Callable[[], Episode]) -> Episode:
+    """Draw again, with the same generator, while the drawn classes have clashing names or too few common artists.
+
+    Raises the last attempt's EpisodeError after 50 attempts.
     """
-    for _ in range(49):
+    for _ in range(ATTEMPTS - 1):
         try:
             return attempt()
         except EpisodeError:
@@ -139,49 +154,59 @@ def first_that_works(attempt: Callable[[], Episode]) -> Episode:
 
 
 def draw_classes(rng: Rng, pool: ClassPool, ways: int, hard: bool) -> list[int]:
-    """``ways`` different classes: near neighbours of a first one when ``hard``, else classes of different groups.
+    """``ways`` different classes: with ``hard``, near neighbours of a first class; else classes of different groups.
 
-    Where a class has too few hard neighbours another first class is tried; where none has, any classes are drawn.
+    If a class has too few hard neighbours, another first class is drawn; after 50 attempts, any classes are drawn.
     """
     if len(pool) < ways:
         raise EpisodeError(f"{pool.name}: {len(pool)} classes, {ways} ways are asked: add classes or lower `ways`.")
-    for _ in range(50):
+    for _ in range(ATTEMPTS):
         first = int(rng.integers(len(pool)))
         near = pool.hard_neighbours(first)
         if hard and len(near) >= ways - 1:
             return [first, *(int(i) for i in rng.choice(near, ways - 1, replace=False))]
         if not hard:
             chosen = [first]
-            barred = {first, *pool.siblings(first)}
-            for candidate in rng.permutation(len(pool)):
-                if len(chosen) < ways and int(candidate) not in barred:
-                    chosen.append(int(candidate))
-                    barred.update((int(candidate), *pool.siblings(int(candidate))))
+            excluded = {first, *pool.siblings(first)}
+            for candidate in map(int, rng.permutation(len(pool))):
+                if len(chosen) < ways and candidate not in excluded:
+                    chosen.append(candidate)
+                    excluded.update((candidate, *pool.siblings(candidate)))
             if len(chosen) == ways:
                 return chosen
     return [int(i) for i in rng.choice(len(pool), ways, replace=False)]
 
 
-def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, classes: Sequence[int], names: Sequence[str], shots: int) -> Episode:
-    """The episode of the given classes and names: queries from classes at random, support shuffled, labels in random order.
+def shuffled(rng: Rng, values: Sequence[str]) -> tuple[str, ...]:
+    """The values in random order."""
+    return tuple(values[i] for i in rng.permutation(len(values)))
 
-    Raises EpisodeError where a class has too few pictures.
+
+def shuffled_examples(rng: Rng, examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples in random order."""
+    return tuple(examples[i] for i in rng.permutation(len(examples)))
+
+
+def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, classes: Sequence[int], names: Sequence[str], shots: int) -> Episode:
+    """The episode of these classes and names: queries from random classes, support set and labels in random order.
+
+    Raises EpisodeError if a class has too few pictures.
     """
-    asked = np.bincount(rng.integers(0, len(classes), options.queries), minlength=len(classes)).tolist()
-    pair = divide(rng, [pool.classes[i] for i in classes], asked, shots, options)
+    query_counts = np.bincount(rng.integers(0, len(classes), options.queries), minlength=len(classes)).tolist()
+    divided = split_pictures(rng, [pool.classes[i] for i in classes], query_counts, shots, options)
     turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
 
-    def seen(picture: Picture) -> Picture:
+    def example(picture: Picture, label: str, index: int) -> Example:
         view = int(rng.integers(options.augment + 1)) if options.augment else picture.view
-        return replace(picture, view=view, turned=turned)
+        return Example(replace(picture, view=view, turned=turned), label, index)
 
-    queries, support = (
-        [Example(seen(p), name, index) for index, name, parts in zip(classes, names, pair, strict=True) for p in parts[side]] for side in (0, 1)
-    )
+    named = list(zip(classes, names, divided, strict=True))
+    queries = [example(picture, name, index) for index, name, pictures in named for picture in pictures.queries]
+    support = [example(picture, name, index) for index, name, pictures in named for picture in pictures.support]
     return Episode(
-        support=tuple(support[i] for i in rng.permutation(len(support))),
-        queries=tuple(queries[i] for i in rng.permutation(len(queries))),
-        labels=tuple(names[i] for i in rng.permutation(len(names))),
+        support=shuffled_examples(rng, support),
+        queries=shuffled_examples(rng, queries),
+        labels=shuffled(rng, names),
         learned=LearnedAnswers(options.learn),
         origin=origin,
     )

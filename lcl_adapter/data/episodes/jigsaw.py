@@ -1,6 +1,7 @@
-"""``jigsaw`` (the published LCL code): one image's pieces in disorder, then the whole; the answer says where each belongs.
+"""``jigsaw`` (the published LCL code): the shuffled pieces of one image, then the whole image. The answer is the place of each piece.
 
-There the pieces' places are shuffled once more before the answer is made, so it cannot be known; here it is the pieces' own.
+The published code shuffles the places again before it makes the answer, so that the answer cannot be known. Here the
+answer has the true places.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ GRIDS = {4: ((2, 2),), 6: ((2, 3), (3, 2)), 9: ((3, 3),), 12: ((3, 4), (4, 3)), 
 
 
 def jigsaw(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
-    """The answer is a list of pairs, [column, row] counted from 0, one a piece in the order they were shown."""
+    """The answer is a list of pairs, [column, row] from 0, one for each piece in the order they were shown."""
     index = int(rng.integers(len(pool)))
     whole = pool.classes[index].pictures[int(rng.integers(len(pool.classes[index].pictures)))]
     count = int(rng.choice(options.tiles))

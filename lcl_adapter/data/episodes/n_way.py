@@ -1,15 +1,15 @@
-"""``n-way``: N classes, K shots each, under random names, their own, or either."""
+"""``n-way``: N classes with K shots each, under random names, their own names, or either."""
 
 from __future__ import annotations
 
-from lcl_adapter.data.episodes.base import Episode, Rng, assemble, clash, draw_classes, first_that_works, random_names
+from lcl_adapter.data.episodes.base import Episode, Rng, assemble, clash, draw_classes, random_names, retry
 from lcl_adapter.data.sources import ClassPool
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import EpisodeOptions
 
 
 def n_way(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
-    """Ways, shots, nearness and the kind of names are drawn first, then classes, names and pictures."""
+    """Ways, shots, nearness and the kind of names are drawn first; then classes, names and pictures."""
     ways, shots = int(rng.choice(options.ways)), int(rng.choice(options.shots))
     hard = bool(rng.random() < options.hard)
     real = options.names == "real" or (options.names == "mixed" and bool(rng.random() < options.real_names))
@@ -22,4 +22,4 @@ def n_way(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Ep
             raise EpisodeError(f"{pool.name}: one of the names {listed} begins another: rename it, or use `names: random`.")
         return assemble(pool, options, rng, origin, classes, names, shots)
 
-    return first_that_works(attempt)
+    return retry(attempt)

@@ -50,6 +50,10 @@ class Picture:
     tile: tuple[int, int, int] | None = None
     data: bytes | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script
+            object.__setattr__(self, "path", Path(self.path))
+
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
@@ -187,7 +191,7 @@ class Specimen:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartCategory:
     """One category to inspect. ``references`` are good photos set apart to be shown, never to be asked about."""
 
     name: str
@@ -205,23 +209,23 @@ class InspectionPool:
     """Categories of parts, good and defective."""
 
     name: str
-    parts: tuple[Part, ...]
+    categories: tuple[PartCategory, ...]
     skipped: dict[str, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.categories)
 
     @cached_property
     def two_sided(self) -> tuple[int, ...]:
         """Categories with both good and defective photos to ask about."""
-        return tuple(i for i, part in enumerate(self.parts) if part.good and any(part.defects.values()))
+        return tuple(i for i, part in enumerate(self.categories) if part.good and any(part.defects.values()))
 
     @property
     def photos(self) -> str:
         """How many good and defective photos there are, in words."""
-        good = sum(len(part.good) for part in self.parts)
-        bad = sum(len(found) for part in self.parts for found in part.defects.values())
+        good = sum(len(part.good) for part in self.categories)
+        bad = sum(len(found) for part in self.categories for found in part.defects.values())
         return f"{good:,} good and {bad:,} defective photos to ask about"
 
     @cached_property
@@ -229,7 +233,7 @@ class InspectionPool:
         """Where the defects are, by kind and part."""
         return {
             f"{kind} on the {part.name}": tuple(Region(s.picture, mask=s.mask) for s in found if s.mask is not None)
-            for part in self.parts
+            for part in self.categories
             for kind, found in part.defects.items()
         }
 
@@ -275,8 +279,8 @@ class QuestionPool:
     skipped: dict[str, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
     fingerprint: str = ""
-    chunks: tuple[int, ...] = ()
-    mixed: int = 1
+    shard_sizes: tuple[int, ...] = ()
+    shards_at_once: int = 1
 
     def __len__(self) -> int:
         return len(self.dialogues)
@@ -287,7 +291,13 @@ Pool = ClassPool | QuestionPool | InspectionPool
 
 def names_of(pool: Pool) -> list[str]:
     """The classes or categories of a pool; none for questions."""
-    return [c.name for c in pool.classes] if isinstance(pool, ClassPool) else [p.name for p in pool.parts] if isinstance(pool, InspectionPool) else []
+    return (
+        [c.name for c in pool.classes]
+        if isinstance(pool, ClassPool)
+        else [p.name for p in pool.categories]
+        if isinstance(pool, InspectionPool)
+        else []
+    )
 
 
 def pictures_of(pool: Pool) -> Iterator[Picture]:
@@ -295,7 +305,7 @@ def pictures_of(pool: Pool) -> Iterator[Picture]:
     if isinstance(pool, ClassPool):
         yield from (p for one in pool.classes for p in one.pictures)
     elif isinstance(pool, InspectionPool):
-        yield from (p for part in pool.parts for p in part.pictures)
+        yield from (p for part in pool.categories for p in part.pictures)
     else:
         yield from (p for dialogue in pool.dialogues for p in dialogue.pictures)
 

@@ -58,7 +58,7 @@ def on_square(box: PixelBox, size: tuple[int, int]) -> Box:
     return Box((box[0] + left) / side, (box[1] + top) / side, (box[2] + left) / side, (box[3] + top) / side)
 
 
-def located(region: Region) -> Box:
+def region_box(region: Region) -> Box:
     """A region as a box on the padded square; the smallest box around all of a mask.
 
     Raises DataError: a box out of range or without extent, an empty mask, a mask of another size.

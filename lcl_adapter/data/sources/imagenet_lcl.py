@@ -55,15 +55,15 @@ def read_train_pairs(file: Path, images: Path, name: str = "", on_fault: str = "
 
 
 @dataclass(frozen=True)
-class Opponents:
+class ClassPair:
     """Two classes of the test that are shown against each other, each with pictures to show and pictures to ask about."""
 
     names: tuple[str, str]
-    shown: tuple[tuple[Picture, ...], tuple[Picture, ...]]
-    asked: tuple[tuple[Picture, ...], tuple[Picture, ...]]
+    support: tuple[tuple[Picture, ...], tuple[Picture, ...]]
+    queries: tuple[tuple[Picture, ...], tuple[Picture, ...]]
 
 
-def read_test_pairs(file: Path, images: Path) -> tuple[Opponents, ...]:
+def read_test_pairs(file: Path, images: Path) -> tuple[ClassPair, ...]:
     """Lines 2k and 2k + 1 oppose each other. Raises DataError for a fault, and for the published copy of the training file."""
     tree = Tree(images)
     faults: list[Fault] = []
@@ -82,7 +82,7 @@ def read_test_pairs(file: Path, images: Path) -> tuple[Opponents, ...]:
     if len(pair) % 2:
         faults.append(Fault("bad record", f"{file}: {len(pair)} classes; they oppose each other two by two, so an even number is needed"))
     settled(ClassPool(file.name, tuple(PictureClass(n, s) for n, s, _ in pair), {}, tuple(faults)), "refuse")
-    return tuple(Opponents((one[0], two[0]), (one[1], two[1]), (one[2], two[2])) for one, two in zip(pair[::2], pair[1::2], strict=True))
+    return tuple(ClassPair((one[0], two[0]), (one[1], two[1]), (one[2], two[2])) for one, two in zip(pair[::2], pair[1::2], strict=True))
 
 
 def read_lines(file: Path, faults: list[Fault]) -> list[tuple[int, dict[str, Any], str]]:

@@ -34,15 +34,15 @@ class IsekaiQuestion:
     """Two concepts, pictures of each in the order they are shown, and a picture of one of them (``gold`` 0 or 1)."""
 
     names: tuple[str, str]
-    shown: tuple[tuple[Picture, ...], tuple[Picture, ...]]
-    asked: Picture
+    support: tuple[tuple[Picture, ...], tuple[Picture, ...]]
+    query: Picture
     gold: int
 
 
 def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> tuple[IsekaiQuestion, ...]:
     """Every question in its order. Raises DataError as its ``on_fault`` says."""
     questions, faults = _questions(file, images)
-    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.shown[0]) for q in questions), {}, tuple(faults)), on_fault)
+    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.support[0]) for q in questions), {}, tuple(faults)), on_fault)
     return tuple(questions)
 
 
@@ -53,7 +53,7 @@ def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refus
     groups: dict[str, tuple[str, ...]] = {}
     for question in questions:
         for place, one in enumerate(question.names):
-            more = (*question.shown[place], *((question.asked,) if place == question.gold else ()))
+            more = (*question.support[place], *((question.query,) if place == question.gold else ()))
             pictures.setdefault(one, {}).update(dict.fromkeys(more))
             groups.setdefault(one, ("|".join(sorted(question.names)),))
     enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}

@@ -319,7 +319,7 @@ def read_shards(
     told = json.dumps([[_base(place), count] for place, count in used])
     dialogues = ShardDialogues([place for place, _ in used], [count for _, count in used], None if path is not None else Cache(cache, cache_size))
     fingerprint = hashlib.sha256(told.encode()).hexdigest()
-    return QuestionPool(name or "shards", dialogues, {}, (), fingerprint, chunks=dialogues.counts, mixed=mixed)
+    return QuestionPool(name or "shards", dialogues, {}, (), fingerprint, shard_sizes=dialogues.counts, shards_at_once=mixed)
 
 
 def _counted(path: Path) -> int:

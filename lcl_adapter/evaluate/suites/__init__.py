@@ -133,11 +133,11 @@ def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tu
         for pair in read_test_pairs(packaged(options.pairs), packaged(options.images)):
             # An empty type: compared by pictures alone, because two classes of ImageNet may share a name.
             for side, class_name in enumerate(pair.names):
-                yield "", class_name, (*pair.shown[side], *pair.asked[side])
+                yield "", class_name, (*pair.support[side], *pair.queries[side])
         return
     reader: Any = options.source
     pool: ClassPool | InspectionPool = open_reader(name, reader)
-    for part in pool.classes if isinstance(pool, ClassPool) else pool.parts:
+    for part in pool.classes if isinstance(pool, ClassPool) else pool.categories:
         yield reader.type, part.name, part.pictures
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 
-from lcl_adapter.data.episodes import judged
-from lcl_adapter.data.sources import InspectionPool, Part, Specimen, open_reader
+from lcl_adapter.data.episodes import inspection_episode
+from lcl_adapter.data.sources import InspectionPool, PartCategory, Specimen, open_reader
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
@@ -37,7 +37,7 @@ def _drawn_cell(
     episode_options = InspectionOptions(forms={form: 1.0}, shots=[shots], templates=options.templates, languages=options.languages[:1])
     count = min(options.episodes, limit or options.episodes)
     drawn = draw_episodes(pool, episode_options, seed, 5, count, options.source.on_fault)
-    groups = [pool.parts[e.queries[0].class_index].name for e in drawn]
+    groups = [pool.categories[e.queries[0].class_index].name for e in drawn]
     if form == "localise":
         cases = tuple(case_of(e, wording, g, 0, parse(e.queries[0].label)) for e, g in zip(drawn, groups, strict=True))
         return Cell(
@@ -65,7 +65,7 @@ def good_or_defective(name: str, options: InspectionSuite, pool: InspectionPool,
     for count in options.references:
         words = phrase("inspection.one-class" if count else "inspection.plain", options.templates, 0, options.languages)
         cases = []
-        for index, part in enumerate(pool.parts):
+        for index, part in enumerate(pool.categories):
             if len(part.references) < count:
                 raise DataError(
                     f"evaluate.suites.{name}: category {part.name!r} has {len(part.references)} good photos to show, but `references` is {count}."
@@ -73,7 +73,7 @@ def good_or_defective(name: str, options: InspectionSuite, pool: InspectionPool,
             specimens = specimens_of(part, options.limit)
             if len({specimen.defect is None for specimen in specimens}) < 2:
                 continue
-            episode = judged(part, index, part.references[:count], specimens, words.filled(thing=part.name))
+            episode = inspection_episode(part, index, part.references[:count], specimens, words.filled(thing=part.name))
             for number, specimen in enumerate(specimens):
                 case = case_of(episode, wording, part.name, number, {"defect": specimen.defect, "good": words.good})
                 cases.append(replace(case, episode=replace(episode, queries=(episode.queries[number],))))
@@ -102,6 +102,6 @@ def alternate(cases: list[Case]) -> list[Case]:
     return [case for cases_in_turn in zip_longest(*groups.values()) for case in cases_in_turn if case is not None]
 
 
-def specimens_of(part: Part, limit: int | None) -> list[Specimen]:
+def specimens_of(part: PartCategory, limit: int | None) -> list[Specimen]:
     """Good photos, then each kind of defect, at most ``limit`` of each."""
     return [specimen for group in (part.good, *part.defects.values()) for specimen in group[:limit]]

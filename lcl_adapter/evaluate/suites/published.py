@@ -29,8 +29,8 @@ def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: i
         for number, pair in enumerate(pairs):
             names = (pair.names[0].lower(), pair.names[1].lower())
             for side in (0, 1):
-                for index, query in enumerate(pair.asked[side][: options.queries]):
-                    cases.append(_case(names, pair.shown, query, side, shots, wording, [seed, shots, number, side, index]))
+                for index, query in enumerate(pair.queries[side][: options.queries]):
+                    cases.append(_case(names, pair.support, query, side, shots, wording, [seed, shots, number, side, index]))
         yield _cell(name, shots, cases, limit, "imagenet-100", published.imagenet_100(shots))
 
 
@@ -40,7 +40,7 @@ def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: 
     assert isinstance(source, Isekai)
     questions = read_isekai_questions(packaged(source.file), packaged(source.images), name, source.on_fault)
     for shots in options.shots:
-        cases = [_case(q.names, q.shown, q.asked, q.gold, shots, wording, [seed, shots, n]) for n, q in enumerate(questions)]
+        cases = [_case(q.names, q.support, q.query, q.gold, shots, wording, [seed, shots, n]) for n, q in enumerate(questions)]
         yield _cell(name, shots, cases, limit, "isekai", published.isekai(options.published, shots))
 
 
