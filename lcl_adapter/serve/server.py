@@ -28,7 +28,7 @@ from lcl_adapter.terminal import console
 
 MAX_CONNECTIONS = 1000  # at a time; uvicorn answers further ones with status 503
 SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop
-KEEP_ALIVE_SECONDS = 30  # that an idle connection stays open
+IDLE_SECONDS = 30  # that an idle connection stays open
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
             make(service, keys),
             log_level="warning",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
             limit_concurrency=MAX_CONNECTIONS,
             server_header=False,
         )
