@@ -1,4 +1,4 @@
-"""Adapters to and from upstream LLaVA: what comes out is what PEFT 0.7 loads, what goes in is taken whole or refused."""
+"""Adapters to and from upstream LLaVA: PEFT 0.7 can load what is exported; what is imported is complete, or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, ModelError, RunError, UserError
-from tests.test_merge import WEIGHTS, adapter_on, delta, merged_in, rewritten
+from tests.test_merge import WEIGHTS, adapter_on, delta, rewritten, weights_in
 from tests.tiny import VERSIONS, save_language, save_original
 
 # peft 0.7.1, src/peft/tuners/lora/config.py and src/peft/config.py
@@ -61,7 +61,7 @@ def hf(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Version and options -> a run on the original base; made once, never changed."""
+    """Version and options -> a run on the original base, made once. Tests never change it."""
     root, made = tmp_path_factory.mktemp("runs"), {}
 
     def run(version: str = "v1.5", **options: Any) -> Path:
@@ -75,7 +75,7 @@ def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.fixture(scope="module")
 def exported(runs: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with its projector, as upstream has it; copied before it is spoiled."""
+    """An adapter with its projector in upstream's format. Tests copy it before they change it."""
     out = tmp_path_factory.mktemp("exported") / "llava-lora"
     export_adapter(runs(projector=True), out)
     return out
@@ -88,19 +88,21 @@ def foreign(exported: Path, folder: Path, change: Callable[[dict[str, torch.Tens
     if change is not None:
         change(state)
         torch.save(state, folder / "adapter_model.bin")
-    told = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    before = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**before, **config}))
     return folder
 
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"projector": True}, {"projector": True, "rslora": True}], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_out_and_in_again_is_the_same_adapter(runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]) -> None:
-    """Every product and what the projector does, by the files alone; and the base that it belongs to."""
+def test_exported_and_imported_again_it_is_the_same_adapter(
+    runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]
+) -> None:
+    """Every product, the projector's outputs and the hash of the base, from the files alone."""
     run = runs(version, **options)
-    told = export_adapter(run, tmp_path / "llava-lora")
-    assert (told["layers"], told["projector"]) == (14, "projector" in options)
-    assert told["largest_difference"] < 1e-6
+    report = export_adapter(run, tmp_path / "llava-lora")
+    assert (report["layers"], report["projector"]) == (14, "projector" in options)
+    assert report["largest_difference"] < 1e-6
     import_adapter(tmp_path / "llava-lora", tmp_path / "back")
     ours, back = Adapter(run), Adapter(tmp_path / "back")
     assert ours.layers.keys() == back.layers.keys()
@@ -108,31 +110,31 @@ def test_out_and_in_again_is_the_same_adapter(runs: Callable[..., Path], tmp_pat
         assert torch.allclose(delta(run, module), delta(tmp_path / "back", module), atol=1e-6)
         assert float(delta(run, module).abs().max()) > 0.01
     assert read_manifest(tmp_path / "back")["base_hash"] == read_manifest(run)["base_hash"]
-    assert ours.whole.keys() == back.whole.keys()
+    assert ours.full_weights.keys() == back.full_weights.keys()
     if version != "v1":
-        assert all(torch.equal(ours.whole[name], back.whole[name]) for name in ours.whole)
-    elif ours.whole:
+        assert all(torch.equal(ours.full_weights[name], back.full_weights[name]) for name in ours.full_weights)
+    elif ours.full_weights:
         inputs = torch.randn(5, 32)
-        assert torch.allclose(_projected(ours.whole, inputs), _projected(back.whole, inputs), atol=1e-5)
+        assert torch.allclose(_project_v1(ours.full_weights, inputs), _project_v1(back.full_weights, inputs), atol=1e-5)
 
 
-def _projected(whole: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    """v1's, which has nothing between its layers."""
+def _project_v1(projector: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs of v1's projector, which has no activation between its layers."""
     for layer in "12":
         at = f"model.multi_modal_projector.linear_{layer}"
-        inputs = inputs @ whole[f"{at}.weight"].T + whole[f"{at}.bias"]
+        inputs = inputs @ projector[f"{at}.weight"].T + projector[f"{at}.bias"]
     return inputs
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_came_back_answers_and_merges_as_what_went_out(runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
-    """The run that an import makes is one for every command: loaded, merged, and exported again."""
+def test_an_imported_adapter_answers_and_merges_as_the_exported_one(runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
+    """Every command can use the imported run: it is loaded, merged, and exported again."""
     run = runs(version, projector=True)
     export_adapter(run, tmp_path / "llava-lora")
     import_adapter(tmp_path / "llava-lora", tmp_path / "back")
-    one, other = (load_adapter(folder, BaseRef(precision="fp32", device="cpu"))[0] for folder in (run, tmp_path / "back"))
-    expected = probe(one, probe_turns("lcl")[:3])
-    assert probe(other, probe_turns("lcl")[:3]).distance(expected) < 1e-4
+    original, imported = (load_adapter(folder, BaseRef(precision="fp32", device="cpu"))[0] for folder in (run, tmp_path / "back"))
+    expected = probe(original, probe_turns("lcl")[:3])
+    assert probe(imported, probe_turns("lcl")[:3]).distance(expected) < 1e-4
     merge(tmp_path / "back", tmp_path / "llava-merged", dtype="fp32")
     assert probe(load_base(BaseRef(str(tmp_path / "llava-merged"), device="cpu")), probe_turns("lcl")[:3]).distance(expected) < 1e-4
     export_adapter(tmp_path / "back", tmp_path / "llava-lora-again")
@@ -144,8 +146,10 @@ def test_what_came_back_answers_and_merges_as_what_went_out(runs: Callable[..., 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("options", [{}, {"projector": True, "rslora": True}], ids=str)
-def test_upstreams_old_peft_finds_what_it_knows(runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]) -> None:
-    """Its config's fields and no others, its keys, rsLoRA's scaling in alpha, and both files of weights."""
+def test_an_export_has_the_fields_and_keys_of_upstreams_old_peft(
+    runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]
+) -> None:
+    """No other config fields, rsLoRA's scaling in alpha, and both files of weights."""
     run = runs(version, **options)
     export_adapter(run, tmp_path / "llava-lora")
     config = json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())
@@ -156,12 +160,12 @@ def test_upstreams_old_peft_finds_what_it_knows(runs: Callable[..., Path], tmp_p
     assert set(state) == {f"{PREFIX}model.layers.{n}.{part}.lora_{half}.weight" for n in range(2) for part in parts for half in "AB"}
     trained = torch.load(tmp_path / "llava-lora" / "non_lora_trainables.bin", weights_only=True)
     layers = {"v1": ["weight", "bias"]}.get(version, ["0.weight", "0.bias", "2.weight", "2.bias"])
-    assert set(trained) == ({f"{PREFIX}model.mm_projector.{one}" for one in layers} if options else set())
+    assert set(trained) == ({f"{PREFIX}model.mm_projector.{layer}" for layer in layers} if options else set())
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_config_is_the_bases_own(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
-    """Byte for byte; an old one says ``llava``, which upstream's transformers takes for another model, and is told anew."""
+def test_the_exported_config_is_the_bases_own(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
+    """Byte for byte, except in old configs: upstream's transformers would load ``llava`` as another model, so that is replaced."""
     export_adapter(runs(version), tmp_path / "llava-lora")
     ours, base = (folder / "config.json" for folder in (tmp_path / "llava-lora", bases[version]))
     if version == "v1":
@@ -172,7 +176,7 @@ def test_the_config_is_the_bases_own(bases: dict[str, Path], runs: Callable[...,
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script that goes along, without upstream's own modules, which its prompt does not need."""
+    """The exported script as a module. Upstream's modules are replaced by empty ones, because its prompt does not need them."""
     for name in ("llava", "llava.mm_utils", "llava.model", "llava.model.builder"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name in ("expand2square", "process_anyres_image", "tokenizer_image_token"):
@@ -191,32 +195,32 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_script_writes_the_familys_own_prompt(
     bases: dict[str, Path], runs: Callable[..., Path], script: ModuleType, tmp_path: Path, version: str, wording: str
 ) -> None:
-    """Letter by letter, whatever the labels hold; from the pieces that lie beside it."""
+    """Letter by letter, for any characters in the labels, from the settings file beside it."""
     run = Path(shutil.copytree(runs(version), tmp_path / "run"))
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("wording: short", f"wording: {wording}"))
     export_adapter(run, tmp_path / "llava-lora")
     assert (tmp_path / "llava-lora" / "ask_upstream.py").read_bytes() == SCRIPT.read_bytes()
-    told = json.loads((tmp_path / "llava-lora" / "ask_upstream.json").read_text())
-    family, said, picture = family_of(open_checkpoint(str(bases[version]))), WORDINGS[wording], Picture(Path("a.png"))  # type: ignore[index]
+    settings = json.loads((tmp_path / "llava-lora" / "ask_upstream.json").read_text())
+    family, words, picture = family_of(open_checkpoint(str(bases[version]))), WORDINGS[wording], Picture(Path("a.png"))  # type: ignore[index]
     for labels in (["good", "bad"], ["a {b} c", "{name}", "50% {text} \\n", "ü"]):
         turns = []
         for place, label in enumerate(labels):
-            turns += [Turn("user", said.support_question(place == 0), picture), Turn("assistant", said.answered(label))]
-        turns.append(Turn("user", said.query, picture))
-        assert script.prompt_of(told, labels) == family.render(turns, opened=True).text
-    assert told["padding"] == family.padding
-    assert told["next"] == (version == "v1.6")
-    assert told["end"] == family.end
+            turns += [Turn("user", words.support_question(place == 0), picture), Turn("assistant", words.answered(label))]
+        turns.append(Turn("user", words.query, picture))
+        assert script.prompt_of(settings, labels) == family.render(turns, opened=True).text
+    assert settings["padding"] == family.padding
+    assert settings["next"] == (version == "v1.6")
+    assert settings["end"] == family.end
 
 
-def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Of twice the rank."""
-    from lcl_adapter.base.adapter import save_adapter, save_start
+def test_a_pissa_adapter_is_exported_as_plain_lora(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It has twice the rank."""
+    from lcl_adapter.base.adapter import save_adapter, save_pissa_start
     from lcl_adapter.base.model import attach
     from lcl_adapter.recipe.schema import AdapterOptions
 
     made = attach(load_base(BaseRef(str(bases["v1.5"]), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
-    save_start(made.model, tmp_path / "start")
+    save_pissa_start(made.model, tmp_path / "start")
     for name, parameter in made.model.named_parameters():
         if "lora_B" in name:
             parameter.data.add_(0.05)
@@ -228,8 +232,8 @@ def test_a_pissa_adapter_goes_out_as_the_plain_lora_it_is(bases: dict[str, Path]
     assert all(torch.allclose(delta(run, m), delta(tmp_path / "back", m), atol=1e-6) for m in Adapter(run).layers)
 
 
-def test_what_upstreams_peft_cannot_hold_is_not_exported(runs: Callable[..., Path], tmp_path: Path) -> None:
-    """DoRA, ranks that differ: told with the way out, and nothing is written."""
+def test_an_adapter_that_upstreams_peft_cannot_load_is_not_exported(runs: Callable[..., Path], tmp_path: Path) -> None:
+    """DoRA, and ranks that differ. The message says what to do instead, and nothing is written."""
     with pytest.raises(AdapterError, match=r"has DoRA, which upstream's PEFT cannot load\. Merge it: `lcl-adapter merge --to original`"):
         export_adapter(runs(dora=True), tmp_path / "llava-lora")
     run = rewritten(runs(), tmp_path / "run", lambda state: None, alpha_pattern={"q_proj": 2})
@@ -239,30 +243,30 @@ def test_what_upstreams_peft_cannot_hold_is_not_exported(runs: Callable[..., Pat
 
 
 def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_path: Path) -> None:
-    """Trained on the other layout, the original one of the same weights may be given; another base may not."""
+    """For a run that was trained on the other layout, the original base of the same weights can be given. Another base cannot."""
     run = adapter_on(hf, tmp_path / "run")
     with pytest.raises(AdapterError, match=r"in the original layout, .* is in Hugging Face's\. Give the original one with --base .*convert BASE OUT"):
         export_adapter(run, tmp_path / "llava-lora")
     with pytest.raises(AdapterError, match="the hashes of the weights differ"):
         export_adapter(run, tmp_path / "llava-lora", BaseRef(str(bases["v1.6"])))
     assert not (tmp_path / "llava-lora").exists()
-    told = export_adapter(run, tmp_path / "llava-lora", BaseRef(str(bases["v1.5"])))
-    assert told["layers"] == 14
+    report = export_adapter(run, tmp_path / "llava-lora", BaseRef(str(bases["v1.5"])))
+    assert report["layers"] == 14
     assert json.loads((tmp_path / "llava-lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bases["v1.5"])
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("my-lora", "this needs 'llava' in it; for instance llava-lora-mine"),
         ("llava-mine", "this needs 'lora' in it; for instance llava-lora-mine"),
-        ("checkpoint-5", "upstream takes the parent's name for a folder called checkpoint-"),
+        ("checkpoint-5", "upstream uses the parent's name for a folder called checkpoint-"),
         ("llava-lora-mpt", "'mpt' in its name would make upstream load it as something else"),
     ],
 )
-def test_a_name_that_upstream_would_misread_is_refused(runs: Callable[..., Path], tmp_path: Path, name: str, said: str) -> None:
-    """It tells what a folder is by its name alone."""
-    with pytest.raises(ModelError, match=said):
+def test_a_name_that_upstream_would_misread_is_refused(runs: Callable[..., Path], tmp_path: Path, name: str, message: str) -> None:
+    """Upstream decides by a folder's name how to load it."""
+    with pytest.raises(ModelError, match=message):
         export_adapter(runs(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -284,43 +288,44 @@ TOWER = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn
 
 
 @pytest.mark.parametrize(
-    ("change", "config", "said"),
+    ("change", "config", "message"),
     [
-        (None, {"peft_type": "IA3"}, r"adapter_config\.json: a 'IA3' adapter; LoRA can be imported"),
-        (None, {"peft_type": None}, r"a None adapter; LoRA can be imported"),
-        (None, {"use_dora": True}, "DoRA and ranks that differ from layer to layer are not imported"),
-        (None, {"rank_pattern": {"q_proj": 2}}, "DoRA and ranks that differ from layer to layer are not imported"),
-        (None, {"base_model_name_or_path": None}, "does not say what base it was trained on; give it with --base"),
+        (None, {"peft_type": "IA3"}, r"adapter_config\.json: a 'IA3' adapter; only LoRA can be imported"),
+        (None, {"peft_type": None}, r"a None adapter; only LoRA can be imported"),
+        (None, {"use_dora": True}, "DoRA and ranks that differ from layer to layer cannot be imported"),
+        (None, {"rank_pattern": {"q_proj": 2}}, "DoRA and ranks that differ from layer to layer cannot be imported"),
+        (None, {"base_model_name_or_path": None}, "does not name the base it was trained on; give it with --base"),
         (None, {"base_model_name_or_path": "no/such-base"}, "its base cannot be opened, give it with --base"),
-        (None, {"r": 8}, "rank"),
-        (lambda s: s.update({key_of(TOWER, "B"): torch.ones(32, 4)}), {}, "adapts the vision tower; the towers here are frozen and shared"),
-        (lambda s: s.pop(key_of(Q_PROJ, "B")), {}, r"layers\.0\.self_attn\.q_proj has only one half of its two; copy the adapter again"),
-        (lambda s: s.update({f"{PREFIX}lm_head.lora_A.weight": torch.ones(4, 64)}), {}, r"lm_head\.lora_A\.weight' is no weight of a LLaVA adapter"),
-        (lambda s: s.update({"what.is.this": torch.ones(1)}), {}, r"'what\.is\.this' is no weight of a LLaVA adapter that is known here"),
+        (None, {"r": 8}, r"adapter_config\.json says rank 8, but model\..* has rank 4"),
+        (lambda s: s.update({key_of(TOWER, "B"): torch.ones(32, 4)}), {},
+         r"adapts the vision tower\. It cannot be imported, because vision towers are frozen here"),
+        (lambda s: s.pop(key_of(Q_PROJ, "B")), {}, r"layers\.0\.self_attn\.q_proj has only one of its two matrices, A and B; copy the adapter again"),
+        (lambda s: s.update({f"{PREFIX}lm_head.lora_A.weight": torch.ones(4, 64)}), {}, r"lm_head\.lora_A\.weight' is no known weight of a LLaVA"),
+        (lambda s: s.update({"what.is.this": torch.ones(1)}), {}, r"'what\.is\.this' is no known weight of a LLaVA adapter"),
         (lambda s: s.clear(), {}, "no LoRA weights of the language model in it"),
-        (lambda s: s.update({key_of(Q_PROJ, "A"): torch.ones(4, 96)}), {}, "of 96 to 64, the base's is 64 to 64; it belongs to a base"),
+        (lambda s: s.update({key_of(Q_PROJ, "A"): torch.ones(4, 96)}), {}, "from width 96 to 64, the base's is 64 to 64; it belongs to a base"),
         (lambda s: s.update({key_of(Q_PROJ.replace("0", "9"), half): torch.ones(4, 64).T if half == "B" else torch.ones(4, 64) for half in "AB"}), {},
          r"changes model\.language_model\.layers\.9\.self_attn\.q_proj, which the base does not have"),
         (lambda s: s.update({key_of("model.mm_projector.0", half): torch.ones(4, 32) if half == "A" else torch.ones(64, 4) for half in "AB"}), {},
-         "projector"),
+         r"mm_projector\.0\.lora_A\.weight' is no known weight of a LLaVA adapter"),
         (lambda s: s.update({key_of("multi_modal_projector.linear_1", h): torch.ones(4, 32) if h == "A" else torch.ones(64, 4) for h in "AB"}), {},
-         "projector"),
+         "is LoRA on the projector, which cannot be imported"),
     ],
     ids=[
         "IA3", "no type", "DoRA", "ranks", "no base", "base not here", "rank of config", "tower", "half", "head", "unknown key", "empty",
         "another width", "another depth", "LoRA on the projector", "LoRA on the projector by PEFT",
     ],
 )  # fmt: skip
-def test_what_cannot_be_taken_over_is_refused(exported: Path, tmp_path: Path, change: Any, config: dict[str, Any], said: str) -> None:
-    """With the key or the field, and no run is left."""
+def test_what_cannot_be_imported_is_refused(exported: Path, tmp_path: Path, change: Any, config: dict[str, Any], message: str) -> None:
+    """The message names the key or the field, and no run is left behind."""
     folder = foreign(exported, tmp_path / "theirs", change, **config)
-    with pytest.raises(AdapterError, match=said):
+    with pytest.raises(AdapterError, match=message):
         import_adapter(folder, tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_a_folder_that_is_no_adapter_is_refused(exported: Path, tmp_path: Path) -> None:
-    """Absent, without a config as upstream's intermediate checkpoints are, with a broken one, or without weights."""
+    """It does not exist, has no config as upstream's intermediate checkpoints, has a broken one, or has no weights."""
     with pytest.raises(AdapterError, match="no such adapter folder"):
         import_adapter(tmp_path / "nothing", tmp_path / "run")
     folder = foreign(exported, tmp_path / "theirs")
@@ -332,13 +337,15 @@ def test_a_folder_that_is_no_adapter_is_refused(exported: Path, tmp_path: Path) 
         with pytest.raises(AdapterError, match=r"adapter_config\.json"):
             import_adapter(folder, tmp_path / "run")
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(AdapterError, match=r"no adapter_config\.json in it, as in upstream's intermediate checkpoints; it is no whole adapter"):
+    with pytest.raises(
+        AdapterError, match=r"no adapter_config\.json in it, so it is not a complete adapter\. Upstream's intermediate checkpoints have none"
+    ):
         import_adapter(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 class Command:
-    """What a hostile pickle has in it."""
+    """An object that runs a command when it is unpickled, as in a hostile file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -348,53 +355,53 @@ class Command:
 
 
 @pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
-def test_a_pickle_with_anything_else_in_it_is_refused_and_never_run(exported: Path, tmp_path: Path, file: str) -> None:
-    """Either of the two."""
+def test_a_pickle_with_anything_but_tensors_is_refused_and_never_run(exported: Path, tmp_path: Path, file: str) -> None:
+    """In either of the two files."""
     folder, marker = foreign(exported, tmp_path / "theirs"), tmp_path / "ran"
     state = torch.load(folder / file, weights_only=True)
-    for thing, said in ((Command(marker), r"(posix|os|nt)\.system"), (datetime.datetime(2024, 1, 1), r"datetime\.datetime")):
+    for thing, name in ((Command(marker), r"(posix|os|nt)\.system"), (datetime.datetime(2024, 1, 1), r"datetime\.datetime")):
         torch.save({**state, "more": thing}, folder / file)
-        with pytest.raises(UserError, match=rf"{file}: refused, it holds {said}, which is no tensor"):
+        with pytest.raises(UserError, match=rf"{file}: refused, it holds {name}, which is no tensor"):
             import_adapter(folder, tmp_path / "run")
         (folder / file).unlink()
     assert not marker.exists()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tower_that_was_adapted_by_nothing_is_dropped(exported: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
-    """Upstream's suffixes reach the tower in 1.6: products of zero, told as left out."""
+def test_zero_products_on_the_tower_are_dropped(exported: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
+    """In 1.6 upstream's target suffixes also match the tower. Those products are zero; the report counts them as dropped."""
     nothing = {key_of(TOWER, "A"): torch.randn(4, 32), key_of(TOWER, "B"): torch.zeros(32, 4)}
-    told = import_adapter(foreign(exported, tmp_path / "theirs", lambda s: s.update(nothing)), tmp_path / "run")
-    assert (told["layers"], told["dropped"]) == (14, 2)
-    assert Adapter(tmp_path / "run").modules == Adapter(runs(projector=True)).modules
+    report = import_adapter(foreign(exported, tmp_path / "theirs", lambda s: s.update(nothing)), tmp_path / "run")
+    assert (report["layers"], report["dropped"]) == (14, 2)
+    assert Adapter(tmp_path / "run").changed_weights == Adapter(runs(projector=True)).changed_weights
     load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
 
 
-def test_weights_that_upstream_left_as_they_were_are_dropped(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path) -> None:
-    """It also writes 1.6's line break; one that was trained is refused."""
+def test_untrained_weights_are_dropped(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path) -> None:
+    """Upstream also saves 1.6's image_newline. If it was trained, the adapter is refused."""
     export_adapter(runs("v1.6"), tmp_path / "llava-lora")
-    newline = merged_in(bases["v1.6"])["model.image_newline"]
+    newline = weights_in(bases["v1.6"])["model.image_newline"]
     torch.save({f"{PREFIX}model.image_newline": newline}, tmp_path / "llava-lora" / "non_lora_trainables.bin")
     assert import_adapter(tmp_path / "llava-lora", tmp_path / "run")["dropped"] == 1
     torch.save({f"{PREFIX}model.image_newline": newline + 1}, tmp_path / "llava-lora" / "non_lora_trainables.bin")
-    with pytest.raises(AdapterError, match=r"image_newline was trained in full; of such only the projector can be taken over"):
+    with pytest.raises(AdapterError, match=r"image_newline was trained in full\. Of such weights only the projector can be imported"):
         import_adapter(tmp_path / "llava-lora", tmp_path / "other")
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.", "base_model.model."])
-def test_a_projector_is_found_under_each_of_upstreams_prefixes(exported: Path, runs: Callable[..., Path], tmp_path: Path, prefix: str) -> None:
-    """Its versions wrote them with and without the wrapper's."""
+def test_a_projector_is_read_under_each_of_upstreams_prefixes(exported: Path, runs: Callable[..., Path], tmp_path: Path, prefix: str) -> None:
+    """Its versions wrote the keys with and without the prefix of PEFT's wrapper."""
     folder = foreign(exported, tmp_path / "theirs")
     state = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
     torch.save({prefix + key.removeprefix(PREFIX): value for key, value in state.items()}, folder / "non_lora_trainables.bin")
     import_adapter(folder, tmp_path / "run")
-    ours, theirs = Adapter(runs(projector=True)).whole, Adapter(tmp_path / "run").whole
+    ours, theirs = Adapter(runs(projector=True)).full_weights, Adapter(tmp_path / "run").full_weights
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_projector_of_another_width_is_refused(exported: Path, tmp_path: Path) -> None:
-    """Before a run is written that no command could take."""
+    """Before a run is written that no command could use."""
     folder = foreign(exported, tmp_path / "theirs")
     state = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
     torch.save({k: torch.ones(64, 48) if k.endswith("mm_projector.0.weight") else v for k, v in state.items()}, folder / "non_lora_trainables.bin")
@@ -404,23 +411,26 @@ def test_a_projector_of_another_width_is_refused(exported: Path, tmp_path: Path)
 
 
 def test_a_projector_of_one_layer_where_the_base_has_two_is_refused(exported: Path, tmp_path: Path) -> None:
-    """An adapter of v1 on a later base: the second layer would be taken for nothing."""
+    """An adapter of v1 on a later base, whose projector has a second layer."""
     folder = foreign(exported, tmp_path / "theirs")
-    one = {f"{PREFIX}model.mm_projector.weight": torch.ones(64, 32), f"{PREFIX}model.mm_projector.bias": torch.ones(64)}
-    torch.save(one, folder / "non_lora_trainables.bin")
+    single_layer = {f"{PREFIX}model.mm_projector.weight": torch.ones(64, 32), f"{PREFIX}model.mm_projector.bias": torch.ones(64)}
+    torch.save(single_layer, folder / "non_lora_trainables.bin")
     with pytest.raises(AdapterError, match="projector"):
         import_adapter(folder, tmp_path / "run")
 
 
-def plain(run: Path, folder: Path, named: str, projector: str, keep: str = "_proj") -> Path:
-    """An adapter as plain PEFT saves one on Hugging Face's layout: the same weights under the names of one of transformers' versions."""
+def plain(run: Path, folder: Path, named: str, projector: str, only: str = "_proj") -> Path:
+    """An adapter as plain PEFT saves it on Hugging Face's layout: the same weights under the names of a version of transformers.
+
+    named: the path of the layers. projector: the path of the projector. only: the part of a key that selects LoRA weights.
+    """
     shutil.copytree(run, folder)
     for name in ("lcl_adapter.json", "recipe.yaml"):
         (folder / name).unlink()
     renamed = {
         key.replace("model.language_model.layers", named).replace("model.multi_modal_projector", projector): value
         for key, value in load_file(run / WEIGHTS).items()
-        if keep in key or "projector" in key
+        if only in key or "projector" in key
     }
     assert len({k.partition("layers")[0] for k in renamed if "lora" in k}) == 1
     save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
@@ -433,30 +443,30 @@ def plain(run: Path, folder: Path, named: str, projector: str, keep: str = "_pro
     ids=["transformers 4", "transformers 5"],
 )
 @pytest.mark.parametrize("options", [{"rslora": True}, {"projector": True}], ids=str)
-def test_plain_pefts_adapters_are_taken(
+def test_an_adapter_of_plain_peft_is_imported(
     runs: Callable[..., Path], hf: Path, tmp_path: Path, named: str, projector: str, options: dict[str, bool]
 ) -> None:
-    """By whichever names its version gave; onto a base in either layout."""
+    """With the names of either version of transformers, for a base in either layout."""
     run = runs(**options)
     folder = plain(run, tmp_path / "theirs", named, projector)
-    told = import_adapter(folder, tmp_path / "run", BaseRef(str(hf)))
-    assert (told["layers"], told["projector"], told["dropped"]) == (14, "projector" in options, 0)
+    report = import_adapter(folder, tmp_path / "run", BaseRef(str(hf)))
+    assert (report["layers"], report["projector"], report["dropped"]) == (14, "projector" in options, 0)
     assert all(torch.allclose(delta(run, module), delta(tmp_path / "run", module), atol=1e-6) for module in Adapter(run).layers)
-    one, other = (load_adapter(place, BaseRef(precision="fp32", device="cpu"))[0] for place in (run, tmp_path / "run"))
-    assert probe(one, probe_turns("lcl")[:2]).distance(probe(other, probe_turns("lcl")[:2])) < 1e-4
+    original, imported = (load_adapter(place, BaseRef(precision="fp32", device="cpu"))[0] for place in (run, tmp_path / "run"))
+    assert probe(original, probe_turns("lcl")[:2]).distance(probe(imported, probe_turns("lcl")[:2])) < 1e-4
 
 
-def test_an_adapter_of_some_projections_is_taken(runs: Callable[..., Path], hf: Path, tmp_path: Path) -> None:
-    """Such as PEFT's common choice of q and v: loads without a warning, and the others are as they were."""
-    folder = plain(runs(), tmp_path / "theirs", "language_model.model.layers", "multi_modal_projector", keep="q_proj")
+def test_an_adapter_of_some_projections_is_imported(runs: Callable[..., Path], hf: Path, tmp_path: Path) -> None:
+    """Such as PEFT's common choice of q and v. It loads without a warning, and the other projections are unchanged."""
+    folder = plain(runs(), tmp_path / "theirs", "language_model.model.layers", "multi_modal_projector", only="q_proj")
     assert import_adapter(folder, tmp_path / "run", BaseRef(str(hf)))["layers"] == 2
     base, _ = load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
     merge(tmp_path / "run", tmp_path / "out", dtype="fp32", verify="layers")
-    before, after = merged_in(hf), merged_in(tmp_path / "out")
+    before, after = weights_in(hf), weights_in(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed == {f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
-    asked = probe_turns("lcl")[:2]
-    assert probe(load_base(BaseRef(str(tmp_path / "out"), device="cpu")), asked).distance(probe(base, asked)) < 1e-4
+    probes = probe_turns("lcl")[:2]
+    assert probe(load_base(BaseRef(str(tmp_path / "out"), device="cpu")), probes).distance(probe(base, probes)) < 1e-4
 
 
 @pytest.fixture
@@ -467,23 +477,23 @@ def vicuna(bases: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def on_vicuna(exported: Path, tmp_path: Path) -> Path:
-    """An adapter with its projector that names a Vicuna, as the published llava-v1.5-7b-lora does."""
+    """An adapter with its projector whose config names a Vicuna, like the published llava-v1.5-7b-lora."""
     return foreign(exported, tmp_path / "llava-v1.5-lora", base_model_name_or_path="lmsys/vicuna-7b-v1.5")
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "two pickled shards"])
-def test_an_adapter_trained_on_a_bare_language_model_brings_its_own_base(
+def test_a_base_is_built_for_an_adapter_trained_on_a_bare_language_model(
     bases: dict[str, Path], runs: Callable[..., Path], on_vicuna: Path, tmp_path: Path, pickled: bool
 ) -> None:
-    """Its parts, put together without copying a shard, answer as they did: for ask, merge, and as a base for anything else."""
+    """No shard is copied. The adapter on that base answers as before, can be merged, and the base can be converted."""
     vicuna = save_language(tmp_path / "bare", bases["v1.5"], pickled)
     before = {file.name: file.read_bytes() for file in vicuna.iterdir()}
-    told = import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
-    assert told["base"] == read_manifest(tmp_path / "theirs")["base"] == str(tmp_path / "theirs" / "base")
+    report = import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
+    assert report["base"] == read_manifest(tmp_path / "theirs")["base"] == str(tmp_path / "theirs" / "base")
     links = {file.name for file in (tmp_path / "theirs" / "base").iterdir() if file.is_symlink()}
     assert links == {name for name in before if name.endswith((".bin", ".safetensors"))}
     assert {file.name: file.read_bytes() for file in vicuna.iterdir()} == before
-    assert Adapter(tmp_path / "theirs").whole == {}, "the projector is the base's"
+    assert Adapter(tmp_path / "theirs").full_weights == {}, "the projector is the base's"
     turns = probe_turns("lcl")[:3]
     expected = probe(load_adapter(runs(projector=True), BaseRef(precision="fp32", device="cpu"))[0], turns)
     assert probe(load_adapter(tmp_path / "theirs", BaseRef(precision="fp32", device="cpu"))[0], turns).distance(expected) < 1e-5
@@ -494,7 +504,7 @@ def test_an_adapter_trained_on_a_bare_language_model_brings_its_own_base(
     export_adapter(tmp_path / "theirs", tmp_path / "llava-lora-again")
 
 
-def test_on_a_llava_such_an_adapter_is_refused(bases: dict[str, Path], on_vicuna: Path, tmp_path: Path) -> None:
+def test_such_an_adapter_is_refused_on_a_llava(bases: dict[str, Path], on_vicuna: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"answer nonsense\. Give that language model with --base"):
         import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(bases["v1.5"])))
     assert not (tmp_path / "theirs").exists()
@@ -519,21 +529,21 @@ def _lacks_a_shard(_: Path, vicuna: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
-        (_without("config.json"), "a config.json of a LLaVA has to lie in it"),
+        (_without("config.json"), "the folder must contain the config.json of a LLaVA"),
         (_config_with(mm_vision_tower=None), "names no mm_vision_tower"),
-        (_config_with(mm_use_im_start_end=True), "start and end tokens, whose rows upstream trains and does not save"),
-        (_without("non_lora_trainables.bin"), "brings no projector"),
+        (_config_with(mm_use_im_start_end=True), "start and end tokens; upstream trains their embeddings and does not save them"),
+        (_without("non_lora_trainables.bin"), "has no projector of its own"),
         (_config_with(hidden_size=32), "mismatched keys"),
         (_config_with(mm_vision_tower="openai/none"), "vision_tower=FOLDER"),
         (_lacks_a_shard, "1 weights are missing"),
     ],
     ids=["no config", "no tower named", "start and end", "no projector", "another width", "no tower here", "a weight missing"],
 )
-def test_parts_that_make_no_base_are_refused(on_vicuna: Path, vicuna: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], said: str) -> None:
-    """Told with what is wrong, and nothing is left."""
+def test_parts_that_do_not_fit_are_refused(on_vicuna: Path, vicuna: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], message: str) -> None:
+    """The message says what is wrong, and nothing is left behind."""
     spoil(on_vicuna, vicuna)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
     assert not list(tmp_path.glob("theirs*"))

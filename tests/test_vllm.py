@@ -1,6 +1,6 @@
-"""An adapter for vLLM: names and fields are those that its loader reads, the template is the family's prompt, what it cannot take is refused.
+"""An adapter for vLLM has the names and fields that vLLM reads, and the family's prompt as its template. Unsupported adapters are refused.
 
-vLLM itself is no dependency; its rules are written down here from vllm/lora and vllm/model_executor/models/llava.py, 0.33.
+vLLM itself is no dependency. Its rules are copied from vllm/lora and vllm/model_executor/models/llava.py, version 0.33.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 def test_names_and_fields_are_those_that_vllm_reads(run_folder: Path, tmp_path: Path) -> None:
-    told = export_for_vllm(run_folder, tmp_path / "out", images=5)
+    report = export_for_vllm(run_folder, tmp_path / "out", images=5)
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for key in weights:
-        bare = key.removeprefix("base_model.model.")
-        there = next(new + bare.removeprefix(old) for old, new in MAPPED.items() if bare.startswith(old))
-        assert re.fullmatch(r"language_model\.model\.layers\.[01]\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", there)
-    assert told["layers"] == len(weights) // 2 == 14
+        name = key.removeprefix("base_model.model.")
+        name_in_vllm = next(new + name.removeprefix(old) for old, new in MAPPED.items() if name.startswith(old))
+        assert re.fullmatch(
+            r"language_model\.model\.layers\.[01]\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight", name_in_vllm
+        )
+    assert report["layers"] == len(weights) // 2 == 14
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
-    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / 4**0.5)  # rsLoRA's scaling, put into alpha
+    assert config["lora_alpha"] / config["r"] == pytest.approx(8 / 4**0.5)  # rsLoRA's scaling, expressed by alpha
     assert not config.get("use_rslora")
     assert {key.split(".")[-3] for key in weights} == set(config["target_modules"])
     stored = load_file(run_folder / "adapter_model.safetensors")
@@ -56,29 +58,29 @@ def test_names_and_fields_are_those_that_vllm_reads(run_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("family", ["llava-1.5", "llava-next-mistral", "llava-next-llama-3", "pocket"])
 def test_the_template_is_the_familys_prompt(tiny_folder: Callable[[str], Path], tmp_path: Path, family: str) -> None:
-    """Rendered as vLLM renders it, with content in parts and nothing added in front."""
+    """Rendered as vLLM renders it: the content is a list of parts, and no token is added in front."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from lcl_adapter.checkpoints.exchange.for_vllm import template_of
+    from lcl_adapter.checkpoints.exchange.for_vllm import chat_template_of
 
     checkpoint, encoder = open_checkpoint(str(tiny_folder(family))), load_encoder(str(tiny_folder(family)))
     wording, picture = WORDINGS["lcl"], Picture(Path("a.png"))
     turns = [Turn("user", wording.query, picture), Turn("assistant", "good"), Turn("user", "And this?", picture)]
-    said = [{"role": t.role, "content": [*([{"type": "image"}] if t.picture else []), {"type": "text", "text": t.text}]} for t in turns]
-    template = template_of(checkpoint, encoder)
-    (text,), _ = render_jinja_template(conversations=[said], chat_template=template, add_generation_prompt=True)
+    messages = [{"role": t.role, "content": [*([{"type": "image"}] if t.picture else []), {"type": "text", "text": t.text}]} for t in turns]
+    template = chat_template_of(checkpoint, encoder)
+    (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=True)
     image = checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id)
-    wanted = family_of(checkpoint).render(turns, opened=True).text.replace("<image>", image)
-    begins = checkpoint.tokenizer.bos_token if encoder.turns(turns)[0][0] == checkpoint.tokenizer.bos_token_id else ""
-    assert text == (begins or "") + wanted
+    expected = family_of(checkpoint).render(turns, opened=True).text.replace("<image>", image)
+    bos = checkpoint.tokenizer.bos_token if encoder.turns(turns)[0][0] == checkpoint.tokenizer.bos_token_id else ""
+    assert text == (bos or "") + expected
     assert text.count(image) == 2
 
 
-def test_the_script_gives_the_flags_and_what_comes_behind(run_folder: Path, tmp_path: Path) -> None:
+def test_the_script_passes_its_flags_and_further_arguments_to_vllm(run_folder: Path, tmp_path: Path) -> None:
     export_for_vllm(run_folder, tmp_path / "out put", name="parts", images=9)
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\nfor one in "$@"; do printf "%s\\n" "$one"; done\n')
+    fake.write_text('#!/bin/sh\nfor argument in "$@"; do printf "%s\\n" "$argument"; done\n')
     fake.chmod(0o755)
     script = tmp_path / "out put" / "serve.sh"
     ran = subprocess.run(
@@ -93,11 +95,11 @@ def test_the_script_gives_the_flags_and_what_comes_behind(run_folder: Path, tmp_
     assert Path(given[given.index("--chat-template") + 1]).exists()
     alone = subprocess.run([script, "/models/base"], capture_output=True, text=True, env={"PATH": f"{fake.parent}:/usr/bin:/bin"})
     assert f"parts={tmp_path / 'out put'}" in alone.stdout.splitlines()
-    assert shlex.split(script.read_text().splitlines()[1].lstrip("# "))  # a comment that a shell could read
+    assert shlex.split(script.read_text().splitlines()[1].lstrip("# "))  # the command in the comment has valid quotes
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "told"),
+    ("family", "options", "message"),
     [
         ("llava-1.5", {"projector": True}, "trained projector"),
         ("llava-1.5", {"dora": True, "projector": False}, "DoRA"),
@@ -105,18 +107,18 @@ def test_the_script_gives_the_flags_and_what_comes_behind(run_folder: Path, tmp_
         ("llava-next-vicuna", {"projector": False}, "without tiles"),
     ],
 )
-def test_what_vllm_does_not_take_is_refused(
-    tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, options: dict[str, bool], told: str
+def test_an_adapter_that_vllm_does_not_support_is_refused(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, options: dict[str, bool], message: str
 ) -> None:
     run = adapter_on(tiny_folder(family), tmp_path / "run", **options)
-    with pytest.raises(AdapterError, match=told):
+    with pytest.raises(AdapterError, match=message):
         export_for_vllm(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_shipped_base_is_told_of(tmp_path: Path) -> None:
+def test_the_shipped_base_is_refused_for_its_image_size(tmp_path: Path) -> None:
     run = adapter_on(BASE, tmp_path / "run", projector=False)
-    with pytest.raises(AdapterError, match="64 pixels are no multiple of its patches' 21"):
+    with pytest.raises(AdapterError, match="a multiple of the patch size; this tower's are 64 and 21 pixels"):
         export_for_vllm(run, tmp_path / "out")
 
 
@@ -127,9 +129,9 @@ def test_nothing_is_overwritten(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(run_folder: Path, tmp_path: Path) -> None:
-    told = CliRunner().invoke(main, ["export", str(run_folder), "--for", "vllm", "-o", str(tmp_path / "out"), "--json"])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["max_lora_rank"] == 8
+    result = CliRunner().invoke(main, ["export", str(run_folder), "--for", "vllm", "-o", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["max_lora_rank"] == 8
     assert (tmp_path / "out" / "README.md").read_text().count("--wording") == 1
     both = CliRunner().invoke(main, ["export", str(run_folder), "--for", "vllm", "--to", "original", "-o", str(tmp_path / "b")])
     assert both.exit_code == 2

@@ -1,4 +1,7 @@
-"""A checkpoint in the other layout: shard by shard, verified tensor by tensor, and on probes where memory allows."""
+"""Write a checkpoint in the other layout, shard by shard.
+
+Every tensor is read again and compared. If the model fits into memory, its answers in both layouts are compared too.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lcl_adapter.base.layouts import Layout, Writing, open_checkpoint
+from lcl_adapter.base.layouts import CheckpointWriter, Layout, open_checkpoint
 from lcl_adapter.base.model import family_of, load_base
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.checkpoints.probe import LARGE, Answers, fitting, probe, probe_turns, room_for
+from lcl_adapter.checkpoints.probe import LARGE_MODEL, Answers, memory_for_probes, probe, probe_turns, probes_within_context
 from lcl_adapter.errors import MergeError
 from lcl_adapter.files import resumable_folder
 
 ROUNDING = 1e-4  # of a logit in fp32, between two layouts of the same weights
+PROBES_TO_RUN = 2
 
 
 def convert(
@@ -24,55 +28,55 @@ def convert(
     tower_as: str | None = None,
     verify: Literal["auto", "tensors"] = "auto",
 ) -> dict[str, Any]:
-    """Write ``source`` into ``out`` in the other layout, or the one named; a conversion that was stopped goes on.
+    """Write ``source`` into ``out`` in the layout ``to``, by default the other one. An interrupted conversion is resumed.
 
-    tower_as: what ``mm_vision_tower`` says in an original config made here; left
-    out, the tower lies beside the weights. verify: "tensors" compares those alone; "auto" also asks both layouts a few episodes
-    where the whole model fits into memory, which is more than the conversion itself needs.
+    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside the weights.
+    verify: "tensors" compares the tensors only. "auto" also compares the answers to a few episodes if the whole model fits into
+    memory, which is more than the conversion itself needs.
 
-    Raises ModelError for a source that is wrong; RunError for the place; MergeError, with nothing left, where what was
-    written differs.
+    Raises ModelError if the source is not a valid base. Raises RunError if ``out`` cannot be written. Raises MergeError, and leaves
+    nothing behind, if the result differs from the source.
     """
     checkpoint = open_checkpoint(source)
     to = to or ("original" if checkpoint.layout == "hf" else "hf")
-    writing = Writing.of(checkpoint, family_of(checkpoint), to, out, shard_size=shard_size, tower=tower_as)
+    writer = CheckpointWriter.prepare(checkpoint, family_of(checkpoint), to, out, shard_size=shard_size, tower=tower_as)
     plan = {"convert": checkpoint.hash(), "to": to, "shard_size": shard_size, "tower": tower_as}
-    with resumable_folder(out, plan, writing.space) as partial:
-        writing.write_with_bar(partial, out)
-        compared = writing.verify(partial)
-        asked = verify == "auto"
-        found = _same_answers(writing, partial, out) if asked else {"probes": "not asked (--verify tensors)"}
+    with resumable_folder(out, plan, writer.space) as partial:
+        writer.write_with_bar(partial, out)
+        tensors_equal = writer.verify(partial)
+        probe_report = _check_answers(writer, partial, out) if verify == "auto" else {"probes": "not run (--verify tensors)"}
     return {
         "out": str(out),
         "from": checkpoint.layout,
         "to": to,
-        "bytes": writing.size,
-        "shards": len(writing.shards.files),
-        "tensors_equal": compared,
-        **found,
+        "bytes": writer.size,
+        "shards": len(writer.shards.files),
+        "tensors_equal": tensors_equal,
+        **probe_report,
     }
 
 
-def _same_answers(writing: Writing, partial: Path, out: Path) -> dict[str, Any]:
-    checkpoint = writing.source
-    fits, needed, free = room_for(checkpoint)
-    if not fits or needed > LARGE:
-        told = f"not asked: {needed / 1e9:.0f} GB and some time would be needed, {free / 1e9:.0f} GB are free; every tensor was compared"
-        return {"probes": told}
-    probes = fitting(probe_turns("lcl"), checkpoint, tiles=False)[:2]
-    written = writing.ref(partial)
+def _check_answers(writer: CheckpointWriter, partial: Path, out: Path) -> dict[str, Any]:
+    """Compare the answers of both layouts to a few probes. Returns the report's fields; raises MergeError."""
+    checkpoint = writer.source
+    fits, needed, free = memory_for_probes(checkpoint)
+    if not fits or needed > LARGE_MODEL:
+        reason = f"not run: they need {needed / 1e9:.0f} GB and some time, {free / 1e9:.0f} GB are free; every tensor was compared"
+        return {"probes": reason}
+    probes = probes_within_context(probe_turns("lcl"), checkpoint, tiles=False)[:PROBES_TO_RUN]
+    written = writer.ref(partial)
     if written is None:
-        return {"probes": f"not asked: {writing.tower} is not here; upstream will fetch it"}
+        return {"probes": f"not run: {writer.tower} is not on this machine; upstream will download it"}
     before, after = (probe(load_base(replace(ref, precision="fp32", device="cpu")), probes) for ref in (checkpoint.ref, written))
-    return {"probes": len(probes), **agreed(before, after, out)}
+    return {"probes": len(probes), **_compare(before, after, out)}
 
 
-def agreed(before: Answers, after: Answers, out: Path) -> dict[str, Any]:
-    """How far two answers of the same weights are apart. Raises MergeError beyond rounding."""
-    gap, equal = before.distance(after), before.greedy_equal(after)
+def _compare(before: Answers, after: Answers, out: Path) -> dict[str, Any]:
+    """How far the answers from the same weights are apart. Raises MergeError if it is more than rounding."""
+    difference, equal = before.distance(after), before.greedy_equal(after)
     allowed = ROUNDING * max(1.0, float(before.logits.abs().max()) / 10)
-    if gap > allowed:
+    if difference > allowed:
         pair = next(((a, b) for a, b in zip(before.texts, after.texts, strict=True) if a != b), None)
-        said = f"; for instance {pair[0]!r} became {pair[1]!r}" if pair else ""
-        raise MergeError(f"{out}: differs from its source by {gap:.3g} in a logit, {allowed:.3g} is allowed{said}. Not kept.")
-    return {"largest_logit_difference": gap, "greedy_equal": equal}
+        example = f"; for instance {pair[0]!r} became {pair[1]!r}" if pair else ""
+        raise MergeError(f"{out}: differs from its source by {difference:.3g} in a logit, {allowed:.3g} is allowed{example}. Nothing was saved.")
+    return {"largest_logit_difference": difference, "greedy_equal": equal}

@@ -1,6 +1,8 @@
-"""What an adapter's files add to the weights of its base, a weight at a time, by PEFT's own layers.
+"""What an adapter adds to the weights of its base, computed one weight at a time with PEFT's own layers.
 
-So LoRA, rsLoRA, DoRA and a start such as PiSSA's merge exactly as PEFT merges them, and the whole model is never there.
+LoRA, rsLoRA, DoRA and starts such as PiSSA are therefore merged exactly as PEFT merges them. The whole model is never in memory.
+
+Shapes: O output width of a layer, I its input width, R rank of the adapter, N random inputs (INPUT_COUNT).
 """
 
 from __future__ import annotations
@@ -22,68 +24,68 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from lcl_adapter.base.layouts.tensors import stored_in_file
+from lcl_adapter.base.layouts.tensors import tensors_in_file
 from lcl_adapter.errors import AdapterError
 
 PREFIX = "base_model.model."
-INPUTS = 4
-PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
+INPUT_COUNT = 4
+PART_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder as PEFT writes it, and how much of it counts."""
+    """An adapter folder as PEFT writes it. ``weight`` multiplies what the adapter adds."""
 
     folder: Path
     weight: float = 1.0
 
     @cached_property
     def config(self) -> LoraConfig:
-        """Raises AdapterError where it is no LoRA."""
+        """PEFT's config of the folder. Raises AdapterError if it is not a LoRA config."""
         try:
             config = LoraConfig.from_pretrained(str(self.folder))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise AdapterError(f"{self.folder}: its adapter_config.json is none of PEFT's ({error}).") from error
+            raise AdapterError(f"{self.folder}: PEFT cannot read its adapter_config.json ({error}).") from error
         if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-            raise AdapterError(f"{self.folder}: a {config.peft_type} adapter; LoRA and its kin are merged here.")
+            raise AdapterError(f"{self.folder}: this is a {config.peft_type} adapter; only LoRA and its variants can be merged.")
         return config
 
     @cached_property
-    def _parts(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    def _tensors(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         file = self.folder / "adapter_model.safetensors"
         if not file.exists():
             raise AdapterError(f"{self.folder}: no adapter_model.safetensors in it.")
-        stored_in_file(file)  # one that was cut short is told of with its name
+        tensors_in_file(file)  # raises an error that names the file, if the file is incomplete
         layers: dict[str, dict[str, torch.Tensor]] = {}
-        whole = {}
+        full_weights = {}
         for key, value in load_file(file).items():
-            bare = key.removeprefix(PREFIX)
-            module, _, part = bare.rpartition(".lora_")
+            name = key.removeprefix(PREFIX)
+            module, _, part = name.rpartition(".lora_")
             if module:
-                if f"lora_{part}" not in PARTS:
-                    raise AdapterError(f"{self.folder}: {key} is a kind of adapter weight that is not known here.")
-                layers.setdefault(module, {})[PARTS[f"lora_{part}"]] = value
+                if f"lora_{part}" not in PART_NAMES:
+                    raise AdapterError(f"{self.folder}: {key} is an unknown kind of adapter weight.")
+                layers.setdefault(module, {})[PART_NAMES[f"lora_{part}"]] = value
             else:
-                whole[bare] = value
-        return layers, whole
+                full_weights[name] = value
+        return layers, full_weights
 
     @property
     def layers(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Module -> "A" [r, in], "B" [out, r], and of DoRA "magnitude" [out]."""
-        return self._parts[0]
+        """Module name -> its tensors: "A" [R, I], "B" [O, R], and for DoRA "magnitude" [O]."""
+        return self._tensors[0]
 
     @property
-    def whole(self) -> dict[str, torch.Tensor]:
+    def full_weights(self) -> dict[str, torch.Tensor]:
         """Weights that were trained in full, such as the projector's, by the model's own names."""
-        return self._parts[1]
+        return self._tensors[1]
 
     @property
-    def modules(self) -> list[str]:
-        """What it changes, by the model's own names of weights."""
-        return [f"{module}.weight" for module in self.layers] + list(self.whole)
+    def changed_weights(self) -> list[str]:
+        """The weights of the base that this adapter changes, by the model's own names."""
+        return [f"{module}.weight" for module in self.layers] + list(self.full_weights)
 
-    def put_on(self, layer: Linear, module: str, name: str, rows: slice) -> None:
-        """Its values for these rows of ``module``, in a PEFT layer that has an adapter of this name."""
+    def load_into(self, layer: Linear, module: str, name: str, rows: slice) -> None:
+        """Copy this adapter's tensors for some output rows of ``module`` into the adapter ``name`` of a PEFT layer."""
         parts = self.layers[module]
         layer.lora_A[name].weight = nn.Parameter(parts["A"].float())
         layer.lora_B[name].weight = nn.Parameter(parts["B"][rows].float())
@@ -93,12 +95,12 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """What B @ A is multiplied by, of all layers: alpha / r, of rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
+        """The factor of B @ A: alpha / R for LoRA, alpha / sqrt(R) for rsLoRA (arXiv 2312.03732). It assumes one rank for all layers."""
         return float(self.config.lora_alpha) / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
 
     @property
     def starts_from_weight(self) -> bool:
-        """Like PiSSA, whose two halves are taken out of the whole weight."""
+        """Whether A and B were initialised from the base's weight, as PiSSA does. Such a start needs the whole weight."""
         return isinstance(self.config.init_lora_weights, str) and self.config.init_lora_weights.startswith(("pissa", "olora"))
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
@@ -107,56 +109,57 @@ class Adapter:
         return self.layers[module]["A"].shape[0], (config.alpha_pattern or {}).get(pattern, config.lora_alpha)
 
 
-def refuse_together(adapters: Sequence[Adapter]) -> None:
-    """Raises AdapterError: adapters that cannot be added up."""
+def check_combinable(adapters: Sequence[Adapter]) -> None:
+    """Raises AdapterError if these adapters cannot be added to one base together."""
     if len(adapters) < 2:
         return
-    for one in adapters:
-        if one.config.use_dora:
-            raise AdapterError(f"{one.folder}: DoRA changes a weight's length and cannot be added to another adapter; merge it alone.")
-    trained = [one for one in adapters if one.whole]
+    for adapter in adapters:
+        if adapter.config.use_dora:
+            raise AdapterError(f"{adapter.folder}: DoRA changes a weight's length and cannot be added to another adapter; merge it alone.")
+    trained = [adapter for adapter in adapters if adapter.full_weights]
     if len(trained) > 1:
-        raise AdapterError(f"{trained[0].folder} and {trained[1].folder} have both trained {next(iter(trained[0].whole))} in full; only one may.")
+        name = next(iter(trained[0].full_weights))
+        raise AdapterError(f"{trained[0].folder} and {trained[1].folder} have both trained {name} in full; only one may.")
 
 
-def with_adapters(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Generator[torch.Tensor, None, Expected]:
-    """Rows of a weight [out, in], block by block, with its adapters in them, added up in fp32; returns what PEFT's own layer answers before that.
+def merged_rows(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Generator[torch.Tensor, None, ExpectedOutputs]:
+    """Merge adapters into a weight [O, I] that is given as consecutive blocks of rows; yields the merged blocks in fp32.
 
-    LoRA and DoRA allow it: every row of the product is its own. Raises AdapterError where an adapter does not answer in
-    finite numbers.
+    Returns the outputs of PEFT's unmerged layer, to check the merged weight against. LoRA and DoRA can be merged block by
+    block because no row of the result depends on another row. Raises AdapterError if an adapter's outputs are not finite.
     """
-    if any(one.starts_from_weight for one in adapters if module in one.layers):
+    if any(adapter.starts_from_weight for adapter in adapters if module in adapter.layers):
         weight = [torch.cat(list(weight))]
-    told, first = [], 0
-    for block in weight:
-        layer = _layer_of(module, block.float(), adapters, slice(first, first + len(block)))
-        told.append(_asked(module, layer))
+    outputs, first = [], 0
+    for block_OI in weight:
+        layer = _layer_with_adapters(module, block_OI.float(), adapters, slice(first, first + len(block_OI)))
+        outputs.append(_outputs_before_merging(module, layer))
         layer.merge()
-        merged = layer.get_base_layer().weight.data
-        del layer.get_base_layer().weight  # PEFT's layers hold each other, and would keep it until they are collected
-        yield merged
-        first += len(block)
-    return Expected(torch.cat([one.answers for one in told], 1), max(one.effect for one in told))
+        merged_OI = layer.get_base_layer().weight.data
+        del layer.get_base_layer().weight  # PEFT's layers form a reference cycle, which would hold this memory until it is collected
+        yield merged_OI
+        first += len(block_OI)
+    return ExpectedOutputs(torch.cat([part.outputs for part in outputs], 1), max(part.effect for part in outputs))
 
 
-def _layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter], rows: slice) -> Linear:
-    """PEFT's layer of these rows of a weight in fp32, which it may change, with the adapters on it."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+def _layer_with_adapters(module: str, weight_OI: torch.Tensor, adapters: Sequence[Adapter], rows: slice) -> Linear:
+    """PEFT's layer for some rows of a weight in fp32, with the adapters in it. Merging changes ``weight_OI`` in place."""
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
     layer: Linear | None = None
-    for number, one in enumerate(a for a in adapters if module in a.layers):
-        rank, alpha = one.rank_and_alpha(module)
-        config = copy.copy(one.config)
-        # A start from the weight itself is made again; any other is overwritten at once.
-        config.init_lora_weights = config.init_lora_weights if one.starts_from_weight else False
+    for number, adapter in enumerate(a for a in adapters if module in a.layers):
+        rank, alpha = adapter.rank_and_alpha(module)
+        config = copy.copy(adapter.config)
+        # PiSSA's start changes the base's weight, so it is computed again. Any other start is overwritten by load_into.
+        config.init_lora_weights = config.init_lora_weights if adapter.starts_from_weight else False
         config.lora_dropout = 0.0
         name = f"adapter{number}"
-        with nullcontext() if one.starts_from_weight else init_empty_weights():
+        with nullcontext() if adapter.starts_from_weight else init_empty_weights():
             if layer is None:
                 layer = Linear(linear, name, config, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
             else:
                 layer.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[arg-type]
-        one.put_on(layer, module, name, rows)
+        adapter.load_into(layer, module, name, rows)
     assert layer is not None
     layer.set_adapter(list(layer.lora_A.keys()))
     layer.requires_grad_(False)
@@ -164,63 +167,72 @@ def _layer_of(module: str, weight: torch.Tensor, adapters: Sequence[Adapter], ro
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a layer with its adapters beside it answers to a few random inputs, [INPUTS, out], and how far that is from the layer alone."""
+class ExpectedOutputs:
+    """Outputs of a layer with its adapters, before merging, for the random inputs: [N, O].
 
-    answers: torch.Tensor
+    ``effect`` is the largest difference from the outputs of the layer without adapters.
+    """
+
+    outputs: torch.Tensor
     effect: float
 
     def distance(self, merged: Iterable[torch.Tensor]) -> float:
-        """How far a merged weight, given as rows, answers from it; infinite where its answers are not finite."""
-        found = torch.cat([functional.linear(inputs_of(block.shape[1]), block.float()) for block in merged], 1)
-        return float((found - self.answers).abs().max()) if found.isfinite().all() else math.inf
+        """Largest difference from the outputs of a merged weight, given as blocks of rows. Infinite if its outputs are not finite."""
+        outputs_NO = torch.cat([functional.linear(random_inputs(block_OI.shape[1]), block_OI.float()) for block_OI in merged], 1)
+        return float((outputs_NO - self.outputs).abs().max()) if outputs_NO.isfinite().all() else math.inf
 
 
 @cache
-def inputs_of(width: int) -> torch.Tensor:
-    """The same random inputs each time, [INPUTS, in]."""
-    return torch.randn(INPUTS, width, generator=torch.Generator().manual_seed(0))
+def random_inputs(width: int) -> torch.Tensor:
+    """The same random inputs for every call with this width, [N, I]."""
+    return torch.randn(INPUT_COUNT, width, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def _asked(module: str, layer: Linear) -> Expected:
-    """Of PEFT's own layer before anything is merged. Raises AdapterError where it does not answer in finite numbers."""
-    alone: list[torch.Tensor] = []
-    hook = layer.get_base_layer().register_forward_hook(lambda _, __, output: alone.append(output.clone()))
-    answers = layer(inputs_of(layer.in_features))
+def _outputs_before_merging(module: str, layer: Linear) -> ExpectedOutputs:
+    """Outputs of PEFT's layer with the adapters active. Raises AdapterError if they are not finite."""
+    base_outputs: list[torch.Tensor] = []
+    hook = layer.get_base_layer().register_forward_hook(lambda _, __, output: base_outputs.append(output.clone()))
+    outputs_NO = layer(random_inputs(layer.in_features))
     hook.remove()
-    if not answers.isfinite().all():
-        raise AdapterError(f"{module}: with the adapter on it its answers are not finite (NaNs or infinities); the adapter is broken.")
-    return Expected(answers, float((answers - alone[0]).abs().max()))
+    if not outputs_NO.isfinite().all():
+        raise AdapterError(f"{module}: the adapter's outputs are not finite (NaN or infinity); the adapter is broken.")
+    return ExpectedOutputs(outputs_NO, float((outputs_NO - base_outputs[0]).abs().max()))
 
 
-def whole_of(name: str, adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:
-    """A weight that an adapter trained in full; with a weight of less than one, that much of the way."""
-    one = next(a for a in adapters if name in a.whole)
-    if one.whole[name].shape != weight.shape:
-        raise AdapterError(f"{one.folder}: {name} is {list(one.whole[name].shape)}, the base's {list(weight.shape)}; it belongs to another base.")
-    return torch.lerp(weight.float(), one.whole[name].float(), one.weight)
+def blended_weight(name: str, adapters: Sequence[Adapter], base_weight: torch.Tensor) -> torch.Tensor:
+    """A weight that an adapter trained in full, in fp32. An adapter's ``weight`` below 1 interpolates from the base's weight."""
+    adapter = next(a for a in adapters if name in a.full_weights)
+    trained = adapter.full_weights[name]
+    if trained.shape != base_weight.shape:
+        raise AdapterError(
+            f"{adapter.folder}: {name} has shape {list(trained.shape)}, the base's has {list(base_weight.shape)}; it belongs to another base."
+        )
+    return torch.lerp(base_weight.float(), trained.float(), adapter.weight)
 
 
-def check_fits(adapters: Sequence[Adapter], base: Mapping[str, tuple[int, ...]]) -> None:
-    """Before anything is written. Raises AdapterError: a weight the base does not have, or of another width."""
-    for one in adapters:
-        for module in one.layers:
-            shape = base.get(f"{module}.weight")
+def check_fits(adapters: Sequence[Adapter], base_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare every adapter's shapes with the base's, before anything is written.
+
+    Raises AdapterError if an adapter changes a weight that the base does not have, or one of another shape.
+    """
+    for adapter in adapters:
+        for module, parts in adapter.layers.items():
+            shape = base_shapes.get(f"{module}.weight")
             if shape is None:
-                raise AdapterError(f"{one.folder}: changes {module}, which the base does not have.")
-            up, down = one.layers[module].get("B"), one.layers[module].get("A")
+                raise AdapterError(f"{adapter.folder}: changes {module}, which the base does not have.")
+            up, down = parts.get("B"), parts.get("A")
             if up is None or down is None:
-                raise AdapterError(f"{one.folder}: {module} has only one half of its two; copy the adapter again.")
+                raise AdapterError(f"{adapter.folder}: {module} has only one of its two matrices, A and B; copy the adapter again.")
             if (up.shape[0], down.shape[1]) != shape:
                 raise AdapterError(
-                    f"{one.folder}: changes {module} of {down.shape[1]} to {up.shape[0]}, the base's is {shape[1]} to {shape[0]}; "
+                    f"{adapter.folder}: changes {module} from width {down.shape[1]} to {up.shape[0]}, the base's is {shape[1]} to {shape[0]}; "
                     "it belongs to a base of another size."
                 )
-        for name in one.whole:
-            if name not in base:
-                raise AdapterError(f"{one.folder}: trained {name} in full, which the base does not have.")
-            if tuple(one.whole[name].shape) != base[name]:
+        for name, trained in adapter.full_weights.items():
+            if name not in base_shapes:
+                raise AdapterError(f"{adapter.folder}: trained {name} in full, which the base does not have.")
+            if tuple(trained.shape) != base_shapes[name]:
                 raise AdapterError(
-                    f"{one.folder}: {name} is {list(one.whole[name].shape)}, the base's {list(base[name])}; it belongs to another base."
+                    f"{adapter.folder}: {name} has shape {list(trained.shape)}, the base's has {list(base_shapes[name])}; it belongs to another base."
                 )

@@ -1,12 +1,15 @@
-"""Merge adapters into their base, shard by shard: a plain checkpoint in either layout, kept only if it answers as the adapter does.
+"""Merge adapters into their base, shard by shard. The result is a plain checkpoint in either layout.
 
-Rows of a weight are read, the adapter's product is added in fp32, the result is rounded once and written; not even a whole
-weight is in memory for it. What is added to can be the base as it is stored (``onto="base"``), or what a QLoRA adapter was trained
-on, the 4-bit weights made whole again (``onto="trained"``): merging in place into 4-bit weights loses the adapter's effect
-(peft#2586).
+Blocks of rows of a weight are read, the adapter's product is added in fp32, and the result is rounded once and written.
+Not even one whole weight is in memory. There are two choices of what the product is added to:
 
-Two checks decide whether the result is kept. Every changed layer is asked with random inputs beside PEFT's own layer; and
-where the model fits into memory, whole episodes are asked of both.
+    onto="base"      the base's weights as they are stored
+    onto="trained"   what a QLoRA adapter was trained on: the weights after quantisation to 4 bits and back
+
+Merging in place into the 4-bit weights themselves is not offered, because it loses the adapter's effect (peft#2586).
+
+Two checks decide whether the result is saved. For every changed layer, the outputs for random inputs are compared with those of
+PEFT's own layer. If the model fits into memory, whole episodes are compared too.
 """
 
 from __future__ import annotations
@@ -24,70 +27,88 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
-from lcl_adapter.base.layouts import Checkpoint, Layout, Writing
+from lcl_adapter.base.layouts import Checkpoint, CheckpointWriter, Layout
 from lcl_adapter.base.layouts.checkpoint import Weight
 from lcl_adapter.base.layouts.keys import skeleton
-from lcl_adapter.base.layouts.tensors import Stored, blocks_of, stored_in
+from lcl_adapter.base.layouts.tensors import row_blocks, tensors_in_folder
 from lcl_adapter.base.layouts.writing import Change
 from lcl_adapter.base.model import Base, family_of, load_base
 from lcl_adapter.base.precision import TYPES, quantised_weights
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.checkpoints.deltas import Adapter, Expected, check_fits, refuse_together, whole_of, with_adapters
-from lcl_adapter.checkpoints.probe import LARGE, Answers, Probes, fitting, probe, probe_turns, room_for
+from lcl_adapter.checkpoints.deltas import Adapter, ExpectedOutputs, blended_weight, check_combinable, check_fits, merged_rows
+from lcl_adapter.checkpoints.probe import LARGE_MODEL, Answers, Probes, memory_for_probes, probe, probe_turns, probes_within_context
 from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
 from lcl_adapter.recipe import load
 
-SLACK = 32  # how many roundings of the largest logit the merged model may differ by ...
-LEAST = 1e-3  # a difference that no answer depends on
-SHARE = 0.1  # ... and at most this share of what the adapter changes, so that one that was lost cannot pass
-LAYER_SLACK = 4  # roundings of the largest answer of a layer
+# How far a logit of the merged model may be from the adapter's. The bound is the smaller of the first two, and at least the third.
+MODEL_ROUNDINGS = 32  # roundings of the largest logit
+EFFECT_SHARE = 0.1  # of the adapter's own effect, so that a lost adapter cannot pass
+NEGLIGIBLE = 1e-3  # no answer depends on a difference of this size
+LAYER_ROUNDINGS = 4  # roundings of the largest output that a merged layer may differ by
 
 Onto = Literal["base", "trained"]
 Verify = Literal["auto", "layers", "full"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """Adapters on one base, and what their merging is to be."""
+class MergeJob:
+    """The adapters, their base, and what they are added to.
+
+    ``expected`` is filled while the weights are merged: module -> outputs of PEFT's unmerged layer.
+    """
 
     adapters: tuple[Adapter, ...]
     checkpoint: Checkpoint
     manifest: dict[str, Any]
     onto: Onto
-    expected: dict[str, Expected] = field(default_factory=dict)  # by module, noted while a weight is there anyway
+    expected: dict[str, ExpectedOutputs] = field(default_factory=dict)
 
     @cached_property
     def quantised(self) -> frozenset[str]:
-        """The weights that QLoRA trained on in 4 bits."""
+        """Names of the weights that a QLoRA adapter was trained on in 4 bits."""
         return quantised_weights(skeleton(self.checkpoint.config))
 
-    def onto_rows(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """What the adapter is added to: the weight, or what QLoRA made of it."""
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules that at least one adapter changes by LoRA."""
+        return sorted({module for adapter in self.adapters for module in adapter.layers})
+
+    @property
+    def has_full_weights(self) -> bool:
+        return any(adapter.full_weights for adapter in self.adapters)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.manifest["compute_dtype"])
+        return dtype
+
+    def base_rows(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
+        """Blocks of rows that the adapters are added to, see ``onto``."""
         if self.onto == "base" or name not in self.quantised:
             return weight.blocks()
-        return blocks_of(trained_on(weight.read(), getattr(torch, self.manifest["compute_dtype"])))
+        return row_blocks(nf4_round_trip(weight.read(), self.compute_dtype))
 
     def changes(self) -> dict[str, Change]:
-        changed: dict[str, Change] = {}
-        modules = {module for one in self.adapters for module in one.layers}
+        """Weight name -> the function that gives the rows to be written."""
+        changes: dict[str, Change] = {}
         if self.onto == "trained":
-            changed |= {name: bound(self.onto_rows, name) for name in self.checkpoint.weights if name in self.quantised}
-        changed |= {f"{module}.weight": bound(self._added, module) for module in modules}
-        for name in {name for one in self.adapters for name in one.whole}:
-            changed[name] = bound(self._trained_in_full, name)
-        return changed
+            changes |= {name: bound(self.base_rows, name) for name in self.checkpoint.weights if name in self.quantised}
+        changes |= {f"{module}.weight": bound(self._merged_rows, module) for module in self.modules}
+        for adapter in self.adapters:
+            changes |= {name: bound(self._blended_rows, name) for name in adapter.full_weights}
+        return changes
 
-    def _added(self, module: str, weight: Weight) -> Iterator[torch.Tensor]:
-        self.expected[module] = yield from with_adapters(module, self.onto_rows(f"{module}.weight", weight), self.adapters)
+    def _merged_rows(self, module: str, weight: Weight) -> Iterator[torch.Tensor]:
+        self.expected[module] = yield from merged_rows(module, self.base_rows(f"{module}.weight", weight), self.adapters)
 
-    def _trained_in_full(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        return blocks_of(whole_of(name, self.adapters, weight.read()))
+    def _blended_rows(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
+        return row_blocks(blended_weight(name, self.adapters, weight.read()))
 
-    def expected_of(self, module: str) -> Expected:
-        """Of a layer; asked now where its shard was written before a stop."""
+    def expected_outputs(self, module: str) -> ExpectedOutputs:
+        """Outputs of PEFT's unmerged layer. They are computed now if the layer's shard was written before the merge was interrupted."""
         if module not in self.expected:
-            for _ in self._added(module, self.checkpoint.weights[f"{module}.weight"]):
+            for _ in self._merged_rows(module, self.checkpoint.weights[f"{module}.weight"]):
                 pass
         return self.expected[module]
 
@@ -105,169 +126,186 @@ def merge(
     tower_as: str | None = None,
     verify: Verify = "auto",
 ) -> dict[str, Any]:
-    """Write ``out``; returns how far it answers from the adapter, in layers and on probes, and for QLoRA what it cost.
+    """Merge into ``out``. An interrupted merge is resumed.
 
-    dtype: "base" keeps the stored weights' own types. to: a layout, the base's own where left out. more: further adapters
-    of the same base with their weights; ``weight`` is the first one's. verify: "full" asks the probes whatever memory
-    there is, "layers" never does. A merge that was stopped goes on.
+    Returns a report: how far the merged layers and the probes' answers are from the adapter's, and for a QLoRA adapter how far
+    the answers are from those of the 4-bit model that was trained.
 
-    Raises RunError for the place; AdapterError for adapters that do not belong together or to the base; MergeError, with
-    nothing left behind, where what was saved answers otherwise.
+    dtype: type of the written weights; "base" leaves every weight in its stored type.
+    to: layout to write; by default the base's own.
+    more: further adapters of the same base, each with its weight. ``weight`` is the weight of the adapter in ``run``.
+    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside the weights.
+    verify: "full" runs the probes however little memory is free, "layers" never runs them.
+
+    Raises RunError if ``out`` cannot be written. Raises AdapterError if the adapters do not fit each other or the base.
+    Raises MergeError, and leaves nothing behind, if the result differs from the adapter.
     """
     manifest = read_manifest(run)
     checkpoint = checkpoint_of(run, manifest, base)
     adapters = (Adapter(run, weight), *(Adapter(folder, part) for folder, part in more))
-    for folder, _ in more:
-        if read_manifest(folder)["base_hash"] != manifest["base_hash"]:
-            raise AdapterError(f"{folder}: trained on another base than {run}; only adapters of one base can be added up.")
-    for one in adapters:
-        if not math.isfinite(one.weight) or one.weight == 0:
-            raise AdapterError(f"{one.folder}: a weight of {one.weight:g} makes nothing of it; give a number, and not 0.")
-    refuse_together(adapters)
-    check_fits(adapters, {name: w.shape for name, w in checkpoint.weights.items()})
-    if onto == "trained" and manifest["precision"] != "nf4":
-        raise AdapterError(f"{run}: trained in {manifest['precision']}, so what it was trained on is the base itself; leave --onto trained out.")
-    job = Job(adapters, checkpoint, manifest, onto)
+    _check_adapters(adapters, manifest, checkpoint, onto)
+    job = MergeJob(adapters, checkpoint, manifest, onto)
     to = to or checkpoint.layout
     target = None if dtype == "base" else TYPES[dtype]
-    writing = Writing.of(checkpoint, family_of(checkpoint), to, out, job.changes(), target, shard_size, tower_as)
+    writer = CheckpointWriter.prepare(checkpoint, family_of(checkpoint), to, out, job.changes(), target, shard_size, tower_as)
     plan = {
         "merge": [[read_manifest(a.folder)["files"], a.weight] for a in adapters],
         "base": checkpoint.hash(), "to": to, "onto": onto, "dtype": dtype, "shard_size": shard_size, "tower": tower_as,
     }  # fmt: skip
-    with resumable_folder(out, plan, writing.space) as partial:
-        writing.write_with_bar(partial, out)
-        layers = _check_layers(job, writing, partial, out)
-        writing.verify(partial, frozenset(f"{module}.weight" for one in adapters for module in one.layers))
-        written = writing.ref(partial)
-        refused = _cannot_ask(job, verify, written)
-        answers = {"probes": refused} if refused or written is None else _check_answers(job, run, written, out, writing)
+    with resumable_folder(out, plan, writer.space) as partial:
+        writer.write_with_bar(partial, out)
+        layer_report = _check_layers(job, writer, partial, out)
+        writer.verify(partial, frozenset(f"{module}.weight" for module in job.modules))
+        written = writer.ref(partial)
+        reason = _reason_to_skip_probes(job, verify, written)
+        probe_report = {"probes": reason} if reason or written is None else _check_answers(job, run, written, out, writer)
     return {
         "out": str(out),
         "layout": to,
         "onto": onto,
-        "dtype": _named(writing),
-        "bytes": writing.size,
-        "shards": len(writing.shards.files),
-        **layers,
-        **answers,
+        "dtype": _dtype_names(writer),
+        "bytes": writer.size,
+        "shards": len(writer.shards.files),
+        **layer_report,
+        **probe_report,
     }
 
 
-def trained_on(weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """What a QLoRA adapter saw in place of a weight: nf4 with double quantisation, made whole again, in fp32."""
+def _check_adapters(adapters: Sequence[Adapter], manifest: dict[str, Any], checkpoint: Checkpoint, onto: Onto) -> None:
+    """Raises AdapterError if the adapters do not fit each other, the base or ``onto``. ``manifest`` is the first adapter's."""
+    run = adapters[0].folder
+    for adapter in adapters[1:]:
+        if read_manifest(adapter.folder)["base_hash"] != manifest["base_hash"]:
+            raise AdapterError(f"{adapter.folder}: trained on another base than {run}; only adapters of one base can be added up.")
+    for adapter in adapters:
+        if not math.isfinite(adapter.weight) or adapter.weight == 0:
+            raise AdapterError(f"{adapter.folder}: a weight of {adapter.weight:g} has no meaning; give a finite number other than 0.")
+    check_combinable(adapters)
+    check_fits(adapters, {name: stored.shape for name, stored in checkpoint.weights.items()})
+    if onto == "trained" and manifest["precision"] != "nf4":
+        raise AdapterError(f"{run}: trained in {manifest['precision']}, so what it was trained on is the base itself; leave --onto trained out.")
+
+
+def nf4_round_trip(weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """A weight quantised to nf4 with double quantisation, and back to fp32: the values that a QLoRA adapter was trained on."""
     from bitsandbytes import functional as bnb
 
-    kept, state = bnb.quantize_4bit(weight.to(compute).contiguous(), quant_type="nf4", compress_statistics=True)
-    return bnb.dequantize_4bit(kept, state).reshape(weight.shape).float()
+    quantised, state = bnb.quantize_4bit(weight.to(compute_dtype).contiguous(), quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(quantised, state).reshape(weight.shape).float()
 
 
-def _named(writing: Writing) -> str:
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in writing.shards.planned})
-    return " and ".join(kinds)
+def _dtype_names(writer: CheckpointWriter) -> str:
+    names = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in writer.shards.planned})
+    return " and ".join(names)
 
 
-def _check_layers(job: Job, writing: Writing, partial: Path, out: Path) -> dict[str, Any]:
-    """Every merged layer, read from the disk, beside PEFT's own with the adapter on it."""
-    on_disk = stored_in(partial)
-    key_of = {name: key for key, name in writing.names.items()}
-    worst, effect, where = 0.0, 0.0, ""
-    modules = sorted({module for one in job.adapters for module in one.layers})
-    for module in modules:
-        stored: Stored = on_disk[key_of[f"{module}.weight"]]
-        wanted = job.expected_of(module)
-        gap, changed = wanted.distance(stored.blocks()), wanted.effect
-        allowed = max(1e-5, LAYER_SLACK * torch.finfo(stored.dtype).eps * float(wanted.answers.abs().max()))
-        if gap > allowed:
+def _check_layers(job: MergeJob, writer: CheckpointWriter, partial: Path, out: Path) -> dict[str, Any]:
+    """Compare every merged layer, read from the disk, with PEFT's own layer. Returns the report's fields; raises MergeError."""
+    tensors = tensors_in_folder(partial)
+    key_of = {name: key for key, name in writer.names.items()}
+    largest_difference, largest_effect, worst_layer = 0.0, 0.0, ""
+    for module in job.modules:
+        stored = tensors[key_of[f"{module}.weight"]]
+        expected = job.expected_outputs(module)
+        difference = expected.distance(stored.blocks())
+        allowed = max(1e-5, LAYER_ROUNDINGS * torch.finfo(stored.dtype).eps * float(expected.outputs.abs().max()))
+        if difference > allowed:
             raise MergeError(
-                f"{out}: layer {module} answers {gap:.3g} away from the adapter on random inputs, {allowed:.3g} is allowed (the adapter's own "
-                f"effect there is {changed:.3g}). Not kept; --dtype fp32 rounds less."
+                f"{out}: merged layer {module} differs from the adapter's by {difference:.3g} for random inputs, {allowed:.3g} is allowed "
+                f"(the adapter's own effect on this layer is {expected.effect:.3g}). Nothing was saved; --dtype fp32 rounds less."
             )
-        effect = max(effect, changed)
-        if gap >= worst:
-            worst, where = gap, module
-    if effect == 0.0 and not any(one.whole for one in job.adapters):
-        raise MergeError(f"{out}: the adapter changes nothing: all its products are zero. Not kept.")
-    return {"layers": len(modules), "largest_layer_difference": worst, "in_layer": where, "largest_layer_effect": effect}
+        largest_effect = max(largest_effect, expected.effect)
+        if difference >= largest_difference:
+            largest_difference, worst_layer = difference, module
+    if largest_effect == 0.0 and not job.has_full_weights:
+        raise MergeError(f"{out}: the adapter changes nothing: all its products are zero. Nothing was saved.")
+    return {
+        "layers": len(job.modules),
+        "largest_layer_difference": largest_difference,
+        "in_layer": worst_layer,
+        "largest_layer_effect": largest_effect,
+    }
 
 
-def _cannot_ask(job: Job, verify: Verify, written: BaseRef | None) -> str:
-    """Why whole episodes are not asked; "" where they are."""
+def _reason_to_skip_probes(job: MergeJob, verify: Verify, written: BaseRef | None) -> str:
+    """Why the probes are not run; "" if they are. ``written`` is None if the written base's vision tower is not on this machine."""
     if verify == "layers":
-        return "not asked (--verify layers)"
-    if (len(job.adapters) > 1 and any(one.whole for one in job.adapters)) or any(one.whole and one.weight != 1 for one in job.adapters):
-        return "not asked: PEFT cannot hold a part of a projector that was trained in full"
+        return "not run (--verify layers)"
+    partly_trained = any(adapter.full_weights and adapter.weight != 1 for adapter in job.adapters)
+    if partly_trained or (len(job.adapters) > 1 and job.has_full_weights):
+        return "not run: PEFT cannot combine or scale weights that were trained in full"
     if written is None:
-        return "not asked: the vision tower that was named is not here"
-    fits, needed, free = room_for(job.checkpoint)
-    large = needed > LARGE
-    if large and verify != "full":
-        return f"not asked: that takes hours on a CPU for {needed / 5e9:.0f} B parameters; --verify full asks them all the same"
-    if fits or verify == "full":
+        return "not run: the named vision tower is not on this machine"
+    fits, needed, free = memory_for_probes(job.checkpoint)
+    if verify == "full":
         return ""
-    return f"not asked: {needed / 1e9:.0f} GB are needed for it, {free / 1e9:.0f} GB are free; --verify full asks them all the same"
+    if needed > LARGE_MODEL:
+        return f"not run: a CPU would need hours for {needed / 5e9:.0f} B parameters; --verify full runs them anyway"
+    if not fits:
+        return f"not run: they need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; --verify full runs them anyway"
+    return ""
 
 
-def _adapted(job: Job, precision: Literal["fp32", "nf4"]) -> Base:
-    """The base with all adapters beside it, as PEFT holds them."""
+def _base_with_adapters(job: MergeJob, precision: Literal["fp32", "nf4"]) -> Base:
+    """The base with all adapters loaded by PEFT and not merged."""
     device = "cpu" if precision == "fp32" else None
     base = load_base(replace(job.checkpoint.ref, precision=precision, device=device, tiles=job.manifest["tiles"]))
     if job.onto == "trained" and precision == "fp32":
         with torch.no_grad():
             for name, parameter in base.llava.named_parameters():
                 if name in job.quantised:
-                    parameter.copy_(trained_on(parameter, getattr(torch, job.manifest["compute_dtype"])))
+                    parameter.copy_(nf4_round_trip(parameter, job.compute_dtype))
     names = [f"adapter{n}" for n in range(len(job.adapters))]
     model = PeftModel.from_pretrained(base.llava, str(job.adapters[0].folder), adapter_name=names[0])
-    for name, one in zip(names[1:], job.adapters[1:], strict=True):
-        model.load_adapter(str(one.folder), name)
+    for name, adapter in zip(names[1:], job.adapters[1:], strict=True):
+        model.load_adapter(str(adapter.folder), name)
     model.base_model.set_adapter(names if len(names) > 1 else names[0])
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name, one in zip(names, job.adapters, strict=True):
+            for name, adapter in zip(names, job.adapters, strict=True):
                 if name in module.scaling:
-                    module.scaling[name] *= one.weight
+                    module.scaling[name] *= adapter.weight
     return base.with_model(model.eval())
 
 
-def _check_answers(job: Job, run: Path, written: BaseRef, out: Path, writing: Writing) -> dict[str, Any]:
-    """Whole episodes, asked of the adapter on its base and of what was written."""
+def _check_answers(job: MergeJob, run: Path, written: BaseRef, out: Path, writer: CheckpointWriter) -> dict[str, Any]:
+    """Compare the answers of the merged model with those of the adapter on its base. Returns the report's fields; raises MergeError."""
     wording = load(run / "recipe.yaml").wording if (run / "recipe.yaml").exists() else "lcl"
-    probes = fitting(probe_turns(wording), job.checkpoint, job.manifest["tiles"])
+    probes = probes_within_context(probe_turns(wording), job.checkpoint, job.manifest["tiles"])
     if not probes:
-        return {"probes": "not asked: none of them fits the context with tiles"}
-    adapted = _adapted(job, "fp32")
+        return {"probes": "not run: with tiles, none of them fits the context"}
+    adapted = _base_with_adapters(job, "fp32")
     expected = probe(adapted, probes)
     with adapted.without_adapter():
         effect = expected.distance(probe(adapted, probes))
-    del adapted  # one copy of the weights in memory at a time
+    del adapted  # so that one copy of the weights is in memory at a time
     merged = load_base(replace(written, precision="fp32", device="cpu", tiles=job.manifest["tiles"]))
-    found = probe(merged, probes)
+    answers = probe(merged, probes)
     del merged
-    difference = expected.distance(found)
-    eps = max(torch.finfo(p.dtype).eps for p in writing.shards.planned)
-    rounding = SLACK * eps * float(expected.logits.abs().max())
-    allowed = max(LEAST, min(rounding, SHARE * effect))
-    changed = [(a, b) for a, b in zip(expected.texts, found.texts, strict=True) if a != b]
-    if difference > allowed or (changed and eps <= torch.finfo(torch.float32).eps):
-        said = f"; for instance {changed[0][0]!r} became {changed[0][1]!r}" if changed else ""
-        weak = difference <= rounding and difference > SHARE * effect
-        why = " That is rounding: the adapter changes too little for this type, train it longer." if weak else ""
+    difference = expected.distance(answers)
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in writer.shards.planned)
+    rounding = MODEL_ROUNDINGS * eps * float(expected.logits.abs().max())
+    allowed = max(NEGLIGIBLE, min(rounding, EFFECT_SHARE * effect))
+    changed_texts = [(a, b) for a, b in zip(expected.texts, answers.texts, strict=True) if a != b]
+    if difference > allowed or (changed_texts and eps <= torch.finfo(torch.float32).eps):
+        example = f"; for instance {changed_texts[0][0]!r} became {changed_texts[0][1]!r}" if changed_texts else ""
+        only_rounding = EFFECT_SHARE * effect < difference <= rounding
+        hint = " That is rounding: the adapter's effect is too small for this type; train it longer." if only_rounding else ""
         raise MergeError(
             f"{out}: the merged model differs from the adapter by {difference:.3g} in a logit, {allowed:.3g} is allowed "
-            f"(the adapter's own effect is {effect:.3g}){said}.{why} Not kept; --dtype fp32 rounds less."
+            f"(the adapter's own effect is {effect:.3g}){example}.{hint} Nothing was saved; --dtype fp32 rounds less."
         )
     return {
         "largest_logit_difference": difference,
         "allowed": allowed,
         "adapter_effect": effect,
-        "greedy_equal": expected.greedy_equal(found),
+        "greedy_equal": expected.greedy_equal(answers),
         "probes": len(probes),
-        **({"from_4_bit": _cost(job, found, probes)} if job.manifest["precision"] == "nf4" else {}),
+        **({"from_4_bit": _distance_from_4_bit(job, answers, probes)} if job.manifest["precision"] == "nf4" else {}),
     }
 
 
-def _cost(job: Job, found: Answers, probes: Probes) -> dict[str, Any]:
-    """How far what was written answers from the 4-bit model that was trained."""
-    trained = probe(_adapted(job, "nf4"), probes)
-    return {"largest_logit_difference": trained.distance(found), "greedy_equal": trained.greedy_equal(found)}
+def _distance_from_4_bit(job: MergeJob, answers: Answers, probes: Probes) -> dict[str, Any]:
+    """How far the merged model's answers are from those of the 4-bit model that was trained."""
+    trained = probe(_base_with_adapters(job, "nf4"), probes)
+    return {"largest_logit_difference": trained.distance(answers), "greedy_equal": trained.greedy_equal(answers)}

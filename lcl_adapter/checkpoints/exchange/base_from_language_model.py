@@ -1,6 +1,7 @@
-"""A base for an adapter that upstream trained on a bare language model (its `finetune_lora.sh`): that model, the projector trained with it, a tower.
+"""Build the LLaVA base of an adapter that upstream trained on a bare language model (with its ``finetune_lora.sh``).
 
-Nothing large is copied: the language model's files are linked, the projector is a file beside them, and the index names both.
+The base consists of the language model, the projector that was trained with the adapter, and a vision tower. No large file is
+copied: the language model's files are linked, and the index lists them together with the projector's file.
 """
 
 from __future__ import annotations
@@ -14,61 +15,66 @@ from safetensors.torch import save_file
 from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint
 from lcl_adapter.base.layouts.checkpoint import layout_of, read_config
 from lcl_adapter.base.layouts.configs import LANGUAGE_TYPES
-from lcl_adapter.base.layouts.tensors import INDEX, stored_in, stored_in_file
-from lcl_adapter.base.layouts.writing import copy_beside
+from lcl_adapter.base.layouts.tensors import INDEX, tensors_in_file, tensors_in_folder
+from lcl_adapter.base.layouts.writing import copy_other_files
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import AdapterError, ModelError
 from lcl_adapter.files import write_json
 
 PROJECTOR_FILE = "mm_projector.safetensors"
-FOLDER = "base"
+BASE_FOLDER = "base"  # inside the imported run
 
 
-def language_model_of(name: str) -> Path | None:
-    """The folder of a language model without a vision tower, None where ``name`` is anything else."""
+def find_language_model(name: str) -> Path | None:
+    """The folder of the language model ``name``; None if it is anything else, for instance a LLaVA."""
     try:
         folder = find_base(name)
-        raw = read_config(folder)
+        config = read_config(folder)
     except ModelError:
         return None
-    kinds = {kind.model_type for kind in LANGUAGE_TYPES.values()}
-    return folder if layout_of(raw) is None and raw.get("model_type") in kinds else None
+    language_types = {kind.model_type for kind in LANGUAGE_TYPES.values()}
+    return folder if layout_of(config) is None and config.get("model_type") in language_types else None
 
 
-def compose_base(language: Path, adapter: Path, place: Path, tower: str | None) -> Checkpoint:
-    """Write a base in the original layout into ``place``: ``language``, and the config and projector that lie in ``adapter``.
+def build_base(language_model: Path, adapter: Path, folder: Path, tower: str | None) -> Checkpoint:
+    """Write a base in the original layout into ``folder``, from a language model and an adapter's config.json and projector.
 
-    Raises AdapterError where the adapter brings no projector, or was trained with tokens whose rows it does not bring;
-    ModelError where the parts do not fit each other.
+    Raises AdapterError if the adapter has no projector, or was trained with new tokens whose embeddings upstream did not save.
+    Raises ModelError if the parts do not fit each other.
     """
     try:
-        raw = read_config(adapter)
+        config = read_config(adapter)
     except ModelError as error:
-        raise AdapterError(f"{adapter}: trained on a language model alone, so a config.json of a LLaVA has to lie in it. {error}") from error
-    if layout_of(raw) != "original":
-        raise AdapterError(f"{adapter}: its config.json names no mm_vision_tower, so it cannot be told what LLaVA {language} became.")
-    if raw.get("mm_use_im_start_end"):
-        raise AdapterError(f"{adapter}: uses image start and end tokens, whose rows upstream trains and does not save; merge it upstream.")
-    beside = _beside_the_language_model(adapter)
-    if not beside:
-        raise AdapterError(f"{adapter}: trained on {language}, a language model, but brings no projector (non_lora_trainables.bin) of its own.")
-    stored = stored_in(language)
-    place.mkdir(parents=True)
-    copy_beside(language, place)
-    for file in {one.file for one in stored.values()}:
-        (place / file.name).symlink_to(file.absolute())
-    save_file(beside, place / PROJECTOR_FILE, metadata={"format": "pt"})
-    placed = {key: one.file.name for key, one in stored.items()} | dict.fromkeys(beside, PROJECTOR_FILE)
-    size = sum(one.size for one in stored.values()) + sum(value.numel() * value.element_size() for value in beside.values())
-    write_json(place / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))})
-    write_json(place / "config.json", {"model_type": "llava_llama", **raw})
-    return open_checkpoint(BaseRef(str(place), tower=tower))
+        raise AdapterError(
+            f"{adapter}: trained on a bare language model, so the folder must contain the config.json of a LLaVA. Copy it from upstream's "
+            f"output folder. {error}"
+        ) from error
+    if layout_of(config) != "original":
+        raise AdapterError(f"{adapter}: its config.json names no mm_vision_tower, so the LLaVA made of {language_model} is unknown.")
+    if config.get("mm_use_im_start_end"):
+        raise AdapterError(f"{adapter}: uses image start and end tokens; upstream trains their embeddings and does not save them. Merge it upstream.")
+    projector = _read_projector(adapter)
+    if not projector:
+        raise AdapterError(
+            f"{adapter}: trained on the language model {language_model}, but has no projector of its own (non_lora_trainables.bin). Copy it there."
+        )
+    tensors = tensors_in_folder(language_model)
+    folder.mkdir(parents=True)
+    copy_other_files(language_model, folder)
+    for file in {stored.file for stored in tensors.values()}:
+        (folder / file.name).symlink_to(file.absolute())
+    save_file(projector, folder / PROJECTOR_FILE, metadata={"format": "pt"})
+    file_of = {key: stored.file.name for key, stored in tensors.items()} | dict.fromkeys(projector, PROJECTOR_FILE)
+    size = sum(stored.size for stored in tensors.values()) + sum(value.numel() * value.element_size() for value in projector.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_of.items()))})
+    write_json(folder / "config.json", {"model_type": "llava_llama", **config})
+    return open_checkpoint(BaseRef(str(folder), tower=tower))
 
 
-def _beside_the_language_model(adapter: Path) -> dict[str, torch.Tensor]:
-    """The projector, and 1.6's line break, by the original layout's keys."""
+def _read_projector(adapter: Path) -> dict[str, torch.Tensor]:
+    """The adapter's projector, and the ``image_newline`` of 1.6, by the keys of the original layout."""
     file = adapter / "non_lora_trainables.bin"
     if not file.exists():
         return {}
-    matches = ((re.search(r"(mm_projector\..+|image_newline)$", key), stored) for key, stored in stored_in_file(file).items())
+    matches = ((re.search(r"(mm_projector\..+|image_newline)$", key), stored) for key, stored in tensors_in_file(file).items())
     return {f"model.{match[1]}": stored.read().contiguous() for match, stored in matches if match is not None}

@@ -1,7 +1,7 @@
-"""An adapter for vLLM: PEFT's files with the names and fields that its loader takes, the prompt as a template, and a script with the flags.
+"""Export an adapter for vLLM: PEFT's files, the prompt as a chat template, and a script that starts the server.
 
-Written by what vLLM 0.33 reads: vllm/lora/peft_helper.py (fields), vllm/lora/utils.py (names), vllm/config/lora.py (ranks), and which of
-vllm/model_executor/models/llava*.py say SupportsLoRA.
+It follows vLLM 0.33: vllm/lora/peft_helper.py (config fields), vllm/lora/utils.py (names), vllm/config/lora.py (ranks), and the
+classes in vllm/model_executor/models/llava*.py that declare SupportsLoRA.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lcl_adapter.errors import AdapterError, MergeError, RunError
 from lcl_adapter.files import whole_folder, write_json, write_text
 from lcl_adapter.recipe import load
 
-WITH_LORA = UPSTREAM_TYPES  # vLLM's classes that say SupportsLoRA are of the same types
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-IMAGES = 17  # a request: two classes of 8 photos, and the one that is asked about
+LORA_TYPES = UPSTREAM_TYPES  # vLLM supports LoRA on these model types, which happen to be upstream's
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
+IMAGES = 17  # per request: two classes of 8 photos, and the query
 SCRIPT = """#!/bin/sh
-# vLLM with this adapter: serve.sh /path/to/{base} [/path/to/this/folder]; more flags go behind.
-#   max-lora-rank        the smallest that vLLM has for rank {rank}
-#   limit-mm-per-prompt  images a request: {images}
-#   prefix caching       a support set is read once, as long as requests begin with it
-#   max-model-len        the base's context
+# Start vLLM with this adapter: serve.sh /path/to/{base} [/path/to/this/folder] [further flags of vllm serve]
+#   max-lora-rank        the smallest value that vLLM accepts for rank {rank}
+#   limit-mm-per-prompt  images per request: {images}
+#   prefix caching       a support set is computed once, if requests begin with it
+#   max-model-len        the context of the base
 set -e
 base=$1
 adapter=${{2:-$(dirname "$0")}}
@@ -46,23 +46,25 @@ exec vllm serve "$base" --served-model-name base \\
 
 
 def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str = "lcl", images: int = IMAGES) -> dict[str, Any]:
-    """Write ``out``; what was written is read again and compared. ``name``: the adapter's among vLLM's models; ``images``: a request.
+    """Write ``out`` for vLLM. The written files are read again and compared with the adapter.
 
-    Raises AdapterError for what vLLM does not take, with what to do; RunError where ``out`` exists.
+    name: the model name that vLLM serves the adapter under. images: the largest number of images in a request.
+
+    Raises AdapterError, with what to do instead, if vLLM cannot serve such an adapter. Raises RunError if ``out`` exists.
     """
     manifest = read_manifest(run)
     checkpoint = checkpoint_of(run, manifest, base)
     if out.exists():
         raise RunError(f"{out}: exists already; nothing is overwritten. Give another -o.")
     adapter = Adapter(run)
-    _refuse_what_vllm_lacks(run, adapter, checkpoint, bool(manifest["tiles"]))
-    check_fits([adapter], {key: w.shape for key, w in checkpoint.weights.items()})
+    _check_supported(run, adapter, checkpoint, bool(manifest["tiles"]))
+    check_fits([adapter], {key: weight.shape for key, weight in checkpoint.weights.items()})
     encoder = load_encoder(checkpoint.ref)
-    state = {
+    lora_tensors = {
         f"{names.PREFIX}{module}.lora_{half}.weight": parts[half].contiguous() for module, parts in adapter.layers.items() for half in ("A", "B")
     }
-    config = _config(adapter, checkpoint)
-    told = {
+    config = _peft_config(adapter, checkpoint)
+    settings = {
         "base": checkpoint.folder.name,
         "rank": config["r"],
         "slots": next(rank for rank in RANKS if rank >= config["r"]),
@@ -72,53 +74,58 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
     }
     with whole_folder(out) as partial:
         write_json(partial / "adapter_config.json", config)
-        save_file(state, partial / "adapter_model.safetensors")
-        write_text(partial / "chat_template.jinja", template_of(checkpoint, encoder))
-        write_text(partial / "serve.sh", SCRIPT.format(**told))
+        save_file(lora_tensors, partial / "adapter_model.safetensors")
+        write_text(partial / "chat_template.jinja", chat_template_of(checkpoint, encoder))
+        write_text(partial / "serve.sh", SCRIPT.format(**settings))
         (partial / "serve.sh").chmod(0o755)
-        write_text(partial / "README.md", _card(run, manifest, told))
-        _compare(adapter, partial)
-    return {"out": str(out), "layers": len(adapter.layers), "max_lora_rank": told["slots"], "images": images}
+        write_text(partial / "README.md", _readme(run, manifest, settings))
+        _check_written(adapter, partial)
+    return {"out": str(out), "layers": len(adapter.layers), "max_lora_rank": settings["slots"], "images": images}
 
 
-def template_of(checkpoint: Checkpoint, encoder: Encoder) -> str:
-    """The family's prompt. vLLM adds no beginning mark to a chat, so the template has it where the model was trained with one."""
+def chat_template_of(checkpoint: Checkpoint, encoder: Encoder) -> str:
+    """The family's prompt as a chat template. It begins with the BOS token if the model was trained with it, because vLLM adds none."""
     family, tokenizer = family_of(checkpoint), checkpoint.tokenizer
     if not family.user:
-        raise AdapterError(f"{checkpoint.folder}: brings its own chat template; vLLM reads it from there.")
-    begins = encoder.turns([Turn("user", "a")])[0][0] == tokenizer.bos_token_id is not None
-    image = str(tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id))
-    return (tokenizer.bos_token if begins else "") + family.chat_template(image)
+        raise AdapterError(f"{checkpoint.folder}: this base has a chat template of its own; vLLM reads it from the base's folder.")
+    has_bos = encoder.turns([Turn("user", "a")])[0][0] == tokenizer.bos_token_id is not None
+    image_token = str(tokenizer.convert_ids_to_tokens(checkpoint.config.image_token_id))
+    return (tokenizer.bos_token if has_bos else "") + family.chat_template(image_token)
 
 
-def _refuse_what_vllm_lacks(run: Path, adapter: Adapter, checkpoint: Checkpoint, tiles: bool) -> None:
+def _check_supported(run: Path, adapter: Adapter, checkpoint: Checkpoint, tiles: bool) -> None:
+    """Raises AdapterError if vLLM cannot serve the adapter. ``tiles``: it was trained on pictures in tiles."""
     instead = f"Merge it, and serve that: `lcl-adapter merge {run} --out … --to hf`."
     if checkpoint.layout != "hf":
         raise AdapterError(
-            f"{run}: vLLM reads Hugging Face's layout, {checkpoint.folder} is in the original one. Write that with `lcl-adapter convert`, and "
-            "give it with --base: the weights are the same."
+            f"{run}: vLLM reads Hugging Face's layout, {checkpoint.folder} is in the original one. Write it in Hugging Face's with "
+            "`lcl-adapter convert BASE OUT`, and give that with --base: the weights are the same."
         )
-    kind, config, tower = str(checkpoint.config.model_type), adapter.config, checkpoint.config.vision_config
-    if kind not in WITH_LORA:
-        raise AdapterError(f"{run}: vLLM takes LoRA on {' and '.join(WITH_LORA)}, this base is {kind}. {instead}")
+    model_type, config, tower = str(checkpoint.config.model_type), adapter.config, checkpoint.config.vision_config
+    if model_type not in LORA_TYPES:
+        raise AdapterError(f"{run}: vLLM supports LoRA on {' and '.join(LORA_TYPES)}, this base is {model_type}. {instead}")
     if tower.image_size % tower.patch_size:
         raise AdapterError(
-            f"{run}: its tower's {tower.image_size} pixels are no multiple of its patches' {tower.patch_size}; vLLM reads no such tower."
+            f"{run}: vLLM needs an image size that is a multiple of the patch size; this tower's are {tower.image_size} and {tower.patch_size} "
+            "pixels. Use `lcl-adapter serve`."
         )
-    for what, there in (
-        ("a trained projector", adapter.whole or config.modules_to_save or any("multi_modal_projector" in module for module in adapter.layers)),
+    changes_projector = adapter.full_weights or config.modules_to_save or any("multi_modal_projector" in module for module in adapter.layers)
+    for feature, present in (
+        ("a trained projector", changes_projector),
         ("DoRA", config.use_dora),
         ("ranks that differ from layer to layer", config.rank_pattern or config.alpha_pattern),
         (f"rank {config.r}, more than {RANKS[-1]}", config.r > RANKS[-1]),
     ):
-        if there:
-            raise AdapterError(f"{run}: it has {what}, which vLLM does not take in an adapter. {instead}")
-    if kind == "llava_next" and not tiles:
-        raise AdapterError(f"{run}: was trained without tiles, and vLLM shows a LLaVA-NeXT every picture in tiles; `lcl-adapter serve` does not.")
+        if present:
+            raise AdapterError(f"{run}: it has {feature}, which vLLM does not support in an adapter. {instead}")
+    if model_type == "llava_next" and not tiles:
+        raise AdapterError(
+            f"{run}: trained without tiles, and vLLM always splits a LLaVA-NeXT's pictures into tiles. Use `lcl-adapter serve`, which does not."
+        )
 
 
-def _config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Only what vLLM and PEFT both read; rsLoRA's scaling is put into alpha."""
+def _peft_config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Only the fields that both vLLM and PEFT read. rsLoRA's scaling is expressed by alpha."""
     config = adapter.config
     return {
         "peft_type": "LORA",
@@ -135,24 +142,24 @@ def _config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _compare(adapter: Adapter, folder: Path) -> None:
-    """What PEFT reads back is the adapter's own."""
-    back = Adapter(folder)
-    if back.layers.keys() != adapter.layers.keys():
-        raise MergeError(f"{folder}: other layers can be read again than were written. Not kept.")
+def _check_written(adapter: Adapter, folder: Path) -> None:
+    """Read the written files with PEFT. Raises MergeError if their tensors differ from the adapter's."""
+    written = Adapter(folder)
+    if written.layers.keys() != adapter.layers.keys():
+        raise MergeError(f"{folder}: the layers that can be read again are not those that were written. Nothing was saved.")
     for module, parts in adapter.layers.items():
-        if not all(torch.equal(parts[half], back.layers[module][half]) for half in ("A", "B")):
-            raise MergeError(f"{folder}: {module} read again differs from the adapter's. Not kept.")
+        if not all(torch.equal(parts[half], written.layers[module][half]) for half in ("A", "B")):
+            raise MergeError(f"{folder}: {module} in the written file differs from the adapter's. Nothing was saved.")
 
 
-def _card(run: Path, manifest: dict[str, Any], told: dict[str, Any]) -> str:
-    wording = load(run / "recipe.yaml").wording
+def _readme(run: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> str:
+    wording, base, name = load(run / "recipe.yaml").wording, settings["base"], settings["name"]
     return (
-        f"# {run.name}, for vLLM\n\nA LoRA adapter exported by lcl-adapter; its base is `{told['base']}` in Hugging Face's layout, "
-        f"base hash `{manifest['base_hash'][:16]}`.\n\n```\n./serve.sh /path/to/{told['base']}\n```\n\n"
-        f"The base is the model `base`, the adapter `{told['name']}`. "
-        "Ask and measure both from any machine:\n\n```\n"
-        f"lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model {told['name']} --wording {wording} --pad\n"
-        f"lcl-adapter eval RUN --endpoint http://127.0.0.1:8000 --model {told['name']} --pad\n```\n\n"
-        "`--pad` makes pictures square before they are sent, as training does: vLLM crops a picture that is not.\n"
+        f"# {run.name}, for vLLM\n\nA LoRA adapter exported by lcl-adapter. Its base is `{base}` in Hugging Face's layout, "
+        f"base hash `{manifest['base_hash'][:16]}`.\n\n```\n./serve.sh /path/to/{base}\n```\n\n"
+        f"vLLM then serves the base as the model `base` and the adapter as the model `{name}`. "
+        "Use and evaluate both from any machine:\n\n```\n"
+        f"lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model {name} --wording {wording} --pad\n"
+        f"lcl-adapter eval RUN --endpoint http://127.0.0.1:8000 --model {name} --pad\n```\n\n"
+        "`--pad` makes pictures square before they are sent, as in training. vLLM would crop a picture that is not square.\n"
     )
