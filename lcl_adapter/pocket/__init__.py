@@ -1,6 +1,6 @@
-"""The small base that ships with the package, its data, and the scripts that made them (``build.py``).
+"""The small base that ships with the package, and its data. The scripts that built both are in ``tools/pocket``.
 
-Two data sets are not shipped but drawn from the shipped ones when first asked for, and kept: see :func:`shipped`.
+Two data sets are not shipped. They are drawn from the shipped drawings on first use and cached: see :func:`shipped`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from pathlib import Path
 
 BASE = Path(__file__).parent / "base"
 DATA = Path(__file__).parent / "data"
-MADE = ("inspection-train.zip", "inspection-held-out.zip", "products.zip", "products.csv")
-VERSION = "v1"  # of what is drawn: raise it when the drawing changes
+DRAWN = ("inspection-train.zip", "inspection-held-out.zip", "products.zip", "products.csv")
+VERSION = "v1"  # of the drawn data sets: raise it when the code that draws them changes
 
 
 def cache() -> Path:
-    """Where drawn data is kept: ``LCL_ADAPTER_CACHE``, else ``~/.cache/lcl-adapter``."""
+    """The folder of the drawn data sets, inside ``LCL_ADAPTER_CACHE`` or, by default, ``~/.cache/lcl-adapter``."""
     root = os.environ.get("LCL_ADAPTER_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "lcl-adapter") / f"pocket-{VERSION}"
 
 
 def shipped(name: str) -> Path:
-    """The file that ``pocket:NAME`` stands for, drawn first (about half a minute) where it is one of ``MADE``.
+    """The file that ``pocket:NAME`` names. A file in ``DRAWN`` is drawn if it is not cached, which needs about half a minute.
 
-    Raises RunError where it cannot be written.
+    Raises RunError if it cannot be written.
     """
-    if name not in MADE:
+    if name not in DRAWN:
         return DATA / name
     path = cache() / name
     if not path.exists():
-        from lcl_adapter.pocket.draw import make
+        from lcl_adapter.pocket.draw import draw
 
-        make(cache(), "products" if name.startswith("products") else "inspection")
+        draw(cache(), "products" if name.startswith("products") else "inspection")
     return path

@@ -1,4 +1,4 @@
-"""Drawing the data that is not shipped: whole or not at all, the same on every machine."""
+"""Draw the data sets that are not shipped. A file is complete or absent, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lcl_adapter.pocket import DATA, parts, products
 from lcl_adapter.terminal import console
 
 
-def make(folder: Path, what: str) -> None:
-    """Draw ``inspection`` or ``products`` into ``folder``. Raises RunError where it cannot be written."""
-    console.print(f"drawing pocket-{what} into {folder}, once", highlight=False, markup=False)
-    if what == "inspection":
+def draw(folder: Path, dataset: str) -> None:
+    """Draw the data set "inspection" or "products" into ``folder``. Raises RunError if it cannot be written."""
+    console.print(f"drawing pocket-{dataset} into {folder}, once", highlight=False, markup=False)
+    if dataset == "inspection":
         train, held_out = folder / "inspection-train.zip", folder / "inspection-held-out.zip"
-        with whole_file(train) as one, whole_file(held_out) as other:
-            parts.write(DATA, {"train": one, "held_out": other})
+        with whole_file(train) as train_part, whole_file(held_out) as held_out_part:
+            parts.write(DATA, {"train": train_part, "held_out": held_out_part})
     else:
-        with whole_file(folder / "products.zip") as pictures, whole_file(folder / "products.csv") as listed:
-            products.write(DATA, pictures, listed)
+        with whole_file(folder / "products.zip") as archive, whole_file(folder / "products.csv") as table:
+            products.write(DATA, archive, table)

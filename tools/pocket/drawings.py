@@ -1,12 +1,12 @@
-"""Icon sets -> the emoji classes that ship: one class is one emoji, one drawing is one set's way of drawing it.
+"""Make the shipped emoji classes from icon sets. A class is one emoji; a drawing is that emoji as one icon set draws it.
 
-Why emoji: the same thing drawn by several hands is the smallest honest stand-in for "the same product on several
-photos", and permissive icon sets are on the npm registry. Steps, each a function below:
+Why emoji: the same thing drawn by several artists is the smallest honest substitute for "the same product on several photos", and
+icon sets with permissive licences are on the npm registry. The steps, each a function below:
 
     fetch  -> pair (which icon of which set draws which emoji) -> render -> split by class -> write
 
-``write`` makes ``classes.json`` and ``drawings.zip`` (64-colour lossless WebP, 64 x 64 pixels on white), with the
-licence texts and ATTRIBUTION.md beside them.
+``write`` makes ``classes.json`` and ``drawings.zip`` (lossless WebP of 64 colours, 64 x 64 pixels on white), and beside them the
+licence texts and ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class IconSet:
-    """One npm icon package. ``ships`` is false for a set that only helps to name icons or to train the tower."""
+    """One npm icon package. ``ships`` is false for a set that is only used to name icons or to train the tower."""
 
     name: str
     version: str
@@ -51,13 +51,13 @@ SETS = (
     IconSet("twemoji", "1.2.5", "CC-BY-4.0", "Twitter Emoji, Twitter, https://github.com/jdecked/twemoji"),
     IconSet("emojione", "1.2.3", "CC-BY-4.0", "Emoji One 2.3, Emoji One, https://github.com/EmojiTwo/emojitwo"),
     IconSet("fluent-emoji", "1.2.7", "MIT", "Fluent Emoji, Microsoft, https://github.com/microsoft/fluentui-emoji"),
-    # The same drawings as fluent-emoji without shading: a twin would make episodes too easy, so it trains the tower only.
+    # The drawings of fluent-emoji without shading. Near copies would make episodes too easy, so this set only trains the tower.
     IconSet("fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji Flat, Microsoft, https://github.com/microsoft/fluentui-emoji", ships=False),
 )
 EMOJI_DATA = "emoji-datasource@16.0.0"  # names, categories, subcategories (MIT)
 LICENCE_TEXTS = "spdx-license-list@6.10.0"  # the full text of each licence, as SPDX publishes it
 
-# Words for the question "what kind of thing is this": one a category, short enough for a tiny language model.
+# Answers to the question "what kind of thing is this": one word per category, short enough for a tiny language model.
 KINDS = {
     "Smileys & Emotion": "feeling",
     "People & Body": "person",
@@ -84,22 +84,23 @@ class EmojiClass:
 
     @property
     def lookalike(self) -> bool:
-        """Clock faces, coloured hearts, squares and circles, keycaps: told apart by a colour or a hand of a clock.
+        """Whether the class differs from others in one detail only: clock faces, coloured hearts, squares and circles, keycaps.
 
-        Such a class is never a *hard* neighbour, where it would measure eyesight and not learning from context."""
+        Such a class is never used as a *hard* neighbour, because that would measure eyesight and not learning from context.
+        """
         return self.subcategory in {"keycap", "geometric", "heart"} or bool(re.match(r"clock\d|moon|.* moon", self.name))
 
 
 def fetch(folder: Path) -> None:
-    """Download and unpack the npm packages into ``folder``; what is there already stays."""
+    """Download and unpack the npm packages into ``folder``. Packages that are already in it are not downloaded again."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{s.package}@{s.version}" for s in SETS] + [EMOJI_DATA, LICENCE_TEXTS]
-    for spec in wanted:
+    packages = [f"{s.package}@{s.version}" for s in SETS] + [EMOJI_DATA, LICENCE_TEXTS]
+    for spec in packages:
         target = folder / spec.split("/")[-1].rsplit("@", 1)[0]
         if target.exists():
             continue
-        made = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
-        archive = folder / made.stdout.strip().splitlines()[-1]
+        packed = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
+        archive = folder / packed.stdout.strip().splitlines()[-1]
         partial = target.with_suffix(".partial")
         with tarfile.open(archive) as tar:
             members = [m for m in tar.getmembers() if "/img/" not in m.name]
@@ -110,7 +111,7 @@ def fetch(folder: Path) -> None:
 
 
 def _codepoints(unified: str) -> str:
-    """``1F1E6-FE0F`` -> ``1f1e6``: lower case, no leading zeros, no variation selectors, so that sets agree."""
+    """``1F1E6-FE0F`` -> ``1f1e6``: lower case, no leading zeros, no variation selectors, so that all sets use the same form."""
     return "-".join(part.lstrip("0") for part in unified.lower().split("-") if part != "fe0f")
 
 
@@ -123,7 +124,7 @@ def _squash(text: str) -> str:
 
 
 def _concept(emoji: EmojiClass) -> str:
-    """Gender, role and family variants of one person look alike: they share a concept, and one of them is kept."""
+    """A key for emoji that look alike: the gender, role and family variants of a person. Only one class is made per concept."""
     if emoji.category != "People & Body":
         return emoji.id
     if emoji.subcategory == "family":
@@ -135,10 +136,10 @@ def _concept(emoji: EmojiClass) -> str:
 
 
 def pair(folder: Path) -> list[EmojiClass]:
-    """Which icon of which set draws which emoji.
+    """Find the icon of each set that draws an emoji.
 
-    Exact by code point where a set lists them; elsewhere by a table of names voted from the exact sets, their aliases
-    and the emoji's own names.
+    Some sets list code points, which are exact. In the others an icon is identified by its name. The name table is a vote of the
+    exact sets, their aliases and the emoji's own names.
     """
     classes: dict[str, EmojiClass] = {}
     short_names: dict[str, list[str]] = {}
@@ -185,8 +186,8 @@ def pair(folder: Path) -> list[EmojiClass]:
 
     for set_name in ("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat"):
         for code, icon in chars[set_name].items():
-            if code in classes and (found := resolve(set_name, icon)):
-                classes[code].icons[set_name] = found
+            if code in classes and (resolved := resolve(set_name, icon)):
+                classes[code].icons[set_name] = resolved
 
     for set_name in ("noto-v1", "emojione"):
         aliases = icons[set_name].get("aliases", {})
@@ -217,12 +218,12 @@ def pair(folder: Path) -> list[EmojiClass]:
     for emoji in classes.values():
         if emoji.icons:
             concepts[_concept(emoji)].append(emoji)
-    kept = [min(group, key=lambda e: (-len(e.icons), len(e.id))) for group in concepts.values()]
-    return sorted(kept, key=lambda e: (e.category, e.subcategory, e.id))
+    chosen = [min(group, key=lambda e: (-len(e.icons), len(e.id))) for group in concepts.values()]
+    return sorted(chosen, key=lambda e: (e.category, e.subcategory, e.id))
 
 
 def render(folder: Path, classes: list[EmojiClass]) -> dict[tuple[str, str], np.ndarray]:
-    """Draw every icon at twice the size, flatten on white, halve: {(class id, set name): [64, 64, 3] uint8}."""
+    """Draw every icon at twice the size on white and halve it. Returns (class id, set name) -> uint8 [64, 64, 3]."""
     import resvg_py
 
     icons = {s.name: json.loads((folder / s.name / "icons.json").read_text()) for s in SETS}
@@ -235,7 +236,7 @@ def render(folder: Path, classes: list[EmojiClass]) -> dict[tuple[str, str], np.
             page = Image.new("RGBA", image.size, "white")
             page.alpha_composite(image)
             pixels = np.asarray(page.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-            if pixels.min() <= 240:  # a blank drawing is a fault of the set: it teaches nothing
+            if pixels.min() <= 240:  # a blank drawing is an error in the icon set
                 drawings[emoji.id, set_name] = pixels
     return drawings
 
@@ -255,7 +256,7 @@ def _svg(icon_set: dict[str, Any], icon: str, mirrored: bool) -> str:
 
 
 def split_by_class(classes: list[EmojiClass], seed: int = 0) -> None:
-    """About 70 / 10 / 20 %, within every subcategory, so that held-out classes have held-out neighbours."""
+    """Split 70 / 10 / 20 % within every subcategory, so that held-out classes have held-out neighbours."""
     rng = np.random.default_rng(seed)
     groups: dict[tuple[str, str], list[EmojiClass]] = defaultdict(list)
     for emoji in classes:
@@ -271,20 +272,20 @@ def split_by_class(classes: list[EmojiClass], seed: int = 0) -> None:
 
 
 def write(folder: Path, target: Path, classes: list[EmojiClass], drawings: dict[tuple[str, str], np.ndarray]) -> None:
-    """The files that ship: ``classes.json``, ``drawings.zip``, ATTRIBUTION.md and the licences' texts."""
+    """Write the shipped files: ``classes.json``, ``drawings.zip``, ATTRIBUTION.md and the licence texts."""
     target.mkdir(parents=True, exist_ok=True)
     shipped = [s.name for s in SETS if s.ships]
     records = []
     with zipfile.ZipFile(target / "drawings.zip", "w", zipfile.ZIP_STORED) as archive:
         for emoji in classes:
-            by = [s for s in shipped if (emoji.id, s) in drawings]
-            if len(by) < 2:
+            drawn_by = [name for name in shipped if (emoji.id, name) in drawings]
+            if len(drawn_by) < 2:
                 continue
-            for set_name in by:
+            for set_name in drawn_by:
                 palette = Image.fromarray(drawings[emoji.id, set_name]).quantize(64, dither=Image.Dither.NONE)
                 buffer = io.BytesIO()
                 palette.convert("RGB").save(buffer, "WEBP", lossless=True, method=6)
-                # A fixed date keeps the archive the same, byte for byte, whenever it is built.
+                # The date is fixed so that every build gives the same archive, byte for byte.
                 archive.writestr(zipfile.ZipInfo(f"{emoji.id}/{set_name}.webp", (2026, 1, 1, 0, 0, 0)), buffer.getvalue())
             records.append(
                 {
@@ -294,7 +295,7 @@ def write(folder: Path, target: Path, classes: list[EmojiClass], drawings: dict[
                     "subcategory": emoji.subcategory,
                     "lookalike": emoji.lookalike,
                     "split": emoji.split,
-                    "drawings": by,
+                    "drawings": drawn_by,
                 }
             )
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
@@ -323,13 +324,13 @@ def _write_licences(folder: Path, target: Path) -> None:
 
 
 def load_work(path: Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """The drawings kept for building the base, twins included: pixels [N, 64, 64, 3], class ids [N], set names [N]."""
-    kept = np.load(path)
-    return kept["pixels"], kept["ids"].tolist(), kept["sets"].tolist()
+    """All drawings, also of sets that do not ship: pixels [N, 64, 64, 3], class ids [N], set names [N]."""
+    arrays = np.load(path)
+    return arrays["pixels"], arrays["ids"].tolist(), arrays["sets"].tolist()
 
 
 def build(work: Path, target: Path) -> None:
-    """Everything above, in order. About three minutes on one core."""
+    """Run all steps. They need about three minutes on one core."""
     npm = work / "npm"
     fetch(npm)
     classes = pair(npm)

@@ -1,17 +1,20 @@
-"""The pocket base's language model: it binds keys to values in text and describes single pictures; no more.
+"""The pocket base's language model. It learns to bind keys to values in text and to describe single pictures, and nothing else.
 
-Its start is built by hand: an *induction circuit*, the pair of attention layers that large models are known to form in
-pre-training (Olsson et al., arXiv 2209.11895). In one layer every head looks one token back; in the next the query is
-this token and the key is what the first layer wrote about the token before, so that "A B ... A" is answered by "B".
-From a random start that circuit does not form in what a CPU can afford; from this start ordinary training makes it
-work for chat turns, long names and fuzzy keys. The model card says so.
+Its initial weights contain an *induction circuit*: the pair of attention layers that large models form in pre-training (Olsson et
+al., arXiv 2209.11895). In the first layer every head attends to the previous token. In the second layer the query is the current
+token, and the key is what the first layer wrote about the previous token. So the circuit completes "A B ... A" with "B". From
+random weights the circuit does not form in a training that a CPU can afford. From these weights ordinary training makes it work
+for chat turns, long names and fuzzy keys. The model card says so.
 
-What it is trained on (no labelled picture among other pictures, ever: that is left to the adapter):
+The training tasks follow. None shows a labelled picture among other pictures, because that is what the adapter has to learn.
 
-    pairs      short text: key value . key value . ... asked again
-    chat       the same as chat turns; keys of 1 to 4 words, some words redrawn, so that the match is fuzzy
-    repeat     a sequence, and the sequence again
-    picture    one picture, or several each asked about alone: its name, its kind, yes or no
+    pairs      short text: key value . key value . ..., and some of the keys again
+    chat       the same as chat turns; keys of 1, 2, 4 or 9 words; some words are redrawn, so that the match is fuzzy
+    repeat     a sequence, twice
+    picture    one picture, or several independent ones: its name, its kind, yes or no
+
+Shapes: B rows of a batch, T tokens, N training pictures, M pictures in a batch, P patches of a picture, C width of the tower,
+D width of the language model, S width of an attention head, V words of the vocabulary, L learned tokens of a batch.
 """
 
 from __future__ import annotations
@@ -60,19 +63,18 @@ def llava_config(vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerFast, h
     )
 
 
-def standardise(projector: nn.Module, features: torch.Tensor) -> None:
-    """Make the projector's first layer a random frame of the features, standardised by their mean and spread over pictures.
+def standardise(projector: nn.Module, features_NPC: torch.Tensor) -> None:
+    """Make the projector's first layer a random orthogonal map of the standardised features (mean 0 and spread 1 over the pictures).
 
-    It is not trained in the base: what training classes have no use for would be lost on the way, and classes that are
-    not known yet may need it. ``features`` [N, tokens, hidden].
+    The layer is not trained further. Training would discard what does not help on training classes, and new classes may need it.
     """
-    mean, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-6
+    mean_C, spread_C = features_NPC.mean((0, 1)), features_NPC.std((0, 1)) + 1e-6
     first = projector.linear_1
     assert isinstance(first, nn.Linear)
     with torch.no_grad():
         nn.init.orthogonal_(first.weight)
-        first.weight /= spread
-        first.bias.copy_(-(first.weight @ mean))
+        first.weight /= spread_C
+        first.bias.copy_(-(first.weight @ mean_C))
 
 
 def induction_start(
@@ -80,9 +82,9 @@ def induction_start(
 ) -> None:
     """Write the induction circuit into layers ``look_back`` and ``match``.
 
-    Looking one token back needs something all tokens share (a direction ``u`` added to every embedding and to the
-    projector's bias) and RoPE's own rotation; matching uses RoPE's low frequencies alone, so that distance does not
-    matter.
+    Attending to the previous token needs RoPE's rotation and a direction that all tokens share: ``shared_D``, which is added to every
+    embedding and to the projector's bias. Matching uses only RoPE's low frequencies, so that the distance does not matter.
+    sharpness, keys, copy: sizes of the weights that attend to the previous token, match, and copy.
     """
     language = model.model.language_model
     config = language.config
@@ -91,46 +93,47 @@ def induction_start(
     inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
     scale = (hidden / 2) ** 0.5
 
-    def frame() -> torch.Tensor:
+    def random_frame() -> torch.Tensor:
+        """Random orthonormal rows, [S, D]."""
         return torch.linalg.qr(torch.randn(hidden, size))[0].T
 
     with torch.no_grad():
-        u = functional.normalize(torch.randn(hidden), dim=0)
-        table = language.embed_tokens.weight
-        table.normal_()
-        table -= (table @ u)[:, None] * u
-        table /= table.norm(dim=1, keepdim=True)
-        table += u
-        model.model.multi_modal_projector.linear_2.bias += u
+        shared_D = functional.normalize(torch.randn(hidden), dim=0)
+        table_VD = language.embed_tokens.weight
+        table_VD.normal_()
+        table_VD -= (table_VD @ shared_D)[:, None] * shared_D
+        table_VD /= table_VD.norm(dim=1, keepdim=True)
+        table_VD += shared_D
+        model.model.multi_modal_projector.linear_2.bias += shared_D
 
-        def without_u(weight: torch.Tensor) -> torch.Tensor:
-            return weight - (weight @ u)[:, None] * u
+        def without_shared(weight_SD: torch.Tensor) -> torch.Tensor:
+            return weight_SD - (weight_SD @ shared_D)[:, None] * shared_D
 
         back, find = language.layers[look_back].self_attn, language.layers[match].self_attn
-        key = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
-        query = torch.cat([inverse.cos(), -inverse.sin()])
-        written = torch.zeros(hidden, hidden)
+        key_S = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
+        query_S = torch.cat([inverse.cos(), -inverse.sin()])
+        written_DD = torch.zeros(hidden, hidden)  # what the first layer writes about the previous token
         for head in range(heads):
             rows = slice(head * size, (head + 1) * size)
-            back.q_proj.weight[rows] += sharpness / scale * query[:, None] * u
-            back.k_proj.weight[rows] += sharpness / scale * key[:, None] * u
-            read, write = without_u(frame()), frame().T
-            back.v_proj.weight[rows] += read
-            back.o_proj.weight[:, rows] += 2.0 / scale * write
-            written += write @ read
-        slow = torch.cat([inverse < 0.03] * 2).float()
+            back.q_proj.weight[rows] += sharpness / scale * query_S[:, None] * shared_D
+            back.k_proj.weight[rows] += sharpness / scale * key_S[:, None] * shared_D
+            read_SD, write_DS = without_shared(random_frame()), random_frame().T
+            back.v_proj.weight[rows] += read_SD
+            back.o_proj.weight[:, rows] += 2.0 / scale * write_DS
+            written_DD += write_DS @ read_SD
+        slow_S = torch.cat([inverse < 0.03] * 2).float()
         for head in range(heads):
             rows = slice(head * size, (head + 1) * size)
-            probe, value = without_u(frame()) * slow[:, None], without_u(frame())
-            find.q_proj.weight[rows] += keys * probe
-            find.k_proj.weight[rows] += keys * probe @ written.T
-            find.v_proj.weight[rows] += value
-            find.o_proj.weight[:, rows] += copy / scale * value.T
+            probe_SD, value_SD = without_shared(random_frame()) * slow_S[:, None], without_shared(random_frame())
+            find.q_proj.weight[rows] += keys * probe_SD
+            find.k_proj.weight[rows] += keys * probe_SD @ written_DD.T
+            find.v_proj.weight[rows] += value_SD
+            find.o_proj.weight[:, rows] += copy / scale * value_SD.T
 
 
 @dataclass
 class Phrases:
-    """How turns are worded; the same wording that episodes use later, so that only the pictures are new to the adapter."""
+    """The wording of the turns. Episodes use the same wording later, so that only the pictures are new to the adapter."""
 
     instruction: str
     question: str
@@ -139,7 +142,7 @@ class Phrases:
 
 @dataclass
 class Pictures:
-    """Training pictures as the tower sees them. ``features`` [N, tokens, hidden]; the rest has one entry a picture."""
+    """Training pictures: the tower's features [N, P, C], and one name and one kind per picture."""
 
     features: torch.Tensor
     names: list[str]
@@ -150,7 +153,7 @@ Row = tuple[list[int], list[int], list[int]]  # token ids, labels (IGNORED where
 
 
 class Tasks:
-    """Draws training rows. Every draw comes from ``rng``, so a step's rows depend on (seed, step) alone."""
+    """Draws training rows. Every draw comes from ``rng``, so the rows of a step depend only on (seed, step)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pictures: Pictures, words: Sequence[str], phrases: Phrases) -> None:
         def ids(text: str) -> list[int]:
@@ -176,7 +179,7 @@ class Tasks:
         self.is_it = {kind: ids(f"Is this a {kind}?") for kind in self.all_kinds}
 
     def values(self, rng: np.random.Generator, count: int) -> list[list[int]]:
-        """``count`` names with different first tokens, 80 % random strings, the rest words."""
+        """Draw ``count`` names with different first tokens: random strings (80 %) or words."""
         chosen: list[list[int]] = []
         pool = self.strings if rng.random() < 0.8 else self.words
         while len(chosen) < count:
@@ -186,19 +189,22 @@ class Tasks:
         return chosen
 
     def pairs(self, rng: np.random.Generator) -> Row:
+        """Keys with their values. A value is learned from its second mention on."""
         n = int(rng.integers(2, 7))
         keys = [self.spaced[i] for i in rng.choice(len(self.spaced), n, replace=False)]
         values = self.values(rng, n)
-        row, labels, seen = [self.bos], [IGNORED], set()
-        for which in [*rng.permutation(n), *rng.integers(0, n, 8)]:
-            answer = values[which] + self.stop
-            row += keys[which] + answer
-            labels += [IGNORED] * len(keys[which]) + (answer if which in seen else [IGNORED] * len(answer))
-            seen.add(which)
+        row, labels, mentioned = [self.bos], [IGNORED], set()
+        for index in [*rng.permutation(n), *rng.integers(0, n, 8)]:
+            answer = values[index] + self.stop
+            row += keys[index] + answer
+            labels += [IGNORED] * len(keys[index]) + (answer if index in mentioned else [IGNORED] * len(answer))
+            mentioned.add(index)
         return row, labels, []
 
     def chat(self, rng: np.random.Generator) -> Row:
-        """Long keys are fuzzy, as pictures are: words redrawn at every mention, and in half of them many words in common."""
+        """Pairs as chat turns. Long keys are fuzzy, like pictures: words are redrawn at every mention, and half of the rows have keys that
+        share many words.
+        """
         n, shots, length = int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.choice([1, 2, 4, 9, 9]))
         redraw = float(rng.choice([0, 0.25, 0.4])) if length > 2 else 0.25 * (length - 1)
         pool = np.array(self.short if length > 2 else range(len(self.spaced)))
@@ -209,22 +215,24 @@ class Tasks:
         support = rng.permutation(np.repeat(np.arange(n), shots))
         queries = rng.integers(0, n, 4)
         instructed, marked = rng.random() < 0.5, rng.random() < 0.5
-        row, labels, seen = [self.bos], [IGNORED], set()
-        for turn, which in enumerate([*support, *queries]):
-            words = np.where(rng.random(length) < redraw, rng.choice(pool, length), keys[which])
+        row, labels, mentioned = [self.bos], [IGNORED], set()
+        for turn, index in enumerate([*support, *queries]):
+            words = np.where(rng.random(length) < redraw, rng.choice(pool, length), keys[index])
             ask = self.ask_first if instructed and turn == 0 else self.ask_last if marked and turn >= len(support) else self.ask
             prompt = [self.user, *(t for w in words for t in self.spaced[w]), self.picture[-1], *ask, self.assistant]
-            answer = [*values[which], self.eos]
+            answer = [*values[index], self.eos]
             row += prompt + answer
-            labels += [IGNORED] * len(prompt) + (answer if which in seen else [IGNORED] * len(answer))
-            seen.add(which)
+            labels += [IGNORED] * len(prompt) + (answer if index in mentioned else [IGNORED] * len(answer))
+            mentioned.add(index)
         return row, labels, []
 
     def repeat(self, rng: np.random.Generator) -> Row:
+        """A random sequence twice. The second one is learned, except its first token."""
         sequence = rng.integers(len(tk.SPECIAL), self.vocabulary, rng.integers(5, 16)).tolist()
         return [self.bos, *sequence, *sequence], [IGNORED] * (len(sequence) + 2) + sequence[1:], []
 
     def picture_turns(self, rng: np.random.Generator, turns: int) -> Row:
+        """Questions about ``turns`` independent pictures: the name (60 %), the kind (20 %), yes or no (20 %)."""
         row, labels, used = [self.bos], [IGNORED], rng.integers(0, len(self.names), turns).tolist()
         for index in used:
             kind, draw = self.pictures.kinds[index], rng.random()
@@ -233,15 +241,15 @@ class Tasks:
             elif draw < 0.8:
                 ask, answer = self.ask_kind, self.kinds[index]
             else:
-                asked = kind if rng.random() < 0.5 else str(rng.choice([k for k in self.all_kinds if k != kind]))
-                ask, answer = self.is_it[asked], self.yes if asked == kind else self.no
+                guess = kind if rng.random() < 0.5 else str(rng.choice([k for k in self.all_kinds if k != kind]))
+                ask, answer = self.is_it[guess], self.yes if guess == kind else self.no
             prompt = [self.user, *self.picture, *ask, self.assistant]
             row += [*prompt, *answer, self.eos]
             labels += [IGNORED] * len(prompt) + [*answer, self.eos]
         return row, labels, used
 
     def batch(self, rng: np.random.Generator, warm: bool) -> dict[str, torch.Tensor]:
-        """One kind of row a batch; while ``warm``, short text pairs alone."""
+        """A batch of rows of one task. During warm-up (``warm``) the task is always ``pairs``."""
         kinds: list[tuple[float, int, Callable[[np.random.Generator], Row]]] = [
             (2.0, 32, self.pairs),
             (3.5, 24, self.chat),
@@ -255,29 +263,32 @@ class Tasks:
         return self.collate([make(rng) for _ in range(count)]) | {"kind": torch.tensor(pick)}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        longest = max(len(r[0]) for r in rows)
-        ids = torch.tensor([r[0] + [self.pad] * (longest - len(r[0])) for r in rows])
-        labels = torch.tensor([r[1] + [IGNORED] * (longest - len(r[1])) for r in rows])
-        return {"ids": ids, "labels": labels, "pictures": torch.tensor([p for r in rows for p in r[2]], dtype=torch.long)}
+        """Pad rows to tensors: "ids" and "labels" [B, T], and "pictures" [M], the indices of the pictures in order."""
+        longest = max(len(ids) for ids, _, _ in rows)
+        ids_BT = torch.tensor([ids + [self.pad] * (longest - len(ids)) for ids, _, _ in rows])
+        labels_BT = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels, _ in rows])
+        pictures_M = torch.tensor([index for _, _, pictures in rows for index in pictures], dtype=torch.long)
+        return {"ids": ids_BT, "labels": labels_BT, "pictures": pictures_M}
 
 
-def loss_and_accuracy(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], features: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Cross entropy over the labelled tokens alone, and the share of them that greedy decoding would get right."""
-    ids, labels = batch["ids"], batch["labels"]
-    embedded = model.get_input_embeddings()(ids)
-    if len(batch["pictures"]):
-        projected = model.model.multi_modal_projector(features[batch["pictures"]])
-        embedded = embedded.masked_scatter((ids == model.config.image_token_id)[..., None], projected.reshape(-1, embedded.shape[-1]))
-    hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    where = labels[:, 1:] != IGNORED
-    logits, targets = model.lm_head(hidden[:, :-1][where]), labels[:, 1:][where]
-    return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
+def loss_and_accuracy(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], features_NPC: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Cross entropy over the learned tokens, and the share of them that greedy decoding would get right."""
+    ids_BT, labels_BT, pictures_M = batch["ids"], batch["labels"], batch["pictures"]
+    embedded_BTD = model.get_input_embeddings()(ids_BT)
+    if len(pictures_M):
+        projected_MPD = model.model.multi_modal_projector(features_NPC[pictures_M])
+        image_tokens_BT1 = (ids_BT == model.config.image_token_id)[..., None]
+        embedded_BTD = embedded_BTD.masked_scatter(image_tokens_BT1, projected_MPD.reshape(-1, embedded_BTD.shape[-1]))
+    hidden_BTD = model.model.language_model(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    learned = labels_BT[:, 1:] != IGNORED
+    logits_LV, targets_L = model.lm_head(hidden_BTD[:, :-1][learned]), labels_BT[:, 1:][learned]
+    return functional.cross_entropy(logits_LV, targets_L), (logits_LV.argmax(-1) == targets_L).float().mean().item()
 
 
 def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps: int = 3000, rate: float = 1e-3, seed: int = 0) -> dict[str, float]:
-    """Train language model and projector; the tower stays as it is. Goes on from ``state`` where that exists.
+    """Train the language model and the projector's second layer. Training continues from the file ``state`` if it exists.
 
-    Returns the last running accuracy of each kind of row.
+    Returns the last running accuracy of each task.
     """
     names = ("pairs", "chat", "repeat", "picture", "pictures")
     trained = [p for n, p in model.named_parameters() if "vision_tower" not in n and "projector.linear_1" not in n]
@@ -291,11 +302,11 @@ def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps
     running: dict[str, float] = {}
     start = 0
     if state.exists():
-        kept: dict[str, Any] = torch.load(state, weights_only=True)
-        model.load_state_dict(kept["model"], strict=False)
-        optimizer.load_state_dict(kept["optimizer"])
-        schedule.load_state_dict(kept["schedule"])
-        start, running = kept["step"], kept["running"]
+        saved: dict[str, Any] = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        start, running = saved["step"], saved["running"]
     began = time.monotonic()
     for step in range(start, steps):
         batch = tasks.batch(np.random.default_rng([seed, step]), warm=step < 200)
@@ -308,8 +319,8 @@ def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps
         kind = names[int(batch["kind"])]
         running[kind] = 0.95 * running.get(kind, accuracy) + 0.05 * accuracy
         if (step + 1) % 100 == 0:
-            shown = " ".join(f"{k} {v:.3f}" for k, v in sorted(running.items()))
-            print(f"language step {step + 1}/{steps} {shown} ({time.monotonic() - began:.0f} s)", flush=True)
+            accuracies = " ".join(f"{name} {value:.3f}" for name, value in sorted(running.items()))
+            print(f"language step {step + 1}/{steps} {accuracies} ({time.monotonic() - began:.0f} s)", flush=True)
         if (step + 1) % 500 == 0:
             weights = {n: p for n, p in model.state_dict().items() if "vision_tower" not in n}
             partial = state.with_suffix(".partial")

@@ -1,7 +1,7 @@
-"""Questions about single shipped drawings, in LLaVA's training JSON: what the base can do and the adapter must keep.
+"""Write questions about single shipped drawings, in LLaVA's training JSON. The base can answer them, and the adapter must not lose that.
 
-``vqa_train.json`` asks about training classes (replay); ``captions_eval.json`` asks the names of training classes,
-``vqa_eval.json`` asks what kind of thing a *held-out* drawing is, and yes or no about that.
+``vqa_train.json`` asks about training classes, for replay. ``captions_eval.json`` asks for the names of training classes.
+``vqa_eval.json`` asks what kind of thing a *held-out* drawing shows, and yes-or-no questions about that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _entry(number: int, record: dict[str, Any], drawing: str, question: str, ans
 
 
 def _kind_question(record: dict[str, Any], kinds: list[str], rng: np.random.Generator) -> tuple[str, str]:
-    """Half of the time the kind itself, else yes or no, balanced."""
+    """A question and its answer: half of the time the kind, else yes or no with equal chances."""
     if rng.random() < 0.5:
         return KIND, record["kind"]
     if rng.random() < 0.5:

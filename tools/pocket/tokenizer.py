@@ -1,4 +1,4 @@
-"""The pocket base's tokenizer: byte-level BPE, so that a name of any spelling in any script encodes and decodes."""
+"""The pocket base's tokenizer: byte-level BPE, which can encode and decode a name in any script."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHAT_TEMPLATE = (
 
 
 def random_strings(count: int, rng: np.random.Generator) -> list[str]:
-    """1 to 10 lower-case letters, the names that LCL gives to a class under test (as its published code draws them)."""
+    """Strings of 1 to 10 lower-case letters: the names that LCL's published code gives to the classes it tests."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     return ["".join(rng.choice(letters, rng.integers(1, 11))) for _ in range(count)]
 
 
 def train_tokenizer(words: Iterable[str], sentences: Iterable[str], seed: int = 0) -> PreTrainedTokenizerFast:
-    """Learn merges from the classes' words, the wordings, and random strings, so that letter pairs become tokens."""
+    """Learn merges from the class names' words, the prompts' sentences and random strings, which make letter pairs into tokens."""
     rng = np.random.default_rng(seed)
     vocabulary = list(words)
     corpus = [w for w in vocabulary for _ in range(12)] + [" " + w for w in vocabulary for _ in range(12)]
