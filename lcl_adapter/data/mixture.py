@@ -1,8 +1,8 @@
-"""Shares -> a deterministic schedule: which source gives the i-th row, and which of its own that is.
+"""Shares -> a deterministic schedule: the source of each row, and which draw of that source it is.
 
-Indices are cut into blocks of 100. Every block holds each source as often as its share says (largest remainder), in an
-order drawn from (seed, block). So any index can be computed alone: by any number of workers, or by a resumed run. Shares
-change between blocks only: where the recipe's curriculum says so, and where a source has reached its cap or its end.
+Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in an
+order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
+between blocks only: where the recipe's curriculum changes them, and where a source has reached its cap or its end.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
 
 BLOCK = 100
-RETRY = 10_000_000  # an index is tried again, after a bad image, as index + attempt * RETRY
+RETRY = 10_000_000  # after a bad picture, an index is drawn again as index + attempt * RETRY
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What the schedule says of one index: the source, and the count of that source's draws before it."""
+    """The schedule at one index: the source, and how many draws of that source come before."""
 
     source: str
     ordinal: int
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Blocks with the same counts: from block ``begins`` on, a block holds ``counts``; ``before`` is what was drawn by then."""
+class Segment:
+    """Consecutive blocks with the same number of rows from each source.
 
-    begins: int
+    first_block: where it begins. counts: rows of each source in a block. drawn_before: rows of each source before this segment.
+    """
+
+    first_block: int
     counts: Mapping[str, int]
-    before: Mapping[str, int]
+    drawn_before: Mapping[str, int]
 
 
 class Mixture:
@@ -53,79 +56,84 @@ class Mixture:
         self.seed = recipe.train.seed
         train = recipe.train
         self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
-        used = {n for _, shares in recipe.phases() for n, share in shares.items() if share > 0}
+        used = {name for _, shares in recipe.phases() for name, share in shares.items() if share > 0}
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
-        self.pools = _opened(self.options) if pools is None else {n: pools[n] for n in self.options}
-        phases = [(begins, {n: s for n, s in shares.items() if n in used}) for begins, shares in recipe.phases()]
+        self.pools = _open_all(self.options) if pools is None else {n: pools[n] for n in self.options}
+        phases = [(start, {n: s for n, s in shares.items() if n in used}) for start, shares in recipe.phases()]
         self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
-        self.ended: dict[str, str] = {}
-        self.stretches = self._plan(phases)
-        self._starts = [s.begins for s in self.stretches]
+        self.ended: dict[str, str] = {}  # source -> "cap" or "end": why it gives no more rows
+        self.segments = self._plan(phases)
+        self._first_blocks = [s.first_block for s in self.segments]
         self.requested = _requested(phases)
-        unheard = [n for n in self.options if not any(s.counts.get(n) for s in self.stretches)]
-        if unheard:
-            raise RecipeError([f"sources {', '.join(unheard)}: so small a share would never be drawn, a block has {BLOCK} rows; raise or remove it"])
+        unused = [n for n in self.options if not any(s.counts.get(n) for s in self.segments)]
+        if unused:
+            raise RecipeError([f"sources {', '.join(unused)}: so small a share would never be drawn, a block has {BLOCK} rows; raise or remove it"])
 
-    def _plan(self, phases: list[tuple[float, dict[str, float]]]) -> list[Stretch]:
-        """Stretches of blocks with the same counts; a source that reaches its limit gives what is left of it in one block of its own."""
+    def _plan(self, phases: list[tuple[float, dict[str, float]]]) -> list[Segment]:
+        """The segments of a run. A source that reaches its limit gives its remaining rows in a block of its own counts."""
         blocks = -(-self.total // BLOCK)
-        if len({int(part * blocks) for part, _ in phases}) < len(phases):
+        starts = [int(part * blocks) for part, _ in phases]
+        if len(set(starts)) < len(phases):
             short = f"`shares`: a run of {self.total:,} rows is too short for {len(phases)} sets of shares"
             raise RecipeError([f"{short}, each needs {BLOCK} rows or more"])
-        begins = [int(part * blocks) for part, _ in phases]
         drawn = dict.fromkeys(self.options, 0)
-        stretches: list[Stretch] = []
-        block, over = 0, set[str]()
+        segments: list[Segment] = []
+        block, exhausted = 0, set[str]()
         while True:
-            phase = max(i for i, b in enumerate(begins) if b <= block)
-            shares = {n: s for n, s in phases[phase][1].items() if s > 0 and n not in over}
+            phase = max(i for i, start in enumerate(starts) if start <= block)
+            shares = {n: s for n, s in phases[phase][1].items() if s > 0 and n not in exhausted}
             if not shares:
                 ends = [n for n, s in phases[phase][1].items() if s > 0]
                 given = f"{', '.join(ends)}: all that have a share end, after {sum(self.limits[n] for n in ends):,} rows of {self.total:,}"
                 raise RecipeError([f"{given} in blocks of {BLOCK}: set `at_end: repeat`, raise `cap`, or train less"])
             counts = _largest_remainder(shares)
-            whole = {n: (self.limits[n] - drawn[n]) // c for n, c in counts.items() if n in self.limits and c}
-            until = min([b for b in begins if b > block], default=None)
-            length = min([*whole.values(), *([until - block] if until is not None else [])], default=None)
-            if length == 0:  # the last rows of those that end in this block
-                rest, counts = self._last_rows(shares, counts, drawn)
-                over |= set(rest)
-                for n in rest:
-                    self.ended[n] = "cap" if self.options[n].cap == self.limits[n] else "end"
+            whole_blocks = [(self.limits[n] - drawn[n]) // c for n, c in counts.items() if n in self.limits and c]
+            blocks_of_phase = [start - block for start in starts if start > block][:1]
+            length = min([*whole_blocks, *blocks_of_phase], default=None)
+            if length == 0:  # some sources end in this block
+                remaining, counts = self._last_rows(shares, counts, drawn)
+                exhausted |= set(remaining)
+                for name in remaining:
+                    self.ended[name] = "cap" if self.options[name].cap == self.limits[name] else "end"
                 if not counts:
                     continue
                 length = 1
-            stretches.append(Stretch(block, counts, dict(drawn)))
+            segments.append(Segment(block, counts, dict(drawn)))
             if length is None or block + length >= blocks:
-                self.ended = {n: why for n, why in self.ended.items() if drawn[n] + counts.get(n, 0) >= self.limits[n]}
-                return stretches
-            for n, c in counts.items():
-                drawn[n] += c * length
+                self.ended = {n: reason for n, reason in self.ended.items() if drawn[n] + counts.get(n, 0) >= self.limits[n]}
+                return segments
+            for name, count in counts.items():
+                drawn[name] += count * length
             block += length
 
     def _last_rows(self, shares: Mapping[str, float], counts: Mapping[str, int], drawn: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-        """What is left of the sources that end in a block, and the counts of that block; no counts where the others cannot fill it."""
-        rest: dict[str, int] = {}
-        while ending := {
-            n: self.limits[n] - drawn[n] for n, c in counts.items() if n in self.limits and n not in rest and self.limits[n] - drawn[n] < c
-        }:
-            rest |= ending
-            others = {n: s for n, s in shares.items() if n not in rest}
+        """The remaining rows of the sources that end in a block, and the counts of that block.
+
+        The counts are empty if no other source can fill the block.
+        """
+
+        def left(name: str) -> int:
+            return self.limits[name] - drawn[name]
+
+        remaining: dict[str, int] = {}
+        while ending := {n: left(n) for n, count in counts.items() if n in self.limits and n not in remaining and left(n) < count}:
+            remaining |= ending
+            others = {n: s for n, s in shares.items() if n not in remaining}
             if not others:
-                return rest, {}
-            counts = {**rest, **_largest_remainder(others, BLOCK - sum(rest.values()))}
-        return rest, dict(counts)
+                return remaining, {}
+            counts = {**remaining, **_largest_remainder(others, BLOCK - sum(remaining.values()))}
+        return remaining, dict(counts)
 
     def slot(self, index: int) -> Slot:
         block, place = divmod(index, BLOCK)
-        stretch = self.stretches[bisect_right(self._starts, block) - 1]
+        segment = self._segment(block)
         names = self._block(block)
         source = names[place]
-        before = stretch.before[source] + (block - stretch.begins) * stretch.counts[source]
+        before = segment.drawn_before[source] + (block - segment.first_block) * segment.counts[source]
         return Slot(source, before + names[:place].count(source))
 
     def draw(self, index: int, attempt: int = 0) -> Episode | tuple[Dialogue, ...]:
-        """An episode, or the dialogues that share a row; ``attempt`` > 0 is another one of the same source, for when a picture was bad."""
+        """An episode, or the dialogues that share a row. ``attempt`` > 0 draws another of the same source, after a bad picture."""
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
         ordinal = slot.ordinal + attempt * RETRY
@@ -135,7 +143,7 @@ class Mixture:
         assert isinstance(options, QuestionOptions)
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
         if options.at_end == "end" and not attempt:
-            last = min(last, len(pool))  # what is left for the last row
+            last = min(last, len(pool))  # the last row may have fewer
         return tuple(pool.dialogues[self._shuffled(slot.source, pool, n)] for n in range(first, last))
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
@@ -144,7 +152,7 @@ class Mixture:
         return {name: tally[name] / max(1, tally.total()) for name in self.options}
 
     def repeats(self, drawn: int) -> dict[str, float]:
-        """How often each question source was gone through after ``drawn`` conversations."""
+        """How many passes over each question source the first ``drawn`` rows make."""
         tally = Counter(self.slot(i).source for i in range(drawn))
         passes = {}
         for name, pool in self.pools.items():
@@ -154,55 +162,76 @@ class Mixture:
         return passes
 
     def hashes(self) -> dict[str, str]:
-        """A hash for each source: of its classes or records with their pictures' names and sizes, wherever the folder stands."""
-
-        def told(picture: Picture | None) -> str:
-            if picture is None or picture.member:
-                return picture.member or "" if picture else ""
-            size = picture.path.stat().st_size if picture.path.exists() else 0
-            return f"{picture.path.parent.name}/{picture.path.name} {size}"
-
+        """A hash of each source: its classes or records, with the names and sizes of their pictures. The folder's own path is left out."""
         hashes = {}
         for name, pool in self.pools.items():
-            entries: list[list[object]]
-            if isinstance(pool, ClassPool):
-                entries = [[c.name, c.groups, c.ranked, c.hard, c.boxes, *map(told, c.pictures)] for c in pool.classes]
-            elif isinstance(pool, InspectionPool):
-                specimens = [(part, s) for part in pool.categories for s in (*part.good, *(s for found in part.defects.values() for s in found))]
-                entries = [[part.name, *map(told, part.references)] for part in pool.categories]
-                entries += [[part.name, s.defect, told(s.picture), told(s.mask)] for part, s in specimens]
-            else:
-                entries = [[pool.fingerprint, len(pool)]]
+            entries = _fingerprint(pool)
             templates = getattr(self.options[name], "templates", None)
-            entries += [[packaged(templates).read_text(encoding="utf-8")]] if templates else []
+            if templates:
+                entries.append([packaged(templates).read_text(encoding="utf-8")])
             hashes[name] = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         return hashes
 
+    def _segment(self, block: int) -> Segment:
+        return self.segments[bisect_right(self._first_blocks, block) - 1]
+
     @lru_cache(maxsize=64)  # noqa: B019 - one mixture lives as long as its run
     def _block(self, block: int) -> tuple[str, ...]:
-        counts = self.stretches[bisect_right(self._starts, block) - 1].counts
-        names = [n for n in self.options for _ in range(counts.get(n, 0))]
+        """The sources of a block's rows, in order."""
+        counts = self._segment(block).counts
+        names = [name for name in self.options for _ in range(counts.get(name, 0))]
         return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(BLOCK))
 
     def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
+        """The dialogue of a source's ``ordinal``-th draw."""
         epoch, place = divmod(ordinal, len(pool))
-        return int(_order(self.seed, list(self.options).index(source), epoch, len(pool), pool.shard_sizes, pool.shards_at_once)[place])
+        number = list(self.options).index(source)
+        return int(_order(self.seed, number, epoch, len(pool), pool.shard_sizes, pool.shards_at_once)[place])
+
+
+def _fingerprint(pool: Pool) -> list[list[object]]:
+    """What a source's hash is made of."""
+    if isinstance(pool, ClassPool):
+        return [[c.name, c.groups, c.ranked, c.hard, c.boxes, *map(_name_and_size, c.pictures)] for c in pool.classes]
+    if isinstance(pool, InspectionPool):
+        entries: list[list[object]] = [[c.name, *map(_name_and_size, c.references)] for c in pool.categories]
+        for category in pool.categories:
+            for s in category.specimens:
+                entries.append([category.name, s.defect, _name_and_size(s.picture), _name_and_size(s.mask)])
+        return entries
+    return [[pool.fingerprint, len(pool)]]
+
+
+def _name_and_size(picture: Picture | None) -> str:
+    """The name within an archive; of a plain file, the folder's and the file's name, and the size in bytes."""
+    if picture is None:
+        return ""
+    if picture.member:
+        return picture.member
+    size = picture.path.stat().st_size if picture.path.exists() else 0
+    return f"{picture.path.parent.name}/{picture.path.name} {size}"
 
 
 @lru_cache(maxsize=16)
-def _order(seed: int, source: int, epoch: int, size: int, chunks: tuple[int, ...] = (), mixed: int = 1) -> np.ndarray:
-    """Of all; of those in shards, ``mixed`` shards at a time: the shards in an order of their own, what is in those at hand mixed."""
+def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int, ...] = (), shards_at_once: int = 1) -> np.ndarray:
+    """The order of a source's dialogues in one pass.
+
+    With shards, the order goes through groups of ``shards_at_once`` random shards, and is random within a group.
+    """
     rng = np.random.default_rng([seed, source, epoch, 11])
-    if not chunks:
+    if not shard_sizes:
         return rng.permutation(size)
-    ends = np.cumsum(chunks)
-    shards = rng.permutation(len(chunks))
-    groups = (shards[start : start + mixed] for start in range(0, len(chunks), mixed))
-    return np.concatenate([rng.permutation(np.concatenate([np.arange(ends[s] - chunks[s], ends[s]) for s in group])) for group in groups])
+    ends = np.cumsum(shard_sizes)
+    shards = rng.permutation(len(shard_sizes))
+    groups = []
+    for start in range(0, len(shard_sizes), shards_at_once):
+        members = [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[start : start + shards_at_once]]
+        groups.append(rng.permutation(np.concatenate(members)))
+    return np.concatenate(groups)
 
 
 def _limit(options: SourceOptions, pool: Pool) -> int | None:
-    """How many rows a source gives at most: its cap, or, where it may not repeat, all it has."""
+    """The largest number of rows that a source gives: its cap or, if it may not repeat, all its rows. None for no limit."""
     limits = [options.cap] if options.cap else []
     if isinstance(options, QuestionOptions) and options.at_end == "end":
         limits.append(-(-len(pool) // options.packed))
@@ -210,16 +239,17 @@ def _limit(options: SourceOptions, pool: Pool) -> int | None:
 
 
 def _requested(phases: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
-    """Each source's part of the whole run, as the recipe asks it."""
-    ends = [begins for begins, _ in phases[1:]] + [1.0]
-    asked: dict[str, float] = {}
-    for (begins, shares), end in zip(phases, ends, strict=True):
+    """Each source's share of the whole run, as the recipe requests it."""
+    ends = [start for start, _ in phases[1:]] + [1.0]
+    requested: dict[str, float] = {}
+    for (start, shares), end in zip(phases, ends, strict=True):
         for name, share in shares.items():
-            asked[name] = asked.get(name, 0.0) + (end - begins) * share / sum(shares.values())
-    return asked
+            requested[name] = requested.get(name, 0.0) + (end - start) * share / sum(shares.values())
+    return requested
 
 
 def _largest_remainder(shares: Mapping[str, float], places: int = BLOCK) -> dict[str, int]:
+    """Whole numbers in proportion to the shares, with sum ``places``."""
     total = sum(shares.values())
     exact = {n: s / total * places for n, s in shares.items()}
     counts = {n: int(e) for n, e in exact.items()}
@@ -229,8 +259,8 @@ def _largest_remainder(shares: Mapping[str, float], places: int = BLOCK) -> dict
     return counts
 
 
-def _opened(sources: Mapping[str, SourceOptions]) -> dict[str, Pool]:
-    """Every source's pool. Raises DataError that tells of all that cannot be read, by the source's name."""
+def _open_all(sources: Mapping[str, SourceOptions]) -> dict[str, Pool]:
+    """Every source's pool. Raises one DataError for all sources that cannot be read."""
     pools: dict[str, Pool] = {}
     faults: list[str] = []
     for name, options in sources.items():

@@ -1,6 +1,6 @@
-"""What every source yields: pictures by reference, classes of pictures, and plain questions.
+"""What sources read: pictures by reference, classes of pictures, parts to inspect, and plain questions.
 
-Nothing here opens an image: a source reads names and records, images are read when an episode shows them.
+No image is opened here. A source reads names and records; an image is read when an episode shows it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from lcl_adapter.errors import DataError
 
-NEAREST = 8  # of a ranked list, these are hard neighbours
-SHOWN = 10  # faults listed in one error; `data check` lists all
+NEAREST = 8  # the first of a ranked list are hard neighbours
+MAX_LISTED = 10  # faults listed in one error; `data check` lists all
 
 
 class Fault(NamedTuple):
-    """One thing wrong in a source. ``kind`` is what it is counted under; ``message`` names file, line and remedy."""
+    """One thing wrong in a source. Faults are counted by ``kind``; ``message`` has the file, the line and what to do."""
 
     kind: str
     message: str
 
 
-NAMED = re.compile(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
+PICTURE_NAME = re.compile(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Picture:
 
     path: the file, or the zip archive that holds it.
     member: the name inside the archive, None for a plain file.
-    artist: who drew or photographed it, where that is known. An episode shows support pictures by other artists than the query's.
-    view: 0 is the image as it is; k > 0 is its k-th further view (background, scale, turn, light), made when read.
-    turned: quarter turns counter-clockwise, before anything else.
-    tile: one piece of the picture, (rows, columns, place), places counted from 0 along the rows.
-    data: the image file's bytes, where it is in no file; ``path`` is then a name that tells it from others.
+    artist: who drew or photographed it, if known. An episode shows support pictures by other artists than the query's.
+    view: 0 is the image as it is; k > 0 is its k-th further view (other background, scale, rotation, light), computed when it is read.
+    turned: quarter turns counter-clockwise, applied first.
+    tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
+    data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
     """
 
     path: Path
@@ -61,8 +61,8 @@ class Picture:
 
     @classmethod
     def parse(cls, name: str) -> Picture:
-        """The picture whose ``str`` this is."""
-        match = NAMED.fullmatch(name)
+        """The inverse of ``str``."""
+        match = PICTURE_NAME.fullmatch(name)
         assert match is not None
         tile = tuple(int(n) for n in re.findall(r"\d+", match[5])) if match[5] else None
         return cls(Path(match[1]), match[2], view=int(match[3] or 0), turned=int(match[4] or 0), tile=tile)  # type: ignore[arg-type]
@@ -76,9 +76,9 @@ PixelBox = tuple[float, float, float, float]
 
 
 def pixel_box(value: Any) -> PixelBox:
-    """A box as a file gives it: four numbers, or text with them. What a picture's size allows is checked when it is read.
+    """(x0, y0, x1, y1) in pixels, from a list of four numbers or a text with four numbers.
 
-    Raises ValueError for a box without extent, or left of or above the picture.
+    Raises ValueError for a box of zero size, or with a corner below 0. The picture's size is checked when it is read.
     """
     numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
     if len(numbers) != 4:
@@ -91,7 +91,7 @@ def pixel_box(value: Any) -> PixelBox:
 
 @dataclass(frozen=True)
 class Region:
-    """Where something is in a picture: a box in pixels, or a mask that is not black there."""
+    """Where something is in a picture: a box in pixels, or a mask that is black everywhere else."""
 
     picture: Picture
     box: PixelBox | None = None
@@ -100,13 +100,13 @@ class Region:
 
 @dataclass(frozen=True)
 class PictureClass:
-    """One visual concept: its name, its pictures, and how near others are.
+    """One visual concept: its name, its pictures, and which classes are near it.
 
-    groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"); classes that share the first are
+    groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"). Classes with the same first group are
     *hard* neighbours.
-    hard: whether it may be used as a hard neighbour at all.
-    boxes: where the thing is in each picture, in pixels (x0, y0, x1, y1), None where that is not known; empty for no boxes at all.
-    ranked: names of the nearest classes, near to far, where a list says so.
+    hard: whether the class may be used as a hard neighbour at all.
+    boxes: where the object is in each picture, in pixels; None where that is not known. Empty for a class without boxes.
+    ranked: names of the nearest classes, from near to far, if a list ranks them.
     """
 
     name: str
@@ -123,7 +123,7 @@ class PictureClass:
 
 @dataclass(frozen=True)
 class ClassPool:
-    """The classes an episode is drawn from. ``skipped`` counts what was left out, by reason."""
+    """The classes that episodes are drawn from. ``skipped`` counts what was left out, by reason."""
 
     name: str
     classes: tuple[PictureClass, ...]
@@ -136,54 +136,57 @@ class ClassPool:
     @cached_property
     def _by_group(self) -> dict[str, list[int]]:
         table: dict[str, list[int]] = {}
-        for index, one in enumerate(self.classes):
-            for group in one.groups:
+        for index, picture_class in enumerate(self.classes):
+            for group in picture_class.groups:
                 table.setdefault(group, []).append(index)
         return table
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
-        return {one.name: index for index, one in enumerate(self.classes)}
+        return {c.name: index for index, c in enumerate(self.classes)}
 
     def neighbours(self, index: int) -> Sequence[int]:
-        """From near to far: the classes that a list ranks, where one does; else all others, those of the narrowest group first."""
+        """Indices of other classes, from near to far: the ranked list if there is one; else all others, by narrowest common group."""
         listed = [self._by_name[n] for n in self.classes[index].ranked if self._by_name.get(n, index) != index]
         if listed:
             return listed
-        ranked: dict[int, None] = {}
+        in_order: dict[int, None] = {}
         for group in self.classes[index].groups:
-            ranked.update(dict.fromkeys(self._by_group[group]))
-        ranked.update(dict.fromkeys(range(len(self.classes))))
-        ranked.pop(index)
-        return list(ranked)
+            in_order.update(dict.fromkeys(self._by_group[group]))
+        in_order.update(dict.fromkeys(range(len(self.classes))))
+        in_order.pop(index)
+        return list(in_order)
 
     @property
     def grouped(self) -> bool:
-        """Whether anything is known of which classes are near each other."""
-        return any(one.groups or one.ranked for one in self.classes)
+        """Whether it is known which classes are near each other."""
+        return any(c.groups or c.ranked for c in self.classes)
 
     @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
-        """Where the things of the classes with boxes are, by class."""
-        return {
-            c.name: tuple(Region(p, box=b) for p, b in zip(c.pictures, c.boxes, strict=True) if b is not None) for c in self.classes if any(c.boxes)
-        }
+        """Class name -> where its objects are; only classes with boxes."""
+        return {c.name: _boxed(c) for c in self.classes if any(c.boxes)}
 
     def siblings(self, index: int) -> Sequence[int]:
-        """Classes that share the narrowest group, or the eight nearest that a list ranks; empty where neither is known."""
-        one = self.classes[index]
-        if one.ranked:
-            return [self._by_name[n] for n in one.ranked[:NEAREST] if n in self._by_name and n != one.name]
-        return [i for i in self._by_group[one.groups[0]] if i != index] if one.groups else []
+        """The eight nearest classes of the ranked list, or the classes of the narrowest group; empty if neither is known."""
+        picture_class = self.classes[index]
+        if picture_class.ranked:
+            return [self._by_name[n] for n in picture_class.ranked[:NEAREST] if n in self._by_name and n != picture_class.name]
+        return [i for i in self._by_group[picture_class.groups[0]] if i != index] if picture_class.groups else []
 
     def hard_neighbours(self, index: int) -> Sequence[int]:
-        """Siblings that may serve as hard ones; empty where there is none."""
+        """Siblings that may be used as hard neighbours; empty if there is none."""
         return [i for i in self.siblings(index) if self.classes[i].hard] if self.classes[index].hard else []
+
+
+def _boxed(picture_class: PictureClass) -> tuple[Region, ...]:
+    pairs = zip(picture_class.pictures, picture_class.boxes, strict=True)
+    return tuple(Region(picture, box=box) for picture, box in pairs if box is not None)
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """One photo of a part under test: ``defect`` is its kind, None for a good one; ``mask`` shows where it is."""
+    """One test photo of a part. ``defect`` is the kind of defect, None for a good part; ``mask`` shows where the defect is."""
 
     picture: Picture
     defect: str | None = None
@@ -192,7 +195,7 @@ class Specimen:
 
 @dataclass(frozen=True)
 class PartCategory:
-    """One category to inspect. ``references`` are good photos set apart to be shown, never to be asked about."""
+    """One category of parts to inspect. ``references`` are good photos for support sets; no query asks about them."""
 
     name: str
     references: tuple[Picture, ...]
@@ -200,13 +203,18 @@ class PartCategory:
     defects: Mapping[str, tuple[Specimen, ...]]
 
     @property
+    def specimens(self) -> tuple[Specimen, ...]:
+        """Good specimens, then those of each defect."""
+        return (*self.good, *(s for defective in self.defects.values() for s in defective))
+
+    @property
     def pictures(self) -> tuple[Picture, ...]:
-        return (*self.references, *(s.picture for s in (*self.good, *(s for group in self.defects.values() for s in group))))
+        return (*self.references, *(s.picture for s in self.specimens))
 
 
 @dataclass(frozen=True)
 class InspectionPool:
-    """Categories of parts, good and defective."""
+    """Categories of parts, with good and defective photos."""
 
     name: str
     categories: tuple[PartCategory, ...]
@@ -218,33 +226,34 @@ class InspectionPool:
 
     @cached_property
     def two_sided(self) -> tuple[int, ...]:
-        """Categories with both good and defective photos to ask about."""
-        return tuple(i for i, part in enumerate(self.categories) if part.good and any(part.defects.values()))
+        """Indices of the categories with both good and defective photos to ask about."""
+        return tuple(i for i, c in enumerate(self.categories) if c.good and any(c.defects.values()))
 
     @property
     def photos(self) -> str:
-        """How many good and defective photos there are, in words."""
-        good = sum(len(part.good) for part in self.categories)
-        bad = sum(len(found) for part in self.categories for found in part.defects.values())
+        """The number of good and of defective photos, as text for messages."""
+        good = sum(len(c.good) for c in self.categories)
+        bad = sum(len(specimens) for c in self.categories for specimens in c.defects.values())
         return f"{good:,} good and {bad:,} defective photos to ask about"
 
     @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
-        """Where the defects are, by kind and part."""
-        return {
-            f"{kind} on the {part.name}": tuple(Region(s.picture, mask=s.mask) for s in found if s.mask is not None)
-            for part in self.categories
-            for kind, found in part.defects.items()
-        }
+        """ "<kind> on the <part>" -> where the defects are; only those with masks."""
+        regions = {}
+        for category in self.categories:
+            for kind, specimens in category.defects.items():
+                masked = tuple(Region(s.picture, mask=s.mask) for s in specimens if s.mask is not None)
+                regions[f"{kind} on the {category.name}"] = masked
+        return regions
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question and its answer, with the picture it is about, if any.
+    """One question and its answer, with its picture, if any.
 
-    further: more pictures of the same question; then ``<image>`` in the question says where each of them stands.
-    answers: every answer that people gave, where a suite scores against several.
-    region: where the answer is a box, what it is the box of; ``answer`` is then empty until the picture's size is read.
+    further: more pictures of the same question. Then each ``<image>`` in the question marks the place of one picture.
+    answers: all answers that people gave, if a suite scores against several.
+    region: if the answer is a box, the region of that box; ``answer`` is then empty, because the picture's size is not read yet.
     """
 
     question: str
@@ -257,7 +266,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation of one record: exchanges in their order. ``origin`` is file and record, for messages."""
+    """The exchanges of one record, in order. ``origin`` is the file and the record, for messages."""
 
     exchanges: tuple[Exchange, ...]
     origin: str
@@ -269,9 +278,10 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class QuestionPool:
-    """Plain questions, one dialogue a record. ``dialogues`` may read its file anew for each; ``fingerprint`` is of its contents.
+    """Plain questions, one dialogue a record.
 
-    chunks: dialogues of each shard, where they lie in shards that should be gone through one after the other, ``mixed`` at a time.
+    dialogues: may read a dialogue from its file each time it is used. fingerprint: a hash of the file's contents.
+    shard_sizes: the number of dialogues in each shard, if they are in shards. shards_at_once: how many shards a pass mixes.
     """
 
     name: str
@@ -291,21 +301,17 @@ Pool = ClassPool | QuestionPool | InspectionPool
 
 def names_of(pool: Pool) -> list[str]:
     """The classes or categories of a pool; none for questions."""
-    return (
-        [c.name for c in pool.classes]
-        if isinstance(pool, ClassPool)
-        else [p.name for p in pool.categories]
-        if isinstance(pool, InspectionPool)
-        else []
-    )
+    if isinstance(pool, ClassPool):
+        return [c.name for c in pool.classes]
+    return [c.name for c in pool.categories] if isinstance(pool, InspectionPool) else []
 
 
 def pictures_of(pool: Pool) -> Iterator[Picture]:
-    """Every picture of a pool, masks left out."""
+    """Every picture of a pool, without masks."""
     if isinstance(pool, ClassPool):
-        yield from (p for one in pool.classes for p in one.pictures)
+        yield from (p for c in pool.classes for p in c.pictures)
     elif isinstance(pool, InspectionPool):
-        yield from (p for part in pool.categories for p in part.pictures)
+        yield from (p for c in pool.categories for p in c.pictures)
     else:
         yield from (p for dialogue in pool.dialogues for p in dialogue.pictures)
 
@@ -313,18 +319,19 @@ def pictures_of(pool: Pool) -> Iterator[Picture]:
 AnyPool = TypeVar("AnyPool", ClassPool, QuestionPool, InspectionPool)
 
 
-def settled(pool: AnyPool, on_fault: str) -> AnyPool:
-    """The pool with its faults counted as skipped, or, with "refuse", one DataError that lists the first ten.
+def check_faults(pool: AnyPool, on_fault: str) -> AnyPool:
+    """The pool with its faults counted as skipped. With "refuse", raises one DataError that lists the first ten faults.
 
-    Raises DataError too where nothing of use is left.
+    Raises DataError too if the pool is empty.
     """
     if pool.faults and on_fault == "refuse":
-        more = f"\n  ... and {len(pool.faults) - SHOWN} more; `lcl-adapter data check` lists them all" if len(pool.faults) > SHOWN else ""
         count = "1 fault" if len(pool.faults) == 1 else f"{len(pool.faults)} faults"
-        listed = "\n  ".join([f"{pool.name}: {count} (mend, or set `on_fault: skip`):", *(f.message for f in pool.faults[:SHOWN])])
-        raise DataError(listed + more)
+        lines = [f"{pool.name}: {count} (mend, or set `on_fault: skip`):", *(f.message for f in pool.faults[:MAX_LISTED])]
+        if len(pool.faults) > MAX_LISTED:
+            lines.append(f"... and {len(pool.faults) - MAX_LISTED} more; `lcl-adapter data check` lists them all")
+        raise DataError("\n  ".join(lines))
     if not len(pool):
         reasons = [f.message for f in pool.faults[:1]] or [f"{count} x {reason}" for reason, count in pool.skipped.items()]
-        why = f": {', '.join(reasons)}." if reasons else "; nothing is left for this split, or the file is empty."
-        raise DataError(f"{pool.name}: nothing of use in it{why}")
+        explanation = f": {', '.join(reasons)}." if reasons else "; nothing is left for this split, or the file is empty."
+        raise DataError(f"{pool.name}: nothing of use in it{explanation}")
     return replace(pool, skipped={**pool.skipped, **Counter(f.kind for f in pool.faults)})

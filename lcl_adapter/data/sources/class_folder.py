@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, pixel_box
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
@@ -75,7 +75,7 @@ def read_class_folders(
             known = tuple(boxes.get(n) for n in names) if boxes else ()
             pictures = tuple(tree.picture(n) for n in names)
             classes.append(PictureClass(one, pictures, groups.get(one, ()), boxes=known, ranked=ranked.get(one, ())))
-    return settled(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
 
 
 def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, settled
+from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, check_faults
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import saved_dataset
 from lcl_adapter.errors import DataError
@@ -77,7 +77,7 @@ def read_hf_classes(
         if n not in few
     )
     skipped = {f"class of fewer than {min_pictures} images": len(few)} if few else {}
-    return settled(ClassPool(name or folder.name, classes, skipped, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or folder.name, classes, skipped, tuple(faults)), on_fault)
 
 
 def read_hf_questions(folder: Path, columns: Mapping[str, str], name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
@@ -95,7 +95,7 @@ def read_hf_questions(folder: Path, columns: Mapping[str, str], name: str = "", 
             continue
         shown = Picture(folder, f"{columns['image']}/{row}") if "image" in columns else None
         dialogues.append(Dialogue((Exchange(str(asked[row]), str(answer), shown, answers=several),), f"{folder}: row {row}"))
-    return settled(QuestionPool(name or folder.name, tuple(dialogues), {}, tuple(faults), found._fingerprint), on_fault)
+    return check_faults(QuestionPool(name or folder.name, tuple(dialogues), {}, tuple(faults), found._fingerprint), on_fault)
 
 
 def _columns(folder: Path, columns: Mapping[str, str], needed: tuple[str, ...]):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
+from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
 from lcl_adapter.data.sources.records import Records
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
@@ -51,7 +51,7 @@ def read_train_pairs(file: Path, images: Path, name: str = "", on_fault: str = "
                 classes.append(PictureClass(name_of, pictures, ranked=ranked))
         except (KeyError, TypeError, IndexError) as error:
             faults.append(other_form(record, origin, error, "class_name, samples, neighbors"))
-    return settled(ClassPool(name or file.stem, tuple(classes), {}, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or file.stem, tuple(classes), {}, tuple(faults)), on_fault)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_test_pairs(file: Path, images: Path) -> tuple[ClassPair, ...]:
             faults.append(other_form(record, origin, error, "class_name, context_samples, test_samples"))
     if len(pair) % 2:
         faults.append(Fault("bad record", f"{file}: {len(pair)} classes; they oppose each other two by two, so an even number is needed"))
-    settled(ClassPool(file.name, tuple(PictureClass(n, s) for n, s, _ in pair), {}, tuple(faults)), "refuse")
+    check_faults(ClassPool(file.name, tuple(PictureClass(n, s) for n, s, _ in pair), {}, tuple(faults)), "refuse")
     return tuple(ClassPair((one[0], two[0]), (one[1], two[1]), (one[2], two[2])) for one, two in zip(pair[::2], pair[1::2], strict=True))
 
 

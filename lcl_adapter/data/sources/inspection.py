@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, settled
+from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, check_faults
 from lcl_adapter.data.sources.held_out import HeldOut, is_held_out
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
@@ -107,7 +107,7 @@ def read_mvtec(
                 defects[spaced(kind)] = tuple(_defective(tree, category, kind, names, faults))
         if references and (good or defects):
             parts.append(PartCategory(spaced(category), references, good, {k: s for k, s in defects.items() if s}))
-    return settled(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+    return check_faults(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
 
 
 def _defective(tree: Tree, category: str, kind: str, names: Sequence[str], faults: list[Fault]) -> list[Specimen]:
@@ -168,7 +168,7 @@ def read_visa(
             parts.append(PartCategory(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
         else:
             faults.append(Fault("no references", f"{root}: {category} has no training photo, or nothing to test"))
-    return settled(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+    return check_faults(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
 
 
 def _visa_kinds(tree: Tree, category: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, settled
+from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
 from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, other_form, read_lines
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.recipe.sources import ClassReader, FileReader
@@ -42,7 +42,7 @@ class IsekaiQuestion:
 def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> tuple[IsekaiQuestion, ...]:
     """Every question in its order. Raises DataError as its ``on_fault`` says."""
     questions, faults = _questions(file, images)
-    settled(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.support[0]) for q in questions), {}, tuple(faults)), on_fault)
+    check_faults(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.support[0]) for q in questions), {}, tuple(faults)), on_fault)
     return tuple(questions)
 
 
@@ -59,7 +59,7 @@ def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refus
     enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}
     skipped = {f"concept with fewer than {min_pictures} pictures": len(pictures) - len(enough)} if len(enough) < len(pictures) else {}
     classes = tuple(PictureClass(n, p, groups[n]) for n, p in enough.items())
-    return settled(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
 
 
 def _questions(file: Path, images: Path) -> tuple[list[IsekaiQuestion], list[Fault]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, settled
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, check_faults
 from lcl_adapter.data.sources.records import Records, dialogues
 from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.recipe.sources import QuestionReader
@@ -46,7 +46,7 @@ def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "r
     archive = images.suffix.lower() == ".zip"
     parse = partial(_dialogue, records=records, images=images, archive=archive)
     found, faults = dialogues(records, parse, limit=limit)
-    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+    return check_faults(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
 
 
 def picture(images: Path, archive: bool, name: str) -> Picture:

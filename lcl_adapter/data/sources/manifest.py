@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, pixel_box, settled
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, pixel_box
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
@@ -135,7 +135,7 @@ def read_manifest(
         boxes = tuple(b for _, b in listed.values())
         classes.append(PictureClass(label, pictures, (groups[label],) if label in groups else (), boxes=boxes if any(boxes) else ()))
     left = {f"class of fewer than {min_pictures} images": skipped} if skipped else {}
-    return settled(ClassPool(name or files.stem, tuple(classes), left, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or files.stem, tuple(classes), left, tuple(faults)), on_fault)
 
 
 def _misplaced(path: str, tree: Tree, origin: str) -> Fault | None:

@@ -24,8 +24,8 @@ from lcl_adapter.data.sources.base import (
     PixelBox,
     QuestionPool,
     Region,
+    check_faults,
     pixel_box,
-    settled,
 )
 from lcl_adapter.data.sources.llava_json import named_once, picture
 from lcl_adapter.data.sources.records import Records, broken, dialogues, named
@@ -69,7 +69,7 @@ def read_shikra(
     archive = images.suffix.lower() == ".zip"
     parse = partial(_parse, records=records, images=images, archive=archive, kind=kind, templates=templates)
     found, faults = dialogues(records, parse, limit=limit)
-    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+    return check_faults(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
 
 
 def _parse(record: Any, number: int, records: Records, images: Path, archive: bool, kind: str, templates: Path | None) -> Dialogue:
@@ -103,4 +103,4 @@ def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str 
     enough = {n: b for n, b in found.items() if len(b) >= min_pictures}
     classes = tuple(PictureClass(n, tuple(b), boxes=tuple(b.values())) for n, b in sorted(enough.items()))
     skipped = {f"expression with fewer than {min_pictures} pictures": len(found) - len(enough)} if len(enough) < len(found) else {}
-    return settled(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)
+    return check_faults(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)

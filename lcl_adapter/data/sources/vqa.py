@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPool, settled
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPool, check_faults
 from lcl_adapter.data.sources.llava_json import named_once, picture
 from lcl_adapter.data.sources.records import Records, broken, dialogues, named
 from lcl_adapter.errors import DataError
@@ -92,7 +92,7 @@ def read_llava_questions(
 
     found, faults = dialogues(records, parse, lambda r: r["question_id"], limit)
     sums = records.sha256 + Records(answers).sha256
-    return settled(QuestionPool(name or file.stem, found, {}, (*broken_answers, *faults), sums), on_fault)
+    return check_faults(QuestionPool(name or file.stem, found, {}, (*broken_answers, *faults), sums), on_fault)
 
 
 def _by_id(file: Path) -> tuple[dict[str, str], list[Fault]]:
@@ -152,7 +152,7 @@ def read_vqav2(
         return Dialogue((exchange,), f"{questions}: question {number + 1} (question_id {record['question_id']!r})")
 
     found, faults = dialogues(asked, parse, lambda r: r["question_id"], limit)
-    return settled(QuestionPool(name or questions.stem, found, {}, tuple(faults), asked.sha256 + told.sha256), on_fault)
+    return check_faults(QuestionPool(name or questions.stem, found, {}, tuple(faults), asked.sha256 + told.sha256), on_fault)
 
 
 def read_pope(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
@@ -160,7 +160,7 @@ def read_pope(file: Path, images: Path, name: str = "", on_fault: str = "refuse"
     records = Records(file)
     parse = partial(_pope, records=records, images=images, archive=images.suffix.lower() == ".zip")
     found, faults = dialogues(records, parse, lambda r: r["question_id"], limit)
-    return settled(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+    return check_faults(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
 
 
 def _pope(record: Any, number: int, records: Records, images: Path, archive: bool) -> Dialogue:
