@@ -1,8 +1,8 @@
-"""Episode -> turns: one picture a user turn, each answer marked learned or not.
+"""Episode -> turns: one picture in each user turn, and a mark on each answer that is trained.
 
-A :class:`Conversation` is a shared opening (the support set) and one or more branches (the queries). Branches are blind
-to each other: training puts them in one sequence behind one support set, prediction asks them one by one; the turns
-are the same.
+A :class:`Conversation` has a shared opening (the support set) and one or more branches (the queries). No branch can see
+another. Training puts all branches into one sequence behind one support set; prediction asks them one by one, with the
+same turns.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lcl_adapter.recipe.wording import Wording
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. An image is always put before the text, as LLaVA was trained; ``learn`` marks a trained answer.
+    """One message. The image is before the text, as in LLaVA's training. ``learn`` marks a trained answer.
 
-    further: more pictures of the same message; then ``<image>`` in the text says where each of them stands, the first too.
+    further: more pictures of the same message. Then each ``<image>`` in the text marks the place of one picture, the first included.
     """
 
     role: str  # "user" or "assistant"
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns ready to be rendered. ``shared`` is empty for plain questions; ``origin`` names the sample in errors."""
+    """Turns that are ready to be rendered. ``shared`` is empty for plain questions; ``origin`` names the sample in errors."""
 
     shared: tuple[Turn, ...]
     branches: tuple[tuple[Turn, ...], ...]
@@ -46,15 +46,15 @@ class Conversation:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Every picture, in the order of its tokens: the shared ones, then each branch's."""
+        """Every picture, in the order of the tokens: those of the shared turns, then those of each branch."""
         turns = [*self.shared, *(turn for branch in self.branches for turn in branch)]
         return tuple(picture for turn in turns for picture in turn.pictures)
 
 
 WORDINGS = {
-    # Few tokens: for short contexts, and the words the pocket base knows.
+    # Few tokens: for short contexts, and only words that the pocket base knows.
     "short": Wording("Learn the names.", "What is this?", "Now, what is this?"),
-    # As LCL words its episodes (arXiv 2308.07891 and its published templates), its marks around examples included.
+    # LCL's own sentences (arXiv 2308.07891 and its published templates), with its tags around examples.
     "lcl": Wording(
         instruction="Learn from the following examples what each name means, then answer the question about the last image.",
         question="[BEGIN EXAMPLE] What is in the image?",
@@ -65,20 +65,20 @@ WORDINGS = {
 
 
 def from_episode(episode: Episode, wording: Wording) -> Conversation:
-    """Support examples become turns in their order; every query becomes a branch of two turns.
+    """Support examples become turns, in order; every query becomes a branch of two turns.
 
-    An episode that has a wording of its own, as its task's templates give it, is put in that.
+    An episode's own wording, from its task's templates, replaces ``wording``.
     """
     wording = episode.wording or wording
     shared: list[Turn] = []
     learn_support = episode.learned is LearnedAnswers.REPEATED
-    seen: set[str] = set()
+    known_labels: set[str] = set()
     for position, example in enumerate(episode.support):
         shared.append(Turn("user", wording.support_question(first=position == 0), example.picture))
-        # A label can be known only once it was shown: its first mention is never learned.
-        learn = learn_support and example.label in seen
+        # The model cannot know a label before it was shown: the first mention of a label is never learned.
+        learn = learn_support and example.label in known_labels
         shared.append(Turn("assistant", wording.answered(example.label), learn=learn))
-        seen.add(example.label)
+        known_labels.add(example.label)
     branches = tuple(
         (Turn("user", wording.query, query.picture), Turn("assistant", wording.answered(query.label), learn=True)) for query in episode.queries
     )
@@ -86,32 +86,32 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
 
 
 def shown_order(count: int) -> list[int]:
-    """Which of so many labelled pictures is shown first, second, …"""
+    """The order in which ``count`` labelled pictures are shown: a fixed permutation of their indices."""
     return [int(index) for index in np.random.default_rng(0).permutation(count)]
 
 
-def support_turns(shown: Sequence[tuple[Picture, str]], wording: Wording | None = None) -> tuple[Turn, ...]:
+def support_turns(labelled: Sequence[tuple[Picture, str]], wording: Wording | None = None) -> tuple[Turn, ...]:
     """A support set of labelled pictures as turns. Their order depends on their number only, and mixes the classes.
 
-    wording: ``WORDINGS["short"]`` where None.
+    wording: ``WORDINGS["short"]`` by default.
     """
     wording = wording or WORDINGS["short"]
     turns: list[Turn] = []
-    for position, index in enumerate(shown_order(len(shown))):
-        picture, label = shown[index]
+    for position, index in enumerate(shown_order(len(labelled))):
+        picture, label = labelled[index]
         turns += [Turn("user", wording.support_question(position == 0), picture), Turn("assistant", wording.answered(label))]
     return tuple(turns)
 
 
 def to_conversation(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:
-    """Whatever the mixture draws, as a conversation."""
+    """An episode or a row of dialogues, as the mixture draws them, as a conversation."""
     return from_episode(drawn, wording) if isinstance(drawn, Episode) else from_dialogues(drawn)
 
 
 def from_dialogues(dialogues: tuple[Dialogue, ...]) -> Conversation:
-    """Plain questions: each dialogue is a branch of its own, every answer in it is learned.
+    """Plain questions: each dialogue is a branch, and every answer in it is learned.
 
-    Raises DataError where an answer is a box and its picture cannot be read, or the box is outside it.
+    Raises DataError if an answer is a box and its picture cannot be read, or the box is outside the picture.
     """
     branches = []
     for dialogue in dialogues:
