@@ -1,11 +1,13 @@
-"""Are the served probabilities what they say, and does "none of these" know a stranger? On held-out classes of the shipped data.
+"""Are the served probabilities calibrated, and does "none of these" reject unknown classes? On held-out classes of the shipped data.
 
-python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
+    python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
 
-Every second held-out class is used: the numbers that "none of these" goes by (serve/calibrate.py) were chosen on the others. For each set: a
-query of each of its two classes, and one each of two others. ECE is the expected calibration error of the likeliest label's probability in ten
-bins, over the queries whose class is in the set; rejections are of the "none of these" threshold. AUC: how well the vision tower's likeness,
-and the likeliest label's likelihood, tell a known class from a stranger.
+Every second held-out class is used. The constants of "none of these" (serve/calibrate.py) were chosen on the others. Each support set
+has two classes, and gets four queries: one of each of its classes, and one of each of two other classes.
+
+ECE is the expected calibration error of the likeliest label's probability in ten bins, over the queries whose class is in the set.
+Rejections are those of the "none of these" threshold. AUC says how well a score separates known from unknown classes; the scores are
+the vision tower's similarity and the likeliest label's likelihood.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ BINS = 10
 
 
 class Row(NamedTuple):
-    """One query: the likeliest label's probability, whether it is right, whether its class is in the set, and what that could be told by."""
+    """One query: the likeliest label's probability, whether it is right, whether the class is in the set, whether it is rejected, two scores."""
 
-    chance: float
+    probability: float
     right: bool
     known: bool
     rejected: bool
@@ -45,12 +47,12 @@ class Row(NamedTuple):
 
 def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozenset[str]) -> list[Row]:
     pool = read_pocket("held_out", min_pictures=shots + 1)
-    classes = [one for one in pool.classes if one.name in test]
-    kinds = [classes[i] for i in rng.choice(len(classes), 4, replace=False)]
-    drawn = [[kind.pictures[i] for i in rng.permutation(len(kind.pictures))] for kind in kinds]
-    shown: list[tuple[Picture, str]] = [(picture, kinds[n].name) for n in (0, 1) for picture in drawn[n][:shots]]
+    classes = [pool_class for pool_class in pool.classes if pool_class.name in test]
+    chosen = [classes[i] for i in rng.choice(len(classes), 4, replace=False)]
+    pictures = [[pool_class.pictures[i] for i in rng.permutation(len(pool_class.pictures))] for pool_class in chosen]
+    shown: list[tuple[Picture, str]] = [(picture, chosen[n].name) for n in (0, 1) for picture in pictures[n][:shots]]
     wording = engine.models["adapter"].wording
-    labels = [kinds[0].name, kinds[1].name]
+    labels = [chosen[0].name, chosen[1].name]
     answers = tuple(wording.answered(label) for label in labels)
     with engine.using("adapter"):
         steps = calibrate(engine, shown, wording, None)
@@ -58,50 +60,52 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
             try:
                 next(steps)
             except StopIteration as finished:
-                found = finished.value
+                calibration = finished.value
                 break
         ready = engine.prefill(support_turns(shown, wording))
-        queries = [drawn[0][shots], drawn[1][shots], drawn[2][0], drawn[3][0]]
+        queries = [pictures[0][shots], pictures[1][shots], pictures[2][0], pictures[3][0]]
         replies = engine.ask(ready, [(Turn("user", wording.query, query), answers) for query in queries])
         cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T
     rows = []
     for number, reply in enumerate(replies):
-        chances = found.probabilities(reply.log_likelihoods)
+        probabilities = calibration.probabilities(reply.log_likelihoods)
         own = [float(c) for c, place in zip(cosines[number], shown_order(len(shown)), strict=True) if shown[place][1] == labels[reply.best]]
         score = familiarity(own)
-        rejected = found.threshold is not None and score < found.threshold
-        rows.append(Row(max(chances), reply.best == number, number < 2, rejected, score, max(reply.log_likelihoods)))
+        rejected = calibration.threshold is not None and score < calibration.threshold
+        rows.append(Row(max(probabilities), reply.best == number, number < 2, rejected, score, max(reply.log_likelihoods)))
     return rows
 
 
 def ece(rows: list[Row]) -> float:
-    known = [(row.chance, row.right) for row in rows if row.known]
-    place = np.minimum(((np.array([c for c, _ in known]) - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    gaps = []
-    for one in range(BINS):
-        chosen = [known[i] for i in np.nonzero(place == one)[0]]
-        if chosen:
-            gaps.append(len(chosen) * abs(float(np.mean([c for c, _ in chosen])) - float(np.mean([r for _, r in chosen]))))
-    return sum(gaps) / len(known)
+    """Expected calibration error over the queries of known classes. The bins divide 0.5 to 1, because there are two labels."""
+    known = [row for row in rows if row.known]
+    bin_of_row = np.minimum(((np.array([row.probability for row in known]) - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    weighted_gaps = []
+    for number in range(BINS):
+        in_bin = [known[i] for i in np.nonzero(bin_of_row == number)[0]]
+        if in_bin:
+            confidence, accuracy = float(np.mean([row.probability for row in in_bin])), float(np.mean([row.right for row in in_bin]))
+            weighted_gaps.append(len(in_bin) * abs(confidence - accuracy))
+    return sum(weighted_gaps) / len(known)
 
 
 def main(run: Path) -> None:
     torch.set_num_threads(THREADS)
     engine = Engine(load_base(BaseRef("pocket", device="cpu")), 10**9)
     engine.load_adapter("adapter", run)
-    test = frozenset(one.name for one in read_pocket("held_out", min_pictures=3).classes[1::2])
+    test = frozenset(pool_class.name for pool_class in read_pocket("held_out", min_pictures=3).classes[1::2])
     table: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
     for shots in SHOTS:
         rng = np.random.default_rng(shots)
         rows = [row for _ in range(SETS) for row in one_set(engine, rng, shots, test)]
-        known, strange = [row for row in rows if row.known], [row for row in rows if not row.known]
+        known, unknown = [row for row in rows if row.known], [row for row in rows if not row.known]
         truth = [row.known for row in rows]
         figures = {
             "right": float(np.mean([row.right for row in known])),
             "ECE": ece(rows),
             "wrongly rejected": float(np.mean([row.rejected for row in known])),
-            "strangers rejected": float(np.mean([row.rejected for row in strange])),
+            "strangers rejected": float(np.mean([row.rejected for row in unknown])),
             "AUC, tower": float(roc_auc_score(truth, [row.familiarity for row in rows])),
             "AUC, likelihood": float(roc_auc_score(truth, [row.log_likelihood for row in rows])),
         }

@@ -1,4 +1,4 @@
-"""The random model of about 150 M parameters, children with their own peak memory, and the table that ends a benchmark."""
+"""What the benchmarks share: random models, child processes with a peak memory of their own, and the final table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """Of a random LLaVA: its language model, and pictures of ``pixels`` in patches of 14 on a small tower, or LLaVA-1.5's own."""
+    """The size of a random LLaVA: its language model, and the side of its pictures in pixels. The patches have 14 pixels.
+
+    With 336 pixels the vision tower has the size of LLaVA-1.5's, else it is small.
+    """
 
     width: int
     mlp: int
@@ -43,7 +46,7 @@ class Size:
     tied: bool = False
 
     def config(self) -> LlavaConfig:
-        """32,000 words; the pocket base's tokenizer uses a part of them."""
+        """Transformers' config. The vocabulary has 32,000 words; the pocket base's tokenizer uses some of them."""
         tokenizer = AutoTokenizer.from_pretrained(BASE)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -61,7 +64,7 @@ class Size:
 
 
 def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
-    """Written to ``folder`` in this type and about so many shards; made once."""
+    """Write a random LLaVA to ``folder`` in this type, in about ``shards`` shards. A complete folder is not written again."""
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)
@@ -69,8 +72,8 @@ def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, s
     model = LlavaForConditionalGeneration(size.config())
     torch.set_default_dtype(torch.float32)
     print(f"made a random LLaVA of {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters", file=sys.stderr)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, **({"max_shard_size": whole // shards} if shards > 1 else {}))
+    size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, **({"max_shard_size": size_in_bytes // shards} if shards > 1 else {}))
     side = {"height": size.pixels, "width": size.pixels}
     LlavaProcessor(
         CLIPImageProcessorPil(size=side, crop_size=side),
@@ -90,15 +93,17 @@ def random_model() -> Path:
 
 
 def child(module: str, *arguments: str) -> dict[str, Any]:
-    """Run ``python -m module arguments`` alone; its last line is a JSON object."""
+    """Run ``python -m module arguments`` in a process of its own. Returns the JSON object in its last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", module, *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=True
+    )
+    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
     return result
 
 
 def finish(name: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], ratios: dict[str, float]) -> None:
-    """Print the table, then the JSON line."""
+    """Print the table, and then the line with the JSON object."""
     table = Table(title=name, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")

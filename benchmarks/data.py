@@ -2,9 +2,9 @@
 
     python -m benchmarks.data            # rows a second with 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
 
-Loader: rows of ``recipes/mix-pocket.yaml``, every picture opened as training opens it, against the steps of a short training of the
-same rows (whose order by length is worked out in the trainer's own process, and is part of its pace). Large file: LLaVA instruction
-records as JSON Lines, opened and drawn from at random, each in a process of its own.
+Loader: the rows of ``recipes/mix-pocket.yaml``, with every picture opened as in training, against a short training on the same rows.
+The trainer sorts the rows by length in its own process, which is part of its time. Large file: LLaVA instruction records as JSON
+Lines. They are opened, and records are drawn at random, for each file in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ FOLDER = Path("build/data")
 STEPS, WORKERS = 30, 2
 
 
-def written(lines: int) -> Path:
-    """Instruction records, about 250 bytes each; made once."""
+def records_file(lines: int) -> Path:
+    """A file of instruction records of about 250 bytes each. It is written once."""
     path = FOLDER / f"{lines}.jsonl"
     if path.exists():
         return path
@@ -52,8 +52,8 @@ def written(lines: int) -> Path:
     return path
 
 
-def opened(path: Path) -> dict[str, float]:
-    """In this process: seconds to open, seconds of a plain pass of json.loads, and resident MiB before, after opening, after drawing."""
+def measure(path: Path) -> dict[str, float]:
+    """Seconds to open the file and for a plain pass of json.loads; resident MiB before, after opening and after drawing. In this process."""
 
     def resident() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -61,7 +61,7 @@ def opened(path: Path) -> dict[str, float]:
 
     before, began = resident(), time.perf_counter()
     pool = read_llava_json(path, Path("images"))
-    took, after = time.perf_counter() - began, resident()
+    opening, after = time.perf_counter() - began, resident()
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     for index in rng.integers(0, len(pool), DRAWN):
@@ -72,39 +72,40 @@ def opened(path: Path) -> dict[str, float]:
         count = sum(1 for line in file if json.loads(line))
     assert count == len(pool)
     plain = time.perf_counter() - began
-    return {"open": took, "plain": plain, "drawn_a_second": DRAWN / drawing, "before": before, "after": after, "drawn": drawn}
+    return {"open": opening, "plain": plain, "drawn_a_second": DRAWN / drawing, "before": before, "after": after, "drawn": drawn}
 
 
 def in_a_child(path: Path) -> dict[str, float]:
+    """:func:`measure` in a process of its own."""
     out = subprocess.run([sys.executable, "-m", "benchmarks.data", "--open", str(path)], check=True, capture_output=True, text=True).stdout
     figures: dict[str, float] = json.loads(out.splitlines()[-1])
     return figures
 
 
 def loader_pace() -> dict[str, Any]:
-    """Rows a second of the loader alone, and of a training that reads them."""
+    """Rows per second of the loader alone, and of a training on the same rows."""
     with tempfile.TemporaryDirectory() as folder:
-        made = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
-        mixture = Mixture(made)
-        collator = Collator(mixture, load_encoder(BaseRef.of(made)), check=read_image)
+        settings = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
+        mixture = Mixture(settings)
+        collator = Collator(mixture, load_encoder(BaseRef.of(settings)), check=read_image)
         rows = [{"index": i} for i in range(mixture.total)]
-        batch = made.train.per_device_train_batch_size
+        batch = settings.train.per_device_train_batch_size
         began = time.perf_counter()
         for _ in DataLoader(rows, batch, num_workers=WORKERS, collate_fn=collator):  # type: ignore[arg-type]
             pass
         loading = mixture.total / (time.perf_counter() - began)
-        facts = trainer.train(made)
+        facts = trainer.train(settings)
         return {"loader": loading, "trainer": mixture.total / facts["training_seconds"]}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--open"]:
-        print(json.dumps(opened(Path(sys.argv[2]))))
+        print(json.dumps(measure(Path(sys.argv[2]))))
         return
-    large, small = in_a_child(written(LARGE)), in_a_child(written(SMALL))
+    large, small = in_a_child(records_file(LARGE)), in_a_child(records_file(SMALL))
     pace = loader_pace()
     grown, grown_small = large["drawn"] - large["before"], small["drawn"] - small["before"]
-    size = written(LARGE).stat().st_size / 2**20
+    size = records_file(LARGE).stat().st_size / 2**20
     ratios = {
         "loader_over_trainer": pace["loader"] / pace["trainer"],
         "open_over_plain_pass": large["open"] / large["plain"],

@@ -1,8 +1,8 @@
 """Merging shard by shard against PEFT's `merge_and_unload` and `save_pretrained`: peak memory, time, and whether the weights are equal.
 
-python -m benchmarks.merge            # a random LLaVA of 1.1 B parameters in 5 shards; each side in a process of its own
+    python -m benchmarks.merge            # a random LLaVA of 1.1 B parameters in 5 shards; each side in a process of its own
 
-Each side runs in turn, ROUNDS times and in changing order; times are medians, peaks the largest.
+The two sides alternate ROUNDS times, each time in the other order. Times are medians, memory is the largest peak.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.common import Size, child, finish, random_llava
 from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.layouts import keys, open_checkpoint
-from lcl_adapter.base.layouts.tensors import Planned, Shards
+from lcl_adapter.base.layouts.tensors import PlannedTensor, Shards
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints.convert import convert
@@ -38,12 +38,12 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def base_of(kind: str) -> Path:
-    """1.1 B parameters, 19 layers of 2,048, in 5 shards or 6."""
+    """A base of 1.1 B parameters: 19 layers of width 2,048, in 5 or 6 shards."""
     return random_llava(FOLDER / f"base-{kind}", Size(2048, 5632, 19, 32), KINDS[kind], shards=5)
 
 
 def run_of(kind: str) -> Path:
-    """A random adapter of rank 64 on it."""
+    """A run folder with a random adapter of rank 64 on that base."""
     folder = FOLDER / f"run-{kind}"
     if (folder / "lcl_adapter.json").exists():
         return folder
@@ -58,7 +58,7 @@ def run_of(kind: str) -> Path:
 
 
 def original_of(kind: str) -> Path:
-    """The same weights in the original layout, with a tiny sentencepiece tokenizer; made once, by key and not by ``convert``."""
+    """The same weights in the original layout, with a tiny sentencepiece tokenizer. It is written once, without ``convert``."""
     folder = FOLDER / f"llava-original-{kind}"
     if (folder / "done").exists():
         return folder
@@ -73,14 +73,14 @@ def original_of(kind: str) -> Path:
     shutil.copyfile(FOLDER / "llava-small-tower" / "preprocessor_config.json", tower / "preprocessor_config.json")
     text = source.config.text_config
     raw = json.loads((small / "config.json").read_text())
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    raw |= {name: getattr(text, name) for name in same} | {"mm_hidden_size": source.config.vision_config.hidden_size, "mm_vision_tower": str(tower)}
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    raw |= {name: getattr(text, name) for name in fields} | {"mm_hidden_size": source.config.vision_config.hidden_size, "mm_vision_tower": str(tower)}
     (folder / "config.json").write_text(json.dumps(raw))
     source.config.vision_config.save_pretrained(tower)
-    parts: dict[Path, list[Planned]] = {folder: [], tower: []}
+    parts: dict[Path, list[PlannedTensor]] = {folder: [], tower: []}
     for name, weight in source.weights.items():
         key = "vision_model." + name.removeprefix(keys.TOWER) if name.startswith(keys.TOWER) else keys.to_original(name, linear=False)
-        parts[tower if name.startswith(keys.TOWER) else folder].append(Planned(key, weight.dtype, weight.shape, weight.blocks))
+        parts[tower if name.startswith(keys.TOWER) else folder].append(PlannedTensor(key, weight.dtype, weight.shape, weight.blocks))
     for place, planned in parts.items():
         for _ in Shards(planned, SHARD).write(place):
             pass
@@ -112,52 +112,53 @@ def measure(side: str, kind: str) -> dict[str, float]:
 
 
 def unit(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A unit in the last place at this size."""
+    """A unit in the last place for numbers of this size."""
     return torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(value.clamp(min=torch.finfo(dtype).tiny))))
 
 
 def largest_gap(kind: str) -> tuple[float, int]:
-    """Largest distance between the two results, and how many tensors were compared.
+    """Largest distance between the two results, and the number of tensors compared.
 
-    In units in the last place of what was added up (the weight, the adapter's product, or their sum, whichever is
-    largest): PEFT rounds the product to bf16 before it adds, so where the two nearly cancel the sum's own unit says nothing.
+    The distance is in units in the last place of the largest of three numbers: the weight, the adapter's product, and their sum.
+    The unit of the sum alone would mislead: PEFT rounds the product to bf16 before it adds, and the two may nearly cancel.
     """
-    base, one, other = (open_checkpoint(str(place)) for place in (base_of(kind), FOLDER / f"ours-{kind}", FOLDER / f"theirs-{kind}"))
+    base, our_result, their_result = (open_checkpoint(str(place)) for place in (base_of(kind), FOLDER / f"ours-{kind}", FOLDER / f"theirs-{kind}"))
     worst = 0.0
-    for name, weight in one.stored.items():
-        a, b = weight.read(), other.stored[name].read()
+    for name, weight in our_result.stored.items():
+        a, b = weight.read(), their_result.stored[name].read()
         if not torch.equal(a, b):
             before = base.stored[name].read().double()
             size = torch.stack([before.abs(), (a.double() - before).abs(), a.double().abs()]).amax(0)
             worst = max(worst, float(((a.double() - b.double()).abs() / unit(size, KINDS[kind])).max()))
-    return worst, len(one.stored)
+    return worst, len(our_result.stored)
 
 
-def in_turn(kind: str) -> dict[str, dict[str, float]]:
-    """Side -> its median time and its largest peak."""
+def alternate(kind: str) -> dict[str, dict[str, float]]:
+    """Side -> its median time and its largest peak memory."""
     runs: dict[str, list[dict[str, float]]] = {"theirs": [], "ours": []}
     for number in range(ROUNDS):
         for side in list(runs)[:: 1 if number % 2 == 0 else -1]:
             runs[side].append(child("benchmarks.merge", "--child", side, kind))
-    return {side: {"seconds": median(one["seconds"] for one in ran), "peak": max(one["peak"] for one in ran)} for side, ran in runs.items()}
+    return {
+        side: {"seconds": median(run["seconds"] for run in of_side), "peak": max(run["peak"] for run in of_side)} for side, of_side in runs.items()
+    }
 
 
 def main() -> None:
     rows: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
     for kind in KINDS:
-        child("benchmarks.merge", "--make", kind)  # not here: a child begins with its parent's peak
-        found = in_turn(kind)
-        # The config files that PEFT's side does not write, for reading the result.
-        for side in ("theirs",):
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copyfile(base_of(kind) / file, FOLDER / f"{side}-{kind}" / file)
+        child("benchmarks.merge", "--make", kind)  # in a child: a process started from this one begins with its peak memory
+        figures = alternate(kind)
+        # PEFT's side writes no tokenizer, and the result cannot be opened without one.
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(base_of(kind) / file, FOLDER / f"theirs-{kind}" / file)
         gap, count = child("benchmarks.merge", "--gap", kind)["gap"]
-        memory = found["ours"]["peak"] / found["theirs"]["peak"]
-        seconds = found["ours"]["seconds"] / found["theirs"]["seconds"]
+        memory = figures["ours"]["peak"] / figures["theirs"]["peak"]
+        seconds = figures["ours"]["seconds"] / figures["theirs"]["seconds"]
         ratios |= {f"{kind}: peak memory, ours / PEFT's": memory, f"{kind}: time, ours / PEFT's": seconds, f"{kind}: ulp": float(gap)}
-        told = [f"{found[s]['peak'] / 1e9:.2f} GB, {found[s]['seconds']:.0f} s" for s in ("theirs", "ours")]
-        rows.append((kind, *told, f"{memory:.2f}", f"{seconds:.2f}", f"{gap:.2g} ulp in {count} tensors"))
+        cells = [f"{figures[side]['peak'] / 1e9:.2f} GB, {figures[side]['seconds']:.0f} s" for side in ("theirs", "ours")]
+        rows.append((kind, *cells, f"{memory:.2f}", f"{seconds:.2f}", f"{gap:.2g} ulp in {count} tensors"))
     for kind in KINDS:
         peak = child("benchmarks.merge", "--child", "converted", kind)["peak"]
         largest = max(file.stat().st_size for file in (FOLDER / f"converted-{kind}").glob("*.safetensors"))

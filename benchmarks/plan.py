@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan             # on this machine's device: CPU resident memory, or torch.cuda.max_memory_allocated
 
-Each configuration is trained for two steps in a process of its own; the forecast is made from its config alone.
+Each configuration is trained for two steps in a process of its own. The forecast is made from its config alone.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        told = f"{self.size} {self.precision} {self.shots} shot(s) x {self.rows} row(s), rank {self.rank}"
+        text = f"{self.size} {self.precision} {self.shots} shot(s) x {self.rows} row(s), rank {self.rank}"
         return (
-            told
+            text
             + (", checkpointing" if self.checkpointing else "")
             + (", dropout" if self.dropout else "")
             + (", projector" if self.projector else "")
@@ -72,12 +72,12 @@ CASES = {
     "h": Case("330M", "nf4", shots=2, rank=64),
     "i": Case("330M", "bf16", shots=2, checkpointing=True),
     "j": Case("150M", shots=2, rows=2, dropout=0.05, projector=True),
-    "7b": Case("7B", "nf4", shots=2, rank=64, checkpointing=True, dropout=0.05),  # on a GPU alone
+    "7b": Case("7B", "nf4", shots=2, rank=64, checkpointing=True, dropout=0.05),  # only on a GPU
 }
 
 
 def model_of(size: str) -> Path:
-    """A random LLaVA in fp16 on the disk."""
+    """The folder of a random LLaVA in fp16."""
     return random_llava(FOLDER / size, SIZES[size], torch.float16)
 
 
@@ -108,7 +108,10 @@ def peak() -> int:
 
 
 def measure(name: str, plain: bool = False) -> dict[str, float]:
-    """Two steps; peaks so far after the imports, after loading and at the end. plain: with glibc's own way of keeping freed memory."""
+    """Train two steps. Returns the peak memory after the imports, after loading and at the end.
+
+    plain: with glibc's default for when freed memory is returned to the system.
+    """
     case = CASES[name]
     if plain:
         model.release_large_blocks = lambda: None  # type: ignore[attr-defined]
@@ -132,20 +135,20 @@ def main(names: Sequence[str]) -> None:
     for name in names or ([*CASES, "7b"] if gpu else [n for n in CASES if n != "7b"]):
         case = CASES[name]
         child("benchmarks.plan", "--make", case.size)
-        told = forecast(case, device)
-        found = child("benchmarks.plan", "--child", name)
-        real = found["gpu"] + budget.RUNTIME["cuda"] if gpu else found["peak"]
-        ratios[case.name] = told.total / real
-        rows.append((case.name, f"{told.total / 1e9:.2f} GB", f"{real / 1e9:.2f} GB", f"{told.total / real - 1:+.1%}"))
-    where = torch.cuda.get_device_name() if gpu else "CPU, resident memory"
-    finish(f"plan ({where})", ("training", "forecast", "measured peak", "error"), rows, ratios)
+        total = forecast(case, device).total
+        peaks = child("benchmarks.plan", "--child", name)
+        measured = peaks["gpu"] + budget.RUNTIME["cuda"] if gpu else peaks["peak"]
+        ratios[case.name] = total / measured
+        rows.append((case.name, f"{total / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{total / measured - 1:+.1%}"))
+    device_name = torch.cuda.get_device_name() if gpu else "CPU, resident memory"
+    finish(f"plan ({device_name})", ("training", "forecast", "measured peak", "error"), rows, ratios)
     if not gpu:
-        kept, given = (child("benchmarks.plan", "--child", "b", *more)["peak"] for more in (["plain"], []))
-        print(f"{CASES['b'].name}: {kept / 1e9:.2f} GB with glibc's own threshold, {given / 1e9:.2f} GB with ours ({given / kept:.2f})")
+        plain, ours = (child("benchmarks.plan", "--child", "b", *more)["peak"] for more in (["plain"], []))
+        print(f"{CASES['b'].name}: {plain / 1e9:.2f} GB with glibc's own threshold, {ours / 1e9:.2f} GB with ours ({ours / plain:.2f})")
         case = CASES["7b"]
         adapter, train = AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout), TrainOptions(gradient_checkpointing=True)
-        told = budget.training(budget.shape_of(SIZES[case.size].config()), "nf4", "cuda", adapter, train, budget.Work(1, 3120, 20, 5))
-        print(f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU: {told.total / 1e9:.1f} GB. A forecast: there is no GPU here.")
+        total = budget.training(budget.shape_of(SIZES[case.size].config()), "nf4", "cuda", adapter, train, budget.Work(1, 3120, 20, 5)).total
+        print(f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU: {total / 1e9:.1f} GB. A forecast: there is no GPU here.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Classified images a second over HTTP: a stored 8-shot set, against the same server and `transformers serve` given the whole conversation.
+"""Classified images per second over HTTP: requests with a stored 8-shot set, against requests with the whole conversation.
 
-python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens, 32 clients; each server alone
-python -m benchmarks.serve pocket     # the shipped base, 16 photos of 9 tokens, for information
+    python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens, 32 clients
+    python -m benchmarks.serve pocket     # the shipped base, 16 photos of 9 tokens, for information
 
-Whole conversations are asked once by every client, the stored set EACH times, for it would be over before it began. The memory is the
-server's own resident set, first after the warm-up and then at the end.
+Whole conversations are sent to the same server and to `transformers serve`; the servers run one after the other. Every client sends one
+whole conversation, or EACH queries on the stored set, which are much faster. Memory is the resident set of the server after the
+warm-up and at the end.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ SHOWN = [(photo(n), LABELS[n % 2]) for n in range(2 * SHOTS)]
 
 
 def conversation(query: str) -> list[dict[str, Any]]:
-    """The set as it is shown here, and the question."""
-    told: list[dict[str, Any]] = []
+    """The support set and the query as messages of a chat request."""
+    messages: list[dict[str, Any]] = []
     for turn in support_turns([(Picture(Path(str(n))), label) for n, (_, label) in enumerate(SHOWN)], WORDING):
         image = [{"type": "image_url", "image_url": {"url": SHOWN[int(str(turn.picture.path))][0]}}] if turn.picture else []
-        told.append({"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}]})
-    return [*told, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": query}}, {"type": "text", "text": WORDING.query}]}]
+        messages.append({"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}]})
+    return [*messages, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": query}}, {"type": "text", "text": WORDING.query}]}]
 
 
 @contextmanager
-def running(command: list[str], ready: str) -> Iterator[tuple[httpx2.Client, psutil.Process]]:
-    """A server in a process of its own, on a free port."""
+def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, psutil.Process]]:
+    """Start a server on a free port. Yields a client and the process as soon as ``ready_path`` answers 200."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,7 +77,7 @@ def running(command: list[str], ready: str) -> Iterator[tuple[httpx2.Client, psu
             client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=1200, limits=httpx2.Limits(max_connections=CLIENTS))
             for _ in range(1200):
                 try:
-                    if client.get(ready).status_code == 200:
+                    if client.get(ready_path).status_code == 200:
                         break
                 except httpx2.TransportError:
                     pass
@@ -89,71 +90,77 @@ def running(command: list[str], ready: str) -> Iterator[tuple[httpx2.Client, psu
             process.wait(60)
 
 
-def asked(ask: Callable[[str], object], each: int) -> dict[str, float]:
-    """Every client asks ``each`` times, one after the other."""
+def measure(ask: Callable[[str], object], each: int) -> dict[str, float]:
+    """Every client sends ``each`` queries, one after the other. Returns queries per second, and seconds per query (median, 99th percentile)."""
 
-    def one(number: int) -> list[float]:
-        took = []
+    def client(number: int) -> list[float]:
+        seconds = []
         for turn in range(each):
             began = time.perf_counter()
             ask(photo(1000 + number * each + turn))
-            took.append(time.perf_counter() - began)
-        return took
+            seconds.append(time.perf_counter() - began)
+        return seconds
 
     began = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
-        times = [t for took in pool.map(one, range(CLIENTS)) for t in took]
-    seconds = time.perf_counter() - began
-    cuts = quantiles(times, n=100)
-    return {"rate": len(times) / seconds, "p50": cuts[49], "p99": cuts[98]}
+        times = [seconds for of_client in pool.map(client, range(CLIENTS)) for seconds in of_client]
+    total = time.perf_counter() - began
+    percentiles = quantiles(times, n=100)
+    return {"rate": len(times) / total, "p50": percentiles[49], "p99": percentiles[98]}
 
 
 def ours(base: str) -> tuple[dict[str, float], dict[str, float], float]:
+    """This project's server: figures with a stored set, with whole conversations, and memory at the end / after the warm-up."""
     command = [str(BIN / "lcl-adapter"), "serve", base, "--precision", "fp32", "--timeout", "1200", "--store", "store"]
     with running(command, "/ready") as (client, process):
         client.put("/v1/support-sets/set", json={"examples": [{"label": label, "image": image} for image, label in SHOWN]}).raise_for_status()
 
         def stored(query: str) -> None:
-            found = client.post("/v1/classify", json={"support_set": "set", "images": [query]}).raise_for_status().json()
-            assert found["results"][0]["error"] is None
+            reply = client.post("/v1/classify", json={"support_set": "set", "images": [query]}).raise_for_status().json()
+            assert reply["results"][0]["error"] is None
 
-        stored(photo(999))  # the calibration, and the first reading of the set
-        asked(stored, 1)
+        stored(photo(999))  # calibrates and prefills the set
+        measure(stored, 1)
         before = process.memory_info().rss
-        kept = asked(stored, EACH)
+        stored_figures = measure(stored, EACH)
         grown = process.memory_info().rss / before
 
         def whole(query: str) -> None:
             body = {"model": "base", "messages": conversation(query), "max_tokens": NEW_TOKENS}
             client.post("/v1/chat/completions", json=body).raise_for_status()
 
-        return kept, asked(whole, 1), grown
+        return stored_figures, measure(whole, 1), grown
 
 
 def theirs(base: str) -> dict[str, float]:
+    """`transformers serve`: figures with whole conversations."""
     command = [str(BIN / "transformers"), "serve", base, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
     with running(command, "/health") as (client, _):
 
         def whole(query: str) -> None:
             body = {"model": base, "messages": conversation(query), "max_tokens": NEW_TOKENS, "temperature": 0.0}
-            found = client.post("/v1/chat/completions", json=body).raise_for_status().json()
-            assert found["choices"][0]["message"]["role"] == "assistant"
+            reply = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+            assert reply["choices"][0]["message"]["role"] == "assistant"
 
         whole(photo(999))
-        return asked(whole, 1)
+        return measure(whole, 1)
 
 
 def main(name: str | None = None) -> None:
     base = str(BASE if name == "pocket" else random_model().absolute())
-    kept, alone, grown = ours(base)
+    stored, whole, grown = ours(base)
     peer = theirs(base)
     rows = [
-        (name, f"{found['rate']:.2f}", f"{found['p50']:.2f} s", f"{found['p99']:.2f} s")
-        for name, found in (("stored set", kept), ("the same server, whole conversation", alone), ("transformers serve, whole conversation", peer))
+        (title, f"{figures['rate']:.2f}", f"{figures['p50']:.2f} s", f"{figures['p99']:.2f} s")
+        for title, figures in (
+            ("stored set", stored),
+            ("the same server, whole conversation", whole),
+            ("transformers serve, whole conversation", peer),
+        )
     ]
     ratios = {
-        "stored set / transformers serve": kept["rate"] / peer["rate"],
-        "stored set / the same server without": kept["rate"] / alone["rate"],
+        "stored set / transformers serve": stored["rate"] / peer["rate"],
+        "stored set / the same server without": stored["rate"] / whole["rate"],
         "resident memory at the end / after the warm-up": grown,
     }
     finish("serve" if name is None else f"serve-{name}", ("32 clients", "images a second", "p50", "p99"), rows, ratios)

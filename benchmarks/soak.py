@@ -1,10 +1,11 @@
-"""Five minutes of 32 clients with everything that goes wrong mixed in: what was answered wrongly, and whether memory comes back.
+"""Five minutes of 32 clients with faults mixed in: how many answers are wrong, and whether memory grows.
 
-python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
-python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed in the middle of it, so many times, on one store
+    python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
+    python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed 20 times under load, always with the same store
 
-Each client draws what it does: most classify photos of a known set (compared with the offline engine), the others send a broken image, one
-that is too large, a wrong key, an unknown set, no JSON, write a set, chat, or go away before the answer.
+Each client draws its next request at random. Most classify photos of a known set, and the results are compared with the offline engine. The
+others send a broken image, a body that is too large, a wrong key, an unknown set or broken JSON, write a set, chat, or disconnect before
+the answer.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from lcl_adapter.recipe import load
 SECONDS = 300.0
 SETS, QUERIES, SHOTS = 12, 4, 4
 KEYS = {"a": "a-key-of-the-soak-0123", "b": "b-key-of-the-soak-4567"}
-ROOM = 6  # MB for prefilled sets: about a third of them, so that sets come and go
-CLOSE = 1e-3  # of a probability: a batch adds up in another order
-EXPECTED = {  # 0: no answer, for the client went away, or the server would not read on
+CACHE_MB = 6  # for prefilled sets: about a third of them fit, so that sets are evicted and prefilled again
+CLOSE = 1e-3  # allowed difference of a probability: in a batch, sums are computed in another order
+EXPECTED = {  # HTTP statuses; 0 is no answer, because the client disconnected or the server stopped reading
     "classify": {200, 429}, "broken": {200, 429}, "large": {0, 413}, "key": {401}, "unknown": {404}, "json": {400}, "put": {200, 429},
     "chat": {200, 429}, "cancel": {0, 200, 429},
 }  # fmt: skip
@@ -50,6 +51,8 @@ def url(data: bytes) -> str:
 
 
 class Soak:
+    """The support sets and their expected answers, the clients, and what they counted."""
+
     def __init__(self, run: Path) -> None:
         torch.set_num_threads(THREADS)
         base, _ = load_adapter(run, BaseRef(device="cpu"))
@@ -58,15 +61,15 @@ class Soak:
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
         self.sets: list[dict[str, Any]] = []
         for _ in range(SETS):
-            kinds = [pool.classes[i] for i in rng.choice(len(pool.classes), 2, replace=False)]
-            shown = [(picture, kind.name) for kind in kinds for picture in kind.pictures[:SHOTS]]
-            queries = [picture for kind in kinds for picture in kind.pictures[SHOTS : SHOTS + QUERIES // 2]]
-            answers = tuple(self.wording.answered(kind.name) for kind in kinds)
+            classes = [pool.classes[i] for i in rng.choice(len(pool.classes), 2, replace=False)]
+            shown = [(picture, c.name) for c in classes for picture in c.pictures[:SHOTS]]
+            queries = [picture for c in classes for picture in c.pictures[SHOTS : SHOTS + QUERIES // 2]]
+            answers = tuple(self.wording.answered(c.name) for c in classes)
             ready = predictor.prefill([support_turns(shown, self.wording)])
             replies = predictor.ask(ready, [Question(0, Turn("user", self.wording.query, q), answers) for q in queries], generate=False)
             examples = [{"label": label, "image": url(read_bytes(picture))} for picture, label in shown]
-            likely = [reply.log_likelihoods for reply in replies]
-            self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "likely": likely})
+            likelihoods = [reply.log_likelihoods for reply in replies]
+            self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "log_likelihoods": likelihoods})
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.wrong: list[str] = []
         self.compared = 0
@@ -74,100 +77,104 @@ class Soak:
         self.lock = threading.Lock()
 
     def client(self, number: int, address: str, until: float) -> None:
+        """Send random requests until ``until``, a time of ``time.monotonic``."""
         rng = np.random.default_rng(number)
-        with httpx2.Client(base_url=address, timeout=60) as own:
+        with httpx2.Client(base_url=address, timeout=60) as http:
             while time.monotonic() < until:
                 what = str(rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
                 name = "ab"[int(rng.integers(2))]
                 headers = {"Authorization": f"Bearer {KEYS[name]}"}
                 try:
-                    status = self.act(what, own, headers, name, rng)
+                    status = self.act(what, http, headers, name, rng)
                 except httpx2.TransportError:
                     status = 0
                 with self.lock:
                     self.statuses[what, status] += 1
 
-    def act(self, what: str, own: httpx2.Client, headers: dict[str, str], name: str, rng: np.random.Generator) -> int:
+    def act(self, what: str, http: httpx2.Client, headers: dict[str, str], name: str, rng: np.random.Generator) -> int:
+        """Send one request of the kind ``what`` as the user ``name``. Returns the HTTP status."""
         number = int(rng.integers(SETS))
-        one = self.sets[number]
-        body: dict[str, Any] = {"support_set": f"set-{number}", "images": [one["queries"][i] for i in rng.integers(QUERIES, size=2)]}
+        support_set = self.sets[number]
+        body: dict[str, Any] = {"support_set": f"set-{number}", "images": [support_set["queries"][i] for i in rng.integers(QUERIES, size=2)]}
         match what:
             case "classify" | "broken":
                 chosen = [int(i) for i in rng.integers(QUERIES, size=int(rng.integers(1, 5)))]
-                images = [one["queries"][i] for i in chosen] + ([url(b"RIFF broken")] if what == "broken" else [])
-                found = own.post("/v1/classify", json={**body, "images": images}, headers=headers)
-                if found.status_code == 200:
-                    self.compare(found.json(), one, chosen, what == "broken")
-                return found.status_code
+                images = [support_set["queries"][i] for i in chosen] + ([url(b"RIFF broken")] if what == "broken" else [])
+                response = http.post("/v1/classify", json={**body, "images": images}, headers=headers)
+                if response.status_code == 200:
+                    self.compare(response.json(), support_set, chosen, what == "broken")
+                return response.status_code
             case "large":
-                return own.post("/v1/classify", content=b"{" + b" " * (65 * 2**20), headers=headers).status_code
+                return http.post("/v1/classify", content=b"{" + b" " * (65 * 2**20), headers=headers).status_code
             case "key":
-                return own.post("/v1/classify", json=body, headers={"Authorization": "Bearer nobody-has-this-key"}).status_code
+                return http.post("/v1/classify", json=body, headers={"Authorization": "Bearer nobody-has-this-key"}).status_code
             case "unknown":
-                return own.post("/v1/classify", json={**body, "support_set": "none"}, headers=headers).status_code
+                return http.post("/v1/classify", json={**body, "support_set": "none"}, headers=headers).status_code
             case "json":
-                return own.post("/v1/classify", content=b'{"support_set": ', headers={**headers, "content-type": "application/json"}).status_code
+                return http.post("/v1/classify", content=b'{"support_set": ', headers={**headers, "content-type": "application/json"}).status_code
             case "put":
-                place = f"own-{int(rng.integers(20))}"
-                found = own.put(f"/v1/support-sets/{place}", json={"examples": one["examples"]}, headers=headers)
-                if found.status_code == 200:
+                set_name = f"own-{int(rng.integers(20))}"
+                response = http.put(f"/v1/support-sets/{set_name}", json={"examples": support_set["examples"]}, headers=headers)
+                if response.status_code == 200:
                     with self.lock:
-                        key = f"{name}/{place}"
-                        self.stored[key] = max(self.stored.get(key, 0), found.json()["version"])
-                return found.status_code
+                        key = f"{name}/{set_name}"
+                        self.stored[key] = max(self.stored.get(key, 0), response.json()["version"])
+                return response.status_code
             case "chat":
-                content = [{"type": "image_url", "image_url": {"url": one["queries"][0]}}, {"type": "text", "text": self.wording.query}]
+                content = [{"type": "image_url", "image_url": {"url": support_set["queries"][0]}}, {"type": "text", "text": self.wording.query}]
                 chat = {"model": "lcl", "messages": [{"role": "user", "content": content}], "support_set": f"set-{number}", "max_tokens": 8}
-                return own.post("/v1/chat/completions", json={**chat, "stream": bool(rng.integers(2))}, headers=headers).status_code
+                return http.post("/v1/chat/completions", json={**chat, "stream": bool(rng.integers(2))}, headers=headers).status_code
             case _:
-                return own.post("/v1/classify", json=body, headers=headers, timeout=float(rng.uniform(0.01, 0.3))).status_code
+                return http.post("/v1/classify", json=body, headers=headers, timeout=float(rng.uniform(0.01, 0.3))).status_code
 
-    def compare(self, found: dict[str, Any], one: dict[str, Any], chosen: list[int], broken: bool) -> None:
-        results = found["results"]
+    def compare(self, reply: dict[str, Any], support_set: dict[str, Any], chosen: list[int], broken: bool) -> None:
+        """Compare served probabilities with the offline engine's. ``chosen``: the queries' numbers; ``broken``: a broken image follows them."""
+        results = reply["results"]
         if broken and results.pop()["error"] is None:
             self.wrong.append("a broken image was judged")
-        for place, result in zip(chosen, results, strict=True):
-            scaled = np.array(one["likely"][place]) / found["calibration"]["temperature"]
-            wanted = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
-            gap = float(np.abs(wanted - np.array(list(result["probabilities"].values()))).max())
+        for query, result in zip(chosen, results, strict=True):
+            scaled = np.array(support_set["log_likelihoods"][query]) / reply["calibration"]["temperature"]
+            expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+            gap = float(np.abs(expected - np.array(list(result["probabilities"].values()))).max())
             with self.lock:
                 self.compared += 1
                 if gap > CLOSE:
                     self.wrong.append(f"a probability differs by {gap:.3g}")
 
 
-def checked(store: Path, stored: dict[str, int]) -> tuple[bool, list[str]]:
-    """Whether SQLite finds its file sound, and which acknowledged sets it has not, or only older ones of."""
-    with closing(sqlite3.connect(store / "support.sqlite")) as opened:
-        sound = opened.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        there = {f"{n}/{name}": v for n, name, v in opened.execute("SELECT namespace, name, version FROM heads")}
-    return sound, [key for key, version in stored.items() if there.get(key, 0) < version]
+def check_store(store: Path, acknowledged: dict[str, int]) -> tuple[bool, list[str]]:
+    """Whether SQLite's file is intact, and the acknowledged sets that are missing or older in it. acknowledged: set -> version."""
+    with closing(sqlite3.connect(store / "support.sqlite")) as connection:
+        intact = connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        versions = {f"{n}/{name}": v for n, name, v in connection.execute("SELECT namespace, name, version FROM heads")}
+    return intact, [key for key, version in acknowledged.items() if versions.get(key, 0) < version]
 
 
 def command_of(soak: Soak, run: Path) -> tuple[list[str], Path]:
-    """The server's command, on a store of its own."""
-    place = Path("build/soak").absolute()
-    place.mkdir(parents=True, exist_ok=True)
-    keys, store = place / "keys.txt", place / f"store-{time.time():.0f}"
+    """The server's command, and the new store that it uses."""
+    folder = Path("build/soak").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    keys, store = folder / "keys.txt", folder / f"store-{time.time():.0f}"
     keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
     command = [str(BIN / "lcl-adapter"), "serve", "pocket", "--adapter", f"lcl={run.absolute()}", "--api-key-file", str(keys), "--store", str(store)]
-    return [*command, "--memory", f"{soak.weights / 1e6 + ROOM:.0f}MB"], store
+    return [*command, "--memory", f"{soak.weights / 1e6 + CACHE_MB:.0f}MB"], store
 
 
 def fill(soak: Soak, client: httpx2.Client) -> None:
+    """Store every support set for every user."""
     for name, key in KEYS.items():
-        for number, one in enumerate(soak.sets):
-            body = {"examples": one["examples"]}
+        for number, support_set in enumerate(soak.sets):
+            body = {"examples": support_set["examples"]}
             client.put(f"/v1/support-sets/set-{number}", json=body, headers={"Authorization": f"Bearer {key}"}).raise_for_status()
             soak.stored[f"{name}/set-{number}"] = 1
 
 
 def killed(run: Path, times: int) -> None:
-    """32 clients, and SIGKILL in the middle; the next server on the same store has everything that was acknowledged."""
+    """Kill the server with SIGKILL while 32 clients use it. The next server on the same store must have every acknowledged set."""
     soak, rng = Soak(run), np.random.default_rng(7)
-    WEIGHTS["put"], WEIGHTS["classify"] = 0.34, 0.3  # mostly writing: that is what a kill may spoil
+    WEIGHTS["put"], WEIGHTS["classify"] = 0.34, 0.3  # more writes, because a kill can damage those
     command, store = command_of(soak, run)
-    unsound, gone, starts = 0, 0, []
+    damaged, missing, starts = 0, 0, []
     for turn in range(times):
         began = time.monotonic()
         with running(command, "/ready") as (client, process):
@@ -184,17 +191,17 @@ def killed(run: Path, times: int) -> None:
             process.kill()
             for thread in threads:
                 thread.join()
-        sound, lost = checked(store, soak.stored)
-        unsound, gone = unsound + (not sound), gone + len(lost)
-    odd = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status and status not in EXPECTED[what]}
+        intact, lost = check_store(store, soak.stored)
+        damaged, missing = damaged + (not intact), missing + len(lost)
+    unexpected = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status and status not in EXPECTED[what]}
     answered = Counter(what for (what, status), n in soak.statuses.items() for _ in range(n) if status)
     rows = [("kills", str(times)), ("answers", ", ".join(f"{n} x {what}" for what, n in sorted(answered.items())))]
     rows += [("cut off or refused a connection", str(sum(n for (_, status), n in soak.statuses.items() if not status)))]
     rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
-    rows += [("answers of another kind than expected", str(odd or "none")), ("acknowledged sets", f"{len(soak.stored)}, {gone} lost")]
-    rows += [("SQLite's integrity check after each", "ok" if not unsound else f"BROKEN {unsound} times")]
+    rows += [("answers of another kind than expected", str(unexpected or "none")), ("acknowledged sets", f"{len(soak.stored)}, {missing} lost")]
+    rows += [("SQLite's integrity check after each", "ok" if not damaged else f"BROKEN {damaged} times")]
     finish("soak-kills", ("what", "seen"), rows, {"slowest start / fastest": max(starts) / min(starts)})
-    sys.exit(1 if soak.wrong or odd or gone or unsound or not soak.compared else 0)
+    sys.exit(1 if soak.wrong or unexpected or missing or damaged or not soak.compared else 0)
 
 
 def main(run: Path, seconds: float) -> None:
@@ -214,16 +221,16 @@ def main(run: Path, seconds: float) -> None:
             thread.join()
         time.sleep(2)
         after = process.memory_info().rss
-    sound, lost = checked(store, soak.stored)
-    odd = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
+    intact, lost = check_store(store, soak.stored)
+    unexpected = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
     rows = [(what, ", ".join(f"{n} x {s or 'went away'}" for (w, s), n in sorted(soak.statuses.items()) if w == what)) for what in WEIGHTS]
     rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
-    rows += [("answers of another kind than expected", str(odd or "none")), ("acknowledged sets", f"{len(soak.stored)}, {len(lost)} lost")]
-    rows += [("SQLite's integrity check", "ok" if sound else "BROKEN")]
+    rows += [("answers of another kind than expected", str(unexpected or "none")), ("acknowledged sets", f"{len(soak.stored)}, {len(lost)} lost")]
+    rows += [("SQLite's integrity check", "ok" if intact else "BROKEN")]
     early, late = float(np.median(levels[3:8])), float(np.median(levels[-5:]))
     rows += [("resident memory, start / middle / end / after", " / ".join(f"{v / 1e6:.0f} MB" for v in (levels[0], early, late, after)))]
     finish("soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early})
-    sys.exit(1 if soak.wrong or odd or lost or not sound or not soak.compared else 0)
+    sys.exit(1 if soak.wrong or unexpected or lost or not intact or not soak.compared else 0)
 
 
 if __name__ == "__main__":

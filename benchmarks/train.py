@@ -1,12 +1,12 @@
-"""This project's trainer against stock SFTTrainer with the stock collator, on the same episodes; each side in a process of its own.
+"""This project's trainer against the stock SFTTrainer with the stock collator, on the same episodes, each in a process of its own.
 
     python -m benchmarks.train             # both models
-    python -m benchmarks.train pocket      # one of them
+    python -m benchmarks.train pocket      # only this model
 
-An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the whole support set before it, images
-through the tower every time. Ours: the 4 queries share one support set, frozen features are kept, only supervised
-positions reach the head. Both: LoRA r 16, fp32, no gradient checkpointing, the same learned tokens a step. Time is that of the steps
-after the first; memory is the peak of the whole process, and the part of it above the loaded model.
+An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the whole support set before it, and all images run through
+the tower every time. Ours: the 4 queries share one support set, the frozen tower's features are cached, and only supervised positions
+reach the head. Both: LoRA of rank 16, fp32, no gradient checkpointing, the same learned tokens per step. Time is measured over the
+steps after the first. Memory is the peak of the whole process, and the part of it above the loaded model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.trainer import LclTrainer
 
 QUERIES = 4
-SIZES = {"random-150m": (1, 5), "pocket": (24, 15)}  # episodes a step (the pocket recipe's own), steps
+SIZES = {"random-150m": (1, 5), "pocket": (24, 15)}  # (episodes per step, steps); the pocket recipe too has 24
 
 
 class Clock(TrainerCallback):
@@ -58,7 +58,7 @@ def recipe(base: str, episodes: int, steps: int, output: str) -> Recipe:
 
 
 def peak() -> int:
-    """Most resident memory so far, in bytes."""
+    """Largest resident memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -72,16 +72,16 @@ def measured(trainer: Any, loaded: int, queries: int) -> dict[str, float]:
 def ours(name: str) -> dict[str, float]:
     episodes, steps = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        made = recipe(base_of(name), episodes, steps, folder)
-        base = attach(load_base(made.base), made.adapter)
+        settings = recipe(base_of(name), episodes, steps, folder)
+        base = attach(load_base(settings.base), settings.adapter)
         loaded = peak()
-        collator = Collator(Mixture(made), base.encoder())
-        trainer = LclTrainer(base, made, collator, VisionFeatures(base), episodes * steps)
+        collator = Collator(Mixture(settings), base.encoder())
+        trainer = LclTrainer(base, settings, collator, VisionFeatures(base), episodes * steps)
         return measured(trainer, loaded, episodes * QUERIES * (steps - 1))
 
 
 def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
-    """Prompt, completion and images, as TRL's documentation has them for vision models."""
+    """Prompt, completion and images, in the format that TRL's documentation gives for vision models."""
     turns = [*conversation.shared, *conversation.branches[branch]]
     messages = [{"role": t.role, "content": ([{"type": "image"}] if t.picture else []) + [{"type": "text", "text": t.text}]} for t in turns]
     images = [read_image(t.picture) for t in turns if t.picture is not None]
@@ -96,20 +96,20 @@ def stock(name: str) -> dict[str, float]:
 
     episodes, steps = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        made = recipe(base_of(name), episodes, steps, folder)
-        base = attach(load_base(made.base), made.adapter)
+        settings = recipe(base_of(name), episodes, steps, folder)
+        base = attach(load_base(settings.base), settings.adapter)
         loaded = peak()
-        mixture = Mixture(made)
+        mixture = Mixture(settings)
 
         def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-            found = [stock_row(to_conversation(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
-            return {key: [row[key] for row in found] for key in found[0]}
+            stock_rows = [stock_row(to_conversation(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
+            return {key: [row[key] for row in stock_rows] for key in stock_rows[0]}
 
         config = SFTConfig(
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=episodes * QUERIES,
-            learning_rate=made.train.learning_rate,
+            learning_rate=settings.train.learning_rate,
             max_length=None,
             gradient_checkpointing=False,
             remove_unused_columns=False,
@@ -144,10 +144,10 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    asked = sys.argv[1:]
-    if asked and ":" in asked[0]:
-        one_side, one_name = asked[0].split(":")
-        print(json.dumps({"ours": ours, "stock": stock}[one_side](one_name)))
+    arguments = sys.argv[1:]
+    if arguments and ":" in arguments[0]:
+        side, model_name = arguments[0].split(":")  # a child process: one side on one model
+        print(json.dumps({"ours": ours, "stock": stock}[side](model_name)))
     else:
         Path("build").mkdir(exist_ok=True)
-        main(asked or list(SIZES))
+        main(arguments or list(SIZES))
