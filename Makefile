@@ -1,7 +1,7 @@
-# make quickstart   set-up, then the main job: train on the shipped base, measure base against adapter
+# make quickstart   set-up, then the main task: train an adapter on the shipped base, and evaluate both
 # make test         set-up, then the whole suite
 # make check        lint, format, types
-# make interop      upstream LLaVA in an environment of its own: both directions, all families
+# make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
 # make bench        the side-by-side measurements under benchmarks/
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ quickstart: $(READY)
 	rm -rf runs/quickstart
 	$(BIN)/lcl-adapter train recipes/pocket.yaml output=runs/quickstart
 
-# Two processes of one thread each: most tests are too small for two threads.
+# Two processes with one thread each, because most tests are too small to use two threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,7 +1,7 @@
-"""Upstream's side, run in its own environment: jobs from a file, answers into another. Imports nothing of this project.
+"""Upstream's side, run in its own environment. It reads jobs from a file and writes their answers to another.
 
-A job is {"do": "logits" | "pixels" | "prompts" | "train" | "ask", ...}; see ``check.py``, which writes them.
-`load_pretrained_model` hard-codes fp16; comparing in fp32, its module is given a `torch` whose `float16` is `float32`.
+A job is {"do": "logits" | "pixels" | "prompts" | "train" | "ask", ...}; ``check.py`` writes them. Nothing of this project is imported.
+`load_pretrained_model` hard-codes fp16. To compare in fp32, its module gets a `torch` whose `float16` is `float32`.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ from llava.mm_utils import expand2square, process_images, tokenizer_image_token
 from PIL import Image
 
 
-class WholeTorch(types.ModuleType):
-    """torch with another float16."""
+class Fp32Torch(types.ModuleType):
+    """torch, except that ``float16`` is ``float32``."""
 
     float16 = torch.float32
 
@@ -27,7 +27,7 @@ class WholeTorch(types.ModuleType):
 
 
 def load(job):
-    builder.torch = torch if job.get("half") else WholeTorch("torch")
+    builder.torch = torch if job.get("half") else Fp32Torch("torch")
     tokenizer, model, processor, _ = builder.load_pretrained_model(
         job["model"], job.get("base"), Path(job["model"]).name, device_map=None, device="cpu"
     )
@@ -39,44 +39,45 @@ def images_of(job, processor, config):
     if job["pixels"] == "upstream":
         return process_images(images, processor, config)
     colour = (255, 255, 255) if job["pixels"] == "white" else tuple(int(255 * m) for m in processor.image_mean)
-    made = [processor.preprocess(expand2square(i, colour), return_tensors="pt")["pixel_values"][0] for i in images]
-    return [m[None] for m in made] if job["pixels"] == "base tile" else torch.stack(made)
+    pixels = [processor.preprocess(expand2square(i, colour), return_tensors="pt")["pixel_values"][0] for i in images]
+    return [p[None] for p in pixels] if job["pixels"] == "base tile" else torch.stack(pixels)
 
 
 @torch.no_grad()
 def logits(job):
+    """Logits of the first new token after each prompt."""
     tokenizer, model, processor = load(job)
-    found = []
+    rows = []
     for prompt in job["prompts"]:
         ids = tokenizer_image_token(prompt["text"], tokenizer, return_tensors="pt")[None]
         images = images_of({**job, **prompt}, processor, model.config)
         images = [i.to(model.dtype) for i in images] if isinstance(images, list) else images.to(model.dtype)
         sizes = [Image.open(p).size for p in prompt["images"]]
         out = model(input_ids=ids, images=images, image_sizes=sizes)
-        found.append(out.logits[0, -1].float().tolist())
-    return found
+        rows.append(out.logits[0, -1].float().tolist())
+    return rows
 
 
 def pixels(job):
     _, model, processor = load(job)
-    made = images_of(job, processor, model.config)
-    return [i.float().tolist() for i in made]
+    images = images_of(job, processor, model.config)
+    return [i.float().tolist() for i in images]
 
 
 def prompts(job):
-    """Upstream's own text for turns, by the name of its conversation."""
-    found = []
+    """Upstream's own text for turns. ``conversation`` is the name of its conversation style."""
+    texts = []
     for turns in job["turns"]:
         conversation = conv_templates[job["conversation"]].copy()
         conversation.messages = []
         for role, text in turns:
             conversation.append_message(conversation.roles[role == "assistant"], text)
-        found.append(conversation.get_prompt())
-    return found
+        texts.append(conversation.get_prompt())
+    return texts
 
 
 def train(job):
-    """A random adapter, written as upstream's train.py writes one: LoRA by suffixes, the projector in full."""
+    """Write a random adapter as upstream's train.py does: LoRA on modules chosen by suffix, and the projector in full."""
     from peft import LoraConfig, get_peft_model
 
     _, model, _ = load(job)
@@ -89,10 +90,10 @@ def train(job):
     state, other = {}, {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            inside = "vision_tower" not in name
-            parameter.data.normal_(0, 0.05 if inside else 0.02)
-            if not inside and "lora_B" in name:
-                parameter.data.zero_()  # nothing of the tower is trained
+            in_language_model = "vision_tower" not in name
+            parameter.data.normal_(0, 0.05 if in_language_model else 0.02)
+            if not in_language_model and "lora_B" in name:
+                parameter.data.zero_()  # upstream does not train the tower
             state[name.replace(".default", "")] = parameter.data.clone()
         elif "mm_projector" in name:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -109,21 +110,22 @@ def train(job):
 
 
 def ask(job):
-    builder.torch = WholeTorch("torch")
+    """The answers of the exported script ``ask_upstream.py``."""
+    builder.torch = Fp32Torch("torch")
     spec = importlib.util.spec_from_file_location("ask_upstream", Path(job["adapter"]) / "ask_upstream.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.load_pretrained_model = builder.load_pretrained_model
-    given = ["--base", job["base"], "--device", "cpu", "--new-tokens", str(job["new_tokens"]), job["support"], *job["queries"]]
-    return script.main(given)
+    arguments = ["--base", job["base"], "--device", "cpu", "--new-tokens", str(job["new_tokens"]), job["support"], *job["queries"]]
+    return script.main(arguments)
 
 
 def main():
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    done = []
+    answers = []
     for job in jobs:
-        done.append(globals()[job["do"]](job))
-        Path(sys.argv[2]).write_text(json.dumps(done))
+        answers.append(globals()[job["do"]](job))
+        Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

