@@ -6,12 +6,9 @@ order that ``blocks.py`` gives as their outputs.
 
 from __future__ import annotations
 
-import base64
 import lzma
 import shutil
-import tempfile
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +28,11 @@ from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import ConflictError, DataError, UserError
 from lcl_adapter.page import MAX_LABELS, html
+from lcl_adapter.page.photos import Gallery, bytes_of, labelled_bytes, new_folder, paths_of, picture_of, unpack, write_photos
 from lcl_adapter.page.texts import language_of, message
 from lcl_adapter.report.thumbs import data_url
 from lcl_adapter.serve import folders
 
-PHOTO_SECONDS = 3600  # that a set's photos stay on disk for the browser to fetch
 MAX_NEW_TOKENS = 256
 MAX_SESSIONS = 1000  # browser windows whose current turn of the chat is remembered
 EXAMPLE_CLASSES = ("key", "paperclip")  # held-out classes
@@ -43,7 +40,6 @@ EXAMPLE_SHOTS, EXAMPLE_QUERIES = 4, 2  # of each class
 EXAMPLE_UNKNOWN = "mushroom"  # one query is of this class, which is not in the set
 # name, version (0: not stored yet) and question of the set in the fields
 OpenedSet = tuple[str, int, str | None] | None
-Photos = Sequence[tuple[str, str | None]] | None  # a gallery's value: (file, caption)
 ChatMessage = Mapping[str, Any]  # role, text, files
 
 
@@ -115,7 +111,7 @@ class Handlers:
         text = message(language, "saved", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
         return [html.note(text), (stored.name, stored.version, stored.question), *self._set_pickers(request, stored.name)]
 
-    def _examples(self, language: str, labels: Sequence[str], galleries: Sequence[Photos]) -> list[api_types.LabelledImage]:
+    def _examples(self, language: str, labels: Sequence[str], galleries: Sequence[Gallery]) -> list[api_types.LabelledImage]:
         examples = []
         for number, (label, photos) in enumerate(zip(labels, galleries, strict=True), 1):
             label = " ".join((label or "").split())
@@ -123,7 +119,7 @@ class Handlers:
                 raise DataError(message(language, "label_missing", number=number))
             if label and not photos:
                 raise DataError(message(language, "photos_missing", label=label))
-            examples += [api_types.LabelledImage(label=label, image=image_of(_picture(path))) for path in _paths(photos)]
+            examples += [api_types.LabelledImage(label=label, image=image_of(picture_of(path))) for path in paths_of(photos)]
         if len({example.label for example in examples}) < 2:
             raise DataError(message(language, "no_labels"))
         return examples
@@ -135,7 +131,7 @@ class Handlers:
             return self._unchanged_groups(message(language, "no_set"))
         try:
             stored = self._api(request).read_set(name, images=True)
-            groups = self._write_photos(_labelled_bytes(stored))
+            groups = write_photos(self.scratch, labelled_bytes(stored))
         except UserError as error:
             return self._unchanged_groups(error)
         text = message(language, "opened", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
@@ -157,10 +153,10 @@ class Handlers:
         """Fill the groups and the queries with drawings of classes that the shipped base was not trained on."""
         pool = {held_out.name: held_out.pictures for held_out in read_pocket("held_out").classes}
         shown = [(name, picture) for name in EXAMPLE_CLASSES for picture in pool[name][:EXAMPLE_SHOTS]]
-        groups = self._write_photos([(name, read_bytes(picture)) for name, picture in shown])
+        groups = write_photos(self.scratch, [(name, read_bytes(picture)) for name, picture in shown])
         queries = [picture for name in EXAMPLE_CLASSES for picture in pool[name][EXAMPLE_SHOTS : EXAMPLE_SHOTS + EXAMPLE_QUERIES]]
         queries.append(pool[EXAMPLE_UNKNOWN][0])
-        paths = self._write_photos([("query", read_bytes(picture)) for picture in queries])["query"]
+        paths = write_photos(self.scratch, [("query", read_bytes(picture)) for picture in queries])["query"]
         gallery = [str(path) for path in paths]
         return [*self._filled_groups(message(language_of(request), "example"), None, "example", groups), gallery, gallery]
 
@@ -174,8 +170,8 @@ class Handlers:
             return [html.note(message(language, "no_set"), error=True), None]
         try:
             stored = self._api(request).read_set(name, images=True)
-            out = self._new_folder() / name
-            folders.write(out, stored.name, stored.version, stored.question, _labelled_bytes(stored))
+            out = new_folder(self.scratch) / name
+            folders.write(out, stored.name, stored.version, stored.question, labelled_bytes(stored))
             archive = shutil.make_archive(str(out), "zip", out)
         except (UserError, OSError) as error:
             return [self._error_note(language, error), None]
@@ -186,10 +182,10 @@ class Handlers:
         language = language_of(request)
         if not file:
             return self._unchanged_groups("")
-        folder = self._new_folder()
+        folder = new_folder(self.scratch)
         try:
-            content = folders.read(_unpack(Path(file), folder / "set"))
-            groups = self._write_photos(content.examples)
+            content = folders.read(unpack(Path(file), folder / "set"))
+            groups = write_photos(self.scratch, content.examples)
         except (UserError, OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
             return self._unchanged_groups(message(language, "bad_zip", why=str(error).replace(str(folder / "set"), "")))
         finally:
@@ -199,7 +195,7 @@ class Handlers:
 
     # Ask and compare
 
-    def ask(self, name: str | None, model: str | None, photos: Photos, question: str, reject: bool, request: gr.Request) -> str:
+    def ask(self, name: str | None, model: str | None, photos: Gallery, question: str, reject: bool, request: gr.Request) -> str:
         language = language_of(request)
         try:
             paths = self._query_paths(language, name, photos)
@@ -209,7 +205,7 @@ class Handlers:
         except (UserError, ValidationError) as error:
             return self._error_note(language, error)
 
-    def compare(self, name: str | None, base: str | None, adapter: str | None, photos: Photos, reject: bool, request: gr.Request) -> str:
+    def compare(self, name: str | None, base: str | None, adapter: str | None, photos: Gallery, reject: bool, request: gr.Request) -> str:
         language = language_of(request)
         try:
             paths = self._query_paths(language, name, photos)
@@ -221,18 +217,18 @@ class Handlers:
         except (UserError, ValidationError) as error:
             return self._error_note(language, error)
 
-    def _query_paths(self, language: str, name: str | None, photos: Photos) -> list[Path]:
+    def _query_paths(self, language: str, name: str | None, photos: Gallery) -> list[Path]:
         """Raises DataError without a set or without photos."""
         if not name:
             raise DataError(message(language, "no_set"))
         if not photos:
             raise DataError(message(language, "no_photos"))
-        return _paths(photos)
+        return paths_of(photos)
 
     def _classify(
         self, request: gr.Request, name: str, model: str | None, paths: Sequence[Path], question: str | None = None
     ) -> api_types.ClassifyOut:
-        return judge(self._api(request), name, [_picture(path) for path in paths], model, question)
+        return judge(self._api(request), name, [picture_of(path) for path in paths], model, question)
 
     # Chat
 
@@ -332,7 +328,7 @@ class Handlers:
         stored = self._clients[visitor].read_set(name, images=True)
         if stored.version != version:
             return ()
-        return tuple(data_url(Picture(Path(e.sha256), data=_bytes_of(e.image or ""))) for e in stored.examples)
+        return tuple(data_url(Picture(Path(e.sha256), data=bytes_of(e.image or ""))) for e in stored.examples)
 
     def _filled_groups(self, status: str, opened: OpenedSet, name: str, groups: Mapping[str, Sequence[Path]]) -> list[Any]:
         """The status line, the opened set, its name, and the fields of all groups.
@@ -361,71 +357,9 @@ class Handlers:
         """The error without the API's address, which the visitor did not enter."""
         return str(error).replace(f"{self.url}: ", "").replace(self.url, "")
 
-    def _new_folder(self) -> Path:
-        """A new folder for photos. Folders older than PHOTO_SECONDS are removed."""
-        for folder in self.scratch.iterdir():
-            if folder.stat().st_mtime < time.time() - PHOTO_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-        return Path(tempfile.mkdtemp(dir=self.scratch))
-
-    def _write_photos(self, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
-        """Photos as files by label, for the browser to fetch, byte for byte as stored.
-
-        Raises DataError for more labels than groups.
-        """
-        labels = len({label for label, _ in examples})
-        if labels > MAX_LABELS:
-            raise DataError(f"the set has {labels} labels; this page shows at most {MAX_LABELS}. Use `lcl-adapter support` for it.")
-        folder = self._new_folder()
-        groups: dict[str, list[Path]] = {}
-        for number, (label, data) in enumerate(examples):
-            suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
-            path = folder / f"{number:03d}.{suffix}"
-            path.write_bytes(data)
-            groups.setdefault(label, []).append(path)
-        return groups
-
-
-def _unpack(file: Path, out: Path) -> Path:
-    """Unpack a zip file; return the set's folder in it. Raises DataError for more bytes or files than a set can have.
-
-    ``zipfile`` writes nothing outside ``out``: it strips paths that lead outside, and links become plain files.
-    """
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
-            raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
-        archive.extractall(out)
-    inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
-    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
-
 
 def _visitor(request: gr.Request) -> str:
     return request.username or ""
-
-
-def _picture(path: str | Path) -> Picture:
-    """A picture under the file's name alone, without this machine's folders.
-
-    Raises DataError if the uploaded file was deleted.
-    """
-    path = Path(path)
-    try:
-        return Picture(Path(path.name), data=path.read_bytes() or b"\0")
-    except OSError as error:
-        raise DataError(f"{path.name}: the file was deleted in the meantime; add the photo again.") from error
-
-
-def _paths(photos: Photos) -> list[Path]:
-    return [Path(photo[0]) for photo in photos or ()]
-
-
-def _bytes_of(url: str) -> bytes:
-    return base64.b64decode(url.partition(",")[2])
-
-
-def _labelled_bytes(stored: api_types.SupportSetWithExamples) -> list[tuple[str, bytes]]:
-    return [(example.label, _bytes_of(example.image or "")) for example in stored.examples]
 
 
 def _label_counts(labels: Mapping[str, int]) -> str:
@@ -434,7 +368,7 @@ def _label_counts(labels: Mapping[str, int]) -> str:
 
 def _api_message(sent: ChatMessage) -> dict[str, Any]:
     """A message in OpenAI's format."""
-    images = [{"type": "image_url", "image_url": {"url": image_of(_picture(file))}} for file in sent["files"]]
+    images = [{"type": "image_url", "image_url": {"url": image_of(picture_of(file))}} for file in sent["files"]]
     return {"role": sent["role"], "content": [*images, {"type": "text", "text": sent["text"]}] if images else sent["text"]}
 
 

@@ -7,6 +7,7 @@ keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
 jobs          the entries of the engine's queue
 engine        one model, one thread, one queue
+adapters      checks of an adapter before it is served
 cache         prefilled support sets in memory
 decoding      sampling of tokens, and tokens to text
 calibrate     temperature of the probabilities, threshold of "none of these"

@@ -9,7 +9,6 @@ Shapes: N pictures, C width of a vector, S pictures of a support set, V tokens o
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -27,19 +26,17 @@ from torch.nn import functional
 
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.predict import Predictor, Question, Reply
-from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import mean_patches
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
+from lcl_adapter.serve.adapters import check_effect, identity_of, matching_manifest
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache, size_of
 from lcl_adapter.serve.decoding import TokenSampler
-from lcl_adapter.serve.images import digest_of
 from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
 
 VISION_CACHE_BYTES = 64 * 2**20  # vision features that are cached between requests
@@ -78,7 +75,7 @@ class Model:
 class Engine:
     """The model, its thread and its queue.
 
-    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in one batch. name: of the base, for clients.
+    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in one batch. name: the base's, for clients.
     """
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
@@ -363,20 +360,14 @@ class Engine:
         return Predictor(base, vision, batch_size=1, pack=self._pack)
 
     def load_adapter(self, name: str, folder: Path) -> Model:
-        """Load an adapter under a name of its own, on the engine's thread. If this fails, the other models are unchanged.
+        """Load an adapter under a name of its own, on the engine's thread. If it fails, other models stay as they were.
 
         Raises AdapterError if the name is in use, or the adapter is for another base or prompt, is broken, or changes
         no answer.
         """
         if name in self.models:
             raise AdapterError(f"a model {name!r} exists already. Unload it first, or give another name.")
-        manifest = read_manifest(folder)
-        checkpoint_of(folder, manifest, self.base.checkpoint.ref)
-        if (self.base.family.name, self.base.family.version) != (manifest["family"], manifest["prompt_version"]):
-            raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which is not this base's.")
-        if manifest["tiles"] != self.base.tiles:
-            trained, served = ("on", "off") if manifest["tiles"] else ("off", "on")
-            raise AdapterError(f"{folder}: trained with tiles {trained}, but the server has tiles {served}.")
+        manifest = matching_manifest(folder, self.base)
         recipe = folder / "recipe.yaml"
         wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
         self._adapters_loaded += 1
@@ -388,14 +379,13 @@ class Engine:
                 self.base = self.base.with_model(PeftModel.from_pretrained(self.base.llava, str(folder), adapter_name=peft_name))
             self.base.model.eval()
             check_adapted(self.base.model)
-            self._check_effect(peft_name, folder)
+            check_effect(self.base, peft_name, folder)
         except BaseException as error:
             self._remove_adapter(peft_name)
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
-        identity = digest_of(json.dumps([manifest["base_hash"], manifest["files"]], sort_keys=True).encode())
-        self.models[name] = Model(name, wording, folder, peft_name, identity)
+        self.models[name] = Model(name, wording, folder, peft_name, identity_of(manifest))
         self._predictor = self._new_predictor(self.base)
         return self.models[name]
 
@@ -420,19 +410,3 @@ class Engine:
             else:
                 self.base = self.base.with_model(model.unload())
         self._predictor = self._new_predictor(self.base)
-
-    def _check_effect(self, peft_name: str, folder: Path) -> None:
-        """Compare the adapter with the base on a test prompt.
-
-        Raises AdapterError if nothing changes, or the answer is not finite.
-        An adapter whose weights match no layer changes nothing; other servers serve it as if it worked (vllm#34186).
-        """
-        turns = probe_turns("lcl")[:1]
-        self.base.model.set_adapter(peft_name, inference_mode=True)
-        adapted = probe(self.base, turns)
-        with self.base.without_adapter():
-            change = adapted.distance(probe(self.base, turns))
-        if not math.isfinite(change):
-            raise AdapterError(f"{folder.name}: its answers are not finite (NaNs or infinities); the adapter is broken.")
-        if change == 0.0:
-            raise AdapterError(f"{folder.name}: changes nothing in the base's answers, so it is not served under a name of its own.")

@@ -1,0 +1,86 @@
+"""Photos between the browser, files and the API: galleries, folders that the browser fetches from, and zip files of
+sets.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lcl_adapter.answering import api_types
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.errors import DataError
+from lcl_adapter.page import MAX_LABELS
+from lcl_adapter.serve import folders
+
+PHOTO_SECONDS = 3600  # that photos stay on disk for the browser to fetch
+Gallery = Sequence[tuple[str, str | None]] | None  # a gallery's value: (file, caption)
+
+
+def new_folder(scratch: Path) -> Path:
+    """A new folder for photos. Folders older than PHOTO_SECONDS are removed."""
+    for folder in scratch.iterdir():
+        if folder.stat().st_mtime < time.time() - PHOTO_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=scratch))
+
+
+def write_photos(scratch: Path, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
+    """Photos as files by label, for the browser to fetch, byte for byte as stored.
+
+    Raises DataError for more than MAX_LABELS labels.
+    """
+    labels = len({label for label, _ in examples})
+    if labels > MAX_LABELS:
+        raise DataError(f"the set has {labels} labels; this page shows at most {MAX_LABELS}. Use `lcl-adapter support` for it.")
+    folder = new_folder(scratch)
+    files: dict[str, list[Path]] = {}
+    for number, (label, data) in enumerate(examples):
+        suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
+        path = folder / f"{number:03d}.{suffix}"
+        path.write_bytes(data)
+        files.setdefault(label, []).append(path)
+    return files
+
+
+def unpack(file: Path, out: Path) -> Path:
+    """Unpack a zip file; return the set's folder in it. Raises DataError for more bytes or files than a set can have.
+
+    ``zipfile`` writes nothing outside ``out``: it strips paths that lead outside, and links become plain files.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
+            raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
+        archive.extractall(out)
+    inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
+    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
+
+
+def picture_of(path: str | Path) -> Picture:
+    """A picture under the file's name alone, without this machine's folders.
+
+    Raises DataError if the uploaded file was deleted.
+    """
+    path = Path(path)
+    try:
+        return Picture(Path(path.name), data=path.read_bytes() or b"\0")
+    except OSError as error:
+        raise DataError(f"{path.name}: the file was deleted in the meantime; add the photo again.") from error
+
+
+def paths_of(photos: Gallery) -> list[Path]:
+    return [Path(photo[0]) for photo in photos or ()]
+
+
+def bytes_of(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2])
+
+
+def labelled_bytes(stored: api_types.SupportSetWithExamples) -> list[tuple[str, bytes]]:
+    return [(example.label, bytes_of(example.image or "")) for example in stored.examples]

@@ -1,0 +1,51 @@
+"""Checks of an adapter that is to be served: that it belongs to the base, and that it changes the base's answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.base.adapter import checkpoint_of, read_manifest
+from lcl_adapter.base.model import Base
+from lcl_adapter.checkpoints.probe import probe, probe_turns
+from lcl_adapter.errors import AdapterError
+from lcl_adapter.serve.images import digest_of
+
+
+def matching_manifest(folder: Path, base: Base) -> dict[str, Any]:
+    """The manifest of an adapter's folder.
+
+    Raises AdapterError if the adapter is for another base or prompt, or other tiles.
+    """
+    manifest = read_manifest(folder)
+    checkpoint_of(folder, manifest, base.checkpoint.ref)
+    if (base.family.name, base.family.version) != (manifest["family"], manifest["prompt_version"]):
+        raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which is not this base's.")
+    if manifest["tiles"] != base.tiles:
+        trained, served = ("on", "off") if manifest["tiles"] else ("off", "on")
+        raise AdapterError(f"{folder}: trained with tiles {trained}, but the server has tiles {served}.")
+    return manifest
+
+
+def identity_of(manifest: dict[str, Any]) -> str:
+    """A hash of the weights, base's and adapter's."""
+    return digest_of(json.dumps([manifest["base_hash"], manifest["files"]], sort_keys=True).encode())
+
+
+def check_effect(base: Base, peft_name: str, folder: Path) -> None:
+    """Compare the adapter with the base on a test prompt. Afterwards the model has the adapter.
+
+    Raises AdapterError if nothing changes, or the answer is not finite.
+    An adapter whose weights match no layer changes nothing; other servers serve it as if it worked (vllm#34186).
+    """
+    turns = probe_turns("lcl")[:1]
+    base.model.set_adapter(peft_name, inference_mode=True)
+    adapted = probe(base, turns)
+    with base.without_adapter():
+        change = adapted.distance(probe(base, turns))
+    if not math.isfinite(change):
+        raise AdapterError(f"{folder.name}: its answers are not finite (NaNs or infinities); the adapter is broken.")
+    if change == 0.0:
+        raise AdapterError(f"{folder.name}: changes nothing in the base's answers, so it is not served under a name of its own.")
