@@ -75,7 +75,7 @@ class Model:
 class Engine:
     """The model, its thread and its queue.
 
-    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in one batch. name: the base's, for clients.
+    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in a batch. name: the base's, for clients.
     """
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
