@@ -58,7 +58,7 @@ def questions(tmp_path: Path) -> Path:
 def test_a_missing_mask(parts: Path) -> None:
     (parts / "tile" / "ground_truth" / "hole" / "001_mask.png").unlink()
     refused(SOURCES["mvtec"], "tile/test/hole/001.png has no mask", path=parts, skipped={"missing mask": 1})
-    assert len(read(SOURCES["mvtec"], path=parts, on_fault="skip").parts[2].defects["hole"]) == 2
+    assert len(read(SOURCES["mvtec"], path=parts, on_fault="skip").categories[2].defects["hole"]) == 2
 
 
 def test_a_defect_folder_without_images(parts: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(questions: Path) -> Non
 def test_a_duplicate_id(questions: Path) -> None:
     file = questions / "coco_pope_random.jsonl"
     appended(file, file.read_text().splitlines()[3])
-    refused(SOURCES["pope"], "line 13 (question_id 3): its id was there before", file=file, skipped={"duplicate id": 1})
+    refused(SOURCES["pope"], "line 13 (question_id 3): an earlier record has the same id", file=file, skipped={"duplicate id": 1})
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_parts_without_any_mask_are_judged_and_not_located(parts: Path, pocket_t
     for category in parts.iterdir():
         shutil.rmtree(category / "ground_truth")
     pool = read(SOURCES["mvtec"], path=parts)
-    assert [len(p.defects["hole"]) for p in pool.parts] == [3, 3, 3]
+    assert [len(p.defects["hole"]) for p in pool.categories] == [3, 3, 3]
     drawn = [episodes.draw(pool, InspectionOptions(shots=[1], queries=4), 0, 0, i) for i in range(60)]
     share = np.mean([q.label == "good" for e in drawn for q in e.queries])
     assert 0.35 < share < 0.65
@@ -467,12 +467,12 @@ def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path,
     from lcl_adapter.answering.predict import Predictor
     from lcl_adapter.base.model import load_base
     from lcl_adapter.evaluate import build_cells
-    from lcl_adapter.evaluate.runner import ModelPair, measure
+    from lcl_adapter.evaluate.runner import ModelPair, measure_cell
 
     (parts / "tile" / "test" / "hole" / "000.png").write_bytes(b"")
     suite = {"kind": "inspection", "source": {**SOURCES["mvtec"], "path": parts}, "references": 1}
     made = Recipe.model_validate({"base": str(pocket_tiny), "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": suite}}})
-    row = measure(next(iter(build_cells(made))), ModelPair.of(Predictor(load_base(str(pocket_tiny)), max_new_tokens=2)))["row"]
+    row = measure_cell(next(iter(build_cells(made))), ModelPair.local(Predictor(load_base(str(pocket_tiny)), max_new_tokens=2)))["row"]
     assert (row["n"], row["left_out"]) == (26, 1)
 
 
@@ -519,7 +519,7 @@ def test_too_few_classes_are_held_out(photos: Path) -> None:
     made = Recipe.model_validate(
         {"base": "pocket", "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"m": {"kind": "lcl", "source": source, "shots": 1}}}}
     )
-    with pytest.raises(RecipeError, match=r"1 class to measure on, 2 ways are asked; raise `hold_out`"):
+    with pytest.raises(RecipeError, match=r"1 class to measure on, but `ways` is 2; raise `hold_out`"):
         list(build_cells(made))
 
 
@@ -533,7 +533,7 @@ def test_yes_and_no_are_words(questions: Path) -> None:
 
 def test_an_alias_that_holds_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: pocket\nsources: &s {a: *s}\n")
-    with pytest.raises(RecipeError, match="an alias that holds itself"):
+    with pytest.raises(RecipeError, match="a YAML alias that contains itself"):
         recipe.load(tmp_path / "mine.yaml")
 
 
@@ -589,7 +589,7 @@ def test_a_rec_suite_passes_over_a_box_outside_its_picture(pocket_tiny: Path, qu
 
 
 def test_a_broken_picture_does_not_end_a_watched_training(pocket_tiny: Path, tmp_path: Path, parts: Path) -> None:
-    from lcl_adapter.training.during import Watch
+    from lcl_adapter.training.during import MeasureDuring
 
     (parts / "screw" / "test" / "hole" / "000.png").write_bytes(b"")
     held = {**SOURCES["mvtec"], "path": parts, "held_out": ["screw"]}
@@ -600,7 +600,7 @@ def test_a_broken_picture_does_not_end_a_watched_training(pocket_tiny: Path, tmp
         "train": {"max_steps": 2, "per_device_train_batch_size": 2},
         "evaluate": {"every": 1, "suites": {"m": {"kind": "inspection", "source": {**held, "split": "held_out"}, "references": 1}}},
     })  # fmt: skip
-    train(made, watching=lambda base, save: Watch(made, base, save))
+    train(made, make_callback=lambda base, save: MeasureDuring(made, base, save))
     told = json.loads((tmp_path / "run" / "watched.json").read_text())
     assert [s["step"] for s in told["steps"]] == [1, 2]
 

@@ -1,6 +1,6 @@
-"""Boxes: from pixels or masks to text and back, always on the square that the picture is padded to.
+"""Boxes: from pixels or masks to text and back. Coordinates are relative to the square that the picture is padded to.
 
-Shikra's form (arXiv 2306.15195, as its published code writes it): three decimals, no spaces, ``[0.123,0.456,0.789,0.987]``.
+The text has Shikra's form (arXiv 2306.15195, and its published code): three decimals, no spaces, ``[0.123,0.456,0.789,0.987]``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\
 
 @dataclass(frozen=True)
 class Box:
-    """Corners from 0 to 1 on the padded square, x to the right and y down."""
+    """Corners from 0 to 1 on the padded square; x points to the right, y down."""
 
     x0: float
     y0: float
@@ -45,13 +45,13 @@ class Box:
 
 
 def parse(text: str) -> Box | None:
-    """The first box of a text, or None."""
+    """The first box in a text, or None."""
     match = PATTERN.search(text)
     return Box(*(float(v) for v in match.groups())) if match else None
 
 
 def on_square(box: PixelBox, size: tuple[int, int]) -> Box:
-    """A pixel box of a picture of ``size`` (width, height), on the square it is padded to, the picture in the middle."""
+    """A pixel box of a picture of ``size`` (width, height), on the padded square. The picture is in the middle of the square."""
     width, height = size
     side = max(size)
     left, top = (side - width) / 2, (side - height) / 2
@@ -59,9 +59,9 @@ def on_square(box: PixelBox, size: tuple[int, int]) -> Box:
 
 
 def region_box(region: Region) -> Box:
-    """A region as a box on the padded square; the smallest box around all of a mask.
+    """A region as a box on the padded square. For a mask, the smallest box around it.
 
-    Raises DataError: a box out of range or without extent, an empty mask, a mask of another size.
+    Raises DataError for a box out of range or of zero size, an empty mask, or a mask of another size than the picture.
     """
     width, height = picture_size(region.picture)
     box = region.box
@@ -76,21 +76,21 @@ def region_box(region: Region) -> Box:
 
 @lru_cache(maxsize=65536)
 def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height, upright, from the file's head. Raises DataError."""
+    """Width and height after the EXIF rotation, from the file's header. Raises DataError for a file that is no image."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as opened:
             warnings.simplefilter("ignore")
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
-            turned = opened.getexif().get(0x0112, 1) in {5, 6, 7, 8}
-            return (opened.height, opened.width) if turned else opened.size
+            sideways = opened.getexif().get(0x0112, 1) in {5, 6, 7, 8}
+            return (opened.height, opened.width) if sideways else opened.size
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture}: not an image that can be read ({error}).") from error
 
 
 @lru_cache(maxsize=65536)
 def mask_box(mask: Picture, size: tuple[int, int]) -> PixelBox:
-    """The smallest box around everything in a mask that is not black. Raises DataError for an empty one or another size."""
+    """The smallest box around all pixels of a mask that are not black. Raises DataError for an empty mask or another size."""
     image = ImageOps.grayscale(read(mask))
     if image.size != size:
         raise DataError(f"{mask}: the mask is {image.width} x {image.height} pixels, its picture {size[0]} x {size[1]}.")

@@ -1,10 +1,10 @@
-"""Any dataset that ``datasets`` saved to disk, with its columns named in the recipe; its images stay where they are."""
+"""Any dataset that ``datasets`` saved to disk. The recipe names its columns; its images are read in place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -48,15 +48,15 @@ def read_hf_classes(
     hold_out: float = 0.0,
     on_fault: str = "refuse",
 ) -> ClassPool:
-    """Columns ``image`` and ``class``, and if there is one ``group``. A ClassLabel column gives its names.
+    """Columns ``image`` and ``class``, and optionally ``group``. A ClassLabel column gives the classes' names.
 
-    Raises DataError: no saved dataset, a missing column (with those there are).
+    Raises DataError for a folder that is no saved dataset, or for a missing column (with a list of the columns).
     """
-    found = _columns(folder, columns, ("image", "class"))
-    feature = found.features[columns["class"]]
+    dataset = _open_dataset(folder, columns, ("image", "class"))
+    feature = dataset.features[columns["class"]]
     names = getattr(feature, "names", None)
-    labels = found[columns["class"]]
-    groups = found[columns["group"]] if "group" in columns else [None] * len(found)
+    labels = dataset[columns["class"]]
+    groups = dataset[columns["group"]] if "group" in columns else [None] * len(dataset)
     rows: dict[str, list[int]] = {}
     group_of: dict[str, str] = {}
     faults = []
@@ -64,10 +64,10 @@ def read_hf_classes(
         if label is None or label == -1:
             faults.append(Fault("bad record", f"{folder}: row {row} has no class"))
             continue
-        told = names[label] if names else str(label)
-        rows.setdefault(told, []).append(row)
+        class_name = names[label] if names else str(label)
+        rows.setdefault(class_name, []).append(row)
         if group is not None:
-            group_of[told] = str(group)
+            group_of[class_name] = str(group)
     if split != "all":
         rows = {n: r for n, r in rows.items() if in_split(n, split, hold_out)}
     few = [n for n, r in rows.items() if len(r) < min_pictures]
@@ -81,28 +81,29 @@ def read_hf_classes(
 
 
 def read_hf_questions(folder: Path, columns: Mapping[str, str], name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
-    """Columns ``question`` and ``answer``, and if there is one ``image``."""
-    found = _columns(folder, columns, ("question", "answer"))
-    size = min(len(found), limit or len(found))
+    """Columns ``question`` and ``answer``, and optionally ``image``. Of a list of answers, the first is learned."""
+    dataset = _open_dataset(folder, columns, ("question", "answer"))
+    size = min(len(dataset), limit or len(dataset))
     dialogues, faults = [], []
-    asked, answered = found[columns["question"]], found[columns["answer"]]
+    questions, answers = dataset[columns["question"]], dataset[columns["answer"]]
     for row in range(size):
-        answer = answered[row]
+        question, answer = questions[row], answers[row]
         several = tuple(map(str, answer)) if isinstance(answer, list) else ()
         answer = answer[0] if isinstance(answer, list) and answer else answer
-        if not asked[row] or not answer:
+        if not question or not answer:
             faults.append(Fault("bad record", f"{folder}: row {row} has no question or no answer"))
             continue
-        shown = Picture(folder, f"{columns['image']}/{row}") if "image" in columns else None
-        dialogues.append(Dialogue((Exchange(str(asked[row]), str(answer), shown, answers=several),), f"{folder}: row {row}"))
-    return check_faults(QuestionPool(name or folder.name, tuple(dialogues), {}, tuple(faults), found._fingerprint), on_fault)
+        image = Picture(folder, f"{columns['image']}/{row}") if "image" in columns else None
+        dialogues.append(Dialogue((Exchange(str(question), str(answer), image, answers=several),), f"{folder}: row {row}"))
+    return check_faults(QuestionPool(name or folder.name, tuple(dialogues), {}, tuple(faults), dataset._fingerprint), on_fault)
 
 
-def _columns(folder: Path, columns: Mapping[str, str], needed: tuple[str, ...]):  # type: ignore[no-untyped-def]
-    found = saved_dataset(folder)
-    missing = [c for c in columns.values() if c not in found.column_names] + [k for k in needed if k not in columns]
+def _open_dataset(folder: Path, columns: Mapping[str, str], needed: tuple[str, ...]) -> Any:
+    """The dataset in ``folder``. Raises DataError if a column is missing."""
+    dataset = saved_dataset(folder)
+    missing = [c for c in columns.values() if c not in dataset.column_names] + [k for k in needed if k not in columns]
     if missing:
         raise DataError(
-            f"{folder}: no column {', '.join(map(repr, missing))}; there are {', '.join(found.column_names)}. Set `columns` in the recipe."
+            f"{folder}: no column {', '.join(map(repr, missing))}; there are {', '.join(dataset.column_names)}. Set `columns` in the recipe."
         )
-    return found
+    return dataset

@@ -1,6 +1,6 @@
-"""Opening one image, whatever it is: from a file or an archive, bounded in size, upright, in RGB.
+"""Opens one image of any format, from a file or an archive: bounded in size, upright, in RGB.
 
-A broken image raises :class:`DataError` with its name and what is wrong; nothing else escapes.
+A broken image raises :class:`DataError` with its name and what is wrong, and no other error.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than any camera in a plant, less than a decompression bomb
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
 MIN_SIDE = 2
 
 
 def read(picture: Picture) -> Image.Image:
-    """The picture, decoded: RGB, upright by its EXIF turn, transparency flattened on white, the first frame of several.
+    """The picture, decoded: RGB, upright (EXIF), transparency on white, the first of several frames.
 
-    Raises DataError: missing, empty, truncated, no image, too large, smaller than 2 pixels.
+    Raises DataError for a file that is missing, empty, truncated, no image, too large, or smaller than 2 pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the bound below is ours
+            warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: MAX_PIXELS is checked below
             with Image.open(io.BytesIO(read_bytes(picture))) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
@@ -61,7 +61,7 @@ def read(picture: Picture) -> Image.Image:
 
 
 def read_bytes(picture: Picture) -> bytes:
-    """The file as it is on disk, in its archive, or in its row of a saved Hugging Face dataset. Raises DataError."""
+    """The bytes of the file, of the archive's member, or of the row in a saved Hugging Face dataset. Raises DataError."""
     try:
         if picture.data is not None:
             data = picture.data
@@ -73,7 +73,7 @@ def read_bytes(picture: Picture) -> bytes:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
         raise DataError(f"{picture}: no such member in the archive.") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # the last two: a password, a packing
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # the last two: a password, an unknown compression
         raise DataError(f"{picture}: cannot be read ({error}).") from error
     if not data:
         raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")
@@ -82,7 +82,7 @@ def read_bytes(picture: Picture) -> bytes:
 
 @lru_cache(maxsize=16)
 def _archive(path: Path, _process: int) -> zipfile.ZipFile:
-    """One open archive a process: workers that were forked would share the file's position and read each other's bytes."""
+    """One open archive for each process. Forked workers with a common one would share its file position."""
     return zipfile.ZipFile(path)
 
 
@@ -99,28 +99,28 @@ def _row(folder: Path, member: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def saved_dataset(folder: Path) -> Any:
-    """A dataset that ``datasets`` saved to disk, its images left undecoded; memory-mapped, so that it takes no memory.
+    """A dataset that ``datasets`` saved to disk, with images not decoded. It is memory-mapped and uses no memory of its own.
 
-    Raises DataError where the folder is none, or holds several splits.
+    Raises DataError if the folder is no saved dataset, or has several splits.
     """
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(folder))
+        dataset = datasets.load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise DataError(f"{folder}: not a dataset saved by `Dataset.save_to_disk` ({error}).") from error
-    if isinstance(found, datasets.DatasetDict):
-        raise DataError(f"{folder}: holds the splits {', '.join(found)}; name one of their folders, for instance {folder / next(iter(found))}.")
-    for name, feature in found.features.items():
+    if isinstance(dataset, datasets.DatasetDict):
+        raise DataError(f"{folder}: holds the splits {', '.join(dataset)}; name one of their folders, for instance {folder / next(iter(dataset))}.")
+    for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
-            found = found.cast_column(name, datasets.Image(decode=False))
-    return found
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     image.seek(0)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: stretched to what is there
+    if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: scaled to 8 bit by the values' range
         values = np.asarray(upright, dtype=np.float32)
         low, high = float(values.min()), float(values.max())
         top = 65535.0 if upright.mode.startswith("I") and high > 255 else max(high, 255.0)
@@ -135,7 +135,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def further_view(image: Image.Image, seed: Sequence[int]) -> Image.Image:
-    """A further view: another background tint, scale, place, turn and light, drawn from ``seed`` alone."""
+    """Another view of the image: other background tint, scale, place, rotation and light, drawn from ``seed`` only."""
     rng = np.random.default_rng(seed)
     width, height = image.size
     scale, turn = rng.uniform(0.75, 1.0), rng.uniform(-20, 20)

@@ -3,7 +3,7 @@
     MVTec AD   <category>/train/good/000.png   test/{good,<defect>}/000.png   ground_truth/<defect>/000_mask.png
     VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv
 
-References are the training photos, so that no test photo is ever shown as one.
+References are the training photos, so that no test photo is ever in a support set.
 """
 
 from __future__ import annotations
@@ -59,39 +59,39 @@ class Visa(Parts):
         return read_visa(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault)
 
 
-def chosen(there: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:
-    """Categories of one side: those named in ``held_out``, or, where none is named, by :func:`is_held_out`.
+def categories_of_split(categories: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:
+    """The categories of a split. ``held_out`` names those that are held out; if it is empty, :func:`is_held_out` decides.
 
-    Raises DataError for a name that is not there, or where nothing is left.
+    Raises DataError for a name that is no category, or if the split is empty.
     """
-    unknown = [n for n in held_out if n not in there]
+    unknown = [n for n in held_out if n not in categories]
     if unknown:
-        told = ", ".join(f"{n!r}{did_you_mean(n, there)}" for n in unknown)
-        raise DataError(f"{root}: `held_out` names {told}; there are {', '.join(there) or 'no categories'}.")
+        listed = ", ".join(f"{n!r}{did_you_mean(n, categories)}" for n in unknown)
+        raise DataError(f"{root}: `held_out` names {listed}; there are {', '.join(categories) or 'no categories'}.")
 
-    def apart(name: str) -> bool:
+    def is_evaluated(name: str) -> bool:
         return name in held_out if held_out else is_held_out(name, hold_out)
 
-    kept = [n for n in there if split == "all" or apart(n) == (split == "held_out")]
-    if not kept:
+    chosen = [n for n in categories if split == "all" or is_evaluated(n) == (split == "held_out")]
+    if not chosen:
         raise DataError(f"{root}: no category falls into split {split!r}; name some under `held_out`, or change `hold_out`.")
-    return kept
+    return chosen
 
 
 def read_mvtec(
     root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
 ) -> InspectionPool:
-    """Every folder with ``train`` and ``test`` is a category; ``root`` may be a zip archive. An underscore in a name is a space.
+    """Every folder with a ``test`` folder is a category. ``root`` may be a zip archive. An underscore in a name is a space.
 
-    Raises DataError: no category, an unknown one held out; unless ``on_fault`` is "skip", a missing mask, an empty folder.
+    Raises DataError for no category or an unknown held-out one and, unless ``on_fault`` is "skip", for a missing mask or an empty folder.
     """
     tree = Tree(root)
     faults: list[Fault] = []
-    there = [f for f in tree.folders() if "test" in tree.folders(f"{f}/")]
-    if not there:
+    all_categories = [f for f in tree.folders() if "test" in tree.folders(f"{f}/")]
+    if not all_categories:
         raise DataError(f"{root}: no category in it; MVTec's layout is <category>/train/good, <category>/test/<defect>, ground_truth/<defect>.")
-    parts = []
-    for category in chosen(there, split, held_out, hold_out, root):
+    categories = []
+    for category in categories_of_split(all_categories, split, held_out, hold_out, root):
         references = tuple(tree.picture(n) for n in _images(tree, f"{category}/train/{GOOD}/"))
         if not references:
             faults.append(Fault("no references", f"{root}: {category}/train/{GOOD} has no images: no good part can be shown"))
@@ -106,31 +106,31 @@ def read_mvtec(
             else:
                 defects[spaced(kind)] = tuple(_defective(tree, category, kind, names, faults))
         if references and (good or defects):
-            parts.append(PartCategory(spaced(category), references, good, {k: s for k, s in defects.items() if s}))
-    return check_faults(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+            categories.append(PartCategory(spaced(category), references, good, {k: s for k, s in defects.items() if s}))
+    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults)), on_fault)
 
 
 def _defective(tree: Tree, category: str, kind: str, names: Sequence[str], faults: list[Fault]) -> list[Specimen]:
-    found = []
-    masked = bool(tree.folders(f"{category}/ground_truth/"))  # without any, good and defective can still be told apart
-    for n in names:
-        mask = f"{category}/ground_truth/{kind}/{Path(n).stem}_mask.png"
+    """The photos of one kind of defect. A category without any mask can be used too, but not to locate defects."""
+    specimens = []
+    masked = bool(tree.folders(f"{category}/ground_truth/"))
+    for name in names:
+        mask = f"{category}/ground_truth/{kind}/{Path(name).stem}_mask.png"
         if not masked:
-            found.append(Specimen(tree.picture(n), spaced(kind)))
-            continue
-        if mask not in tree:
-            faults.append(Fault("missing mask", f"{tree.root}: {n} has no mask {mask}"))
-            continue
-        found.append(Specimen(tree.picture(n), spaced(kind), tree.picture(mask)))
-    return found
+            specimens.append(Specimen(tree.picture(name), spaced(kind)))
+        elif mask not in tree:
+            faults.append(Fault("missing mask", f"{tree.root}: {name} has no mask {mask}"))
+        else:
+            specimens.append(Specimen(tree.picture(name), spaced(kind), tree.picture(mask)))
+    return specimens
 
 
 def read_visa(
     root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
 ) -> InspectionPool:
-    """VisA as it is published, by its own one-class split; a defect's kind is the first label of ``image_anno.csv``.
+    """VisA as it is published, with its own one-class split. A defect's kind is the first label in ``image_anno.csv``.
 
-    Raises DataError as :func:`read_mvtec` does, and where the split file or one of its columns is missing.
+    Raises DataError as :func:`read_mvtec` does, and if the split file or one of its columns is missing.
     """
     tree = Tree(root)
     faults: list[Fault] = []
@@ -143,8 +143,8 @@ def read_visa(
     if missing:
         raise DataError(f"{root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ())}.")
     rows = list(reader)
-    parts = []
-    for category in chosen(sorted({r["object"] for r in rows}), split, held_out, hold_out, root):
+    categories = []
+    for category in categories_of_split(sorted({r["object"] for r in rows}), split, held_out, hold_out, root):
         kinds = _visa_kinds(tree, category)
         references: list[Picture] = []
         good: list[Specimen] = []
@@ -165,13 +165,14 @@ def read_visa(
                 kind = kinds.get(row["image"], "anomaly")
                 defects.setdefault(kind, []).append(Specimen(tree.picture(row["image"]), kind, tree.picture(row["mask"])))
         if references and (good or defects):
-            parts.append(PartCategory(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
+            categories.append(PartCategory(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
         else:
             faults.append(Fault("no references", f"{root}: {category} has no training photo, or nothing to test"))
-    return check_faults(InspectionPool(name or root.stem, tuple(parts), {}, tuple(faults)), on_fault)
+    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults)), on_fault)
 
 
 def _visa_kinds(tree: Tree, category: str) -> dict[str, str]:
+    """image -> kind of defect."""
     file = f"{category}/image_anno.csv"
     if file not in tree:
         return {}
@@ -183,5 +184,5 @@ def _images(tree: Tree, folder: str) -> list[str]:
 
 
 def spaced(name: str) -> str:
-    """``metal_nut`` -> "metal nut": as one would say it."""
+    """``metal_nut`` -> "metal nut", as in a sentence."""
     return name.replace("_", " ")

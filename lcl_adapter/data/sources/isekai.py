@@ -1,7 +1,7 @@
-"""ISEKAI-10 and ISEKAI-pair (isekai-portal/Link-Context-Learning, CC BY-NC 2.0): JSON Lines whatever their name says.
+"""ISEKAI-10 and ISEKAI-pair (isekai-portal/Link-Context-Learning, CC BY-NC 2.0). The files are JSON Lines, though named ``.json``.
 
-A line is one question: ``image_name`` is asked about, ``positive_list`` and ``negative_list`` are shown under the names
-``positive_promt`` and ``negative_promt`` (as spelt there), and ``label_name`` is the right one of the two.
+A line is one question. ``image_name`` is the query. ``positive_list`` and ``negative_list`` are the support pictures; their
+names are ``positive_promt`` and ``negative_promt`` (this is their spelling). ``label_name`` is the correct one of the two names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
-from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, other_form, read_lines
+from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, read_lines, wrong_form
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.recipe.sources import ClassReader, FileReader
 
@@ -31,7 +31,7 @@ class Isekai(ClassReader, FileReader):
 
 @dataclass(frozen=True)
 class IsekaiQuestion:
-    """Two concepts, pictures of each in the order they are shown, and a picture of one of them (``gold`` 0 or 1)."""
+    """Two concepts, the support pictures of each in their order, and a query picture of concept ``gold`` (0 or 1)."""
 
     names: tuple[str, str]
     support: tuple[tuple[Picture, ...], tuple[Picture, ...]]
@@ -40,22 +40,22 @@ class IsekaiQuestion:
 
 
 def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: str = "refuse") -> tuple[IsekaiQuestion, ...]:
-    """Every question in its order. Raises DataError as its ``on_fault`` says."""
+    """Every question, in order. Raises DataError for faults, unless ``on_fault`` is "skip"."""
     questions, faults = _questions(file, images)
     check_faults(ClassPool(name or file.name, tuple(PictureClass(q.names[0], q.support[0]) for q in questions), {}, tuple(faults)), on_fault)
     return tuple(questions)
 
 
 def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
-    """The same as classes; a concept and its counterpart share a group, so they are each other's hard neighbours."""
+    """The concepts as classes. A concept and its counterpart have the same group, so they are hard neighbours of each other."""
     questions, faults = _questions(file, images)
     pictures: dict[str, dict[Picture, None]] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for question in questions:
-        for place, one in enumerate(question.names):
-            more = (*question.support[place], *((question.query,) if place == question.gold else ()))
-            pictures.setdefault(one, {}).update(dict.fromkeys(more))
-            groups.setdefault(one, ("|".join(sorted(question.names)),))
+        for side, concept in enumerate(question.names):
+            own = (*question.support[side], question.query) if side == question.gold else question.support[side]
+            pictures.setdefault(concept, {}).update(dict.fromkeys(own))
+            groups.setdefault(concept, ("|".join(sorted(question.names)),))
     enough = {n: tuple(p) for n, p in pictures.items() if len(p) >= min_pictures}
     skipped = {f"concept with fewer than {min_pictures} pictures": len(pictures) - len(enough)} if len(enough) < len(pictures) else {}
     classes = tuple(PictureClass(n, p, groups[n]) for n, p in enough.items())
@@ -66,16 +66,16 @@ def _questions(file: Path, images: Path) -> tuple[list[IsekaiQuestion], list[Fau
     tree = Tree(images)
     faults: list[Fault] = []
     questions: list[IsekaiQuestion] = []
-    for _, record, origin in read_lines(file, faults):
+    for record, origin in read_lines(file, faults):
         try:
-            shown = tuple(listed_pictures(record[key], tree, origin, faults) for key in ("positive_list", "negative_list"))
+            support = tuple(listed_pictures(record[key], tree, origin, faults) for key in ("positive_list", "negative_list"))
             names = (str(record["positive_promt"]).lower(), str(record["negative_promt"]).lower())
-            asked = listed_pictures([record["image_name"]], tree, origin, faults)
+            query = listed_pictures([record["image_name"]], tree, origin, faults)
             label = str(record["label_name"]).lower()
             if label not in names:
                 faults.append(Fault("bad record", f"{origin}: the answer {label!r} is not in the closed list {', '.join(names)}"))
-            elif asked and all(shown):
-                questions.append(IsekaiQuestion(names, (shown[0], shown[1]), asked[0], names.index(label)))
+            elif query and all(support):
+                questions.append(IsekaiQuestion(names, (support[0], support[1]), query[0], names.index(label)))
         except (KeyError, TypeError) as error:
-            faults.append(other_form(record, origin, error, KEYS))
+            faults.append(wrong_form(record, origin, error, KEYS))
     return questions, faults

@@ -1,7 +1,7 @@
 """LLaVA's training JSON, as a list or as JSON Lines: ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}]}``.
 
-One ``<image>`` an image, in order. A lone ``<image>`` anywhere in its turn is moved to the front, as upstream does; where a
-turn has several, each stays where it stands in the text.
+There is one ``<image>`` for each image, in order. If a turn has one ``<image>``, it is moved to the front, as upstream
+does. If a turn has several, each stays at its place in the text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, check_faults
-from lcl_adapter.data.sources.records import Records, dialogues
+from lcl_adapter.data.sources.records import Records, read_dialogues
 from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.recipe.sources import QuestionReader
 
-MARK = "<image>"
+IMAGE = "<image>"
 
 
 class LlavaJson(QuestionReader):
@@ -37,20 +37,20 @@ class LlavaJson(QuestionReader):
 
 
 def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
-    """Read the records; images are looked up under ``images``, a folder or a zip archive, and not opened.
+    """Read the records. Images are referred to under ``images``, a folder or a zip archive, and not opened.
 
-    ``on_fault``: "refuse" raises one DataError that lists the first faults; "skip" leaves bad records out and counts
-    them. ``limit`` takes the first records only. A record that is there twice, word for word, is a fault.
+    on_fault: "refuse" raises one DataError that lists the first faults; "skip" leaves bad records out and counts them.
+    limit: use only this many records, from the start. A record that occurs twice, byte for byte, is a fault.
     """
     records = Records(file)
     archive = images.suffix.lower() == ".zip"
     parse = partial(_dialogue, records=records, images=images, archive=archive)
-    found, faults = dialogues(records, parse, limit=limit)
-    return check_faults(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+    dialogues, faults = read_dialogues(records, parse, limit=limit)
+    return check_faults(QuestionPool(name or file.stem, dialogues, {}, tuple(faults), records.sha256), on_fault)
 
 
 def picture(images: Path, archive: bool, name: str) -> Picture:
-    """A record's image. Raises DataError for a name that climbs out."""
+    """A record's image. Raises DataError for a name that leads out of the folder."""
     check_inside(name, str(images))
     return Picture(images, name) if archive else Picture(images / name)
 
@@ -58,11 +58,11 @@ def picture(images: Path, archive: bool, name: str) -> Picture:
 def _dialogue(record: Any, number: int, records: Records, images: Path, archive: bool) -> Dialogue:
     listed = record.get("image") or []
     pictures = [picture(images, archive, p) for p in ([listed] if isinstance(listed, str) else list(listed))]
-    return Dialogue(exchanges_of(record["conversations"], pictures), named_once(records, number, record))
+    return Dialogue(exchanges_of(record["conversations"], pictures), record_name(records, number, record))
 
 
 def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...]:
-    """LLaVA's ``conversations`` with their images. Raises ValueError, KeyError, TypeError for what is none."""
+    """LLaVA's ``conversations`` with their images. Raises ValueError, KeyError or TypeError for any other form."""
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError(f"{len(turns)} turns; pairs of human and gpt are expected")
     exchanges: list[Exchange] = []
@@ -70,23 +70,23 @@ def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if human["from"] != "human" or gpt["from"] != "gpt":
             raise ValueError(f"turns must alternate human, gpt; here {human['from']!r}, {gpt['from']!r}")
-        marks = human["value"].count(MARK)
-        if used + marks > len(pictures):
+        count = human["value"].count(IMAGE)
+        if used + count > len(pictures):
             raise ValueError(f"more <image> than its {len(pictures)} images")
-        shown = pictures[used : used + marks]
-        used += marks
-        if MARK in gpt["value"]:
+        own = pictures[used : used + count]
+        used += count
+        if IMAGE in gpt["value"]:
             raise ValueError("an answer with <image> in it; images belong to the questions")
         if not gpt["value"].strip():
             raise ValueError("an empty answer: nothing to learn")
-        text = human["value"] if marks > 1 else human["value"].replace(MARK, "")
-        exchanges.append(Exchange(text.strip(), gpt["value"].strip(), shown[0] if shown else None, tuple(shown[1:])))
+        text = human["value"] if count > 1 else human["value"].replace(IMAGE, "")
+        exchanges.append(Exchange(text.strip(), gpt["value"].strip(), own[0] if own else None, tuple(own[1:])))
     if used < len(pictures):
         raise ValueError(f"{len(pictures)} images, {used} <image>")
     return tuple(exchanges)
 
 
-def named_once(records: Records, number: int, record: Any) -> str:
-    """The sample's name, without counting lines where that takes long: file, line or record, its id."""
-    told = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
-    return f"{records.file}{records.place(number)}{told}"
+def record_name(records: Records, number: int, record: Any) -> str:
+    """The sample's name: file, line or record, and its id. Unlike ``describe_record``, it does not count lines, which is slow."""
+    identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+    return f"{records.file}{records.place(number)}{identity}"

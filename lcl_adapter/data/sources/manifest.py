@@ -1,11 +1,11 @@
 """Lists of pictures with their class: CSV, TSV, space-separated text, JSON Lines (also gzipped), and COCO JSON.
 
-A column map says which column is which, so that any product catalogue fits:
+A column map says which column has what, so that any product catalogue can be read:
 
     Stanford Online Products   {image: path, class: class_id, group: super_class_id}, Ebay_train.txt
     Products-10K               {image: name, class: class, group: group}, train.csv
     ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, with `lookup`
-    RPC                        {image: image, class: class, group: group, box: box}: COCO JSON, whose parts go by these names
+    RPC                        {image: image, class: class, group: group, box: box}: COCO JSON; its fields have these names
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import as_list
 from lcl_adapter.recipe.sources import ClassReader
 
-Row = tuple[str, dict[str, Any]]  # where it was read, and its columns
+Row = tuple[str, dict[str, Any]]  # where it was read, and its values by column
 LINES = (".jsonl", ".json")
 Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 
@@ -73,72 +73,74 @@ def read_manifest(
     where: Mapping[str, str] | None = None,
     lookup: Path | None = None,
 ) -> ClassPool:
-    """The classes of a list. ``files`` may hold ``*``; ``images`` is a folder or a zip archive.
+    """The classes of a list. ``files`` may contain ``*``; ``images`` is a folder or a zip archive.
 
-    columns: ``image`` (of several columns, and of lists in them, every value) and ``class``, and if there are such ``group`` (near
-    classes), ``artist`` (who took it), ``box`` ("x0 y0 x1 y1").
-    where: only rows whose column has this value. lookup: a CSV with ``image_id`` and ``path``, where ``image`` is an id.
+    columns: ``image`` (several columns are allowed, and lists in them; every value is used) and ``class``; optionally ``group``
+    (near classes), ``artist`` (who photographed it), ``box`` ("x0 y0 x1 y1").
+    where: only rows with this value in this column. lookup: a CSV with ``image_id`` and ``path``, if ``image`` is an id.
 
-    Raises DataError: a missing column, with those there are; no such file; and, unless ``on_fault`` is "skip", a bad row.
+    Raises DataError for a missing column (with a list of the columns), a missing file and, unless ``on_fault`` is "skip", a bad row.
     """
     tree = Tree(images)
     paths = _lookup(lookup) if lookup else None
-    found: dict[str, dict[str, tuple[str | None, PixelBox | None]]] = {}
-    seen: set[str] = set()
+    listed: dict[str, dict[str, tuple[str | None, PixelBox | None]]] = {}  # class -> path -> artist and box
+    columns_read: set[str] = set()
     groups: dict[str, str] = {}
     faults: list[Fault] = []
     for origin, row in _rows(files, columns):
         if "fault" in row:
             faults.append(Fault("broken line", f"{origin}: {row['fault']}"))
             continue
-        seen |= row.keys()
+        columns_read |= row.keys()
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
             continue
         label = _value(row, columns["class"])
-        named = list(dict.fromkeys(_values(row, columns["image"])))
-        if not named or not label:
-            faults.append(Fault("bad record", f"{origin}: no value for {', '.join(map(repr, columns['class'] if named else columns['image']))}"))
+        image_names = list(dict.fromkeys(_values(row, columns["image"])))
+        if not image_names or not label:
+            empty = columns["class"] if image_names else columns["image"]
+            faults.append(Fault("bad record", f"{origin}: no value for {', '.join(map(repr, empty))}"))
             continue
         try:
             box = pixel_box(row.get(columns["box"][0])) if "box" in columns else None
         except ValueError as error:
             faults.append(Fault("box out of range", f"{origin}: {error}"))
             continue
-        for image in named:
+        for image in image_names:
             if paths is not None and image not in paths:
                 faults.append(Fault("missing image", f"{origin}: the image id {image!r} is not in {lookup}"))
                 continue
             path = PurePosixPath(paths[image] if paths is not None else image).as_posix()  # a/./b is a/b
             fault = _misplaced(path, tree, origin)
-            if fault is None and path in found.get(label, {}):
-                if box is None:  # one picture may show a thing twice, with a box each: the first is kept
-                    fault = Fault("duplicate record", f"{origin}: the image {path!r} is listed twice")
-                else:
+            if fault is None and path in listed.get(label, {}):
+                if box is not None:  # a picture may show an object twice, with a box for each: the first box is used
                     continue
+                fault = Fault("duplicate record", f"{origin}: the image {path!r} is listed twice")
             if fault is not None:
                 faults.append(fault)
                 continue
-            found.setdefault(label, {})[path] = (_value(row, columns.get("artist", ())) or None, box)
+            listed.setdefault(label, {})[path] = (_value(row, columns.get("artist", ())) or None, box)
         if group := _value(row, columns.get("group", ())):
             groups[label] = group
-    missing = sorted({c for several in columns.values() for c in several}.union(where or ()) - seen) if seen else []
+    mapped = {c for names in columns.values() for c in names}.union(where or ())
+    missing = sorted(mapped - columns_read) if columns_read else []
     if missing:
-        raise DataError(f"{files}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, sorted(seen)))}.")
+        raise DataError(f"{files}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, sorted(columns_read)))}.")
     if split != "all":
-        found = {n: p for n, p in found.items() if in_split(n, split, hold_out)}
-    classes, skipped = [], 0
-    for label, listed in sorted(found.items()):
-        if len(listed) < min_pictures:
-            skipped += 1
+        listed = {n: p for n, p in listed.items() if in_split(n, split, hold_out)}
+    classes, too_small = [], 0
+    for label, entries in sorted(listed.items()):
+        if len(entries) < min_pictures:
+            too_small += 1
             continue
-        pictures = tuple(tree.picture(n, hand) for n, (hand, _) in listed.items())
-        boxes = tuple(b for _, b in listed.values())
+        pictures = tuple(tree.picture(path, artist) for path, (artist, _) in entries.items())
+        boxes = tuple(box for _, box in entries.values())
         classes.append(PictureClass(label, pictures, (groups[label],) if label in groups else (), boxes=boxes if any(boxes) else ()))
-    left = {f"class of fewer than {min_pictures} images": skipped} if skipped else {}
-    return check_faults(ClassPool(name or files.stem, tuple(classes), left, tuple(faults)), on_fault)
+    skipped = {f"class of fewer than {min_pictures} images": too_small} if too_small else {}
+    return check_faults(ClassPool(name or files.stem, tuple(classes), skipped, tuple(faults)), on_fault)
 
 
 def _misplaced(path: str, tree: Tree, origin: str) -> Fault | None:
+    """The fault of an image that leads out of the folder, or does not exist."""
     try:
         tree.picture(path)
     except DataError as error:
@@ -147,10 +149,10 @@ def _misplaced(path: str, tree: Tree, origin: str) -> Fault | None:
 
 
 def _rows(files: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[Row]:
-    found = sorted(files.parent.glob(files.name)) if "*" in files.name else [files]
-    if not found:
+    matches = sorted(files.parent.glob(files.name)) if "*" in files.name else [files]
+    if not matches:
         raise DataError(f"{files}: no such file.")
-    for file in found:
+    for file in matches:
         text = _text(file)
         stem = Path(file.stem) if file.suffix == ".gz" else file
         if stem.suffix == ".json" and text.lstrip().startswith("{") and '"annotations"' in text:
@@ -177,11 +179,11 @@ def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Itera
     head = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in head else "," if "," in head else ";" if ";" in head else " "
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    there = reader.fieldnames or []
-    missing = [c for several in columns.values() for c in several if c not in there]
+    header = reader.fieldnames or []
+    wanted = {c: None for names in columns.values() for c in names}
+    missing = [c for c in wanted if c not in header]
     if missing:
-        raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, there))}. Set `columns` in the recipe.")
-    wanted = {c for several in columns.values() for c in several}
+        raise DataError(f"{file}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, header))}. Set `columns` in the recipe.")
     try:
         for row in reader:
             inside = sum(str(value).count("\n") for value in row.values())
@@ -189,7 +191,7 @@ def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Itera
             if any("\n" in str(row.get(c)) for c in wanted):
                 yield origin, {"fault": f"a quote that is not closed: the row runs to line {reader.line_num}"}
             elif None in row or None in row.values():
-                yield origin, {"fault": f"{len(there)} columns are expected ({', '.join(there)}), this line has another number"}
+                yield origin, {"fault": f"{len(header)} columns are expected ({', '.join(header)}), this line has another number"}
             else:
                 yield origin, dict(row)
     except csv.Error as error:
@@ -197,7 +199,7 @@ def _table(file: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Itera
 
 
 def _json_lines(file: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):  # and not at the line marks that JSON text may hold
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at other characters too, which JSON text may contain
         if line.strip():
             try:
                 row = json.loads(line)
@@ -208,39 +210,40 @@ def _json_lines(file: Path, text: str) -> Iterator[Row]:
 
 def _coco(file: Path, text: str) -> Iterator[Row]:
     try:
-        told = json.loads(text)
-        names = {c["id"]: (c["name"], c.get("supercategory", "")) for c in told["categories"]}
-        paths = {i["id"]: i["file_name"] for i in told["images"]}
-        for number, one in enumerate(told["annotations"], 1):
-            label, group = names[one["category_id"]]
-            x, y, width, height = one["bbox"]
+        raw = json.loads(text)
+        names = {c["id"]: (c["name"], c.get("supercategory", "")) for c in raw["categories"]}
+        paths = {i["id"]: i["file_name"] for i in raw["images"]}
+        for number, annotation in enumerate(raw["annotations"], 1):
+            label, group = names[annotation["category_id"]]
+            x, y, width, height = annotation["bbox"]
             box = f"{x} {y} {x + width} {y + height}"
-            yield f"{file}: annotation {number}", {"image": paths[one["image_id"]], "class": label, "group": group, "box": box}
+            yield f"{file}: annotation {number}", {"image": paths[annotation["image_id"]], "class": label, "group": group, "box": box}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({error!r}).") from error
 
 
 def _lookup(file: Path) -> dict[str, str]:
-    found = {}
+    """image id -> path."""
+    paths = {}
     for origin, row in _rows(file, {"id": ["image_id"], "path": ["path"]}):
         if "fault" in row:
             raise DataError(f"{origin}: {row['fault']}")
-        found[str(row["image_id"])] = str(row["path"])
-    return found
+        paths[str(row["image_id"])] = str(row["path"])
+    return paths
 
 
 def _value(row: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """A column as text; of a list of values in several languages, as ABO has them, the first."""
+    """The first column's value as text; of a list (ABO has values in several languages), the first."""
     return next(iter(_values(row, columns[:1])), "")
 
 
 def _values(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """Every value of these columns as text; a list gives each of its own."""
-    found = []
+    """All values of these columns as text. A list gives all its elements; an element may be {"value": ...}."""
+    texts = []
     for column in columns:
         value = row.get(column)
-        for one in value if isinstance(value, list) else [value]:
-            told = one.get("value") if isinstance(one, dict) else one
-            if told is not None and str(told).strip():
-                found.append(str(told).strip())
-    return found
+        for element in value if isinstance(value, list) else [value]:
+            text = element.get("value") if isinstance(element, dict) else element
+            if text is not None and str(text).strip():
+                texts.append(str(text).strip())
+    return texts

@@ -1,4 +1,4 @@
-"""The emoji that ship with the package: classes by split, drawn by several hands, read lazily from one archive."""
+"""The emoji that ship with the package: classes by split, drawn by several artists, in one archive that is read on demand."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PocketClasses(ClassReader):
 
 
 def read_pocket(split: str, name: str = "pocket", min_pictures: int = 1) -> ClassPool:
-    """Classes of one split that have at least ``min_pictures`` drawings; the others are counted as skipped.
+    """Classes of one split with at least ``min_pictures`` drawings; the others are counted as skipped.
 
-    Raises DataError for an unknown split or where nothing is left.
+    Raises DataError for an unknown split, or if fewer than two classes have enough drawings.
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is none of {', '.join(SPLITS)}.")
@@ -40,7 +40,7 @@ def read_pocket(split: str, name: str = "pocket", min_pictures: int = 1) -> Clas
     classes = tuple(
         PictureClass(
             name=r["name"],
-            pictures=tuple(Picture(DATA / "drawings.zip", f"{r['id']}/{hand}.webp", hand) for hand in r["drawings"]),
+            pictures=tuple(Picture(DATA / "drawings.zip", f"{r['id']}/{artist}.webp", artist) for artist in r["drawings"]),
             groups=(f"{r['kind']}/{r['subcategory']}", r["kind"]),
             hard=not r["lookalike"],
         )

@@ -1,7 +1,7 @@
-"""Records of a JSON Lines file or of a JSON list, read one at a time by their place in the file.
+"""Records of a JSON Lines file or of a JSON list, read one at a time from their place in the file.
 
-What is kept in memory is twelve bytes a record: where it begins and how long it is. Reading is by ``pread``:
-workers that were forked share no file position.
+Memory holds twelve bytes for each record: its start and its size. Reading uses ``pread``, because forked workers would
+share a file position.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lcl_adapter.data.sources.base import Dialogue, Fault, QuestionPool
 from lcl_adapter.errors import DataError
 
 CHUNK = 1 << 22
-KEPT = 8  # files whose index is kept: a run opens the same one for training, checks and suites
-INDEXED: dict[tuple[Path, str | None, int, int], tuple[np.ndarray, np.ndarray, list[int]]] = {}
+MAX_INDEXES = 8  # a run opens the same file for training, checks and suites; the indexes of this many files are cached
+INDEXES: dict[tuple[Path, str | None, int, int], tuple[np.ndarray, np.ndarray, list[int]]] = {}
 BOM = b"\xef\xbb\xbf"
-TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # whole strings, brackets, commas; a lone quote is a string cut by the chunk
+TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # strings, brackets, commas; a quote alone begins a string that the chunk cuts
 
 
 class Records:
-    """The records of ``file``: its lines, its list, or, where ``key`` is given, the list under that key of its object."""
+    """The records of ``file``: its lines, or the elements of its list. With ``key``, the file is an object and the list is under that key."""
 
     def __init__(self, file: Path, key: str | None = None) -> None:
         self.file = file
@@ -43,14 +43,14 @@ class Records:
         head = os.pread(self._file, 4096, 0)
         self._start = len(BOM) if head.startswith(BOM) else 0
         self.is_list = key is not None or head[self._start :].lstrip()[:1] == b"["
-        told = os.fstat(self._file)
-        known = (file, key, told.st_mtime_ns, told.st_size)
-        if known not in INDEXED:
+        stat = os.fstat(self._file)
+        version = (file, key, stat.st_mtime_ns, stat.st_size)
+        if version not in INDEXES:
             starts, ends = self._index_list(key) if self.is_list else self._index_lines()
-            if len(INDEXED) >= KEPT:
-                INDEXED.pop(next(iter(INDEXED)))
-            INDEXED[known] = (starts, (ends - starts).astype(np.uint32), self.blank)
-        self._starts, self.sizes, self.blank = INDEXED[known]
+            if len(INDEXES) >= MAX_INDEXES:
+                INDEXES.pop(next(iter(INDEXES)))
+            INDEXES[version] = (starts, (ends - starts).astype(np.uint32), self.blank)
+        self._starts, self.sizes, self.blank = INDEXES[version]
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -63,7 +63,7 @@ class Records:
         return os.pread(self._file, int(self.sizes[index]), int(self._starts[index]))
 
     def scan(self, count: int) -> Iterator[bytes]:
-        """The first ``count`` records in their order, read a chunk at a time."""
+        """The first ``count`` records in order, read in chunks."""
         first = 0
         while first < count:
             start = int(self._starts[first])
@@ -77,11 +77,11 @@ class Records:
             first = last
 
     def place(self, index: int) -> str:
-        """Line or record, without reading the file again; behind a blank line it is the record's number."""
+        """Line or record, without reading the file again. If the file has blank lines, the record's number."""
         return f", line {index + 1}" if not self.is_list and not self.blank else f": record {index + 1}"
 
     def origin(self, index: int) -> str:
-        """File and line (or record) for messages; counted in the file, so only for what is told."""
+        """File and line (or record), for messages. Slow: the lines are counted in the file."""
         if self.is_list:
             return f"{self.file}: record {index + 1}"
         return f"{self.file}, line {self.line(int(self._starts[index]))}"
@@ -94,11 +94,11 @@ class Records:
         return count
 
     def __getitem__(self, index: int) -> Any:
-        """The record as JSON gives it. Raises DataError that names its line."""
+        """The record, parsed. Raises DataError with the line."""
         return self.read(index, self.raw(index))
 
     def read(self, index: int, raw: bytes) -> Any:
-        """The record of these bytes. Raises DataError that names its line."""
+        """The record of these bytes, parsed. Raises DataError with the line."""
         try:
             return json.loads(raw)
         except UnicodeDecodeError as error:
@@ -121,20 +121,21 @@ class Records:
             breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + place)
             place += len(chunk)
         if breaks[-1].size == 0 or breaks[-1][-1] != place - 1:
-            breaks.append(np.array([place]))  # a last line without an end
+            breaks.append(np.array([place]))  # the last line has no line break
         edges = np.concatenate(breaks)
         starts, ends = edges[:-1] + 1, edges[1:]
-        short = np.flatnonzero(ends - starts <= 2)  # few bytes may be a blank line
+        short = np.flatnonzero(ends - starts <= 2)  # may be blank
         blank = self.blank = [int(i) for i in short if not os.pread(self._file, int(ends[i] - starts[i]), int(starts[i])).strip()]
         return np.delete(starts, blank), np.delete(ends, blank)
 
     def _index_list(self, key: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of the list's elements. Brackets are counted; the elements are not parsed."""
         starts: list[int] = []
         ends: list[int] = []
-        level = 1 if key is None else 2  # how deep the list's elements are
+        level = 1 if key is None else 2  # the bracket depth of the list's elements
         wanted = None if key is None else json.dumps(key).encode()
         depth, element, place, rest = 0, 0, self._start, b""
-        last = b""  # the string before a bracket: its key
+        last = b""  # the last string before a bracket, which is its key
         inside = closed = False
         while (chunk := os.pread(self._file, CHUNK, place + len(rest))) or rest:
             text, more = rest + chunk, bool(chunk)
@@ -191,23 +192,23 @@ Parse = Callable[[Any, int], Dialogue]
 
 
 class Dialogues(Sequence[Dialogue]):
-    """Dialogues parsed from their record each time they are asked for. ``kept`` are the records without a fault."""
+    """Dialogues that are parsed from their records each time they are used. ``numbers``: the records without a fault."""
 
-    def __init__(self, records: Records, parse: Parse, kept: np.ndarray | range) -> None:
-        self.records, self.parse, self.kept = records, parse, kept
+    def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range) -> None:
+        self.records, self.parse, self.numbers = records, parse, numbers
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        number = int(self.kept[index])
+        number = int(self.numbers[index])
         return self.parse(self.records[number], number)
 
     def longest(self, count: int) -> list[int]:
-        """Places of the ``count`` longest records, by bytes."""
-        sizes = self.records.sizes[np.asarray(self.kept)].astype(np.int64)
+        """Indices of the ``count`` longest records, by bytes."""
+        sizes = self.records.sizes[np.asarray(self.numbers)].astype(np.int64)
         return [int(i) for i in np.argsort(-sizes, kind="stable")[:count]]
 
     def __iter__(self) -> Iterator[Dialogue]:
@@ -215,8 +216,8 @@ class Dialogues(Sequence[Dialogue]):
 
 
 @runtime_checkable
-class ByPlace(Protocol):
-    """Dialogues that are read one at a time: which are long is known without reading all."""
+class ReadOnDemand(Protocol):
+    """Dialogues that are read one at a time. They know which are long without reading all."""
 
     def longest(self, count: int) -> list[int]: ...
 
@@ -224,25 +225,25 @@ class ByPlace(Protocol):
 
 
 def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
-    """Those that could be too long: the ones with most text (bytes of their records, where they are read by place)."""
-    if isinstance(pool.dialogues, ByPlace):
+    """The ``count`` dialogues with the most text. If they are read on demand, the size of their record decides."""
+    if isinstance(pool.dialogues, ReadOnDemand):
         return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
     if len(pool) <= count:
         return list(pool.dialogues)
     return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
 
 
-def dialogues(
+def read_dialogues(
     records: Records, parse: Parse, identify: Callable[[Any], object] | None = None, limit: int | None = None
 ) -> tuple[Dialogues, list[Fault]]:
-    """Go through every record once: what parses is kept by its number, what does not is a fault with its line.
+    """Parse every record once. Records that parse are remembered by number; each of the others is a fault with its line.
 
-    identify: a record's id; the second record of an id is a fault. Where left out, a record that is there twice, byte for
-    byte, is one. ``limit`` takes the first records only.
+    identify: gives a record's id; a second record with the same id is a fault. By default, a second record with the same
+    bytes is a fault. limit: read only this many records, from the start.
     """
     faults: list[Fault] = []
     count = min(len(records), limit or len(records))
-    lost: list[int] = []
+    faulty: list[int] = []
     ids = np.zeros(count, dtype=np.int64)
     for number, raw in enumerate(records.scan(count)):
         try:
@@ -251,34 +252,35 @@ def dialogues(
             ids[number] = hash(raw.strip() if identify is None else identify(record))
             continue
         except DataError as error:
-            faults.append(broken(records, number, error))
+            faults.append(unreadable(records, number, error))
         except ValueError as error:
-            faults.append(Fault("bad record", f"{named(records, number)}: {error}"))
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: {error}"))
         except KeyError as error:
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else ""
-            faults.append(Fault("bad record", f"{named(records, number)}: no key {error}; it has {keys}"))
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: no key {error}; it has {keys}"))
         except (TypeError, AttributeError, IndexError):
-            faults.append(Fault("bad record", f"{named(records, number)}: not of the form that is expected"))
-        lost.append(number)
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: not of the form that is expected"))
+        faulty.append(number)
         ids[number] = -1 - number
-    for number in _again(ids):
-        why = "its id was there before; give each record its own" if identify else "the same record was there before; remove it"
-        faults.append(Fault("duplicate id" if identify else "duplicate record", f"{named(records, number)}: {why}"))
-        lost.append(number)
-    kept = np.delete(np.arange(count), lost) if lost else range(count)
-    return Dialogues(records, parse, kept), faults
+    kind = "duplicate id" if identify else "duplicate record"
+    reason = "an earlier record has the same id; give each record its own" if identify else "an earlier record is the same; remove it"
+    for number in _repeated(ids):
+        faults.append(Fault(kind, f"{describe_record(records, number)}: {reason}"))
+        faulty.append(number)
+    numbers = np.delete(np.arange(count), faulty) if faulty else range(count)
+    return Dialogues(records, parse, numbers), faults
 
 
-def broken(records: Records, number: int, error: DataError) -> Fault:
-    """A record that is no JSON, which says its line itself, or one that names a picture outside its folder."""
-    told = str(error)
-    if told.startswith(str(records.file)):
-        return Fault("broken line", told)
-    return Fault("path that climbs out", f"{named(records, number)}: {told}")
+def unreadable(records: Records, number: int, error: DataError) -> Fault:
+    """The fault of a record that is not JSON (the error has its line), or whose picture is outside its folder."""
+    message = str(error)
+    if message.startswith(str(records.file)):
+        return Fault("broken line", message)
+    return Fault("path that climbs out", f"{describe_record(records, number)}: {message}")
 
 
-def _again(ids: np.ndarray) -> list[int]:
-    """Places of ids that were there before. In most files none was, which a sort alone tells."""
+def _repeated(ids: np.ndarray) -> list[int]:
+    """Indices of ids that occur earlier too. Most files have none, which a sort alone shows."""
     ordered = np.sort(ids)
     if not (ordered[1:] == ordered[:-1]).any():
         return []
@@ -286,8 +288,8 @@ def _again(ids: np.ndarray) -> list[int]:
     return np.setdiff1d(np.arange(len(ids)), first).tolist()
 
 
-def named(records: Records, number: int) -> str:
-    """File, line or record, and the record's own id where it has one."""
+def describe_record(records: Records, number: int) -> str:
+    """File, line or record, and the record's own id if it has one."""
     where = records.origin(number)
     try:
         record = records[number]
@@ -295,5 +297,5 @@ def named(records: Records, number: int) -> str:
         return where
     for key in ("id", "question_id"):
         if isinstance(record, dict) and key in record:
-            return f"{where} (id {record[key]!r})" if key == "id" else f"{where} ({key} {record[key]!r})"
+            return f"{where} ({key} {record[key]!r})"
     return where

@@ -27,8 +27,8 @@ from lcl_adapter.data.sources.base import (
     check_faults,
     pixel_box,
 )
-from lcl_adapter.data.sources.llava_json import named_once, picture
-from lcl_adapter.data.sources.records import Records, broken, dialogues, named
+from lcl_adapter.data.sources.llava_json import picture, record_name
+from lcl_adapter.data.sources.records import Records, describe_record, read_dialogues, unreadable
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.sources import ClassReader, FileReader, QuestionReader
 from lcl_adapter.recipe.wording import phrase
@@ -64,43 +64,45 @@ class ShikraBoxes(ClassReader, FileReader):
 def read_shikra(
     file: Path, images: Path, kind: str, name: str = "", on_fault: str = "refuse", limit: int | None = None, templates: Path | None = None
 ) -> QuestionPool:
-    """One question a record. Boxes become text when a picture's size is read; those out of range by themselves are faults."""
+    """One question a record. A box becomes text later, when the picture's size is read; a box that can never be valid is a fault."""
     records = Records(file)
     archive = images.suffix.lower() == ".zip"
     parse = partial(_parse, records=records, images=images, archive=archive, kind=kind, templates=templates)
-    found, faults = dialogues(records, parse, limit=limit)
-    return check_faults(QuestionPool(name or file.stem, found, {}, tuple(faults), records.sha256), on_fault)
+    dialogues, faults = read_dialogues(records, parse, limit=limit)
+    return check_faults(QuestionPool(name or file.stem, dialogues, {}, tuple(faults), records.sha256), on_fault)
 
 
 def _parse(record: Any, number: int, records: Records, images: Path, archive: bool, kind: str, templates: Path | None) -> Dialogue:
     match kind:
         case "rec":
-            shown = picture(images, archive, record["img_path"])
+            image = picture(images, archive, record["img_path"])
             words = phrase("rec", templates, number).filled(thing=record["expression"])
-            exchange = Exchange(words.query, "", shown, region=Region(shown, pixel_box(record["bbox"])))
+            exchange = Exchange(words.query, "", image, region=Region(image, pixel_box(record["bbox"])))
         case "vqa":
             exchange = Exchange(record["question"], record["annotation"]["multiple_choice_answer"], picture(images, archive, record["image_path"]))
         case "gqa":
             exchange = Exchange(record["question"], record["answer"], picture(images, archive, f"{record['imageId']}.jpg"))
         case _:
             exchange = Exchange(CAPTION, record["caption"], picture(images, archive, record["img_path"]))
-    return Dialogue((exchange,), named_once(records, number, record))
+    return Dialogue((exchange,), record_name(records, number, record))
 
 
 def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
-    """Referring boxes as classes, for few-shot detection: records of one expression are one class."""
-    records, faults = Records(file), []
+    """Referring boxes as classes, for few-shot detection: all records of one expression are one class."""
+    records = Records(file)
+    faults: list[Fault] = []
     archive = images.suffix.lower() == ".zip"
-    found: dict[str, dict[Picture, PixelBox]] = {}
+    boxes: dict[str, dict[Picture, PixelBox]] = {}  # expression -> picture -> box
     for number in range(len(records)):
         try:
             record = records[number]
-            found.setdefault(str(record["expression"]).strip().lower(), {})[picture(images, archive, record["img_path"])] = pixel_box(record["bbox"])
+            expression = str(record["expression"]).strip().lower()
+            boxes.setdefault(expression, {})[picture(images, archive, record["img_path"])] = pixel_box(record["bbox"])
         except DataError as error:
-            faults.append(broken(records, number, error))
+            faults.append(unreadable(records, number, error))
         except (ValueError, KeyError, TypeError) as error:
-            faults.append(Fault("bad record", f"{named(records, number)}: {error!r}"))
-    enough = {n: b for n, b in found.items() if len(b) >= min_pictures}
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: {error!r}"))
+    enough = {n: b for n, b in boxes.items() if len(b) >= min_pictures}
     classes = tuple(PictureClass(n, tuple(b), boxes=tuple(b.values())) for n, b in sorted(enough.items()))
-    skipped = {f"expression with fewer than {min_pictures} pictures": len(found) - len(enough)} if len(enough) < len(found) else {}
+    skipped = {f"expression with fewer than {min_pictures} pictures": len(boxes) - len(enough)} if len(enough) < len(boxes) else {}
     return check_faults(ClassPool(name or file.stem, classes, skipped, tuple(faults)), on_fault)

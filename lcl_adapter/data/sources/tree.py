@@ -1,6 +1,6 @@
-"""A folder or a zip archive as one list of names, so that a reader need not know which it has.
+"""A folder or a zip archive as a list of names, so that a reader works with either.
 
-Names that climb out (``../``), absolute names and circles of links are refused before anything is read.
+Names that lead out of it (``../``), absolute names and circular links are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tree:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Every file's name, sorted; hidden ones left out. Raises DataError for a name that climbs out or a circle of links."""
+        """Every file's name, sorted, without hidden files. Raises DataError for a name that leads out, or for a circle of links."""
         names = self._members() if self.archive else self._walk(self.root, "", frozenset())
         for name in names:
             if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
@@ -40,7 +40,7 @@ class Tree:
         return frozenset(self.files)
 
     def __contains__(self, name: str) -> bool:
-        """A single name is looked up in a folder without listing all of it, which may hold a million files."""
+        """Looks one name up. A folder is not listed for that: it may have a million files."""
         if self.archive or not isinstance(name, str) or not name:
             return name in self._known
         try:
@@ -58,23 +58,23 @@ class Tree:
         return table
 
     def folders(self, under: str = "") -> list[str]:
-        """Names of the folders right below ``under`` that hold a file somewhere, and, on disk, empty ones too."""
-        found = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
+        """Names of the folders directly below ``under`` that have a file at any depth. On disk, empty folders too."""
+        names = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
         if not self.archive and (self.root / under).is_dir():
-            found |= {p.name for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
-        return sorted(found)
+            names |= {p.name for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
+        return sorted(names)
 
     def within(self, folder: str) -> list[str]:
-        """Files right inside a folder (``a/b/``), sorted."""
+        """Files directly in a folder (``a/b/``), sorted."""
         return self._by_folder.get(folder, [])
 
-    def picture(self, name: str, hand: str | None = None) -> Picture:
-        """A reference to one file. Raises DataError for a name that climbs out."""
+    def picture(self, name: str, artist: str | None = None) -> Picture:
+        """A reference to one file. Raises DataError for a name that leads out."""
         check_inside(name, str(self.root))
-        return Picture(self.root, name, hand) if self.archive else Picture(self.root / name, None, hand)
+        return Picture(self.root, name, artist) if self.archive else Picture(self.root / name, None, artist)
 
     def text(self, name: str) -> str:
-        """One file's text. Raises DataError where it is not there, or not UTF-8."""
+        """One file's text. Raises DataError if there is no such file, or if it is not UTF-8."""
         try:
             raw = zipfile.ZipFile(self.root).read(name) if self.archive else (self.root / name).read_bytes()
             return raw.decode("utf-8-sig")
@@ -115,9 +115,9 @@ class Tree:
 
 
 def check_inside(name: str, where: str) -> None:
-    """Raises DataError for a name that is absolute or climbs out of its folder."""
+    """Raises DataError for a name that is absolute or leads out of its folder."""
     if ".." not in name and "\\" not in name and ":" not in name and not name.startswith("/"):
-        return  # what nearly every name is
+        return  # nearly every name
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
         raise DataError(f"{where}: the name {name!r} leads out of it. Names must stay inside; nothing was read.")
