@@ -187,7 +187,7 @@ def test_a_network_that_fails_now_and_then(elsewhere: tuple[str, Path], tmp_path
             raise ConnectionError("reset by peer")
         return real(url, mode)
 
-    monkeypatch.setattr(shards, "PATIENCE", 0.001)
+    monkeypatch.setattr(shards, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(fsspec, "open", flaky)
     (tmp_path / "cache").mkdir()
     assert answers(read_shards(None, urls, index, tmp_path / "cache", 10**9, 4)) == [f"answer {n}" for n in range(30)]
@@ -290,7 +290,7 @@ def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match="widsindex create"):
         read_shards(None, urls, None, cache, 1, 4)
-    with pytest.raises(DataError, match=r"says nothing of set-005.tar"):
+    with pytest.raises(DataError, match=r"has no entry for set-005.tar"):
         read_shards(None, urls.replace("004", "005"), index, cache, 1, 4)
     told = json.loads(index.read_text())
     told["shardlist"][1]["nsamples"] = 7
