@@ -1,4 +1,4 @@
-"""Both layouts, told by the folder itself: the same weights, hash and answers in either, and nothing that does not fit is taken."""
+"""Both layouts: recognised by the folder itself; the same weights, hash and answers in either; weights that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, CLI
 
 from lcl_adapter.base.layouts import Checkpoint, layout_of, open_checkpoint, read_config
 from lcl_adapter.base.layouts import tensors as weights
-from lcl_adapter.base.layouts.tensors import INDEX, SINGLE, Planned
-from lcl_adapter.base.layouts.writing import Writing
+from lcl_adapter.base.layouts.tensors import INDEX, SINGLE, PlannedTensor
+from lcl_adapter.base.layouts.writing import CheckpointWriter
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import convert as converting
@@ -34,7 +34,7 @@ Q_PROJ = {"original": "model.layers.0.self_attn.q_proj.weight", "hf": "language_
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file with its size and when it was written."""
+    """Every file with its size and time of modification."""
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
 
 
@@ -56,7 +56,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Version -> its original folder; read, never changed."""
+    """Version -> its original folder, which tests only read."""
     root = tmp_path_factory.mktemp("originals")
     return {version: save_original(root / f"llava-{version}", version) for version in VERSIONS}
 
@@ -72,7 +72,7 @@ def converted(originals: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def copied(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a base that a test may spoil, beside its tower."""
+    """A copy of a base, which a test may change."""
 
     def copy(layout: str = "original", version: str = "v1.5") -> Path:
         source = originals[version] if layout == "original" else converted[version]
@@ -82,7 +82,7 @@ def copied(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Pat
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """The one file of weights, changed in place."""
+    """Change the single file of weights in place."""
     state = load_file(folder / SINGLE)
     change(state)
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
@@ -93,8 +93,8 @@ def edit(file: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_layout_is_told_by_the_folder(originals: dict[str, Path], converted: dict[str, Path], version: str) -> None:
-    """Whatever model_type says, which is ``llava`` in both for v1."""
+def test_the_layout_is_recognised_by_the_folder(originals: dict[str, Path], converted: dict[str, Path], version: str) -> None:
+    """Not by model_type, which is ``llava`` in both layouts of v1."""
     assert (opened(originals[version]).layout, opened(converted[version]).layout) == ("original", "hf")
     assert layout_of({"model_type": "llama"}) is None
     kinds = {"v1": "llava", "v1.5": "llava", "v1.6": "llava_next"}
@@ -102,8 +102,10 @@ def test_the_layout_is_told_by_the_folder(originals: dict[str, Path], converted:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_there_and_back_are_the_same_weights_and_hash(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, version: str) -> None:
-    """Bit by bit, in the original keys and types too, but for buffers that are made anew; and what upstream reads in the config."""
+def test_converting_there_and_back_gives_the_same_weights_and_hash(
+    originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, version: str
+) -> None:
+    """Bit by bit, with the original keys and types, except buffers that the model computes. So are the config's fields that upstream reads."""
     result = convert(str(converted[version]), tmp_path / "llava-back")
     assert (result["from"], result["to"], result["greedy_equal"]) == ("hf", "original", result["probes"])
     hashes = {opened(folder).hash() for folder in (originals[version], converted[version], tmp_path / "llava-back")}
@@ -124,14 +126,14 @@ def test_there_and_back_are_the_same_weights_and_hash(originals: dict[str, Path]
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_both_layouts_answer_alike(originals: dict[str, Path], converted: dict[str, Path], version: str) -> None:
-    """To rounding, and the same words."""
+    """Up to rounding, with the same words."""
     one, other = answers(originals[version]), answers(converted[version])
     assert one.distance(other) < 1e-5
     assert one.texts == other.texts
-    assert float(one.logits.std()) > 0.1, "and not for want of anything to say"
+    assert float(one.logits.std()) > 0.1, "the logits differ from each other at all"
 
 
-def test_transformers_own_reader_takes_a_converted_one(originals: dict[str, Path], converted: dict[str, Path]) -> None:
+def test_transformers_reads_a_converted_base(originals: dict[str, Path], converted: dict[str, Path]) -> None:
     """Every weight by its name, none missing and none left over."""
     for version, folder in converted.items():
         model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -143,7 +145,7 @@ def test_transformers_own_reader_takes_a_converted_one(originals: dict[str, Path
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("pickled", "shards"), [(True, 1), (True, 3), (False, 3)])
 def test_pickles_and_shards_are_the_same_base(originals: dict[str, Path], tmp_path: Path, version: str, pickled: bool, shards: int) -> None:
-    """As the single safetensors file: weights and hash."""
+    """The same weights and hash as the single safetensors file."""
     folder = save_original(tmp_path / "base", version, pickled=pickled, shards=shards)
     assert len(list(folder.glob("*.bin" if pickled else "*.safetensors"))) == shards
     assert opened(folder).hash() == opened(originals[version]).hash()
@@ -162,7 +164,7 @@ def test_a_copy_in_fp32_has_the_same_hash(originals: dict[str, Path], copied: Ca
 @pytest.mark.parametrize("at", ["first", "last"])
 @pytest.mark.parametrize("part", ["q_proj.weight", "layernorm.weight", "patch_embedding.weight", "0.bias", "lm_head.weight"])
 def test_another_value_is_another_hash(copied: Callable[..., Path], layout: str, at: str, part: str) -> None:
-    """In any part; of embedding and head the first row counts."""
+    """In any part; of the embedding and the head, in the first row."""
     folder = copied(layout, "v1.6")
     before = opened(folder).hash()
 
@@ -177,7 +179,7 @@ def test_another_value_is_another_hash(copied: Callable[..., Path], layout: str,
 
 
 def test_another_tower_is_another_hash(originals: dict[str, Path], tmp_path: Path) -> None:
-    """Also where it lies outside the base."""
+    """A tower outside the base counts too."""
     tower = Path(shutil.copytree(f"{originals['v1.5']}-tower", tmp_path / "tower"))
     rewrite(tower, lambda state: next(iter(state.values())).view(-1)[0].add_(1))
     assert open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tower))).hash() != opened(originals["v1.5"]).hash()
@@ -185,7 +187,7 @@ def test_another_tower_is_another_hash(originals: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
 def test_a_base_folder_is_only_read(copied: Callable[..., Path], originals: dict[str, Path], tmp_path: Path, layout: str) -> None:
-    """Not a file more or less, bigger or newer: by loading, hashing and converting."""
+    """Loading, hashing and converting change none of its files."""
     for version in VERSIONS:
         folder = copied(layout, version)
         before = snapshot(folder.parent), snapshot(originals[version].parent)
@@ -197,7 +199,7 @@ def test_a_base_folder_is_only_read(copied: Callable[..., Path], originals: dict
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda s, k: s.update({k.replace("q_proj", "q_projj"): s.pop(k)}), r"q_projj\.weight.*\(did you mean .*q_proj\.weight'"),
         (lambda s, k: s.update({k.replace("q_proj", "q_pro"): s[k].clone()}), r"q_pro\.weight' is no weight of this model \(did you mean .*q_proj"),
@@ -207,33 +209,33 @@ def test_a_base_folder_is_only_read(copied: Callable[..., Path], originals: dict
         (lambda s, k: s.update({k: s[k][:32].clone()}), r"q_proj\.weight is \[32, 64\], its config says \[64, 64\]"),
         (lambda s, k: s.update({k: s[k].to(torch.int8)}), r"q_proj\.weight is torch\.int8, not a float; give the base before it was quantised"),
     ],
-    ids=["renamed", "near", "another layer", "unheard of", "missing", "another shape", "integers"],
+    ids=["renamed", "near", "another layer", "unknown", "missing", "another shape", "integers"],
 )
-def test_weights_that_are_not_the_models_are_refused(copied: Callable[..., Path], layout: str, spoil: Any, said: str) -> None:
-    """By name, before any is loaded."""
+def test_weights_that_are_not_the_models_are_refused(copied: Callable[..., Path], layout: str, spoil: Any, message: str) -> None:
+    """By name, before any weight is loaded."""
     folder = copied(layout)
     rewrite(folder, lambda state: spoil(state, Q_PROJ[layout]))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         _ = opened(folder).weights
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load_base(BaseRef(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
 def test_a_weight_under_two_names_is_refused(copied: Callable[..., Path], layout: str) -> None:
-    """Else one of the two would be taken without a word."""
+    """Otherwise one of the two would be used silently."""
     folder = copied(layout)
     both = {
         "original": ("model.mm_projector.0.weight", "model.mm_projector.weight"),
         "hf": (Q_PROJ["hf"], "model.language_model.layers.0.self_attn.q_proj.weight"),
     }[layout]
     rewrite(folder, lambda state: state.update({both[1]: state[both[0]] + 1}))
-    with pytest.raises(ModelError, match="weight"):
+    with pytest.raises(ModelError, match=r"name the same weight|is no weight"):
         _ = opened(folder).weights
 
 
 def test_two_layers_under_a_linear_config_are_refused(copied: Callable[..., Path]) -> None:
-    """Else the second would be replaced by nothing."""
+    """Otherwise the second would be dropped silently."""
     folder = copied("original", "v1.5")
     edit(folder / "config.json", mm_projector_type="linear")
     with pytest.raises(ModelError, match=r"linear|projector"):
@@ -249,8 +251,8 @@ def test_one_layer_under_a_config_of_two_is_refused(copied: Callable[..., Path])
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("layout", ["original", "hf"])
-def test_a_shard_of_another_float_type_is_taken(copied: Callable[..., Path], tmp_path: Path, layout: str, version: str) -> None:
-    """Each weight keeps its own through a conversion, and the hash is the same."""
+def test_a_shard_of_another_float_type_is_accepted(copied: Callable[..., Path], tmp_path: Path, layout: str, version: str) -> None:
+    """A conversion does not change the type of any weight, and the hash is the same."""
     folder = copied(layout, version)
     before = opened(folder).hash()
     state = load_file(folder / SINGLE)
@@ -266,14 +268,14 @@ def test_a_shard_of_another_float_type_is_taken(copied: Callable[..., Path], tmp
     assert opened(tmp_path / "llava-out").hash() == before
     kinds = {name: weight.dtype for name, weight in opened(folder).weights.items() if "linear_2" not in name or version != "v1"}
     assert {torch.float32, torch.float16} <= set(kinds.values())
-    there = opened(tmp_path / "llava-out").weights
-    assert {name: there[name].dtype for name in kinds} == kinds
+    written = opened(tmp_path / "llava-out").weights
+    assert {name: written[name].dtype for name in kinds} == kinds
 
 
 def test_weights_of_both_layouts_in_one_folder_are_refused(copied: Callable[..., Path], converted: dict[str, Path]) -> None:
     folder = copied()
     shutil.copyfile(converted["v1.5"] / SINGLE, folder / "other.safetensors")
-    with pytest.raises(ModelError, match="weights of both layouts lie mixed in it"):
+    with pytest.raises(ModelError, match="holds weights of both layouts"):
         load_base(BaseRef(str(folder), device="cpu"))
 
 
@@ -286,7 +288,7 @@ def test_a_config_of_the_other_layout_is_refused(copied: Callable[..., Path], la
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type 'mlp3x_gelu' is not known; there are linear, mlp2x_gelu"),
         ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' in the original layout is not known; there are llava, llava_llama, llava_mistral"),
@@ -294,19 +296,19 @@ def test_a_config_of_the_other_layout_is_refused(copied: Callable[..., Path], la
         ({"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints: a list"),
     ],
 )
-def test_an_original_config_that_cannot_be_said_otherwise_is_refused(copied: Callable[..., Path], fields: dict[str, str], said: str) -> None:
-    """With what it says and what there is."""
+def test_an_original_config_without_a_hugging_face_equivalent_is_refused(copied: Callable[..., Path], fields: dict[str, str], message: str) -> None:
+    """The message names the value and the known ones."""
     folder = copied()
     edit(folder / "config.json", **fields)
-    with pytest.raises(ModelError, match=said.replace("(", r"\(")):
+    with pytest.raises(ModelError, match=message.replace("(", r"\(")):
         load_base(BaseRef(str(folder), device="cpu"))
 
 
-def test_a_missing_tower_is_refused_with_the_way_to_get_it(copied: Callable[..., Path]) -> None:
-    """A published one by its command, another by what it is."""
+def test_a_missing_tower_is_refused_with_a_command_to_get_it(copied: Callable[..., Path]) -> None:
+    """For a published tower the download command, for another one a description."""
     folder = copied()
     edit(folder / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336-not-here")
-    with pytest.raises(ModelError, match=r"keeps its vision tower in a folder of its own.*`hf download openai/clip-vit-large-patch14-336-not-here`"):
+    with pytest.raises(ModelError, match=r"has its vision tower in a folder of its own.*`hf download openai/clip-vit-large-patch14-336-not-here`"):
         load_base(BaseRef(str(folder), device="cpu"))
     edit(folder / "config.json", mm_vision_tower="/nowhere/tower")
     with pytest.raises(ModelError, match=r"its config says '/nowhere/tower', which is not here\. Give it with vision_tower=FOLDER"):
@@ -316,7 +318,7 @@ def test_a_missing_tower_is_refused_with_the_way_to_get_it(copied: Callable[...,
 
 
 def test_a_tower_may_be_given(copied: Callable[..., Path], originals: dict[str, Path]) -> None:
-    """Where the config's is not here; and one beside the base is found by its name."""
+    """Where the config's folder does not exist. A folder beside the base is used by its name."""
     folder = copied()
     edit(folder / "config.json", mm_vision_tower="/nowhere/tower")
     base = load_base(BaseRef(str(folder), device="cpu", tower=f"{originals['v1.5']}-tower"))
@@ -326,7 +328,7 @@ def test_a_tower_may_be_given(copied: Callable[..., Path], originals: dict[str, 
 
 
 def test_a_whole_clip_serves_as_a_tower(originals: dict[str, Path], tmp_path: Path) -> None:
-    """As OpenAI's is published: a pickle, text half, old buffers and all."""
+    """As OpenAI published it: a pickle with the text half and old buffers."""
     own = Path(f"{originals['v1.5']}-tower")
     vision = CLIPVisionConfig.from_pretrained(own)
     text = CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
@@ -336,9 +338,9 @@ def test_a_whole_clip_serves_as_a_tower(originals: dict[str, Path], tmp_path: Pa
     state |= {f"{half}_model.embeddings.position_ids": torch.arange(5)[None] for half in ("vision", "text")}
     torch.save(state, tmp_path / "pytorch_model.bin")
     shutil.copyfile(own / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
-    found = open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tmp_path)))
-    assert found.hash() == opened(originals["v1.5"]).hash()
-    one, other = (checkpoint.config.vision_config.to_dict() for checkpoint in (found, opened(originals["v1.5"])))
+    with_clip = open_checkpoint(BaseRef(str(originals["v1.5"]), tower=str(tmp_path)))
+    assert with_clip.hash() == opened(originals["v1.5"]).hash()
+    one, other = (checkpoint.config.vision_config.to_dict() for checkpoint in (with_clip, opened(originals["v1.5"])))
     assert {**one, "dtype": None} == {**other, "dtype": None}
 
 
@@ -352,7 +354,7 @@ def test_a_tower_of_another_width_is_refused(originals: dict[str, Path], tmp_pat
 
 
 def test_a_base_without_tokenizer_model_cannot_become_original(copied: Callable[..., Path], tmp_path: Path) -> None:
-    """TokenScore with what to do, and nothing is left."""
+    """The message says what to do, and nothing is left on the disk."""
     folder = copied("hf")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.model, which upstream's slow tokenizer reads\. Copy it beside the checkpoint"):
@@ -370,7 +372,7 @@ def test_a_family_that_upstream_lacks_cannot_become_original(tmp_path: Path, fam
 
 
 def test_a_padded_vocabulary_is_the_same_base(converted: dict[str, Path], copied: Callable[..., Path], tmp_path: Path) -> None:
-    """As llava-hf's are, whose embedding has rows behind the image token's: same hash, and upstream gets the words alone."""
+    """llava-hf's embeddings have rows behind the image token's: the hash is the same, and upstream gets the vocabulary only."""
     folder = copied("hf")
 
     def pad(state: dict[str, torch.Tensor]) -> None:
@@ -402,8 +404,8 @@ class Images(CLIPImageProcessorPil): pass
 def test_code_in_a_checkpoint_is_never_run(
     copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, kind: str | None
 ) -> None:
-    """Not for any part of it, nor for a model_type that is unknown without it, and nobody is asked whether it may be."""
-    folder, marker, asked = copied(layout), tmp_path / "ran", []
+    """Not for any part of a checkpoint, nor for a model_type that only this code defines. The user is not asked to allow it."""
+    folder, marker, questions = copied(layout), tmp_path / "ran", []
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
     own = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Model", "AutoModel": "own.Model"}
     edit(folder / "config.json", auto_map=own, **({"model_type": kind} if kind else {}))
@@ -413,7 +415,7 @@ def test_code_in_a_checkpoint_is_never_run(
             edit(folder / name, auto_map={"AutoProcessor": "own.Images", "AutoImageProcessor": "own.Images"})
 
     def answer(question: str = "") -> str:
-        asked.append(question)
+        questions.append(question)
         return "y"
 
     monkeypatch.setattr(builtins, "input", answer)
@@ -425,12 +427,12 @@ def test_code_in_a_checkpoint_is_never_run(
     except UserError as error:
         refused = str(error)
     assert not marker.exists()
-    assert not asked
+    assert not questions
     assert bool(refused) == (kind is not None), refused
 
 
 def test_an_index_without_metadata_is_read_or_refused(copied: Callable[..., Path]) -> None:
-    """transformers wants a total size in it; either way there is no traceback."""
+    """transformers expects a total size in the index. Loading works or raises a ModelError, nothing else."""
     folder = copied("hf")
     (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
     keys = load_file(folder / "model-00001-of-00001.safetensors").keys()
@@ -439,9 +441,9 @@ def test_an_index_without_metadata_is_read_or_refused(copied: Callable[..., Path
         assert load_base(BaseRef(str(folder), device="cpu")).checkpoint.hash()
 
 
-@pytest.mark.parametrize("named", ["a tower by its path", "a published tower by its name"])
+@pytest.mark.parametrize("named", ["by its path", "by its published name"])
 def test_the_tower_may_be_named_instead_of_written(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, named: str) -> None:
-    """What tower_as says is in the config, and no tower is beside the weights."""
+    """The value of tower_as is in the config, and no tower is written beside the weights."""
     tower = f"{originals['v1.5']}-tower" if "path" in named else "openai/clip-vit-large-patch14-336"
     convert(str(converted["v1.5"]), tmp_path / "llava-out", tower_as=tower)
     assert read_config(tmp_path / "llava-out")["mm_vision_tower"] == tower
@@ -450,8 +452,8 @@ def test_the_tower_may_be_named_instead_of_written(originals: dict[str, Path], c
 
 
 @pytest.mark.parametrize("layout", ["original", "hf"])
-def test_a_base_may_be_cut_into_other_shards(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, layout: Any) -> None:
-    """In its own layout: same keys, same values, the files beside them byte for byte."""
+def test_a_base_may_be_split_into_other_shards(originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, layout: Any) -> None:
+    """In its own layout: the same keys and values, and the other files byte for byte."""
     source = {"original": originals, "hf": converted}[layout]["v1.5"]
     result = convert(str(source), tmp_path / "llava-out", to=layout, shard_size=60_000)
     assert result["shards"] == len(list((tmp_path / "llava-out").glob("model-*.safetensors"))) > 3
@@ -460,34 +462,34 @@ def test_a_base_may_be_cut_into_other_shards(originals: dict[str, Path], convert
     assert opened(tmp_path / "llava-out").hash() == opened(source).hash()
 
 
-def test_what_is_there_is_never_overwritten(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_an_existing_folder_is_never_overwritten(originals: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "llava-out").mkdir()
-    with pytest.raises(RunError, match=r"out: exists already; nothing is overwritten\. Give another place"):
+    with pytest.raises(RunError, match=r"out: exists already; nothing is overwritten\. Give another path"):
         convert(str(originals["v1.5"]), tmp_path / "llava-out")
     assert not list((tmp_path / "llava-out").iterdir())
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what is needed and what is free."""
+    """The message has the space that is needed and that is free."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 60 * 10**6))
-    with pytest.raises(RunError, match=r"0\.1 GB are to be written, 0\.1 GB are free there\. Free some room"):
+    with pytest.raises(RunError, match=r"needs 0\.1 GB, 0\.1 GB are free\. Free some space"):
         convert(str(originals["v1.5"]), tmp_path / "llava-out")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def stopped(originals: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
-    """Where a conversion to several shards would be, one that was stopped in its third."""
+    """The target of a conversion that was stopped in its third shard."""
     plain = weights._write
 
-    def write(opened: Any, part: Any) -> Any:
-        for done, one in enumerate(plain(opened, part)):
+    def write(opened: Any, planned: Any) -> Any:
+        for done, tensor in enumerate(plain(opened, planned)):
             if "00003-of" in opened.name and done:
                 raise KeyboardInterrupt
-            yield one
+            yield tensor
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(weights, "_write", write)
@@ -496,8 +498,8 @@ def stopped(originals: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
     return tmp_path / "llava-out"
 
 
-def test_a_conversion_that_was_stopped_goes_on(originals: dict[str, Path], stopped: Path) -> None:
-    """What was done lies beside, not in its place; the second time begins behind it and is whole."""
+def test_a_stopped_conversion_is_resumed(originals: dict[str, Path], stopped: Path) -> None:
+    """The complete shards are in a partial folder. The second run adds the others and renames it."""
     partial = stopped.with_name("llava-out.partial")
     assert not stopped.exists()
     done = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in partial.glob("model-*.safetensors")}
@@ -511,31 +513,31 @@ def test_a_conversion_that_was_stopped_goes_on(originals: dict[str, Path], stopp
     assert opened(stopped).hash() == opened(originals["v1.5"]).hash()
 
 
-@pytest.mark.parametrize("other", ["cut", "source", "unreadable"])
-def test_what_another_plan_left_is_begun_anew(originals: dict[str, Path], stopped: Path, other: str) -> None:
-    """Other shards, another source, or a plan that cannot be read: nothing of the old one is in the new."""
+@pytest.mark.parametrize("other", ["shards", "source", "unreadable"])
+def test_the_remains_of_another_plan_are_removed(originals: dict[str, Path], stopped: Path, other: str) -> None:
+    """Other shards, another source, or an unreadable plan: no old file is in the result."""
     partial = stopped.with_name("llava-out.partial")
     (partial / "leftover.txt").write_text("old")
     if other == "unreadable":
         (partial / "plan.json").write_text("")
     source = originals["v1.6" if other == "source" else "v1.5"]
-    convert(str(source), stopped, shard_size=50_000 if other == "cut" else 60_000)
+    convert(str(source), stopped, shard_size=50_000 if other == "shards" else 60_000)
     assert not (stopped / "leftover.txt").exists()
     assert not partial.exists()
     assert opened(stopped).hash() == opened(source).hash()
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    """A disk that keeps another value of one tensor than was written."""
+    """Write another value of one tensor than was planned, as a failing disk would."""
     plain = weights._write
 
-    def other(one: Planned) -> Planned:
-        return Planned(one.key, one.dtype, one.shape, lambda: [block + 1 for block in one.make()]) if one.key == key else one
+    def changed(tensor: PlannedTensor) -> PlannedTensor:
+        return PlannedTensor(tensor.key, tensor.dtype, tensor.shape, lambda: [block + 1 for block in tensor.make()]) if tensor.key == key else tensor
 
-    monkeypatch.setattr(weights, "_write", lambda opened, part: plain(opened, [other(one) for one in part]))
+    monkeypatch.setattr(weights, "_write", lambda opened, planned: plain(opened, [changed(tensor) for tensor in planned]))
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["probes asked", "no room for probes"])
+@pytest.mark.parametrize("with_probes", [True, False], ids=["with probes", "no memory for probes"])
 @pytest.mark.parametrize(
     ("to", "key"),
     [
@@ -545,13 +547,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
         ("original", "vision_model.encoder.layers.0.layer_norm1.weight"),
     ],
 )
-def test_a_tensor_that_was_written_otherwise_is_caught(
-    originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, key: str, asked: bool
+def test_a_tensor_that_was_written_differently_is_detected(
+    originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, key: str, with_probes: bool
 ) -> None:
-    """In any file of what was written, the tower's too, whether or not the model fits into memory; and nothing is left."""
+    """In any written file, the tower's too, whether or not the model fits into memory. Nothing is left on the disk."""
     source = converted["v1.5"] if to == "original" else originals["v1.5"]
-    if not asked:
-        monkeypatch.setattr(converting, "room_for", lambda checkpoint: (False, 10**12, 0))
+    if not with_probes:
+        monkeypatch.setattr(converting, "memory_for_probes", lambda checkpoint: (False, 10**12, 0))
     with monkeypatch.context() as patched:
         spoil(patched, key)
         with pytest.raises(MergeError, match="differs from"):
@@ -559,31 +561,29 @@ def test_a_tensor_that_was_written_otherwise_is_caught(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tensor_that_is_made_otherwise_is_caught_by_the_answers(
-    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two weights of one shape swapped: each is what was planned, and the model is another."""
-    plain = Writing.names.func  # type: ignore[attr-defined]
+def test_swapped_weights_are_detected_by_the_answers(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights of one shape are swapped: each equals the plan, but the model answers differently."""
+    plain = CheckpointWriter.names.func  # type: ignore[attr-defined]
 
-    def swapped(self: Writing) -> dict[str, str]:
+    def swapped(self: CheckpointWriter) -> dict[str, str]:
         names = dict(plain(self))
         one, other = (f"language_model.model.layers.{n}.mlp.up_proj.weight" for n in (0, 1))
         return {**names, one: names[other], other: names[one]}
 
-    monkeypatch.setattr(Writing, "names", property(swapped))
+    monkeypatch.setattr(CheckpointWriter, "names", property(swapped))
     with pytest.raises(MergeError, match=r"differs from its source by .* in a logit"):
         convert(str(originals["v1.5"]), tmp_path / "llava-out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_what_was_done(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told as such, and going on is possible."""
+def test_a_conversion_is_resumed_after_a_full_disk(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the full disk, and the complete shards stay."""
     plain = weights._write
 
-    def full(opened: Any, part: Any) -> Any:
+    def full(opened: Any, planned: Any) -> Any:
         if "00002-of" in opened.name:
             raise OSError(28, os.strerror(28))
-        return plain(opened, part)
+        return plain(opened, planned)
 
     with monkeypatch.context() as patched:
         patched.setattr(weights, "_write", full)

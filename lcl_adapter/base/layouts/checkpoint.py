@@ -1,6 +1,6 @@
-"""A base on disk in either layout, its weights by the model's own names, read one by one.
+"""A base on disk in either layout. Its weights are known by the model's own names and read one at a time.
 
-original          haotian-liu's: `mm_vision_tower` in config.json, the vision tower a folder of its own (inside in 1.6)
+original          haotian-liu's: `mm_vision_tower` in config.json; the vision tower is a folder of its own (inside in 1.6)
 hugging face      transformers': `vision_config` in config.json
 """
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lcl_adapter.base.layouts import configs, keys
-from lcl_adapter.base.layouts.tensors import Stored, blocks_of, digest, stored_in
+from lcl_adapter.base.layouts.tensors import StoredTensor, combined_hash, row_blocks, tensors_in_folder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
@@ -33,27 +33,32 @@ from lcl_adapter.pocket import BASE as POCKET_BASE
 
 Layout = Literal["hf", "original"]
 POCKET = "pocket"  # the name of the base that ships
-MARKED_IMAGE = "<im_patch>", "<im_start>", "<im_end>"  # v1's tokens, in the order upstream adds them
-WHOLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+V1_IMAGE_TOKENS = "<im_patch>", "<im_start>", "<im_end>"  # in the order upstream adds them
+FLOAT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of the model: its type and shape, where it is stored if it is, and how it is read."""
+    """One weight of the model. ``stored`` is its tensor on disk, None where the weight is computed; ``read`` gives its value."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
-    stored: Stored | None = None
+    stored: StoredTensor | None = None
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """Its rows, some at a time."""
-        return self.stored.blocks() if self.stored is not None and self.stored.shape == self.shape else blocks_of(self.read())
+        """The weight as consecutive blocks of rows."""
+        if self.stored is not None and self.stored.shape == self.shape:
+            return self.stored.blocks()
+        return row_blocks(self.read())
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base that was found and understood; nothing is loaded until it is asked for. ``tower``: the folder outside, where there is one."""
+    """A base folder whose layout is known. Its parts are read when they are first used.
+
+    raw: config.json. tower: the vision tower's folder, where it lies outside the base.
+    """
 
     folder: Path
     layout: Layout
@@ -62,26 +67,26 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """As the checkpoint's own code tokenises. Raises ModelError where it cannot be loaded."""
+        """Tokenises as the checkpoint's own code does. Raises ModelError where it cannot be loaded."""
         try:
             if self.layout == "hf":
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            # AutoTokenizer takes `llava` for another model and gives wrong ids.
-            named = {"image_token": MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
-            slow = (self.folder / "tokenizer.model").exists()  # without it a Llama 3's, which LlamaTokenizer would misread
-            kind = LlamaTokenizer if slow else PreTrainedTokenizerFast
-            tokenizer = kind.from_pretrained(self.folder, extra_special_tokens=named)
+            # AutoTokenizer reads model_type `llava` as another model and gives wrong ids.
+            extra = {"image_token": V1_IMAGE_TOKENS[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
+            sentencepiece = (self.folder / "tokenizer.model").exists()  # a Llama 3 has none, and LlamaTokenizer would misread it
+            tokenizer_class = LlamaTokenizer if sentencepiece else PreTrainedTokenizerFast
+            tokenizer = tokenizer_class.from_pretrained(self.folder, extra_special_tokens=extra)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(f"base {self.folder}: its tokenizer cannot be loaded ({error}).") from error
         if self.raw.get("mm_use_im_start_end"):
-            tokenizer.add_tokens([t for t in MARKED_IMAGE if t not in tokenizer.get_vocab()], special_tokens=True)
+            tokenizer.add_tokens([t for t in V1_IMAGE_TOKENS if t not in tokenizer.get_vocab()], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token
         return tokenizer
 
     @cached_property
     def config(self) -> Any:
-        """In Hugging Face's terms, whatever the layout. Raises ModelError for what they cannot say."""
+        """The config as Hugging Face's class, in either layout. Raises ModelError where that class cannot represent it."""
         if self.layout == "hf":
             try:
                 return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
@@ -89,13 +94,13 @@ class Checkpoint:
                 raise ModelError(f"base {self.folder}: its config cannot be read ({error}).") from error
         assert self.tower is not None
         try:
-            return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._rows, self._image_token_id)
+            return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._vocabulary_rows, self._image_token_id)
         except ModelError as error:
             raise ModelError(f"base {self.folder}: {error}") from error
 
     @cached_property
     def image_processor(self) -> Any:
-        """The Pillow one. Raises ModelError where it cannot be loaded."""
+        """The image processor's Pillow version. Raises ModelError where it cannot be loaded."""
         try:
             if self.layout == "hf":
                 return AutoImageProcessor.from_pretrained(self.folder, backend="pil", trust_remote_code=False)
@@ -104,144 +109,157 @@ class Checkpoint:
             raise ModelError(f"base {self.folder}: its image processor cannot be loaded ({error}).") from error
         if not configs.is_next(self.raw):
             return clip
-        same = {name: getattr(clip, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")}
-        return LlavaNextImageProcessorPil(**same, image_grid_pinpoints=self.config.image_grid_pinpoints)
+        settings = {name: getattr(clip, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")}
+        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=self.config.image_grid_pinpoints)
 
     @cached_property
-    def stored(self) -> dict[str, Stored]:
-        """The folder's own tensors by the model's names. Raises ModelError: a key of another layout or kind."""
-        on_disk = stored_in(self.folder)
+    def stored(self) -> dict[str, StoredTensor]:
+        """The tensors in the folder itself, by the model's names. Raises ModelError for a key of another layout or model."""
+        on_disk = tensors_in_folder(self.folder)
         llava = self.layout == "original" or str(self.raw.get("model_type")).startswith("llava")
-        kinds = {_layout_of_key(key) for key in on_disk} - {None} if llava else set()
-        if len(kinds) > 1:
-            raise ModelError(f"{self.folder}: weights of both layouts lie mixed in it; keep one checkpoint a folder.")
-        if kinds and kinds != {self.layout}:
-            raise ModelError(f"{self.folder}: config.json is of the {self.layout} layout, the weights are of the other; one of them is another's.")
+        layouts = {_layout_of_key(key) for key in on_disk} - {None} if llava else set()
+        if len(layouts) > 1:
+            raise ModelError(f"{self.folder}: holds weights of both layouts; put each checkpoint into a folder of its own.")
+        if layouts and layouts != {self.layout}:
+            raise ModelError(
+                f"{self.folder}: config.json is of the {self.layout} layout, the weights are of the other; they belong to two checkpoints."
+            )
         if self.layout == "original":
             try:
-                named: dict[str, str | None] = {key: keys.from_original(key) for key in on_disk}
+                names: dict[str, str | None] = {key: keys.from_original(key) for key in on_disk}
             except ModelError as error:
                 raise ModelError(f"{self.folder}: {error}") from error
         else:
-            named = dict(keys.from_hugging_face(on_disk, keys.skeleton(self.config)))
-        found: dict[str, Stored] = {}
-        for key, name in named.items():
-            if name in found:
-                raise ModelError(f"{self.folder}: {found[name].key} and {key} are one and the same weight; two checkpoints lie mixed in it.")
+            names = dict(keys.from_hugging_face(on_disk, keys.skeleton(self.config)))
+        tensors: dict[str, StoredTensor] = {}
+        for key, name in names.items():
+            if name in tensors:
+                raise ModelError(f"{self.folder}: {tensors[name].key} and {key} name the same weight; the folder mixes two checkpoints.")
             if name is not None:
-                found[name] = on_disk[key]
-        return found
+                tensors[name] = on_disk[key]
+        return tensors
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """Every weight of the model by its own name, from the folder, the tower, or made (v1's second layer, the image token's row).
+        """Every weight of the model by its own name: from the folder, from the tower, or computed.
 
-        Raises ModelError: a weight missing, of another shape, unknown, or already quantised.
+        Computed are v1's second projector layer and the embedding's row of the image token.
+        Raises ModelError for a weight that is missing, unknown, of another shape, or quantised.
         """
-        found = {name: Weight(s.dtype, s.shape, s.read, s) for name, s in self.stored.items()}
+        weights = {name: Weight(s.dtype, s.shape, s.read, s) for name, s in self.stored.items()}
         if self.layout == "original":
-            found |= self._tower_weights(inside=any(name.startswith(keys.TOWER) for name in found))
-            found |= self._made(found)
-        self._check(found)
-        return found
+            weights |= self._tower_weights(inside=any(name.startswith(keys.TOWER) for name in weights))
+            weights |= self._computed_weights(weights)
+        self._check(weights)
+        return weights
 
     @property
     def ref(self) -> BaseRef:
-        """A reference to this folder, and to its tower where that lies outside."""
+        """A reference to this folder, and to its tower where that is another folder."""
         return BaseRef(str(self.folder), tower=None if self.tower is None else str(self.tower))
 
     def hash(self) -> str:
-        """What tells one base from another, the same in both layouts, for any sharding and type: shapes and edges of all weights.
+        """Tells one base from another. The hash is over shapes and edges of all weights, equal in both layouts, any sharding and any type.
 
-        Of the embedding and the head only the first row counts: layouts differ in how many rows they add.
+        Of the embedding and the head only the first row is hashed, because the layouts add different numbers of rows.
         """
-        lone = {keys.EMBEDDING, keys.HEAD}
         if str(self.raw.get("model_type")) not in configs.LLAVA_TYPES and self.layout == "hf":
-            # Some of these are rebuilt when they are read, so that what is on the disk is hashed by its own names.
-            return digest({key: stored.fingerprint() for key, stored in stored_in(self.folder).items()})
+            # transformers converts some of these weights when it reads them, so the tensors on disk are hashed by their own keys.
+            return combined_hash({key: stored.fingerprint() for key, stored in tensors_in_folder(self.folder).items()})
+        skipped, first_row_only = self._v1_second_layer, {keys.EMBEDDING, keys.HEAD}
         fingerprints = {
-            n: w.stored.fingerprint(1 if n in lone else None) for n, w in self.weights.items() if w.stored is not None and n not in self._second
+            name: weight.stored.fingerprint(1 if name in first_row_only else None)
+            for name, weight in self.weights.items()
+            if weight.stored is not None and name not in skipped
         }
-        return digest(fingerprints)
+        return combined_hash(fingerprints)
 
     @property
-    def _second(self) -> set[str]:
-        """v1's second projector layer, which is the identity where it is stored and nowhere in the original layout."""
+    def _v1_second_layer(self) -> set[str]:
+        """v1's second projector layer: an identity in Hugging Face's layout, absent in the original one."""
         linear = getattr(self.config, "projector_hidden_act", None) == "linear"
         return {keys.PROJECTOR + "linear_2.weight", keys.PROJECTOR + "linear_2.bias"} if linear else set()
 
     @cached_property
-    def _rows(self) -> int:
-        return max(self.stored[keys.EMBEDDING].shape[0], self._image_token_id + 1) if keys.EMBEDDING in self.stored else self._image_token_id + 1
+    def _vocabulary_rows(self) -> int:
+        """Rows of the embedding, the image token's included."""
+        stored = self.stored[keys.EMBEDDING].shape[0] if keys.EMBEDDING in self.stored else 0
+        return max(stored, self._image_token_id + 1)
 
     @cached_property
     def _image_token_id(self) -> int:
-        token: int = self.tokenizer.convert_tokens_to_ids(MARKED_IMAGE[0] if self.raw.get("mm_use_im_start_end") else "<image>")
+        token: int = self.tokenizer.convert_tokens_to_ids(V1_IMAGE_TOKENS[0] if self.raw.get("mm_use_im_start_end") else "<image>")
         return token
 
     def _tower_weights(self, inside: bool) -> dict[str, Weight]:
+        """The vision tower's weights from its own folder; none where they are inside the base."""
         if inside:
             return {}
         assert self.tower is not None
-        found = {}
-        for key, stored in stored_in(self.tower).items():
+        weights = {}
+        for key, stored in tensors_in_folder(self.tower).items():
             bare = key.removeprefix("vision_model.")
             if bare.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")) and not keys.DROPPED.search(key):
-                found[keys.TOWER + bare] = Weight(stored.dtype, stored.shape, stored.read, stored)
-        return found
+                weights[keys.TOWER + bare] = Weight(stored.dtype, stored.shape, stored.read, stored)
+        return weights
 
-    def _made(self, found: dict[str, Weight]) -> dict[str, Weight]:
-        made = {}
+    def _computed_weights(self, weights: dict[str, Weight]) -> dict[str, Weight]:
+        """Weights that Hugging Face's class has and the original layout does not store: rows of added tokens, v1's second layer."""
+        computed = {}
         for name in (keys.EMBEDDING, keys.HEAD):
-            if name in found and found[name].shape[0] < self._rows:
-                made[name] = _grown(found[name], self._rows, self.tokenizer.unk_token_id or 0)
+            if name in weights and weights[name].shape[0] < self._vocabulary_rows:
+                computed[name] = _with_added_rows(weights[name], self._vocabulary_rows, self.tokenizer.unk_token_id or 0)
         if configs.projector_type(self.raw) == "linear":
-            if keys.PROJECTOR + "linear_2.weight" in found:
-                raise ModelError(f"base {self.folder}: its config says a linear projector, its weights have two layers; one of them is another's.")
-            first = found.get(keys.PROJECTOR + "linear_1.weight")
+            if keys.PROJECTOR + "linear_2.weight" in weights:
+                raise ModelError(
+                    f"base {self.folder}: its config names a linear projector, its weights have two layers; they belong to two checkpoints."
+                )
+            first = weights.get(keys.PROJECTOR + "linear_1.weight")
             if first is not None:
-                width, kind = first.shape[0], first.dtype
-                made[keys.PROJECTOR + "linear_2.weight"] = Weight(kind, (width, width), lambda: torch.eye(width, dtype=kind))
-                made[keys.PROJECTOR + "linear_2.bias"] = Weight(kind, (width,), lambda: torch.zeros(width, dtype=kind))
-        return made
+                width, dtype = first.shape[0], first.dtype
+                computed[keys.PROJECTOR + "linear_2.weight"] = Weight(dtype, (width, width), lambda: torch.eye(width, dtype=dtype))
+                computed[keys.PROJECTOR + "linear_2.bias"] = Weight(dtype, (width,), lambda: torch.zeros(width, dtype=dtype))
+        return computed
 
-    def _check(self, found: dict[str, Weight]) -> None:
+    def _check(self, weights: dict[str, Weight]) -> None:
+        """Raises ModelError where names, shapes or types are not those of the config's model."""
         model = keys.skeleton(self.config)
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         tied = set(getattr(model, "_tied_weights_keys", None) or ()) if self.config.tie_word_embeddings else set()
-        missing = sorted(wanted.keys() - found.keys() - tied)
-        extra = sorted(found.keys() - wanted.keys())
-        lacking = f"{len(missing)} weights are missing, for instance {missing[0]}" if missing else ""
-        if extra:
-            near = did_you_mean(extra[0], missing or list(wanted))
-            raise ModelError(f"base {self.folder}: {extra[0]!r} is no weight of this model{near}{'; ' if lacking else ''}{lacking}.")
+        missing = sorted(expected.keys() - weights.keys() - tied)
+        unknown = sorted(weights.keys() - expected.keys())
+        missing_text = f"{len(missing)} weights are missing, for instance {missing[0]}" if missing else ""
+        if unknown:
+            hint = did_you_mean(unknown[0], missing or list(expected))
+            raise ModelError(f"base {self.folder}: {unknown[0]!r} is no weight of this model{hint}{'; ' if missing else ''}{missing_text}.")
         if missing:
-            raise ModelError(f"base {self.folder}: {lacking}.")
-        for name, weight in found.items():
-            if weight.shape != wanted[name]:
-                raise ModelError(f"base {self.folder}: mismatched keys: {name} is {list(weight.shape)}, its config says {list(wanted[name])}.")
-            if weight.dtype not in WHOLE:
+            raise ModelError(f"base {self.folder}: {missing_text}.")
+        for name, weight in weights.items():
+            if weight.shape != expected[name]:
+                raise ModelError(f"base {self.folder}: mismatched keys: {name} is {list(weight.shape)}, its config says {list(expected[name])}.")
+            if weight.dtype not in FLOAT_TYPES:
                 raise ModelError(f"base {self.folder}: {name} is {weight.dtype}, not a float; give the base before it was quantised.")
 
 
-def _grown(weight: Weight, rows: int, like: int) -> Weight:
-    """With rows for added tokens, equal to the unknown token's: the model never reads them, and never prefers them."""
+def _with_added_rows(weight: Weight, rows: int, unknown_token: int) -> Weight:
+    """Extended to ``rows`` rows for added tokens. The new rows equal the unknown token's: the model never reads or prefers them."""
 
     def read() -> torch.Tensor:
         value = weight.read()
-        return torch.cat([value, value[like].expand(rows - value.shape[0], -1)])
+        return torch.cat([value, value[unknown_token].expand(rows - value.shape[0], -1)])
 
     return replace(weight, shape=(rows, *weight.shape[1:]), read=read)
 
 
 def _layout_of_key(key: str) -> Layout | None:
+    """The layout that a key is named in; None for a key that both have."""
     if key.startswith(("model.mm_projector.", "model.vision_tower.vision_tower.", "model.layers.", "model.embed_tokens.")):
         return "original"
     return "hf" if "language_model." in key or "multi_modal_projector." in key else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises ModelError where there is none, or it is not JSON."""
+    """The fields of config.json. Raises ModelError where the file is missing or no JSON object."""
     try:
         return read_object(folder / "config.json")
     except FileNotFoundError as error:
@@ -251,16 +269,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def layout_of(raw: dict[str, Any]) -> Layout | None:
-    """By the config's own fields; its ``model_type`` differs between upstream's versions. None for what is neither."""
+    """The layout by the fields of a config, because ``model_type`` differs between upstream's versions. None for neither."""
     if raw.get("mm_vision_tower") and "vision_config" not in raw:
         return "original"
     return "hf" if "vision_config" in raw else None
 
 
 def find_base(name: str) -> Path:
-    """``pocket``, a folder, or a name in the local Hugging Face cache. Nothing is downloaded.
+    """The folder of a base: ``pocket``, a folder, or a name in the local Hugging Face cache. Nothing is downloaded.
 
-    Raises ModelError where there is none.
+    Raises ModelError where no such base exists.
     """
     if name == POCKET:
         return POCKET_BASE
@@ -268,23 +286,23 @@ def find_base(name: str) -> Path:
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
-        raise ModelError(f"base {name!r}: a file; the folder that it lies in is wanted, {str(folder.parent)!r}.")
+        raise ModelError(f"base {name!r}: a file. Give the folder that it lies in, {str(folder.parent)!r}.")
     if folder.is_absolute() or name.startswith(("./", "../")) or name.count("/") > 1:
         raise ModelError(f"base {name!r}: no such folder.")
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # what it raises differs from version to version
+    except Exception as error:  # the error class differs between versions
         raise ModelError(
             f"base {name!r}: no such folder, and not in the local Hugging Face cache. Give a folder, or fetch it first: `hf download {name}`."
         ) from error
 
 
 def open_checkpoint(base: BaseRef | str) -> Checkpoint:
-    """Find a base and recognise its layout.
+    """Find a base and determine its layout.
 
-    Raises ModelError: no such base, no image-text model, a vision tower that is not here.
+    Raises ModelError: no such base, no image-text model, a vision tower that is not on this machine.
     """
     ref = BaseRef.of(base).defaulting_to(name=POCKET)
     folder = find_base(str(ref.name))
@@ -298,20 +316,21 @@ def open_checkpoint(base: BaseRef | str) -> Checkpoint:
 
 
 def _find_tower(folder: Path, named: str, given: str | None) -> Path:
+    """The vision tower's folder: ``given`` by the user, else ``named`` by the config or beside the base. Raises ModelError."""
     beside = [str(folder / "vision_tower"), str(folder / named), str(folder.parent / Path(named).name)]
-    for place in [given] if given else [named, *beside]:
-        if (Path(place).expanduser() / "config.json").exists():
-            return Path(place).expanduser().resolve()
+    for candidate in [given] if given else [named, *beside]:
+        if (Path(candidate).expanduser() / "config.json").exists():
+            return Path(candidate).expanduser().resolve()
     if given or not Path(named).is_absolute():
         try:
-            found = find_base(given or named)
-            if (found / "config.json").exists():
-                return found
+            tower = find_base(given or named)
+            if (tower / "config.json").exists():
+                return tower
         except ModelError:
             pass
     fetch = f"`hf download {named}`" if named.count("/") == 1 else "the tower it was trained with, for LCL openai/clip-vit-large-patch14"
     where = f"{given!r} is no folder with a config.json" if given else f"its config says {named!r}, which is not here"
     raise ModelError(
-        f"base {folder}: the original layout keeps its vision tower in a folder of its own; {where}. Give it with vision_tower=FOLDER "
+        f"base {folder}: the original layout has its vision tower in a folder of its own; {where}. Give it with vision_tower=FOLDER "
         f"(--vision-tower FOLDER), or fetch it: {fetch}."
     )

@@ -1,4 +1,4 @@
-"""Names of weights: the original layout's, Hugging Face's on disk, and the model's own (transformers 5), which all else uses.
+"""Names of weights: the original layout's, Hugging Face's on disk, and the model's own (transformers 5), which the rest of this package uses.
 
     original (haotian-liu/LLaVA)                      the model's own
     model.{embed_tokens,layers.N,norm}                model.language_model.…
@@ -7,8 +7,8 @@
     model.image_newline                               model.image_newline
     model.vision_tower.vision_tower.vision_model.…    model.vision_tower.…
 
-What a checkpoint of Hugging Face's layout calls a weight on disk is its writer's version's business: transformers' own
-renaming reads it. Written are the names of the published llava-hf checkpoints, which every version and vLLM read.
+In Hugging Face's layout the names on disk depend on the version that wrote them, so transformers' own renaming rules read
+them. The names that are written are those of the published llava-hf checkpoints, which every version and vLLM read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PROJECTOR = "model.multi_modal_projector."
 TOWER = "model.vision_tower."
 LANGUAGE = "model.language_model."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # buffers of older versions, made anew
+DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # buffers that older versions saved; the model computes them
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The model without memory, for its names and shapes."""
+    """The model on the meta device: names and shapes, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
@@ -41,28 +41,28 @@ def skeleton(config: Any) -> nn.Module:
 def language_path(model: nn.Module) -> str:
     """The module path of the language model inside a model, for instance ``model.language_model``.
 
-    Raises ModelError where it has none of its own.
+    Raises ModelError where the language model is not a module of its own.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
     for path, module in model.named_modules():
         if module is decoder and path:
             return path
-    raise ModelError("this model has no language model apart from its vision part; it cannot be adapted here.")
+    raise ModelError("this model has no language model apart from its vision part; it cannot be adapted.")
 
 
 def from_hugging_face(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """Key on disk -> the model's own name, as transformers reads it; keys that it would convert, and not rename, are left out."""
+    """Key on disk -> the model's own name, by transformers' rules. Keys that it converts instead of renaming are left out."""
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     known = model.state_dict()
-    found = {}
+    names = {}
     for key in keys:
         if not DROPPED.search(key):
             name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             if converted is None:
-                found[key] = name
-    return found
+                names[key] = name
+    return names
 
 
 def to_hugging_face(name: str) -> str:
@@ -77,7 +77,7 @@ def to_hugging_face(name: str) -> str:
 
 
 def from_original(key: str) -> str | None:
-    """The model's own name of an original key, None for buffers. Raises ModelError for a key that no LLaVA has."""
+    """The model's own name of an original key; None for buffers. Raises ModelError for a key that no LLaVA has."""
     if DROPPED.search(key):
         return None
     if key.startswith("lm_head.") or key == "model.image_newline":
@@ -92,7 +92,7 @@ def from_original(key: str) -> str | None:
 
 
 def to_original(name: str, linear: bool) -> str:
-    """The original key of a weight; ``linear``: v1's projector, which has one layer and no number."""
+    """The original key of a weight. linear: v1's projector, whose single layer has no number."""
     if match := re.fullmatch(re.escape(PROJECTOR) + r"linear_(1|2)\.(weight|bias)", name):
         return f"model.mm_projector.{match[2]}" if linear else f"model.mm_projector.{'0' if match[1] == '1' else '2'}.{match[2]}"
     if name.startswith(TOWER):
