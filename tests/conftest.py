@@ -1,4 +1,4 @@
-"""Fixtures: tiny random bases of each family, and folders of made-up photos."""
+"""Fixtures: tiny random bases of each family, and folders of generated photos."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two files that train for minutes begin, one in each process, so that none waits for them at the end."""
+    """The two files that train for minutes run first, one in each process, so that the suite does not end waiting for them."""
     items.sort(key=lambda item: not item.path.name.startswith("test_pocket"))
 
 

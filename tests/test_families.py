@@ -1,4 +1,4 @@
-"""Prompts: golden files for each family, the order of images, and no way for a label to forge a mark."""
+"""Prompts: golden files of each family, the order of images, and special tokens refused in labels."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def conversation(wording: str, learned: LearnedAnswers = LearnedAnswers.REPEATED
 @pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_golden_prompts_and_masks(family: str, wording: str) -> None:
-    """Set GOLDEN=write to write the files anew, then read the difference."""
-    spoken = conversation(wording)
-    rendered = FAMILIES[family].render([*spoken.shared, *spoken.branches[0]])
-    found = {"text": rendered.text, "learned": [rendered.text[a:b] for a, b in rendered.learned]}
+    """GOLDEN=write writes the files again; then read the difference."""
+    sample = conversation(wording)
+    rendered = FAMILIES[family].render([*sample.shared, *sample.branches[0]])
+    prompt = {"text": rendered.text, "learned": [rendered.text[a:b] for a, b in rendered.learned]}
     path = GOLDEN / f"{family}-{wording}.json"
     if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    assert found == json.loads(path.read_text())
+        path.write_text(json.dumps(prompt, indent=2, ensure_ascii=False) + "\n")
+    assert prompt == json.loads(path.read_text())
 
 
 TILED = ("llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision")
 
 
 def striped(size: tuple[int, int]) -> Picture:
-    """The same picture everywhere: a slope in each colour, and edges that padding, cutting and resizing move."""
+    """A deterministic picture: a slope in each colour, and edges that padding, cropping and resizing move."""
     wide, high = size
     x, y = np.meshgrid(np.arange(wide), np.arange(high))
     pixels = np.stack([x * 255 // (wide - 1), y * 255 // (high - 1), 255 * ((x // 5 + y // 7) % 2)], axis=-1).astype(np.uint8)
@@ -77,42 +77,43 @@ def striped(size: tuple[int, int]) -> Picture:
 
 @pytest.mark.parametrize(("family", "tiles"), [*((family, False) for family in EVERY), *((family, True) for family in TILED)])
 def test_golden_pixels(tiny_folder: Callable[[str], Path], family: str, tiles: bool) -> None:
-    """What the tower is given for a square, a wide and a high picture: shapes, and a thin grid of values. GOLDEN=write writes them anew."""
+    """The tower's input for a square, a wide and a high picture: shapes, and a sample of the values. GOLDEN=write writes the files again."""
     vision = VisionFeatures(load_base(BaseRef(str(tiny_folder(family)), device="cpu", tiles=tiles)))
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for size in ((64, 64), (50, 30), (30, 50)):
-        made = vision.pixels([striped(size)])
-        pixels = made["pixel_values"].flatten()
-        found["x".join(map(str, size))] = {
-            "shapes": {name: list(value.shape) for name, value in sorted(made.items())},
+        inputs = vision.pixels([striped(size)])
+        pixels = inputs["pixel_values"].flatten()
+        summary["x".join(map(str, size))] = {
+            "shapes": {name: list(value.shape) for name, value in sorted(inputs.items())},
             "mean": round(float(pixels.mean()), 4),
             "spread": round(float(pixels.std()), 4),
             "values": [round(float(v), 3) for v in pixels[:: max(1, len(pixels) // 150)]],
         }
     path = GOLDEN / f"{family}-pixels{'-tiles' if tiles else ''}.json"
     if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps(found) + "\n")
-    wanted = json.loads(path.read_text())
-    for size, one in wanted.items():
-        assert found[size]["shapes"] == one["shapes"]
+        path.write_text(json.dumps(summary) + "\n")
+    golden = json.loads(path.read_text())
+    assert golden.keys() == summary.keys()
+    for size, expected in golden.items():
+        assert summary[size]["shapes"] == expected["shapes"]
         for name in ("mean", "spread", "values"):
-            assert found[size][name] == pytest.approx(one[name], abs=2e-3), (size, name)
+            assert summary[size][name] == pytest.approx(expected[name], abs=2e-3), (size, name)
 
 
 def test_images_are_in_the_order_of_their_labels(tiny_base: Base) -> None:
-    """One image a user turn, each directly in the turn whose answer names it."""
-    spoken = conversation("short")
-    assert [p.path.stem for p in spoken.pictures] == ["a", "b", "c", "d", "e", "f"]
-    text = tiny_base.family.render([*spoken.shared, *spoken.branches[0]]).text
+    """One image in each user turn, followed by the answer that names it."""
+    sample = conversation("short")
+    assert [p.path.stem for p in sample.pictures] == ["a", "b", "c", "d", "e", "f"]
+    text = tiny_base.family.render([*sample.shared, *sample.branches[0]]).text
     parts = text.split("<image>")
     assert len(parts) == 6
     for part, label in zip(parts[1:], ["good", "qxv", "qxv", "good", "qxv"], strict=True):
         assert part.split(tiny_base.family.assistant)[1].strip().startswith(label)
-    encoded = tiny_base.encoder().conversation(spoken)
+    encoded = tiny_base.encoder().conversation(sample)
     assert sum(t == tiny_base.llava.config.image_token_id for t in encoded.ids) == 6 * tiny_base.tokens_an_image
 
 
-def test_masks_hold_the_answers_and_their_end_and_nothing_else(tiny_base: Base) -> None:
+def test_masks_cover_the_answers_and_their_end_tokens_only(tiny_base: Base) -> None:
     encoder = tiny_base.encoder()
     for learned, expected in ((LearnedAnswers.QUERY, ["qxv", "good"]), (LearnedAnswers.REPEATED, ["qxv", "good", "qxv", "good"])):
         encoded = encoder.conversation(conversation("short", learned))
@@ -135,8 +136,8 @@ def test_our_prompt_is_the_pocket_chat_template(pocket_tiny: Path) -> None:
     from transformers import AutoProcessor
 
     base = load_base(str(pocket_tiny))
-    spoken = conversation("short")
-    turns = [*spoken.shared, *spoken.branches[0]]
+    sample = conversation("short")
+    turns = [*sample.shared, *sample.branches[0]]
     messages = [
         {
             "role": t.role,
@@ -151,13 +152,13 @@ def test_our_prompt_is_the_pocket_chat_template(pocket_tiny: Path) -> None:
     assert opened == "<s>" + base.family.render(turns[:-1], opened=True).text
 
 
-def test_ids_are_the_processors_own(tiny_base: Base) -> None:
-    """What a user's own code gets from the processor for the same text is what we train and ask on."""
+def test_ids_equal_the_processors(tiny_base: Base) -> None:
+    """Training and inference use the ids that a user's own code gets from the processor for the same text."""
     from PIL import Image
     from transformers import AutoProcessor
 
-    spoken = conversation("short")
-    turns = [*spoken.shared, *spoken.branches[0][:1]]
+    sample = conversation("short")
+    turns = [*sample.shared, *sample.branches[0][:1]]
     text = tiny_base.family.render(turns, opened=True).text
     images = [Image.new("RGB", (32, 32))] * 5
     theirs = AutoProcessor.from_pretrained(tiny_base.path)(text="<s>" + text, images=images, add_special_tokens=False)["input_ids"][0]
@@ -166,12 +167,12 @@ def test_ids_are_the_processors_own(tiny_base: Base) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_no_text_may_hold_a_special_token(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    """The prompt's own, and every one that the tokenizer has: each would be read as that token, wherever it stands."""
+def test_no_text_may_contain_a_special_token(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Neither those of the prompt nor any other of the tokenizer: each would be read as that token anywhere in a text."""
     encoder = load_encoder(str(tiny_folder(family)))
     tokenizer, own = encoder.tokenizer, encoder.family
     tokens = {"<image>", own.end, *own.special_tokens, *tokenizer.all_special_tokens}
-    assert {tokenizer.eos_token, tokenizer.pad_token} <= tokens
+    assert {tokenizer.eos_token, tokenizer.pad_token} - {None} <= tokens
     for token in tokens:
         for turn in (Turn("user", f"x{token} y"), Turn("assistant", f"{token}", learn=True)):
             with pytest.raises(DataError, match=re.escape(f"holds {token!r}, a special token of this model")):
@@ -181,37 +182,37 @@ def test_no_text_may_hold_a_special_token(family: str, tiny_folder: Callable[[st
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_every_family_is_told_apart_and_its_prompt_holds(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    """Training ids are inference ids, pieces make up the whole, one image's tokens a picture, the mask has answers and ends alone."""
+def test_every_family_is_recognised_and_its_prompt_is_consistent(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Training ids equal inference ids, parts make up the whole, each picture has one image's tokens, only answers and end tokens are learned."""
     base = load_base(str(tiny_folder(family)))
     assert base.family.name == {"qwen2-vl": "chat-template:qwen2_vl", "smolvlm": "chat-template:smolvlm"}.get(family, family)
     encoder = base.encoder()
-    spoken = conversation("short")
-    check_alignment(encoder, spoken)
-    ids, labels = encoder.turns([*spoken.shared, *spoken.branches[0]])
+    sample = conversation("short")
+    check_alignment(encoder, sample)
+    ids, labels = encoder.turns([*sample.shared, *sample.branches[0]])
     assert ids.count(encoder.image_token_id) == 5 * encoder.image.count(encoder.image_token_id)
-    text = base.family.render([*spoken.shared, *spoken.branches[0]]).text
+    text = base.family.render([*sample.shared, *sample.branches[0]]).text
     for part, label in zip(text.split("<image>")[1:], ["good", "qxv", "qxv", "good", "qxv"], strict=True):
-        assert label in part, "an image stands in the turn whose answer names it"
+        assert label in part, "each image is in the turn whose answer names it"
     learned = encoder.tokenizer.decode([label for label in labels if label != IGNORED])
     assert learned.replace(" ", "") == "".join(f"{answer}{base.family.end}" for answer in ("qxv", "good", "qxv"))
 
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("family", [f for f in EVERY if f.startswith(("llava-next", "llava-onevision"))])
-def test_tiles_cost_what_is_said(family: str, tiles: bool, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tiles_have_the_announced_number_of_tokens(family: str, tiles: bool, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     base = load_base(BaseRef(str(tiny_folder(family)), tiles=tiles))
     picture = Picture(paint(tmp_path / "wide.png", (200, 40, 40), size=(90, 50)))
-    features = VisionFeatures(base).projected([picture])["image"].pooler_output[0]
+    features = VisionFeatures(base).projected_features([picture])["image"].pooler_output[0]
     assert len(features) == base.tokens_an_image == (4 + 4 * 5 if tiles else 5)
 
 
-def test_tiles_are_for_those_that_have_them(pocket_tiny: Path) -> None:
+def test_tiles_are_refused_where_the_model_has_none(pocket_tiny: Path) -> None:
     with pytest.raises(ModelError, match="LLaVA-NeXT and OneVision"):
         load_base(BaseRef(str(pocket_tiny), tiles=True))
 
 
-def test_published_sizes_cost_what_their_papers_say() -> None:
+def test_published_models_have_the_tokens_of_their_papers() -> None:
     """576 tokens an image for LLaVA-1.5, 256 for v1 and LCL, 729 and a line break for OneVision, up to 2,880 and its line breaks for NeXT."""
 
     def config(kind: str, tower: str, side: int, patch: int, strategy: str) -> SimpleNamespace:
@@ -226,21 +227,21 @@ def test_published_sizes_cost_what_their_papers_say() -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "pocket"])
 def test_the_chat_template_is_the_prompt(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    """What a merged checkpoint brings for transformers and vLLM says the same."""
+    """The template that a merged checkpoint has for transformers and vLLM renders the same text."""
     base = load_base(str(tiny_folder(family)))
-    spoken = conversation("lcl")
-    turns = [*spoken.shared, *spoken.branches[0]]
+    sample = conversation("lcl")
+    turns = [*sample.shared, *sample.branches[0]]
     messages = [chat_template.message(t) for t in turns]
     template = FAMILIES[family].chat_template()
 
-    def said(part: list[dict[str, object]], opened: bool) -> str:
+    def templated(part: list[dict[str, object]], opened: bool) -> str:
         return str(base.tokenizer.apply_chat_template(part, chat_template=template, tokenize=False, add_generation_prompt=opened))
 
-    assert said(messages, False) == base.family.render(turns).text
-    assert said(messages[:-1], True) == base.family.render(turns[:-1], opened=True).text
+    assert templated(messages, False) == base.family.render(turns).text
+    assert templated(messages[:-1], True) == base.family.render(turns[:-1], opened=True).text
 
 
-def test_several_images_in_a_turn_stand_where_its_text_says() -> None:
+def test_several_images_in_a_turn_are_placed_by_its_text() -> None:
     pictures = (Picture(Path("a.png")), Picture(Path("b.png")))
     turn = Turn("user", "Compare <image> with <image>.", pictures[0], further=pictures[1:])
     assert FAMILIES["llava-v1"].render([turn]).text.endswith("Compare <im_start><image><im_end> with <im_start><image><im_end>. ")
@@ -248,7 +249,7 @@ def test_several_images_in_a_turn_stand_where_its_text_says() -> None:
 
 
 def test_a_base_of_no_family_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """A LLaVA on a language model whose prompt is not written down; a model without a chat template."""
+    """A LLaVA whose language model has no known prompt; a model without a chat template."""
     strange = tmp_path / "strange"
     shutil.copytree(tiny_folder("llava-1.5"), strange)
     settings = json.loads((strange / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Tiny random bases (under 1 MB) of each prompt family and both layouts, made on the spot: real classes, no meaning."""
+"""Tiny random bases (under 1 MB) of each prompt family and both layouts, of the real model classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
-from lcl_adapter.base.layouts.tensors import stored_in
+from lcl_adapter.base.layouts.tensors import tensors_in_folder
 from tools.pocket import tokenizer as tk
 
 WORDS = ["what", "is", "this", "the", "names", "learn", "now", "image", "good", "scratched", "question", "assistant", "user"]
@@ -56,7 +56,7 @@ def pocket_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def vicuna_tokenizer(special: Sequence[str] = (), **named: Any) -> PreTrainedTokenizerFast:
-    """Sentencepiece-like BPE with byte fall-back and ▁ for spaces, as Llama 1 and 2, Vicuna and Mistral have."""
+    """BPE like sentencepiece's, with byte fall-back and ▁ for spaces: as in Llama 1 and 2, Vicuna and Mistral."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -76,7 +76,7 @@ def vicuna_tokenizer(special: Sequence[str] = (), **named: Any) -> PreTrainedTok
 
 
 def byte_tokenizer(special: Sequence[str], eos: str, image: str, bos: str | None = None, **named: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Qwen2 and Llama 3 have."""
+    """Byte-level BPE, as in Qwen2 and Llama 3."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -95,17 +95,17 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
         case "llava-v1":
             return vicuna_tokenizer(["<im_patch>", "<im_start>", "<im_end>"], image_token="<im_patch>")
         case "llava-next-llama-3":
-            marks = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-            return byte_tokenizer(marks, "<|eot_id|>", "<image>", "<|begin_of_text|>")
+            special = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+            return byte_tokenizer(special, "<|eot_id|>", "<image>", "<|begin_of_text|>")
         case "llava-onevision" | "llava-interleave":
             return byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", "<image>")
         case "qwen2-vl":
-            marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-            return byte_tokenizer(marks, "<|im_end|>", "<|image_pad|>", video_token="<|video_pad|>")
+            special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+            return byte_tokenizer(special, "<|im_end|>", "<|image_pad|>", video_token="<|video_pad|>")
         case "smolvlm":
-            marks = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"]
+            special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"]
             return byte_tokenizer(
-                marks, "<end_of_utterance>", "<image>", "<|im_start|>",
+                special, "<end_of_utterance>", "<image>", "<|im_start|>",
                 fake_image_token="<fake_token_around_image>", global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
             )  # fmt: skip
         case _:
@@ -113,7 +113,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 
 
 def language(kind: type, tokenizer: Any, **more: Any) -> Any:
-    """Width 64 (4-bit blocks are 64 wide), 2 layers."""
+    """A language model's config of width 64 (4-bit blocks are 64 wide) and 2 layers."""
     return kind(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -177,12 +177,12 @@ def config_of(family: str, tokenizer: Any) -> Any:
 
 
 def save_tiny(folder: Path, family: str = "pocket", seed: int = 0) -> Path:
-    """Write a random base in Hugging Face's layout: 4 tokens an image."""
+    """Write a random base in Hugging Face's layout, with 4 tokens for each image."""
     tokenizer = tokenizer_of(family)
     config = config_of(family, tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
-    stirred(model)
+    enlarge_weights(model)
     if family == "llava-v1":
         projector = model.model.multi_modal_projector.linear_2
         torch.nn.init.eye_(projector.weight)
@@ -216,8 +216,8 @@ def save_tiny(folder: Path, family: str = "pocket", seed: int = 0) -> Path:
     return folder
 
 
-def stirred(model: torch.nn.Module) -> None:
-    """Weights large enough that every part shows in the logits."""
+def enlarge_weights(model: torch.nn.Module) -> None:
+    """Make the weights so large that every part of the model changes the logits."""
     for name, parameter in model.named_parameters():
         if "norm" not in name and "vision_tower" not in name and "visual" not in name and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -227,7 +227,7 @@ VERSIONS = ("v1", "v1.5", "v1.6")
 
 
 def sentencepiece_model() -> bytes:
-    """A tiny one with Llama's settings."""
+    """A tiny sentencepiece model with Llama's settings."""
     import sentencepiece
 
     written = io.BytesIO()
@@ -286,45 +286,49 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}))
 
-    def rand(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape) * 0.3).half()
 
-    state = {"model.embed_tokens.weight": rand(words, 64), "lm_head.weight": rand(words, 64), "model.norm.weight": torch.ones(64).half()}
+    state = {"model.embed_tokens.weight": random(words, 64), "lm_head.weight": random(words, 64), "model.norm.weight": torch.ones(64).half()}
     for n in range(2):
-        at = f"model.layers.{n}."
-        state |= {f"{at}self_attn.{p}_proj.weight": rand(64, 64) for p in "qkvo"}
-        state |= {f"{at}mlp.gate_proj.weight": rand(128, 64), f"{at}mlp.up_proj.weight": rand(128, 64), f"{at}mlp.down_proj.weight": rand(64, 128)}
-        state |= {f"{at}{norm}.weight": torch.ones(64).half() for norm in ("input_layernorm", "post_attention_layernorm")}
-        state[f"{at}self_attn.rotary_emb.inv_freq"] = torch.arange(16).half()
+        layer = f"model.layers.{n}."
+        state |= {f"{layer}self_attn.{p}_proj.weight": random(64, 64) for p in "qkvo"}
+        state |= {
+            f"{layer}mlp.gate_proj.weight": random(128, 64),
+            f"{layer}mlp.up_proj.weight": random(128, 64),
+            f"{layer}mlp.down_proj.weight": random(64, 128),
+        }
+        state |= {f"{layer}{norm}.weight": torch.ones(64).half() for norm in ("input_layernorm", "post_attention_layernorm")}
+        state[f"{layer}self_attn.rotary_emb.inv_freq"] = torch.arange(16).half()
     if version == "v1":
-        state |= {"model.mm_projector.weight": rand(64, 32), "model.mm_projector.bias": rand(64)}
+        state |= {"model.mm_projector.weight": random(64, 32), "model.mm_projector.bias": random(64)}
     else:
-        state |= {"model.mm_projector.0.weight": rand(64, 32), "model.mm_projector.0.bias": rand(64)}
-        state |= {"model.mm_projector.2.weight": rand(64, 64), "model.mm_projector.2.bias": rand(64)}
+        state |= {"model.mm_projector.0.weight": random(64, 32), "model.mm_projector.0.bias": random(64)}
+        state |= {"model.mm_projector.2.weight": random(64, 64), "model.mm_projector.2.bias": random(64)}
     if version.startswith("v1.6"):
-        state["model.image_newline"] = rand(64)
+        state["model.image_newline"] = random(64)
         state |= {f"model.vision_tower.vision_tower.{k}": v.half() for k, v in named.items()}
-    state["lm_head.weight"][3:259] = 0  # no bytes are ever said: slow and fast tokenizers write broken UTF-8 differently
+    state["lm_head.weight"][3:259] = 0  # no byte token is ever generated: slow and fast tokenizers decode broken UTF-8 differently
     keys = list(state)
     size = -(-len(keys) // shards)
-    parts = [{k: state[k] for k in keys[i : i + size]} for i in range(0, len(keys), size)]
+    parts = [{key: state[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
     suffix = "bin" if pickled else "safetensors"
     stem = "pytorch_model" if pickled else "model"
-    placed: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{len(parts):05d}.{suffix}"
         torch.save(part, folder / name) if pickled else save_file(part, folder / name, metadata={"format": "pt"})
-        placed |= dict.fromkeys(part, name)
+        weight_map |= dict.fromkeys(part, name)
     if shards > 1:
         index = "pytorch_model.bin.index.json" if pickled else "model.safetensors.index.json"
-        (folder / index).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
+        (folder / index).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder
 
 
 def save_language(folder: Path, llava: Path, pickled: bool = False) -> Path:
-    """The language model of a base in the original layout, alone: what upstream's `finetune_lora.sh` begins with.
+    """The language model alone of a base in the original layout: the input of upstream's `finetune_lora.sh`.
 
-    pickled: in two shards, as Vicuna is published.
+    pickled: in two shards, as Vicuna was published.
     """
     from safetensors.torch import save_file
 
@@ -333,16 +337,20 @@ def save_language(folder: Path, llava: Path, pickled: bool = False) -> Path:
         if file.suffix not in {".safetensors", ".bin"} and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
     config = json.loads((llava / "config.json").read_text())
-    own = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "use_mm", "tune_", "freeze_", "unfreeze_"))}
-    (folder / "config.json").write_text(json.dumps({**own, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    state = {key: one.read() for key, one in stored_in(llava).items() if not key.startswith(("model.mm_", "model.vision", "model.image"))}
+    language_config = {
+        key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "use_mm", "tune_", "freeze_", "unfreeze_"))
+    }
+    (folder / "config.json").write_text(json.dumps({**language_config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    state = {
+        key: tensor.read() for key, tensor in tensors_in_folder(llava).items() if not key.startswith(("model.mm_", "model.vision", "model.image"))
+    }
     if not pickled:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    placed: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, keys in enumerate((list(state)[:9], list(state)[9:]), 1):
         name = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({key: state[key] for key in keys}, folder / name)
-        placed |= dict.fromkeys(keys, name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
+        weight_map |= dict.fromkeys(keys, name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder

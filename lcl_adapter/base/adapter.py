@@ -1,10 +1,10 @@
-"""An adapter on disk: PEFT's own files, so that plain PEFT loads it, and a manifest that says what it belongs to.
+"""An adapter on disk: PEFT's own files, so that plain PEFT loads it, and a manifest that names the base it belongs to.
 
     adapter_config.json, adapter_model.safetensors   as PEFT writes them
     lcl_adapter.json                                 base and its hash, family, prompt version, layout, classes, versions
     recipe.yaml                                      the resolved recipe
 
-The manifest is written last and lists the files' hashes: without it, or with others, a folder is no adapter.
+The manifest is written last and lists the files' hashes. A folder without it, or whose files have other hashes, is refused.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes
 
 
 def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter's files into ``folder``, whole or not at all; ``facts`` go into the manifest.
+    """Write the adapter's files into ``folder``, completely or not at all.
 
-    state: the trained weights of a model whose weights are shared out among processes. Raises RunError where the disk is full.
+    name: of the base, for the manifest. facts: further entries of the manifest. state: the trained weights, where the
+    model's own are sharded among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
     with scratch_folder(folder / "adapter") as partial:
-        save_plain(base.model, partial, state)
+        save_peft(base.model, partial, state)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
@@ -49,7 +50,7 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
 
 
 def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What says which base the adapter in ``folder`` belongs to; ``name`` is what the base was called."""
+    """The manifest of the adapter in ``folder``: its base (``name`` and hash), its prompt, versions, and ``facts``."""
     return {
         "base": name,
         "base_hash": checkpoint.hash(),
@@ -66,27 +67,27 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
     }
 
 
-def save_start(model: PeftModel, folder: Path) -> None:
-    """Where a PiSSA adapter began, which is subtracted from it when it is saved; a resumed run keeps the first one."""
-    model.peft_config["default"].init_lora_weights = True  # what is saved is no PiSSA any more
+def save_pissa_start(model: PeftModel, folder: Path) -> None:
+    """Save the initial weights of a PiSSA adapter, which :func:`save_peft` subtracts. A resumed run uses those of its first start."""
+    model.peft_config["default"].init_lora_weights = True  # the saved adapter is a plain LoRA
     if not (folder / "adapter_model.safetensors").exists():
         model.save_pretrained(folder, safe_serialization=True)
-    model.started_from = folder
+    model.pissa_start = folder
 
 
-def save_plain(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """PEFT's files. PiSSA's changed base is subtracted, so that what is saved belongs to the base as it was (PEFT, `init_lora_weights`)."""
-    started = getattr(model, "started_from", None)
-    more: dict[str, Any] = {} if started is None else {"path_initial_model_for_weight_conversion": str(started)}
+def save_peft(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write PEFT's files. PiSSA changes the base's weights; that change is subtracted here (PEFT, `init_lora_weights`)."""
+    start = getattr(model, "pissa_start", None)
+    options: dict[str, Any] = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
     if state is not None:
-        more["state_dict"] = dict(state)
-    model.save_pretrained(folder, safe_serialization=True, **more)
+        options["state_dict"] = dict(state)
+    model.save_pretrained(folder, safe_serialization=True, **options)
 
 
 def _version(library: str) -> str | None:
     try:
         return version(library)
-    except PackageNotFoundError:  # an optional one
+    except PackageNotFoundError:  # optional
         return None
 
 
@@ -100,7 +101,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         hint = (
-            " A run was stopped before it saved one; go on with `lcl-adapter train RECIPE resume=true`." if (folder / "checkpoints").exists() else ""
+            " A run was stopped before it saved one; resume it with `lcl-adapter train RECIPE resume=true`."
+            if (folder / "checkpoints").exists()
+            else ""
         )
         raise AdapterError(f"{folder}: no {MANIFEST} in it, so it holds no complete adapter.{hint}")
     try:
@@ -109,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not a manifest of this tool ({error}).") from error
     if "base_hash" not in manifest:
-        raise AdapterError(f"{path}: written by a version before 0.3, which knew bases by their files and not by their weights; train it again.")
+        raise AdapterError(f"{path}: written by a version before 0.3, which recognised a base by its files and not by its weights; train it again.")
     for file, digest in files.items():
         if not (folder / file).exists():
             raise AdapterError(f"{folder}: {file} is missing; copy the whole folder again.")
@@ -118,13 +121,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_adapter(folder: Path, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
-    """The base that an adapter belongs to, with the adapter on it, ready to predict; and its manifest.
+def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
+    """The base that an adapter belongs to, with the adapter attached, ready to predict; and the manifest.
 
-    base: what replaces the manifest's values, for a base that has moved or another precision. Either layout will do; the hash must be the same.
+    base: replaces the manifest's values, for a base that has moved or another precision. Either layout works; the hash of
+    the weights must be the same.
 
     Raises AdapterError where the base is another one.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], device=base.device, tiles=manifest["tiles"]))
@@ -139,30 +144,30 @@ def load_adapter(folder: Path, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[st
 def checkpoint_of(folder: Path, manifest: Mapping[str, Any], base: BaseRef = NOT_GIVEN) -> Checkpoint:
     """The checkpoint that an adapter was trained on, in either layout.
 
-    Raises AdapterError where its hash is another's: the base is another one, or was changed since.
+    Raises AdapterError where the hash differs: it is another base, or one that was changed since.
     """
     tower = manifest["vision_tower"]
     checkpoint = open_checkpoint(base.defaulting_to(name=manifest["base"], tower=tower if tower and Path(tower).exists() else None))
     if checkpoint.hash() != manifest["base_hash"]:
         raise AdapterError(
-            f"{folder}: trained on another base than {checkpoint.folder}, or that was changed since (the hashes of the weights differ). "
-            "Give the right one with --base."
+            f"{folder}: trained on another base than {checkpoint.folder}, or that one was changed since (the hashes of the weights differ). "
+            "Give the right base with --base."
         )
     return checkpoint
 
 
 def claim_run_folder(folder: Path, resume: bool) -> None:
-    """Make a run's folder, or take an existing one up again.
+    """Create a run's folder, or check that an existing one can be resumed.
 
-    Raises RunError: it exists and is not empty; or it is to be resumed and there is nothing.
+    Raises RunError: the folder exists and is not empty; or there is no run to resume.
     """
     if resume and not (folder / "recipe.yaml").exists():
-        raise RunError(f"{folder}: nothing to resume, no run was started in it. Leave `resume=true` out.")
+        raise RunError(f"{folder}: nothing to resume, no run was started in it. Remove `resume=true`.")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: a file, not a folder. Choose another with output=….")
     if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith(PARTIAL)):
-        raise RunError(f"{folder}: exists already. Choose another with output=…, go on with resume=true, or remove it.")
+        raise RunError(f"{folder}: exists already. Choose another with output=…, resume it with resume=true, or remove it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder}: cannot be made ({error.strerror}).") from error
+        raise RunError(f"{folder}: cannot be created ({error.strerror}).") from error

@@ -1,4 +1,4 @@
-"""What a path is: a base in either layout, an adapter of this project's, of upstream's or of PEFT's, a run, a vision tower."""
+"""Describe what a path holds: a base in either layout, an adapter of this project, of upstream or of PEFT, a run, a vision tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, rea
 from lcl_adapter.base.layouts.checkpoint import POCKET
 from lcl_adapter.base.layouts.configs import LLAVA_TYPES
 from lcl_adapter.base.layouts.keys import PROJECTOR, TOWER
-from lcl_adapter.base.layouts.tensors import Stored, stored_in_file
+from lcl_adapter.base.layouts.tensors import tensors_in_file
 from lcl_adapter.base.model import family_of, load_encoder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn
@@ -22,9 +22,9 @@ from lcl_adapter.errors import ModelError
 
 
 def describe(base: BaseRef | str) -> dict[str, Any]:
-    """Facts by name, ``kind`` first. Nothing is loaded but configs, tokenizer and the headers of weights.
+    """Facts by name, ``kind`` first. Only configs, the tokenizer and the headers of weights are read.
 
-    Raises ModelError for what is none of these; AdapterError for an adapter that is not whole.
+    Raises ModelError for any other path; AdapterError for an incomplete adapter.
     """
     folder = find_base(BaseRef.of(base).name or POCKET)
     if (folder / MANIFEST).exists():
@@ -47,12 +47,12 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     family, encoder, config = family_of(checkpoint), load_encoder(checkpoint.ref), checkpoint.config
     weights = checkpoint.weights if config.model_type in LLAVA_TYPES else {}
     parts: dict[str, int] = {"vision tower": 0, "projector": 0, "language model": 0}
-    kinds: Counter[str] = Counter()
+    types: Counter[str] = Counter()
     for weight_name, weight in weights.items():
         count = math.prod(weight.shape)
         part = "vision tower" if weight_name.startswith(TOWER) else "projector" if weight_name.startswith(PROJECTOR) else "language model"
         parts[part] += count
-        kinds[str(weight.dtype).removeprefix("torch.")] += count
+        types[str(weight.dtype).removeprefix("torch.")] += count
     files = {weight.stored.file for weight in weights.values() if weight.stored is not None}
     return {
         "kind": "base",
@@ -63,7 +63,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         "language model": config.text_config.model_type,
         "vision tower": str(checkpoint.tower or "inside"),
         "parameters": parts,
-        "types": dict(kinds),
+        "types": dict(types),
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
         "hash": checkpoint.hash(),
@@ -84,11 +84,11 @@ def _run(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8")) if (folder / "report.json").exists() else {"suites": []}
-    kept = ("base", "base_hash", "layout", "family", "prompt_version", "precision", "tiles", "vision_tower", "libraries")
+    fields = ("base", "base_hash", "layout", "family", "prompt_version", "precision", "tiles", "vision_tower", "libraries")
     return {
         "kind": "run with its adapter",
         "folder": str(folder),
-        **{name: manifest[name] for name in kept},
+        **{name: manifest[name] for name in fields},
         **_lora(folder, config),
         "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
         "results": {row["name"]: row["adapter"]["value"] for row in report["suites"]},
@@ -111,7 +111,7 @@ def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     file = next((folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).exists()), None)
     if file is None:
         raise ModelError(f"{folder}: adapter_config.json without weights beside it; copy the whole folder again.")
-    stored: dict[str, Stored] = stored_in_file(file)
+    tensors = tensors_in_file(file)
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    counted = sum(s.size // s.dtype.itemsize for s in stored.values())
-    return {"adapter": f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}", "tensors": len(stored), "adapter parameters": counted}
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return {"adapter": f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}", "tensors": len(tensors), "adapter parameters": parameters}

@@ -1,8 +1,10 @@
-"""Turns -> tensors: token ids with room for every image, exact labels, and who may see whom.
+"""Turns -> token ids, labels and positions, with placeholder tokens for every image.
 
-Rules kept here: loss on learned answers alone, training ids are inference ids, nothing is ever cut. Several queries
-behind one support set share a row: each sees the support set and itself, and its positions restart after the support
-set, so that it cannot tell that others are there.
+Three rules hold here: only learned answers have labels, training uses the same ids as inference, and nothing is cut.
+Several queries behind one support set share a row. Each query attends to the support set and to itself, and its positions
+restart after the support set, so the other queries do not influence it.
+
+Shapes: B rows, T tokens of a row, X coordinates of a position (time, row, column).
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
 
 IGNORED = -100
-Position = int | tuple[int, int, int]  # a place, or one in time, row and column for models that turn images by them
+Position = int | tuple[int, int, int]  # an index, or (time, row, column) for models with rotary embeddings of images in three dimensions
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row, as long as it is. ``branch`` is 0 for the shared opening and k for the k-th query; all [T]."""
+    """One row of T tokens, without padding. ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T."""
 
     ids: list[int]
     labels: list[int]
@@ -41,9 +43,10 @@ class Encoded:
 class Encoder:
     """Tokenises rendered turns for one base.
 
-    The text is split at ``<image>`` and each part tokenised, as upstream LLaVA does; an image becomes the tokens in
-    ``image``, most of them ``image_token_id``. grid: rows and columns that an image's features stand in, for models
-    whose positions count them.
+    The text is split at ``<image>`` and each part is tokenised, as in upstream LLaVA.
+
+    image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
+    grid: rows and columns of an image's features, for models whose positions count them.
     """
 
     def __init__(
@@ -62,20 +65,20 @@ class Encoder:
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
-        """Every text that the tokenizer, or the prompt, reads as a token of its own."""
+        """Matches every text that the tokenizer or the prompt reads as a special token."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         tokens = {IMAGE, self.family.end, *self.family.special_tokens, *self.tokenizer.all_special_tokens, *added}
         return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token.strip()))
 
     def special_token_in(self, text: str) -> str | None:
-        """The first special token that a text holds. A user's text must hold none: it would be read as a part of the prompt's frame."""
+        """The first special token in a text. A user's text must contain none: it would be read as a part of the prompt's frame."""
         match = self._special_tokens.search(text)
         return match[0] if match else None
 
     def _refuse_special_tokens(self, turn: Turn) -> None:
-        """Raises DataError for a special token in a turn's text, or for another number of ``<image>`` than it has pictures."""
+        """Raises DataError for a special token in a turn's text, or where ``<image>`` does not occur once for each picture."""
         if turn.further and turn.text.count(IMAGE) != len(turn.pictures):
-            raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, there are {len(turn.pictures)} images.")
+            raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, its turn has {len(turn.pictures)} images.")
         token = self.special_token_in(turn.text.replace(IMAGE, " ") if turn.further else turn.text)
         if token is not None:
             raise DataError(f"the text {turn.text!r} holds {token!r}, a special token of this model: change it.")
@@ -85,27 +88,27 @@ class Encoder:
         return len(self.image)
 
     def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
-        """Where each token stands, and where the next one would; an image in a grid takes as many places as its longer side."""
+        """Each token's position, and the position of the next token. An image with a grid advances by its longer side."""
         if self.grid is None:
             return list(range(start, start + len(ids))), start + len(ids)
         rows, columns = self.grid
-        found: list[Position] = []
-        inside = 0
+        positions: list[Position] = []
+        cell = 0  # of the current image's grid
         for token in ids:
             if token == self.image_token_id:
-                found.append((start, start + inside // columns, start + inside % columns))
-                inside += 1
-                if inside == rows * columns:
-                    start, inside = start + max(rows, columns), 0
+                positions.append((start, start + cell // columns, start + cell % columns))
+                cell += 1
+                if cell == rows * columns:
+                    start, cell = start + max(rows, columns), 0
             else:
-                found.append((start, start, start))
+                positions.append((start, start, start))
                 start += 1
-        return found, start
+        return positions, start
 
     def turns(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> tuple[list[int], list[int]]:
-        """Ids and labels of turns; with ``first=False``, of turns that go on after an answer's end.
+        """Ids and labels of turns. ``opened`` and ``first`` are those of :meth:`Family.render`.
 
-        Raises DataError where a text holds a special token.
+        Raises DataError where a text contains a special token.
         """
         for turn in turns:
             self._refuse_special_tokens(turn)
@@ -113,41 +116,43 @@ class Encoder:
         if first:
             ids, labels = self._encode(rendered)
             return self.bos + ids, [IGNORED] * len(self.bos) + labels
-        # What a tokenizer makes of a text's beginning can depend on what stands before it: give it the end mark, take it away.
+        # A tokenizer can split the beginning of a text differently after other text: tokenise it behind the end token, then drop that.
         shift = len(self.family.end)
-        moved = Rendered(self.family.end + rendered.text, tuple((a + shift, b + shift) for a, b in rendered.learned))
-        ids, labels = self._encode(moved)
+        shifted = Rendered(self.family.end + rendered.text, tuple((a + shift, b + shift) for a, b in rendered.learned))
+        ids, labels = self._encode(shifted)
         return ids[1:], labels[1:]
 
     def conversation(self, conversation: Conversation) -> Encoded:
-        """A whole row: the shared opening, then every branch.
+        """A whole row: the shared support set, then every branch.
 
-        Raises EpisodeError where it would not fit the context, or where nothing in it is learned.
+        Raises EpisodeError where it does not fit the context, or where nothing in it is learned.
         """
         first = not conversation.shared
         ids, labels = ([], []) if first else self.turns(conversation.shared)
         shared = len(ids)
         branch = [0] * shared
-        positions, begins = self.positions(ids)
+        positions, next_position = self.positions(ids)
         for number, turns in enumerate(conversation.branches, 1):
             more_ids, more_labels = self.turns(turns, first=first)
             ids, labels = ids + more_ids, labels + more_labels
             branch += [number] * len(more_ids)
-            positions += self.positions(more_ids, begins)[0]
+            positions += self.positions(more_ids, next_position)[0]
         longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
         if longest > self.context:
-            what = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the context of {self.context}"
-            alone = "Shorten it, or set `on_fault: skip` for its source."
-            remedy = "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else alone
-            raise EpisodeError(f"{conversation.origin}: {what}. {remedy}")
+            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the context of {self.context}"
+            remedy = (
+                "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else "Shorten it, or set `on_fault: skip` for its source."
+            )
+            raise EpisodeError(f"{conversation.origin}: {fault}. {remedy}")
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
         return Encoded(ids, labels, branch, positions, conversation.pictures)
 
     def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
+        """Ids and labels of a rendered text. A token is learned where its last character is in a learned part."""
         ids: list[int] = []
         labels: list[int] = []
-        start = 0
+        start = 0  # of the current part, in characters
         for number, part in enumerate(rendered.text.split(IMAGE)):
             if number:
                 ids += self.image
@@ -162,14 +167,15 @@ class Encoder:
         return ids, labels
 
     def _tokenise(self, part: str) -> tuple[list[int], list[int]]:
+        """Ids, and where each token ends in the text."""
         encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
         return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
 def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
-    """Training ids must begin with the ids that inference will send, and the pieces must make up the whole.
+    """Raises EpisodeError unless training ids begin with those of inference, and the parts of a row equal the whole.
 
-    Raises EpisodeError where the tokenizer joins a mark and an answer into one token.
+    They differ where a tokenizer joins the text before an answer and the answer into one token.
     """
     encoded = encoder.conversation(conversation)
     branch = conversation.branches[0]
@@ -182,8 +188,10 @@ def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
 
 
 def position_ids(rows: Sequence[Sequence[Position]], length: int, left: bool = False) -> torch.Tensor:
-    """[B, T], or [3, B, T] where positions are time, row and column; padded with 0 on the right, or on the left."""
-    fill: Position = (0, 0, 0) if any(isinstance(p, tuple) for row in rows for p in row[:1]) else 0
+    """[B, T], or [X, B, T] where positions are (time, row, column); padded with 0 on the right, or on the left."""
+    three_dimensional = any(isinstance(row[0], tuple) for row in rows if row)
+    fill: Position = (0, 0, 0) if three_dimensional else 0
     pads = [[fill] * (length - len(row)) for row in rows]
-    made = torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads, strict=True)])
-    return made.permute(2, 0, 1).contiguous() if made.ndim == 3 else made
+    padded = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads, strict=True)]
+    positions_BTX = torch.tensor(padded)  # [B, T] where positions are plain indices
+    return positions_BTX.permute(2, 0, 1).contiguous() if three_dimensional else positions_BTX

@@ -1,4 +1,4 @@
-"""Load a base of either layout, freeze it, attach the adapter by full module paths."""
+"""Load a base of either layout, freeze it, and attach the adapter by full module paths."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from lcl_adapter.terminal import console
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
-SMALL = 10**8  # bytes of a checkpoint whose tensors are so small that giving them back costs more time than room
+SMALL = 10**8  # bytes of a checkpoint; below it, returning freed tensors to the system costs more time than it saves memory
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base with everything that belongs to its prompt and pixels."""
+    """A loaded base with its prompt, its tokenizer and its image processor."""
 
     model: Any
     checkpoint: Checkpoint
@@ -47,7 +47,7 @@ class Base:
 
     @property
     def llava(self) -> Any:
-        """The LLaVA itself, under an adapter's wrapper or not."""
+        """The LLaVA itself, without an adapter's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
@@ -64,7 +64,7 @@ class Base:
 
     @property
     def own_projector(self) -> bool:
-        """Whether vision tower and projector are apart, as in every LLaVA; other models are one vision module."""
+        """Whether the projector is a module of its own, as in every LLaVA. Other models have one vision module."""
         return self.llava.config.model_type in LLAVA_TYPES
 
     @property
@@ -77,9 +77,9 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type activations have: that of the embedding, which is never quantised."""
-        kind: torch.dtype = self.llava.get_input_embeddings().weight.dtype
-        return kind
+        """The type of activations: that of the embedding, which is never quantised."""
+        dtype: torch.dtype = self.llava.get_input_embeddings().weight.dtype
+        return dtype
 
     def encoder(self) -> Encoder:
         return _encoder(self.checkpoint, self.family, self.tiles)
@@ -89,7 +89,7 @@ class Base:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base alone, adapter and trained projector switched off."""
+        """The base alone: adapter and trained projector are switched off."""
         if isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield
@@ -98,27 +98,27 @@ class Base:
 
 
 def side_of(config: Any) -> int:
-    """Of the square that a picture is made before the processor sees it, in pixels; 448 where the model takes any size."""
+    """The side in pixels of the square that a picture is resized to before the processor; 448 where the model accepts any size."""
     side = getattr(config.vision_config, "image_size", None)
     return int(side) if side else 448
 
 
 def tokens_an_image(config: Any, tiles: bool = False) -> int:
-    """How many places an image takes in a prompt of a LLaVA.
+    """The number of tokens of an image in a LLaVA's prompt.
 
-    Its patches, the class token where that is kept, and in NeXT and OneVision a line-break vector; with ``tiles``, two
-    by two tiles of the picture at twice the size behind it, a line break a row.
+    They are its patches, the class token where the config selects it, and in NeXT and OneVision a line-break vector.
+    With ``tiles``, two by two tiles of the picture at twice the size follow, with a line break for each row.
     """
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
-    classed = "clip" in vision.model_type
-    base = side * side + classed - (config.vision_feature_select_strategy == "default")
-    lined = config.model_type in TILED_TYPES
-    return int(base + (2 * side * (2 * side + 1) if tiles else lined))
+    class_token = "clip" in vision.model_type
+    patches = side * side + class_token - (config.vision_feature_select_strategy == "default")
+    line_break = config.model_type in TILED_TYPES
+    return int(patches + (2 * side * (2 * side + 1) if tiles else line_break))
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """Raises ModelError for a model that has neither a family nor a chat template."""
+    """The family of a checkpoint. Raises ModelError where neither a family nor a chat template matches."""
     if checkpoint.config.model_type in LLAVA_TYPES and (family := detect(checkpoint.config, checkpoint.tokenizer)):
         return family
     if checkpoint.config.model_type in LLAVA_TYPES:
@@ -126,11 +126,11 @@ def family_of(checkpoint: Checkpoint) -> Family:
             f"base {checkpoint.folder}: a {checkpoint.config.model_type!r} on {checkpoint.config.text_config.model_type!r} with end token "
             f"{checkpoint.tokenizer.eos_token!r} is of no family known here. Supported families: {', '.join(FAMILIES)}."
         )
-    return chat_template.read(checkpoint, side_of(checkpoint.config))
+    return chat_template.read_family(checkpoint, side_of(checkpoint.config))
 
 
 def load_encoder(base: BaseRef | str) -> Encoder:
-    """The prompt side of a base, without its weights: for lengths, masks and previews.
+    """The encoder of a base, without loading its weights: for lengths, masks and previews.
 
     Raises ModelError as :func:`load_base` does.
     """
@@ -143,7 +143,7 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
     grid = None
     if isinstance(family, chat_template.ChatTemplate):
         image = tokenizer(family.expanded, add_special_tokens=False)["input_ids"]
-        if "mrope" in str(getattr(config.text_config, "rope_parameters", None)):  # positions in rows and columns, as Qwen2-VL has
+        if "mrope" in str(getattr(config.text_config, "rope_parameters", None)):  # positions of rows and columns, as in Qwen2-VL
             side = math.isqrt(image.count(config.image_token_id))
             grid = (side, side)
     else:
@@ -152,9 +152,9 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
 
 
 def load_base(base: BaseRef | str) -> Base:
-    """Load a base of either layout, frozen, as its reference says.
+    """Load a base of either layout, frozen, as its reference specifies.
 
-    nf4 and int8 quantise the linear layers of the language model alone, nf4 with double quantisation; ``auto`` chooses.
+    nf4 and int8 quantise only the linear layers of the language model, nf4 with double quantisation. ``auto`` chooses.
 
     Raises ModelError: no such base, no image-text model, weights that do not fit their config.
     """
@@ -164,11 +164,11 @@ def load_base(base: BaseRef | str) -> Base:
     config, family = checkpoint.config, family_of(checkpoint)
     if tiles and config.model_type not in TILED_TYPES:
         raise ModelError(
-            f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Leave it out."
+            f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Remove it."
         )
-    _ = checkpoint.image_processor  # what is wrong with it is told before any weight is read
+    _ = checkpoint.image_processor  # a fault in it is reported before any weight is read
     if config.model_type in LLAVA_TYPES:
-        _ = checkpoint.weights  # and so is a shard that is missing, cut short, or another's
+        _ = checkpoint.weights  # and so is a missing or incomplete shard, or one of another checkpoint
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
@@ -181,24 +181,24 @@ def load_base(base: BaseRef | str) -> Base:
         options["device_map"] = {"": device}
     try:
         if checkpoint.layout == "hf":
-            # Its own reader takes pickles with tensors alone, and never runs code from a checkpoint.
+            # transformers' reader accepts pickles that hold tensors only, and never runs code from a checkpoint.
             model, report = AutoModelForImageTextToText.from_pretrained(
                 checkpoint.folder, output_loading_info=True, trust_remote_code=False, **options
             )
         else:
             state = {weight_name: weight.read().to(dtype) for weight_name, weight in checkpoint.weights.items()}
-            kind: Any = type(skeleton(config))
-            model, report = kind.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
+            model_class: Any = type(skeleton(config))
+            model, report = model_class.from_pretrained(None, state_dict=state, output_loading_info=True, **options)
             del state
-            model.name_or_path = str(checkpoint.folder)  # what PEFT writes into an adapter as its base
+            model.name_or_path = str(checkpoint.folder)  # PEFT writes it into an adapter as its base
     except ImportError as error:
         raise ModelError(f'precision {precision} needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: bf16`.') from error
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"base {checkpoint.folder}: the weights cannot be loaded ({error}).") from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        found = [k for k in map(str, report.get(fault) or ()) if not DROPPED.search(k)]
-        if found:
-            raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {sorted(found)[0]}.")
+        keys = sorted(key for key in map(str, report.get(fault) or ()) if not DROPPED.search(key))
+        if keys:
+            raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {keys[0]}.")
     if precision in QUANTISED:
         check_quantised(model, precision)
     model = model if precision in QUANTISED else model.to(device)
@@ -207,17 +207,17 @@ def load_base(base: BaseRef | str) -> Base:
 
 
 def lora_targets(model: nn.Module) -> str:
-    """The language model's attention and MLP projections, as a pattern of full module paths."""
+    """A pattern that matches the full module paths of the language model's attention and MLP projections."""
     return rf".*{re.escape(language_path(model).rpartition('.')[2])}\.layers\.\d+\.{PROJECTIONS}"
 
 
 def attach(base: Base, options: AdapterOptions) -> Base:
-    """A fresh LoRA on the language model, and the projector as a trained copy where asked.
+    """The base with a new LoRA on the language model, and a trained copy of the projector where the options ask for it.
 
-    Raises ModelError where a projector is to be trained and the model has none of its own.
+    Raises ModelError where the projector is to be trained and is no module of its own.
     """
     if options.projector and not base.own_projector:
-        raise ModelError(f"`adapter.projector` is for LLaVAs; a {base.llava.config.model_type!r} model has no projector apart from its vision part.")
+        raise ModelError(f"`adapter.projector` is for LLaVAs; a {base.llava.config.model_type!r} model has no separate projector. Set it to false.")
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -235,10 +235,7 @@ def attach(base: Base, options: AdapterOptions) -> Base:
 
 
 def check_adapted(model: PeftModel) -> None:
-    """Every LoRA layer is in the language model, and there is at least one in every layer.
-
-    Raises ModelError otherwise.
-    """
+    """Raises ModelError unless every LoRA layer is in the language model and every language layer has at least one."""
     inside = rf"{re.escape(language_path(model.get_base_model()))}\.layers\.\d+\."
     adapted = [n for n, _ in model.named_modules() if n.endswith(".lora_A")]
     stray = [n for n in adapted if not re.search(inside, n)]
@@ -249,10 +246,10 @@ def check_adapted(model: PeftModel) -> None:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{"vision tower" | "projector" | "language model": {"total", "trained"}}; quantised weights counted as what they stand for."""
+    """{"vision tower" | "projector" | "language model": {"total", "trained"}}. A quantised weight is counted by its original shape."""
     table = {part: {"total": 0, "trained": 0} for part in ("vision tower", "projector", "language model")}
-    inside = model.get_base_model() if isinstance(model, PeftModel) else model
-    language = language_path(inside).rpartition(".")[2]
+    llava = model.get_base_model() if isinstance(model, PeftModel) else model
+    language = language_path(llava).rpartition(".")[2]
     for name, parameter in model.named_parameters():
         part = "projector" if PROJECTOR in name else "language model" if f"{language}." in name or "lm_head" in name else "vision tower"
         state = getattr(parameter, "quant_state", None)

@@ -1,6 +1,8 @@
-"""``data index``: which of a user's classes are near each other, by the base's own vision tower -> ``neighbours.json``.
+"""``data index``: ranks the classes of a folder by their similarity in the base's vision tower, and writes ``neighbours.json``.
 
-Near classes make hard episodes and a "neither" that is worth learning; for a folder of photos nobody else knows them.
+Similar classes make hard episodes, and a "neither" that is worth learning.
+
+Shapes: N pictures, C width of a patch, K classes.
 """
 
 from __future__ import annotations
@@ -24,36 +26,37 @@ NEAREST = 16
 
 
 def index(folder: Path, base: BaseRef | str, out: Path | None = None) -> dict[str, Any]:
-    """Rank every class's nearest classes and write them beside the folders. Broken pictures are left out and counted.
+    """Rank every class's nearest classes and write them into the folder. Broken pictures are left out and counted.
 
-    Similarity is the cosine of class means of the mean patch, standardised over all pictures, as the prototype baseline has it.
+    Similarity is the cosine of class means of the mean patch, standardised over all pictures, as in the prototype baseline.
     Raises DataError: no folder, fewer than two classes, a class without a picture that can be read.
     """
     if not folder.is_dir() and out is None:
-        raise DataError(f"{folder}: not a folder; for an archive say with --out where neighbours.json goes.")
+        raise DataError(f"{folder}: not a folder; for an archive, name the file to write with --out.")
     pool = read_class_folders(folder, on_fault="skip")
     if len(pool) < 2:
         raise DataError(f"{folder}: {len(pool)} class; neighbours need at least two.")
     vision = VisionFeatures(load_base(base))
     readable: list[Picture] = []
-    owners: list[int] = []
+    class_N: list[int] = []
     broken = 0
-    for number, one in enumerate(track(pool.classes, "reading classes", console=console, transient=True, disable=not console.is_terminal)):
-        for picture in one.pictures:
+    for number, picture_class in enumerate(track(pool.classes, "reading classes", console=console, transient=True, disable=not console.is_terminal)):
+        for picture in picture_class.pictures:
             try:
                 read_image(picture)
                 readable.append(picture)
-                owners.append(number)
+                class_N.append(number)
             except DataError as error:
                 broken += 1
                 console.print(f"left out: {error}", style="yellow", markup=False)
-        if number not in owners[-1:]:
-            raise DataError(f"{folder}: class {one.name!r} has no picture that can be read.")
-    means_KC = class_means(standardised(mean_patches(readable, vision)), owners)
-    similar = means_KC @ means_KC.T
-    similar.fill_diagonal_(-2)
-    order = similar.argsort(1, descending=True)[:, : min(NEAREST, len(pool) - 1)].tolist()
-    ranked = {one.name: [pool.classes[i].name for i in near] for one, near in zip(pool.classes, order, strict=True)}
+        if number not in class_N[-1:]:
+            raise DataError(f"{folder}: class {picture_class.name!r} has no picture that can be read.")
+    means_KC = class_means(standardised(mean_patches(readable, vision)), class_N)
+    similarity_KK = means_KC @ means_KC.T
+    similarity_KK.fill_diagonal_(-2)
+    nearest = similarity_KK.argsort(1, descending=True)[:, : min(NEAREST, len(pool) - 1)].tolist()
+    names = [picture_class.name for picture_class in pool.classes]
+    ranked = {name: [names[i] for i in indices] for name, indices in zip(names, nearest, strict=True)}
     path = out or folder / NEIGHBOURS
     write_json(path, {"ranked": ranked})
-    return {"written": str(path), "classes": len(pool), "pictures": len(owners), "left_out": broken}
+    return {"written": str(path), "classes": len(pool), "pictures": len(class_N), "left_out": broken}

@@ -1,4 +1,4 @@
-"""Precisions: their types, which one ``auto`` chooses, and what exactly is quantised."""
+"""Precisions: their types, the choice that ``auto`` makes, and which weights are quantised."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from lcl_adapter.errors import ModelError
 from lcl_adapter.recipe.schema import Precision
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # what bitsandbytes makes of a linear layer
+LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # bitsandbytes' classes of a quantised linear layer
 
 
 def choose_precision(config: Any, device: str, memory: int | None = None) -> tuple[Precision, str]:
-    """What ``auto`` is, and why: the widest that fits ``memory`` (what is free, where left out) with a third of room; on a CPU fp32 where it fits."""
+    """The precision that ``auto`` stands for, and the reason: the widest whose weights fit into ``memory`` with a third to spare.
+
+    On a CPU that is fp32 where it fits. memory: bytes; the free memory of the device where None.
+    """
     count = sum(p.numel() for p in skeleton(config).parameters())
     if device == "cpu":
         free = memory or psutil.virtual_memory().available
@@ -33,14 +36,17 @@ def choose_precision(config: Any, device: str, memory: int | None = None) -> tup
 
 
 def compute_type(device: str) -> torch.dtype:
-    """What a quantised base computes in: 16 bits on a GPU, which on a CPU would be slower and no smaller."""
+    """The type that a quantised base computes in: 16 bits on a GPU; fp32 on a CPU, where 16 bits are slower."""
     if device == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def outside_language(config: Any) -> list[str]:
-    """Patterns of what is never quantised. transformers 5: giving any list drops the automatic skip of lm_head, and bare names match nothing."""
+    """Patterns of the modules that are never quantised.
+
+    In transformers 5 any list replaces the automatic skip of lm_head, and a bare name matches nothing.
+    """
     model = skeleton(config)
     language = language_path(model)
     parent = language.rpartition(".")[0]
@@ -49,7 +55,7 @@ def outside_language(config: Any) -> list[str]:
 
 
 def quantisation(precision: Precision, dtype: torch.dtype, config: Any) -> BitsAndBytesConfig:
-    """What transformers is given to load a base in 4 or 8 bits; nf4 with double quantisation, computing in ``dtype``."""
+    """transformers' config to load a base in 4 or 8 bits. nf4 uses double quantisation and computes in ``dtype``."""
     skipped = outside_language(config)
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -63,7 +69,7 @@ def quantisation(precision: Precision, dtype: torch.dtype, config: Any) -> BitsA
 
 
 def check_quantised(model: nn.Module, precision: Precision) -> None:
-    """Raises ModelError where loading quantised nothing, or anything outside the language model."""
+    """Raises ModelError where loading quantised no module, or one outside the language model."""
     inside = language_path(model)
     quantised = [n for n, m in model.named_modules() if type(m).__name__ == LAYERS[precision]]
     stray = [n for n in quantised if not n.startswith(inside)]
@@ -72,6 +78,6 @@ def check_quantised(model: nn.Module, precision: Precision) -> None:
 
 
 def quantised_weights(model: nn.Module) -> frozenset[str]:
-    """The weights that nf4 and int8 replace, by the model's own names: the linear layers of the language model."""
+    """The names of the weights that nf4 and int8 replace: the linear layers of the language model."""
     inside = f"{language_path(model)}."
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside))

@@ -1,4 +1,4 @@
-"""Pictures as unit vectors of the frozen tower, and class means of them: what judges a photo without any training.
+"""Pictures as unit vectors of the frozen tower, and their class means: a classifier without any training.
 
 Shapes: N pictures, C width of a patch, K classes.
 """
@@ -23,12 +23,12 @@ def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.T
 
 
 def standardised(features_NC: torch.Tensor) -> torch.Tensor:
-    """Unit vectors [N, C]: each feature by its mean and spread over these pictures, so that no feature drowns the others."""
+    """Unit vectors [N, C], after each feature was standardised over these pictures, so that none dominates."""
     return functional.normalize((features_NC - features_NC.mean(0)) / (features_NC.std(0) + 1e-6), dim=1)
 
 
 def class_means(vectors_NC: torch.Tensor, class_N: Sequence[int]) -> torch.Tensor:
-    """The prototype of each class, the unit vector of its pictures' mean, [K, C]. class_N: each picture's class, from 0 to K - 1."""
+    """The prototype of each class, [K, C]: its pictures' mean as a unit vector. class_N: each picture's class, from 0 to K - 1."""
     owners_N = torch.tensor(class_N, device=vectors_NC.device)
     sums_KC = torch.zeros(max(class_N) + 1, vectors_NC.shape[1], device=vectors_NC.device).index_add_(0, owners_N, vectors_NC)
     return functional.normalize(sums_KC, dim=1)

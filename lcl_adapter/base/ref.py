@@ -1,4 +1,4 @@
-"""Which base, and how it is to be loaded: one value from the command line to the checkpoint."""
+"""A reference to a base and how it is loaded: one value from the command line to the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lcl_adapter.recipe.schema import Precision
 
 @dataclass(frozen=True)
 class BaseRef:
-    """A reference to a base. A field that is None was not given: an adapter's manifest decides it, or the default does.
+    """A reference to a base. A field that is None was not given: an adapter's manifest or the default decides it.
 
     name: ``pocket`` (the default), a folder in either layout, or a name in the local Hugging Face cache.
-    precision: fp32 by default; nf4 and int8 quantise the linear layers of the language model alone; ``auto`` chooses.
-    device: the GPU by default, where there is one.
-    tower: the vision tower's folder, where a config in the original layout names one that is elsewhere.
-    tiles: LLaVA-NeXT's and OneVision's pictures at twice the size in tiles; off by default.
+    precision: fp32 by default; nf4 and int8 quantise the linear layers of the language model only; ``auto`` chooses.
+    device: "cuda" or "cpu"; the GPU by default, where the machine has one.
+    tower: the vision tower's folder, where the one in an original config is not on this machine.
+    tiles: for LLaVA-NeXT and OneVision, reads pictures at twice the size in tiles; off by default.
     """
 
     name: str | None = None
@@ -28,13 +28,13 @@ class BaseRef:
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
-        """A base's name, or the base of a recipe, as a reference; a reference as it is."""
+        """The reference of a base's name or of a recipe; a reference is returned unchanged."""
         if isinstance(base, Recipe):
             return cls(base.base, base.precision, tower=base.vision_tower, tiles=base.tiles)
         return cls(base) if isinstance(base, str) else base
 
     def defaulting_to(self, **values: Any) -> BaseRef:
-        """The same with these values where nothing was given."""
+        """The same reference with these values in the fields that were not given."""
         given = {field.name for field in fields(self) if getattr(self, field.name) is not None}
         return replace(self, **{name: value for name, value in values.items() if name not in given})
 

@@ -1,4 +1,4 @@
-"""What differs between LLaVA families, a file each: prompt, end mark, image tokens, padding."""
+"""What differs between LLaVA families, one file for each: prompt, end token, image tokens, padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lcl_adapter.base.families.llava_qwen import LLAVA_INTERLEAVE, LLAVA_ONEVISI
 from lcl_adapter.base.families.llava_v1 import LLAVA_V1
 from lcl_adapter.base.families.pocket import POCKET
 
-# In the order they are tried: a narrower one before a wider one.
+# In the order in which they are tried: a specific family before a general one.
 FAMILIES = {
     family.name: family
     for family in (POCKET, LLAVA_V1, LLAVA_15, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_LLAMA_3, LLAVA_NEXT_VICUNA, LLAVA_ONEVISION, LLAVA_INTERLEAVE)
@@ -21,5 +21,5 @@ __all__ = ["FAMILIES", "IMAGE", "Family", "Rendered", "detect"]
 
 
 def detect(config: Any, tokenizer: Any) -> Family | None:
-    """The family of a base by its config and tokenizer, None where it has no prompt written down here."""
+    """The family of a base by its config and tokenizer; None where no family here matches."""
     return next((family for family in FAMILIES.values() if family.matches(config, tokenizer)), None)

@@ -1,7 +1,7 @@
-"""Any image-text model of transformers whose checkpoint brings a chat template: its own template is the prompt.
+"""A family for any image-text model of transformers whose checkpoint has a chat template: that template is the prompt.
 
-What is asked of it: one image a turn as a ``{"type": "image"}`` part, an end mark behind every answer, and that turns
-add up (a conversation begins with the text of its beginning). ``batches.check_alignment`` refuses one that does not.
+The template must accept one ``{"type": "image"}`` part in a turn and write an end token behind every answer. The text of
+a conversation must begin with the text of its first turns. ``encoder.check_alignment`` refuses a template that differs.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
 
-ASKED = Turn("user", "q")
-ANSWERED = Turn("assistant", "a")
+QUESTION = Turn("user", "q")
+ANSWER = Turn("assistant", "a")
 
 
 @dataclass(frozen=True)
 class ChatTemplate(Family):
-    """A family read off a checkpoint. ``placeholder``: what its template writes for an image; ``expanded``: what the processor makes of that."""
+    """A family read from a checkpoint. placeholder: the template's text of an image. expanded: the processor's tokens of an image."""
 
     template: Callable[..., str] = lambda *_: ""
     placeholder: str = IMAGE
     expanded: str = IMAGE
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
-        before = [] if first else [ASKED, ANSWERED]
+        """As :meth:`Family.render`. Turns that are not first are rendered behind a short exchange, whose text is cut off again."""
+        before = [] if first else [QUESTION, ANSWER]
         cut = len(self._closed(before)) if before else 0
         learned = []
         for number, turn in enumerate(turns, 1):
             if turn.role == "assistant" and turn.learn:
-                begun, ended = self._text([*before, *turns[: number - 1]], opened=True), self._closed([*before, *turns[:number]])
-                learned.append((len(begun) - cut, len(ended) - cut))
+                start = len(self._text([*before, *turns[: number - 1]], opened=True))
+                end = len(self._closed([*before, *turns[:number]]))
+                learned.append((start - cut, end - cut))
         text = self._text([*before, *turns], opened=True) if opened else self._closed([*before, *turns])
         return Rendered(text[cut:], tuple(learned))
 
@@ -49,7 +51,7 @@ class ChatTemplate(Family):
         return text.replace(self.placeholder, IMAGE)
 
     def _closed(self, turns: Sequence[Turn]) -> str:
-        """Up to the last answer's end mark; what the template writes behind it belongs to the next turn."""
+        """The text up to the last answer's end token. The template's text behind it belongs to the next turn."""
         text = self._text(turns)
         if turns and turns[-1].role == "assistant":
             text = text[: text.rindex(self.end) + len(self.end)]
@@ -57,7 +59,7 @@ class ChatTemplate(Family):
 
 
 def message(turn: Turn) -> dict[str, Any]:
-    """A turn as chat templates take it."""
+    """A turn as chat templates expect it."""
     image: list[dict[str, Any]] = [{"type": "image"}] if turn.picture and not turn.further else []
     if not turn.further:
         return {"role": turn.role, "content": [*image, {"type": "text", "text": turn.text}]}
@@ -67,40 +69,41 @@ def message(turn: Turn) -> dict[str, Any]:
     return {"role": turn.role, "content": parts}
 
 
-def read(checkpoint: Checkpoint, side: int) -> ChatTemplate:
-    """The family of a checkpoint by its own template. side: of the square that pictures are made, in pixels.
+def read_family(checkpoint: Checkpoint, side: int) -> ChatTemplate:
+    """The family of a checkpoint by its own template. side: of the square that pictures are resized to, in pixels.
 
-    Raises ModelError: no chat template, one that takes no images or has no end mark.
+    Raises ModelError: no chat template, or one that does not accept images or writes no end token.
     """
     tokenizer, name = checkpoint.tokenizer, checkpoint.config.model_type
-    where = f"base {checkpoint.folder}: a {name!r} model is known by its chat template alone, and"
+    where = f"base {checkpoint.folder}: a {name!r} model is supported through its chat template only, and"
     text = _template_of(checkpoint)
     if text is None:
         raise ModelError(f"{where} there is none (chat_template.jinja, or in tokenizer_config.json).")
 
     def template(messages: list[dict[str, Any]], opened: bool) -> str:
-        made: str = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, add_generation_prompt=opened)
+        rendered: str = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, add_generation_prompt=opened)
         bos = tokenizer.bos_token
-        return made.removeprefix(bos) if bos else made
+        return rendered.removeprefix(bos) if bos else rendered
 
     try:
-        closed, begun = template([message(ASKED), message(ANSWERED)], False), template([message(ASKED)], True)
-    except Exception as error:  # a template is a program of its own
+        closed = template([message(QUESTION), message(ANSWER)], False)
+        opened = template([message(QUESTION)], True)
+    except Exception as error:  # a template is a program and can raise anything
         raise ModelError(f"{where} it fails on a question and an answer ({error}).") from error
-    rest = closed.removeprefix(begun)
+    rest = closed.removeprefix(opened)
     if rest == closed or not rest.lstrip().startswith("a"):
-        raise ModelError(f"{where} an answered question does not begin with the text of the open one, so its answers cannot be marked.")
+        raise ModelError(f"{where} an answered question does not begin with the text of the open one, so its answers cannot be located.")
     special = [t for t in tokenizer.all_special_tokens if t in rest]
     if not special:
-        raise ModelError(f"{where} it writes no end mark behind an answer, so a model could not learn to stop.")
+        raise ModelError(f"{where} it writes no end token behind an answer, so a model could not learn to stop.")
     end = min(special, key=rest.index)
     placeholder = tokenizer.convert_ids_to_tokens(_image_token_id(checkpoint))
     with_image = template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}], False)
     if with_image.count(placeholder) != 1:
         raise ModelError(f"{where} it writes {placeholder!r} {with_image.count(placeholder)} times for one image; 1 is expected.")
-    marks = tuple(t for t in tokenizer.all_special_tokens if t != IMAGE)
+    special_tokens = tuple(t for t in tokenizer.all_special_tokens if t != IMAGE)
     return ChatTemplate(
-        f"chat-template:{name}", lambda *_: True, "", "", "", "", end, marks,
+        f"chat-template:{name}", lambda *_: True, "", "", "", "", end, special_tokens,
         template=template, placeholder=placeholder, expanded=_expanded(checkpoint, side),
     )  # fmt: skip
 
@@ -111,6 +114,7 @@ def _image_token_id(checkpoint: Checkpoint) -> int:
 
 
 def _template_of(checkpoint: Checkpoint) -> str | None:
+    """The chat template: from a file of its own, else from the tokenizer."""
     for name in ("chat_template.jinja", "chat_template.json"):
         file = checkpoint.folder / name
         if file.exists():
@@ -121,36 +125,42 @@ def _template_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _expanded(checkpoint: Checkpoint, side: int) -> str:
-    """What stands for one image in the end, by the processor's own code; its video half, which needs torchvision, is left out."""
-    told = {name: _json(checkpoint.folder / name) for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")}
-    options = told["processor_config.json"]
-    named = [one.get("processor_class") for one in (*told.values(), checkpoint.raw)]
-    usual = PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type)
-    kind = getattr(transformers, str(next((n for n in named if n), None) or usual), None)
-    images = checkpoint.image_processor
-    if kind is None or not hasattr(kind, "replace_image_token"):
-        raise ModelError(f"base {checkpoint.folder}: processor_config.json names no processor that says how many tokens an image takes.")
+    """The text that replaces one image's placeholder, by the processor's own code. Its video part, which needs torchvision, is not loaded."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    configs = [*(_json(checkpoint.folder / name) for name in files), checkpoint.raw]
+    class_name = next((name for config in configs if (name := config.get("processor_class"))), None)
+    processor_class = getattr(transformers, str(class_name or PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type)), None)
+    if processor_class is None or not hasattr(processor_class, "replace_image_token"):
+        raise ModelError(f"base {checkpoint.folder}: processor_config.json names no processor that gives the number of tokens of an image.")
 
-    class Still(kind):  # type: ignore[misc, valid-type]
+    class ImageOnlyProcessor(processor_class):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
-            """The video processor is none here."""
+            """Accepts None as the video processor."""
 
-    parts = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
-    plain = {k: v for k, v in options.items() if k not in (*parts, "processor_class") and not isinstance(v, dict)}
+    image_processor = checkpoint.image_processor
+    not_options = ("image_processor", "tokenizer", "video_processor", "feature_extractor", "processor_class")
+    options = {k: v for k, v in configs[0].items() if k not in not_options and not isinstance(v, dict)}
+    if "video_processor" in processor_class.get_attributes():
+        options["video_processor"] = None
     try:
-        processor = Still(images, checkpoint.tokenizer, **({"video_processor": None} if "video_processor" in kind.get_attributes() else {}), **plain)
-        made: str = processor.replace_image_token(process(images, [Image.new("RGB", (side, side))], told=True), 0)
+        processor = ImageOnlyProcessor(image_processor, checkpoint.tokenizer, **options)
+        image = Image.new("RGB", (side, side))
+        expanded: str = processor.replace_image_token(preprocess(image_processor, [image], with_layout=True), 0)
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"base {checkpoint.folder}: its processor cannot tell how many tokens an image takes ({error}).") from error
-    return made
+        raise ModelError(f"base {checkpoint.folder}: its processor does not give the number of tokens of an image ({error}).") from error
+    return expanded
 
 
 def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def process(images: Any, pictures: Sequence[Image.Image], told: bool = False) -> dict[str, Any]:
-    """Pixels as the model's ``get_image_features`` takes them: whole pictures, never cut into tiles. told: with what the processor asks of them."""
-    options = {"do_image_splitting": False, "return_row_col_info": told} if hasattr(images, "do_image_splitting") else {}
-    made: dict[str, Any] = images([[p] for p in pictures] if options else list(pictures), return_tensors="pt", **options)
-    return made
+def preprocess(image_processor: Any, images: Sequence[Image.Image], with_layout: bool = False) -> dict[str, Any]:
+    """Arguments of the model's ``get_image_features``: whole images, never split into tiles.
+
+    with_layout: includes the rows and columns of tiles, which the processor needs to expand a placeholder.
+    """
+    splits = hasattr(image_processor, "do_image_splitting")
+    options = {"do_image_splitting": False, "return_row_col_info": with_layout} if splits else {}
+    arguments: dict[str, Any] = image_processor([[i] for i in images] if splits else list(images), return_tensors="pt", **options)
+    return arguments

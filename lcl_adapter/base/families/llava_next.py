@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6), a prompt for each language model that it was published on.
+"""LLaVA-NeXT (1.6): one prompt for each language model that it was published on.
 
 Vicuna     as LLaVA-1.5
 Mistral    upstream's ``mistral_instruct`` conversation (llava/conversation.py)

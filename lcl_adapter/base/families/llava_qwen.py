@@ -1,6 +1,6 @@
 """LLaVA-OneVision and LLaVA-Interleave on Qwen2: ``qwen_1_5`` of LLaVA-VL/LLaVA-NeXT (llava/conversation.py).
 
-Hugging Face's own template for them leaves the system text and the line breaks out; this is how they were trained.
+They were trained with this prompt. Hugging Face's template for them lacks the system text and the line breaks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base that ships with the project: marks of its own, no system text."""
+"""The base that ships with the project: special tokens of its own, no system text."""
 
 from __future__ import annotations
 
