@@ -1,8 +1,8 @@
 #!/bin/bash
-# Several nodes under Slurm, one process a GPU, data parallel:
+# Several nodes under Slurm, one process for each GPU, data parallel:
 #   sbatch --nodes 2 launch/slurm.sh recipes/mix.yaml base=/models/llava-v1.5-7b data.root=/data
-# After a node was lost: the same line with resume=true; it goes on from the last checkpoint that every process had written.
-# The run's folder (output=…) has to lie where every node sees it.
+# After a node was lost, run the same line with resume=true. It continues from the last checkpoint that every process had written.
+# The run's folder (output=…) must be on a disk that all nodes share.
 #SBATCH --job-name=lcl-adapter
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

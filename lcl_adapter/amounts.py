@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, and an allocator that gives back what it no longer needs."""
+"""Parse amounts of memory, and make the allocator return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGE = 1 << 20
 
 
 def memory_bytes(text: str) -> int:
-    """``1.5 GB`` or ``1.5g`` -> 1500000000; a bare number is gigabytes. Raises ValueError for what is no amount of memory."""
+    """``1.5 GB`` or ``1.5g`` -> 1500000000 bytes. A bare number is gigabytes. Raises ValueError for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]i?B?|)", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no amount of memory; write for instance 500MB, 16GB or 16 GiB")
@@ -20,14 +20,15 @@ def memory_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[f"{unit[:1]}iB" if unit.endswith("I") else f"{unit}B" if unit else ""])
 
 
-def trim_heap(done: int, every: int = 100 * 10**6) -> int:
-    """Called with the bytes worked on since the last time: from ``every`` on, free pieces between used ones return to the system.
+def trim_heap(processed: int, every: int = 100 * 10**6) -> int:
+    """Return free memory inside the heap to the system, once for every ``every`` bytes processed.
 
-    Returns what is to be counted on from. glibc cannot use a freed aligned piece for the next of the same size, so that a
-    loop over tensors grows by several times what is alive in it. Elsewhere nothing happens.
+    processed: bytes processed since the last trim. Returns the new count: 0 after a trim, else ``processed``.
+    glibc does not reuse a freed aligned block for the next one of the same size, so a loop over tensors would grow to
+    several times the memory in use. Does nothing on other systems than Linux.
     """
-    if done < every:
-        return done
+    if processed < every:
+        return processed
     if sys.platform == "linux":
         trimmer = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trimmer is not None:
@@ -36,10 +37,10 @@ def trim_heap(done: int, every: int = 100 * 10**6) -> int:
 
 
 def release_large_blocks() -> None:
-    """Large tensors return to the system when they are freed.
+    """Make the allocator return every block of 1 MiB or more to the system when it is freed.
 
-    glibc moves the size from which it does so up to 32 MB by itself; on a CPU, training then holds a third more than
-    is alive (benchmarks/results/plan.txt). Elsewhere nothing happens.
+    glibc raises this threshold up to 32 MB by itself. Training on a CPU then holds a third more memory than is in use
+    (benchmarks/results/plan.txt). Does nothing on other systems than Linux.
     """
     if sys.platform == "linux":
         setter = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,18 +1,18 @@
-"""Everything this package raises on purpose. Each message says what is wrong, where, and what to do.
+"""Every error that this package raises on purpose. Each message says what is wrong, where, and what to do.
 
 LclError
-├── UserError            the caller can mend it: the command line prints it and exits with 2
-│   ├── RecipeError      one or more faults of a recipe, all together
+├── UserError            the caller can fix it: the command line prints it and exits with 2
+│   ├── RecipeError      one or more faults of a recipe, reported together
 │   ├── DataError        files, images, records, classes
-│   ├── EpisodeError     an episode that cannot be drawn, or does not fit the context
-│   ├── ModelError       a base that is missing, unknown or no LLaVA
-│   ├── AdapterError     an adapter that does not belong to this base, or is incomplete
+│   ├── EpisodeError     an episode that cannot be drawn or does not fit the context
+│   ├── ModelError       a base that is missing, broken or no LLaVA
+│   ├── AdapterError     an adapter that is incomplete or belongs to another base
 │   ├── RunError         a run folder that exists, is incomplete, or cannot be written
 │   ├── EndpointError    a server that cannot be reached, refuses the key, or does not speak the API
-│   ├── RequestError     a request to the server that cannot be answered as it stands
-│   ├── MissingError     a support set, version or model that is not there
-│   └── ConflictError    a support set that another has written since
-└── MergeError           a merged model that does not answer as the adapter did
+│   ├── RequestError     an invalid request to the server
+│   ├── MissingError     a support set, version or model that does not exist
+│   └── ConflictError    a support set that another client has changed since it was read
+└── MergeError           a merged model whose answers differ from the adapter's
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from difflib import get_close_matches
 
 
 class LclError(Exception):
-    """Base of every error raised on purpose."""
+    """The base class of every error of this package."""
 
 
 class UserError(LclError):
-    """Something that the caller can mend."""
+    """An error that the caller can fix."""
 
 
 class RecipeError(UserError):
-    """All faults of a recipe at once. ``faults`` holds one line each, with file and line where they are known."""
+    """All faults of a recipe. ``faults`` has one line for each, with file and line number where they are known."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -43,11 +43,11 @@ class DataError(UserError):
 
 
 class EpisodeError(UserError):
-    """An episode that cannot be drawn as asked, or does not fit the model's context."""
+    """An episode that cannot be drawn with its options, or does not fit the model's context."""
 
 
 class ModelError(UserError):
-    """A base that is missing, of an unknown family, or no LLaVA at all."""
+    """A base that is missing, broken, of an unknown family, or no LLaVA."""
 
 
 class AdapterError(UserError):
@@ -63,15 +63,15 @@ class EndpointError(UserError):
 
 
 class RequestError(UserError):
-    """A request to the server that cannot be answered as it stands."""
+    """An invalid request to the server."""
 
 
 class MissingError(UserError):
-    """A support set, a version of one, or a model that the server does not have."""
+    """A support set, a version or a model that does not exist on the server."""
 
 
 class ConflictError(UserError):
-    """A support set that another has written since it was read."""
+    """A support set that another client has changed since it was read."""
 
 
 class MergeError(LclError):
@@ -79,6 +79,6 @@ class MergeError(LclError):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing where no known word is near."""
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """`` (did you mean 'x'?)`` with the most similar known word; empty where none is similar."""
+    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: to a partial name beside the target, then one rename."""
+"""Atomic writes: a file or folder is written under a partial name beside its target, then renamed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PARTIAL = ".partial"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a partial path to write; it becomes ``path`` when the block ends well, and is removed when it does not.
+    """Yields a partial path to write. It is renamed to ``path`` when the block succeeds, and removed when it raises.
 
-    Raises RunError where the disk is full or the place cannot be written.
+    Raises RunError where the disk is full or the path cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -30,29 +30,29 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise _explained(path, error) from error
+        raise _write_error(path, error) from error
     finally:
-        with suppress(OSError):  # where its folder is none, there is nothing to remove, and the error above says so
+        with suppress(OSError):  # fails where the parent is not a folder; the error above reports that
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``, gone when the block ends. Raises RunError as :func:`whole_file` does."""
+    """Yields an empty folder beside ``path``, which is removed when the block ends. Raises RunError as :func:`whole_file`."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
     except (OSError, SafetensorError) as error:
-        raise _explained(path, error) from error
+        raise _write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a partial folder that becomes ``path``, which must not exist yet, when the block ends well."""
+    """Yields a partial folder that is renamed to ``path`` when the block succeeds. ``path`` must not exist."""
     with scratch_folder(path) as partial:
         yield partial
         os.replace(partial, path)
@@ -61,8 +61,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 PLAN = "plan.json"
 
 
-def _planned(partial: Path) -> Any:
-    """What a partial folder was to become, None where that cannot be told."""
+def _saved_plan(partial: Path) -> Any:
+    """The plan of a partial folder; None where it has none that can be read."""
     try:
         return json.loads((partial / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -71,49 +71,50 @@ def _planned(partial: Path) -> Any:
 
 @contextmanager
 def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[Path]:
-    """Yields a partial folder that becomes ``path`` when the block ends well; one that a stop left behind is gone on with.
+    """Yields a partial folder that is renamed to ``path`` when the block succeeds. A partial folder of a stopped run is used again.
 
-    plan: what is being made; a partial folder of another plan is begun anew. needed: bytes, checked against the disk first.
-    Raises RunError: ``path`` exists, the disk is too small or full, the place cannot be written.
+    plan: describes the content; a partial folder with another plan is emptied first. needed: bytes that must be free.
+    Raises RunError: ``path`` exists, the disk is too small or full, the path cannot be written.
     """
     if path.exists():
-        raise RunError(f"{path}: exists already; nothing is overwritten. Give another place.")
+        raise RunError(f"{path}: exists already; nothing is overwritten. Give another path.")
     partial = path.with_name(path.name + PARTIAL)
     try:
-        if _planned(partial) != plan:
+        if _saved_plan(partial) != plan:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         free = shutil.disk_usage(partial).free
-        if needed - there > free:
-            if not there:
+        if needed - written > free:
+            if not written:
                 partial.rmdir()
-            gigabytes = f"{needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free there"
-            raise RunError(f"{path}: {gigabytes}. Free some room or give another place.")
+            raise RunError(f"{path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some space or give another path.")
         write_json(partial / PLAN, plan)
         yield partial
         (partial / PLAN).unlink()
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # what was written stays, so that the command goes on where it stopped
-        raise _explained(path, error) from error
-    except RunError:  # the disk, told by a writer inside: what was written stays
+    except (OSError, SafetensorError) as error:  # the partial folder stays, so that the command can be resumed
+        raise _write_error(path, error) from error
+    except RunError:  # a full disk, reported by a writer inside the block: the partial folder stays
         raise
-    except LclError:  # what was made is wrong
+    except LclError:  # the content is wrong
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises RunError as :func:`whole_file`."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically. Raises RunError as :func:`whole_file`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises FileNotFoundError; ValueError that says what it is instead."""
+    """Read a JSON file that holds an object. Raises FileNotFoundError; ValueError where it is no JSON or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -124,11 +125,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether that is what an error of any library means: safetensors and torch have errors of their own for it."""
+    """Whether an error means that the disk is full. safetensors and torch raise errors of their own for it."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
-def _explained(path: Path, error: Exception) -> RunError:
+def _write_error(path: Path, error: Exception) -> RunError:
+    """The error of a failed write as a RunError that says what to do."""
     if disk_is_full(error):
-        return RunError(f"{path}: the disk is full; nothing was left half-written. Free some room and run the command again.")
+        return RunError(f"{path}: the disk is full; no incomplete file was left. Free some space and run the command again.")
     return RunError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}).")

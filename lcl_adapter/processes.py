@@ -1,6 +1,7 @@
-"""Training in several processes: who this one is, and what each takes of a step. Without a launcher there is one, and nothing here waits.
+"""Training in several processes: which one this is, its device, and its part of a step.
 
-torchrun, `accelerate launch` and Slurm all tell by the same environment variables.
+torchrun, `accelerate launch` and Slurm set the same environment variables. Without a launcher there is one process, and
+no function here waits.
 """
 
 from __future__ import annotations
@@ -16,25 +17,27 @@ from lcl_adapter.errors import RecipeError, RunError
 
 
 def count() -> int:
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
-    """The one that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def join() -> None:
-    """Meet the others, and take this process's own device. Does nothing where there is one process.
+    """Connect to the other processes and select this process's device. Does nothing where there is one process.
 
-    Raises RunError where DeepSpeed is asked for and not installed.
+    Raises RunError where the launcher requires DeepSpeed and it is not installed.
     """
     if uses_deepspeed() and find_spec("deepspeed") is None:
-        raise RunError("the launcher asks for DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
+        raise RunError("the launcher requires DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
     if count() > 1:
         from accelerate import PartialState
 
@@ -42,16 +45,17 @@ def join() -> None:
 
 
 def default_device() -> Literal["cuda", "cpu"]:
-    """The device that work goes to where none is named: the GPU where there is one."""
+    """The device that is used where none is named: the GPU where the machine has one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def sharded() -> bool:
-    """Whether the launcher shares the weights out among processes."""
+    """Whether the launcher shards the weights among processes."""
     return uses_deepspeed() or _is_set("ACCELERATE_USE_FSDP")
 
 
 def uses_deepspeed() -> bool:
+    """Whether the launcher uses DeepSpeed."""
     return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
@@ -60,7 +64,7 @@ def _is_set(key: str) -> bool:
 
 
 def leave() -> None:
-    """Alone again: what is loaded from here on is nobody else's."""
+    """Disconnect from the other processes. A model that is loaded afterwards is not sharded."""
     if uses_deepspeed():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -70,33 +74,34 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Until all are here."""
+    """Wait until all processes have called it."""
     if count() > 1:
         distributed.barrier()
 
 
 def gather(value: Any) -> list[Any]:
-    """Each process's value, by rank; all must call it."""
+    """The values of all processes, by rank. All must call it."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def split_step(batch: int, accumulate: int, processes: int) -> tuple[int, int]:
-    """Rows at a time and times, for one process, so that a step has the same rows whatever the number of processes.
+    """Each process's batch size and accumulation, so that a step has the same rows for any number of processes.
 
-    ``batch`` rows at a time, ``accumulate`` times, are one process's step. Raises RecipeError where a step cannot be shared evenly.
+    batch, accumulate: those of a single process; a step has ``batch * accumulate`` rows.
+    Raises RecipeError where the rows of a step cannot be divided evenly.
     """
     rows = batch * accumulate
     if rows % processes:
         raise RecipeError(
             [
                 f"train: a step has {rows} rows (per_device_train_batch_size x gradient_accumulation_steps), which {processes} processes cannot "
-                f"share; {rows + -rows % processes} could be"
+                f"divide evenly; use {rows + -rows % processes} rows"
             ]
         )
     own = rows // processes
-    at_a_time = next(size for size in range(min(batch, own), 0, -1) if own % size == 0)
-    return at_a_time, own // at_a_time
+    size = next(size for size in range(min(batch, own), 0, -1) if own % size == 0)
+    return size, own // size

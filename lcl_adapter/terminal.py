@@ -1,4 +1,4 @@
-"""Where people read: everything but results goes to standard error, so that ``--json`` leaves standard output clean."""
+"""The console for messages: standard error, so that standard output holds only results (``--json``)."""
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The forecast against what is there, ways to fit, the stop before training; and what inspect says a path is."""
+"""Forecasts against measured sizes, remedies, the refusal before training, precisions; and what inspect shows of a path."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lcl_adapter import recipe
 from lcl_adapter.amounts import UNITS, memory_bytes
 from lcl_adapter.base import adapter
+from lcl_adapter.base.describe import describe
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import attach, load_base, parameters_by_part
 from lcl_adapter.base.precision import choose_precision
@@ -39,17 +40,17 @@ WORK = budget.Work(2, 512, 40, 8)
     ("text", "size"),
     [("16", 16 * 10**9), ("16GB", 16 * 10**9), ("16 GiB", 16 * 2**30), ("500MB", 5 * 10**8), (" 1.5 TB ", 15 * 10**11), ("16g", 16 * 10**9)],
 )
-def test_memory_as_people_write_it(text: str, size: int) -> None:
+def test_amounts_of_memory_are_read(text: str, size: int) -> None:
     assert memory_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["many", "16kB", "-1GB", "", "0", "GB", "1e3", "16 G B"])
-def test_what_is_no_amount_of_memory(text: str) -> None:
+def test_other_texts_are_no_amount_of_memory(text: str) -> None:
     with pytest.raises(ValueError, match="no amount of memory"):
         memory_bytes(text)
-    said = CliRunner().invoke(main, ["plan", "recipes/pocket.yaml", "--memory", text])
-    assert said.exit_code == 2
-    assert "no amount of memory" in said.output
+    result = CliRunner().invoke(main, ["plan", "recipes/pocket.yaml", "--memory", text])
+    assert result.exit_code == 2
+    assert "no amount of memory" in result.output
 
 
 @given(st.integers(1, 10**6), st.sampled_from(sorted(UNITS)))
@@ -73,15 +74,15 @@ def test_parameters_are_counted_without_weights(tiny_folder: Callable[[str], Pat
 
 
 def test_quantised_weights_are_forecast_to_the_byte(tiny_folder: Callable[[str], Path]) -> None:
-    """nf4 with double quantisation, beside what bitsandbytes holds."""
+    """nf4 with double quantisation, against the tensors that bitsandbytes holds."""
     folder = tiny_folder("llava-1.5")
     shape = budget.shape_of(open_checkpoint(str(folder)).config)
-    held = 0
+    size = 0
     for _, module in load_base(BaseRef(str(folder), "nf4")).model.named_modules():
         if type(module).__name__ == "Linear4bit":
             state = module.weight.quant_state
-            held += module.weight.numel() + state.absmax.numel() + state.state2.absmax.numel() * 4
-    assert budget.weights(shape, "nf4", "cpu")["language model"] == pytest.approx(held, rel=0.02)
+            size += module.weight.numel() + state.absmax.numel() + state.state2.absmax.numel() * 4
+    assert budget.weights(shape, "nf4", "cpu")["language model"] == pytest.approx(size, rel=0.02)
 
 
 @pytest.mark.parametrize("grown", ["rows", "tokens", "learned", "pictures"])
@@ -98,56 +99,57 @@ def test_more_work_is_more_memory(grown: str, pocket_tiny: Path) -> None:
 
 
 def test_saved_activations_are_those_of_the_formula(tiny_folder: Callable[[str], Path]) -> None:
-    """What autograd keeps in one forward, counted by its own hooks, against the formula's layers and masks."""
+    """The bytes that autograd saves in one forward, counted by its hooks, against the formula."""
     folder = tiny_folder("llava-1.5")
     options = AdapterOptions(rank=4)
     base = attach(load_base(str(folder)), options)
     base.model.train()
     ids = torch.randint(3, 259, (2, 256))
-    owned = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
-    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    saved: dict[int, int] = {}  # storage -> bytes
+    alive: list[torch.Tensor] = []  # so that no storage is reused
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage()
-        if place.data_ptr() not in owned and tensor.shape[-1] != 700:
-            kept[place.data_ptr()] = place.nbytes()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and tensor.shape[-1] != 700:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     embedded = base.llava.get_input_embeddings()(ids).requires_grad_()
-    keeping: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (keeping.append(t), note(t))[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         base.llava.model.language_model(inputs_embeds=embedded, use_cache=False)
     shape = budget.shape_of(base.llava.config)
     formula = shape.layers * budget.layer_activations(shape, options, 4) * ids.numel()
-    assert sum(kept.values()) == pytest.approx(formula, rel=0.12)
+    assert sum(saved.values()) == pytest.approx(formula, rel=0.12)
 
 
-def test_a_plan_tells_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_a_plan_has_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> None:
     made = small(pocket_tiny, tmp_path)
-    found = plan.make(made, memory=10**12, device="cpu")
-    assert found["fits"]
-    assert not found["remedies"]
+    made_plan = plan.make_plan(made, memory=10**12, device="cpu")
+    assert made_plan["fits"]
+    assert not made_plan["remedies"]
     row = check_rows(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder())).longest
-    assert (found["longest_row"], found["images_in_it"]) == (len(row), len(row.pictures))
-    assert set(found["forecasts"]) == {"training", "evaluation", "serving"}
-    json.dumps(found)
+    assert (made_plan["longest_row"], made_plan["images_in_it"]) == (len(row), len(row.pictures))
+    assert set(made_plan["forecasts"]) == {"training", "evaluation", "serving"}
+    json.dumps(made_plan)
 
 
-def test_ways_to_fit_do_fit(pocket_tiny: Path, tmp_path: Path) -> None:
-    """Each way that is shown brings the forecast within the memory, and no more than three are shown."""
+def test_remedies_make_the_training_fit(pocket_tiny: Path, tmp_path: Path) -> None:
+    """Each remedy brings the forecast within the memory, and at most three are shown."""
     made = small(pocket_tiny, tmp_path)
-    whole = plan.make(made, memory=10**12, device="cuda")["forecasts"]["training"]["total"]
+    whole = plan.make_plan(made, memory=10**12, device="cuda")["forecasts"]["training"]["total"]
     memory = whole - 1
-    found = plan.make(made, memory=memory, device="cuda")
-    assert not found["fits"]
-    assert 1 <= len(found["remedies"]) <= 3
-    for way in found["remedies"]:
-        changed, _ = plan.applied(made, "cuda", way["overrides"])
-        assert plan.make(changed, memory=memory, device="cuda")["fits"]
-    assert plan.make(made, memory=1, device="cuda")["remedies"] == []
+    made_plan = plan.make_plan(made, memory=memory, device="cuda")
+    assert not made_plan["fits"]
+    assert 1 <= len(made_plan["remedies"]) <= 3
+    for remedy in made_plan["remedies"]:
+        changed, _ = plan.apply_changes(made, "cuda", remedy["overrides"])
+        assert plan.make_plan(changed, memory=memory, device="cuda")["fits"]
+    assert plan.make_plan(made, memory=1, device="cuda")["remedies"] == []
 
 
-def test_training_that_will_not_fit_is_not_begun(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_does_not_fit_is_refused(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = small(pocket_tiny, tmp_path / "run")
     path = tmp_path / "recipe.yaml"
     recipe.save(made, path)
@@ -158,21 +160,21 @@ def test_training_that_will_not_fit_is_not_begun(pocket_tiny: Path, tmp_path: Pa
     assert run.train(str(path), force=True)["run"] == str(made.output)
 
 
-def test_the_longest_row_is_run_first_and_leaves_nothing(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_row_is_run_first_and_leaves_no_trace(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without it, the adapter is the same to the last bit, and the counts too."""
     first = trainer.train(small(pocket_tiny, tmp_path / "a", max_steps=2))
-    seen: list[int] = []
+    lengths: list[int] = []
     original = trainer.LongestFirst.on_train_begin
 
-    def told(self: trainer.LongestFirst, *args: object, **more: object) -> None:
-        seen.append(len(self.row))
-        original(self, *args, **more)  # type: ignore[arg-type]
+    def recorded(self: trainer.LongestFirst, *args: object, **options: object) -> None:
+        lengths.append(len(self.row))
+        original(self, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer.LongestFirst, "on_train_begin", told)
+    monkeypatch.setattr(trainer.LongestFirst, "on_train_begin", recorded)
     again = trainer.train(small(pocket_tiny, tmp_path / "b", max_steps=2))
     monkeypatch.setattr(trainer.LongestFirst, "on_train_begin", lambda *_, **__: None)
     without = trainer.train(small(pocket_tiny, tmp_path / "c", max_steps=2))
-    assert seen == [max(again["longest_row"], seen[0])]
+    assert lengths == [max(again["longest_row"], lengths[0])]
     assert first["images"] == again["images"] == without["images"]
     hashes = [adapter.read_manifest(tmp_path / name)["files"]["adapter_model.safetensors"] for name in "abc"]
     assert len(set(hashes)) == 1
@@ -187,7 +189,7 @@ def test_a_row_that_does_not_fit_fails_at_once(pocket_tiny: Path, tmp_path: Path
         trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=2))
 
 
-def test_auto_precision_says_why(pocket_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_gives_its_reason(pocket_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = open_checkpoint(str(pocket_tiny)).config
     assert choose_precision(config, "cpu")[0] == "fp32"
     from types import SimpleNamespace
@@ -212,35 +214,35 @@ def test_every_precision_loads_and_answers_on_a_cpu(precision: str, pocket_tiny:
     probes = probe_turns("short")[:2]
     gap = probe(base, probes).distance(probe(load_base(str(pocket_tiny)), probes))
     assert gap < {"bf16": 1.0, "fp16": 0.1, "int8": 2.0, "nf4": 20.0, "auto": 1e-6}[precision]
-    assert VisionFeatures(base).raw([t.picture for t in probes[0][0] if t.picture]).isfinite().all()
+    assert VisionFeatures(base).tower_features([t.picture for t in probes[0][0] if t.picture]).isfinite().all()
 
 
-def test_the_probe_times_a_step(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_the_probe_measures_a_step(pocket_tiny: Path, tmp_path: Path) -> None:
     made = small(pocket_tiny, tmp_path / "run")
     assert plan.probe(made)["seconds_a_step"] > 0
     assert not made.output.exists()
 
 
-def test_inspect_says_what_a_path_is(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_inspect_shows_what_a_path_holds(pocket_tiny: Path, tmp_path: Path) -> None:
     original = save_original(tmp_path / "llava-v1.5", "v1.5")
-    found = run.inspect(str(original))
-    assert (found["kind"], found["layout"], found["family"]) == ("base", "original", "llava-1.5")
-    assert found["types"] == {"float16": sum(v for v in found["types"].values())} or set(found["types"]) == {"float16", "float32"}
-    assert run.inspect(str(tmp_path / "llava-v1.5-tower"))["kind"] == "vision tower"
+    facts = describe(str(original))
+    assert (facts["kind"], facts["layout"], facts["family"]) == ("base", "original", "llava-1.5")
+    assert facts["types"] == {"float16": sum(v for v in facts["types"].values())} or set(facts["types"]) == {"float16", "float32"}
+    assert describe(str(tmp_path / "llava-v1.5-tower"))["kind"] == "vision tower"
     trained = small(pocket_tiny, tmp_path / "run", max_steps=2)
     trainer.train(trained)
-    told = run.inspect(str(tmp_path / "run"))
-    assert told["kind"] == "run with its adapter"
-    assert told["base_hash"] == run.inspect(str(pocket_tiny))["hash"]
-    assert told["adapter"].startswith("LoRA, rank")
+    inspected = describe(str(tmp_path / "run"))
+    assert inspected["kind"] == "run with its adapter"
+    assert inspected["base_hash"] == describe(str(pocket_tiny))["hash"]
+    assert inspected["adapter"].startswith("LoRA, rank")
     plain = tmp_path / "plain"
     plain.mkdir()
     for name in adapter.FILES:
         (plain / name).write_bytes((tmp_path / "run" / name).read_bytes())
-    assert run.inspect(str(plain))["kind"] == "adapter of PEFT"
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text('{"model_type": "bert"}')
+    assert describe(str(plain))["kind"] == "adapter of PEFT"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="not a LLaVA"):
-        run.inspect(str(tmp_path / "odd"))
-    said = CliRunner().invoke(main, ["inspect", str(original), "--json"])
-    assert json.loads(said.stdout)["hash"] == found["hash"]
+        describe(str(tmp_path / "other"))
+    result = CliRunner().invoke(main, ["inspect", str(original), "--json"])
+    assert json.loads(result.stdout)["hash"] == facts["hash"]

@@ -1,4 +1,4 @@
-"""Training in several processes: the same rows a step, the same loss, and a rank that is killed costs what came after the last checkpoint."""
+"""Training in several processes: the same rows in each step, the same loss; a killed process loses only the steps after the last checkpoint."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ ROOT = Path(__file__).parent.parent
 
 
 @given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 8))
-def test_a_step_is_shared_evenly_or_refused(batch: int, accumulate: int, processes: int) -> None:
-    if batch * accumulate % processes:
-        with pytest.raises(RecipeError, match="could be"):
-            processes.split_step(batch, accumulate, processes)
+def test_a_step_is_divided_evenly_or_refused(batch: int, accumulate: int, count: int) -> None:
+    if batch * accumulate % count:
+        with pytest.raises(RecipeError, match=rf"{count} processes cannot divide evenly; use \d+ rows"):
+            processes.split_step(batch, accumulate, count)
     else:
-        size, times = processes.split_step(batch, accumulate, processes)
+        size, times = processes.split_step(batch, accumulate, count)
         assert size <= batch
-        assert size * times * processes == batch * accumulate
+        assert size * times * count == batch * accumulate
     assert processes.split_step(batch, accumulate, 1) == (batch, accumulate)
 
 
-def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch, pocket_tiny: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch, pocket_tiny: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="pip install --no-build-isolation deepspeed"):
         processes.join()
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    told = without_chance(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
-    with pytest.raises(RunError, match="nf4 weights cannot be shared out"):
-        trainer.train(Recipe.model_validate({**told, "precision": "nf4"}))
-    watched = {"every": 2, "suites": {"a": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}}}}
+    options = without_dropout(pocket_tiny, tmp_path / "run").model_dump(mode="json", exclude_none=True)
+    with pytest.raises(RunError, match="nf4 weights cannot be sharded"):
+        trainer.train(Recipe.model_validate({**options, "precision": "nf4"}))
+    measured = {"every": 2, "suites": {"a": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}}}}
     with pytest.raises(RunError, match="precision=bf16"):
-        trainer.train(Recipe.model_validate({**told, "precision": "auto"}))
+        trainer.train(Recipe.model_validate({**options, "precision": "auto"}))
     with pytest.raises(RunError, match=r"adapter\.pissa=false"):
-        trainer.train(Recipe.model_validate({**told, "adapter": {"pissa": True}}))
+        trainer.train(Recipe.model_validate({**options, "adapter": {"pissa": True}}))
     with pytest.raises(RunError, match=r"evaluate\.every=null"):
-        trainer.train(Recipe.model_validate({**told, "evaluate": watched}))
+        trainer.train(Recipe.model_validate({**options, "evaluate": measured}))
     assert not (tmp_path / "run").exists()
 
 
@@ -79,8 +79,8 @@ def test_the_launch_files_are_read_by_accelerate_and_bash() -> None:
 
 
 @pytest.mark.parametrize("bucket", [1, 4])
-def test_the_union_over_ranks_is_the_single_process_schedule(pocket_tiny: Path, tmp_path: Path, bucket: int) -> None:
-    """Step for step, with accelerate's own way of giving batches to processes."""
+def test_the_steps_of_all_processes_are_those_of_a_single_one(pocket_tiny: Path, tmp_path: Path, bucket: int) -> None:
+    """Step by step, with accelerate's own sharding of batches."""
     made = small(pocket_tiny, tmp_path, max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2, bucket=bucket)
     mixture = Mixture(made)
     order = list(BucketedOrder(Collator(mixture, load_encoder(str(pocket_tiny))), mixture.total, 4, bucket, made.train.seed))
@@ -93,7 +93,7 @@ def test_the_union_over_ranks_is_the_single_process_schedule(pocket_tiny: Path, 
         assert steps == wanted, count
 
 
-FSDP2 = {  # what `accelerate launch` makes of launch/fsdp2.yaml
+FSDP2 = {  # the environment that `accelerate launch` sets for launch/fsdp2.yaml
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
@@ -104,7 +104,7 @@ FSDP2 = {  # what `accelerate launch` makes of launch/fsdp2.yaml
 
 
 def zero3() -> dict[str, str]:
-    """What `accelerate launch` makes of launch/zero3.yaml."""
+    """The environment that `accelerate launch` sets for launch/zero3.yaml."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
@@ -114,7 +114,7 @@ def zero3() -> dict[str, str]:
 
 
 def fsdp2_on_cpus() -> None:
-    """accelerate shares weights out among GPUs alone; FSDP2 itself does so on CPUs too, with gloo."""
+    """accelerate shards weights among GPUs only. FSDP2 itself can also shard them on CPUs, with gloo."""
     os.environ |= {**FSDP2, "ACCELERATE_USE_FSDP": "true"}
     begin = PartialState.__init__
 
@@ -126,7 +126,7 @@ def fsdp2_on_cpus() -> None:
 
 
 def zero3_on_cpus() -> None:
-    """And so does DeepSpeed. Small weights are left whole by default, and kept once gathered; here they are all small, so neither is done."""
+    """DeepSpeed on CPUs. By default it neither shards small weights nor releases them once gathered; all weights here are small."""
     os.environ |= {**zero3(), "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     import deepspeed
     from accelerate import DeepSpeedPlugin
@@ -135,32 +135,32 @@ def zero3_on_cpus() -> None:
 
     def begun(self: DeepSpeedPlugin) -> None:
         begin(self)
-        for few in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-            self.deepspeed_config["zero_optimization"][f"stage3_{few}"] = 0
+        for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            self.deepspeed_config["zero_optimization"][f"stage3_{name}"] = 0
 
     DeepSpeedPlugin.__post_init__ = begun  # type: ignore[method-assign]
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     sys.modules[f"{deepspeed.comm.__name__}.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # it would be compiled
-    processes.on_cpu = lambda: False
+    processes.default_device = lambda: "cuda"  # accelerate's CPU mode excludes DeepSpeed
 
 
-def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:
-    """What a launcher's process does; it prints as the first rank alone may."""
+def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:
+    """The body of one process of a launch."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     from lcl_adapter.cli import commands as run
 
     if shard:
         {"fsdp2": fsdp2_on_cpus, "zero3": zero3_on_cpus}[shard]()
-        whole = sharding.whole
+        full_state = sharding.full_state
 
         def checked(model: Any) -> Any:
             parts = [p for n, p in model.named_parameters() if "lora_A" in n or n.endswith("q_proj.base_layer.weight")]
             if not all(p.numel() == 0 if shard == "zero3" else p.to_local().shape[0] * 2 == p.shape[0] for p in parts):
-                os._exit(7)  # not shared out
-            return whole(model) or os._exit(8)  # type: ignore[func-returns-value]
+                os._exit(7)  # not sharded
+            return full_state(model) or os._exit(8)  # type: ignore[func-returns-value]
 
-        sharding.whole = checked
+        sharding.full_state = checked
     try:
         run.train(str(recipe), overrides)
     except Exception as error:
@@ -169,56 +169,58 @@ def work(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: 
 
 
 def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
-    """As torchrun starts them; forked from a server that has imported everything, for that is most of the time."""
+    """Two processes with the environment of torchrun. They are forked from a server that has imported everything, to save time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_processes"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=work, args=(rank, port, recipe, overrides, shard), daemon=True) for rank in range(2)]
-    for process in processes:
+    started = [context.Process(target=train_in_process, args=(rank, port, recipe, overrides, shard), daemon=True) for rank in range(2)]
+    for process in started:
         process.start()
-    return processes
+    return started
 
 
-def without_chance(base: Path, output: Path) -> Recipe:
-    """Most rows are text alone: a process may have no picture where the other has some, and a step none at all."""
+def without_dropout(base: Path, output: Path) -> Recipe:
+    """A recipe without dropout. Most rows are text only, so in a step one process or both can be without pictures."""
     made = small(base, output, max_steps=8, per_device_train_batch_size=4, save_steps=2).model_dump(mode="json", exclude_none=True)
     made["adapter"]["dropout"] = 0.0
-    said = [{"from": "human", "value": "What is red and blue?"}, {"from": "gpt", "value": "purple"}]
+    turns = [{"from": "human", "value": "What is red and blue?"}, {"from": "gpt", "value": "purple"}]
     output.parent.mkdir(parents=True, exist_ok=True)
     text = output.parent / "text.json"
-    text.write_text(json.dumps([{"id": str(n), "conversations": said} for n in range(40)]))
+    text.write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(40)]))
     made["sources"]["text"] = {"type": "llava-json", "file": str(text), "images": str(output.parent), "share": 3.0}
     return Recipe.model_validate(made)
 
 
 @pytest.fixture(scope="module")
-def one(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a single process makes of it."""
-    output = tmp_path_factory.mktemp("processes") / "one"
-    trainer.train(without_chance(tiny_folder("pocket"), output))
+def single(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process."""
+    output = tmp_path_factory.mktemp("processes") / "single"
+    trainer.train(without_dropout(tiny_folder("pocket"), output))
     return output
 
 
-def is_the_same(two: Path, one: Path) -> None:
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+def assert_same_run(two: Path, single: Path) -> None:
+    assert losses(two) == pytest.approx(losses(single), rel=1e-4)
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (single, two)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.allclose(weight, weights[1][name], atol=2e-3, rtol=1e-2), name
-    manifests = [read_manifest(folder) for folder in (one, two)]
+    manifests = [read_manifest(folder) for folder in (single, two)]
     assert manifests[0]["tokens"] == manifests[1]["tokens"]
     assert manifests[0]["images"]["shown"] == manifests[1]["images"]["shown"]
 
 
 def recipe_file(pocket_tiny: Path, tmp_path: Path) -> Path:
-    save(without_chance(pocket_tiny, tmp_path / "two"), tmp_path / "two.yaml")
+    save(without_dropout(pocket_tiny, tmp_path / "two"), tmp_path / "two.yaml")
     return tmp_path / "two.yaml"
 
 
-def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: Path, one: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two processes, one of them killed after the first checkpoint, and gone on with: every loss and the adapter are one process's."""
+def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
+    pocket_tiny: Path, tmp_path: Path, single: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of two processes is killed after the first checkpoint and the run is resumed. Every loss and the adapter are those of a single process."""
     file = recipe_file(pocket_tiny, tmp_path)
     first = launched(file)
     complete = tmp_path / "two" / "checkpoints" / "checkpoint-2" / trainer.COMPLETE
@@ -236,27 +238,27 @@ def test_a_killed_rank_and_the_loss_of_one_process(pocket_tiny: Path, tmp_path: 
     for process in second:
         process.join(120)
     assert [process.exitcode for process in second] == [0, 0]
-    assert capfd.readouterr().err.count("adapter saved in") == 1  # one process speaks
-    is_the_same(tmp_path / "two", one)
+    assert capfd.readouterr().err.count("adapter saved in") == 1  # one process prints
+    assert_same_run(tmp_path / "two", single)
 
 
 WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="`make interop` has DeepSpeed")
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=WITH_DEEPSPEED)])
-def test_weights_that_are_shared_out_learn_the_same(pocket_tiny: Path, tmp_path: Path, one: Path, kind: str) -> None:
-    """Half of the run, and gone on with from its sharded checkpoint."""
+def test_sharded_weights_learn_the_same(pocket_tiny: Path, tmp_path: Path, single: Path, kind: str) -> None:
+    """A whole run, and one resumed from its sharded checkpoint."""
     file = recipe_file(pocket_tiny, tmp_path)
-    whole = launched(file, shard=kind)
-    for process in whole:
+    first = launched(file, shard=kind)
+    for process in first:
         process.join(120)
-    assert [process.exitcode for process in whole] == [0, 0]
-    is_the_same(tmp_path / "two", one)
+    assert [process.exitcode for process in first] == [0, 0]
+    assert_same_run(tmp_path / "two", single)
     for file_name in ("adapter_model.safetensors", "lcl_adapter.json"):
         (tmp_path / "two" / file_name).unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-8")
-    again = launched(file, "resume=true", shard=kind)
-    for process in again:
+    second = launched(file, "resume=true", shard=kind)
+    for process in second:
         process.join(120)
-    assert [process.exitcode for process in again] == [0, 0]
-    is_the_same(tmp_path / "two", one)
+    assert [process.exitcode for process in second] == [0, 0]
+    assert_same_run(tmp_path / "two", single)

@@ -1,4 +1,4 @@
-"""Training: the loss is the stock one, a resumed run is the uninterrupted one, and a killed one leaves nothing half-written."""
+"""Training: the loss equals the model's own, a resumed run equals an uninterrupted one, and a killed run leaves no incomplete adapter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def small(base: Path, output: Path, **train: Any) -> Recipe:
 
 
 def pictures_of(base: Path) -> list[Picture]:
-    """Those of the first row."""
+    """The pictures of the first row."""
     return list(to_conversation(Mixture(small(base, Path("run"))).draw(0), WORDINGS["short"]).pictures)
 
 
@@ -72,7 +72,7 @@ def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Pat
         patched.setattr(BarCallback, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(small(pocket_tiny, tmp_path / "cut"))
-    # Remains of a save that was killed: newer than the last complete one, and not to be picked up.
+    # Remains of a killed save: newer than the last complete checkpoint, and not to be used.
     half = tmp_path / "cut" / "checkpoints" / "checkpoint-5"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
@@ -101,12 +101,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(pocket_tiny: Path
 
 def test_resuming_under_another_recipe_is_refused(pocket_tiny: Path, tmp_path: Path) -> None:
     trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=2))
-    with pytest.raises(RunError, match="began with other values of train"):
+    with pytest.raises(RunError, match="started with other values of train"):
         trainer.train(small(pocket_tiny, tmp_path / "run", max_steps=3), resume=True)
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"feature_noise": 0.5}])
-def test_other_ways_to_train(pocket_tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_other_training_options(pocket_tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     """bf16 with a trained fp32 projector, checkpointing, noise: each trains, saves and answers."""
     from lcl_adapter.answering.predict import Predictor
     from lcl_adapter.checkpoints.probe import probe_turns
@@ -141,14 +141,14 @@ def test_the_resolved_recipe_trains_the_same_adapter_again(pocket_tiny: Path, tm
     assert one == two
 
 
-def test_workers_see_the_same_episodes(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_workers_draw_the_same_episodes(pocket_tiny: Path, tmp_path: Path) -> None:
     trainer.train(small(pocket_tiny, tmp_path / "none", max_steps=3))
     trainer.train(small(pocket_tiny, tmp_path / "two", max_steps=3, dataloader_num_workers=2))
     assert losses(tmp_path / "none") == losses(tmp_path / "two")
 
 
 def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path) -> None:
-    """Supervised positions alone, frozen features looked up: the figure of a plain forward with labels and pixels."""
+    """Learned positions only, with cached features: the loss of a plain forward with labels and pixels."""
     base = attach(tiny_base, AdapterOptions(rank=4))
     made = small(tiny_base.path, tmp_path, max_steps=1)
     collator = Collator(Mixture(made), base.encoder())
@@ -187,22 +187,22 @@ def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp
 def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:
     vision = VisionFeatures(tiny_base)
     pictures = pictures_of(tiny_base.path)
-    first = vision.raw([*pictures, pictures[0]])
-    again = vision.raw(pictures)
+    first = vision.tower_features([*pictures, pictures[0]])
+    again = vision.tower_features(pictures)
     assert torch.equal(first[:-1], again)
     assert torch.equal(first[0], first[-1])
-    assert (vision.asked, vision.computed) == (2 * len(pictures) + 1, len(set(pictures)))
+    assert (vision.requested, vision.computed) == (2 * len(pictures) + 1, len(set(pictures)))
     direct = tiny_base.llava.get_image_features(**vision.pixels(pictures), return_dict=True).pooler_output
-    looked_up = vision.projected(pictures)["image"].pooler_output
-    assert max(float((a - b).abs().max()) for a, b in zip(direct, looked_up, strict=True)) < 1e-5
+    cached = vision.projected_features(pictures)["image"].pooler_output
+    assert max(float((a - b).abs().max()) for a, b in zip(direct, cached, strict=True)) < 1e-5
 
 
 def test_the_feature_cache_stays_within_its_limit(tiny_base: Base) -> None:
     pictures = pictures_of(tiny_base.path)
-    one = VisionFeatures(tiny_base).raw(pictures[:1])
+    one = VisionFeatures(tiny_base).tower_features(pictures[:1])
     vision = VisionFeatures(tiny_base, limit=2 * one.numel() * 4)
     for picture in pictures:
-        vision.raw([picture])
+        vision.tower_features([picture])
         assert vision.bytes <= vision.limit
     assert len(vision.cache) == 2
     assert memory_bytes("1.5GB") == 1_500_000_000
@@ -242,7 +242,7 @@ def test_a_full_disk_while_saving_leaves_no_adapter(pocket_tiny: Path, tmp_path:
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
     with pytest.raises(RunError, match="the disk is full"):
         adapter.save_adapter(base, tmp_path / "old", str(pocket_tiny), {})
-    assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == before, "the adapter that was there is whole"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir()} == before, "the earlier adapter is complete"
     (tmp_path / "new").mkdir()
     with pytest.raises(RunError, match="the disk is full"):
         adapter.save_adapter(base, tmp_path / "new", str(pocket_tiny), {})

@@ -1,10 +1,9 @@
-"""How much memory a recipe will take, by formula, before any weight is loaded.
+"""Formulas for the memory that a recipe needs, from configs alone, before any weight is loaded.
 
-From configs alone: parameters in their precision, the adapter with its gradients and optimiser, activations that wait for
-the backward pass, the vision tower's batch, the head's logits, the KV cache. What each line counts is said beside it;
-``benchmarks/plan.py`` holds the formulas against measured peaks.
+They count parameters in their precision, the adapter with its gradients and optimiser, activations saved for the backward
+pass, the vision tower's batch, the head's logits, and the KV cache. ``benchmarks/plan.py`` compares them with measured peaks.
 
-Letters: T tokens a row, B rows at a time, d width, f width of the MLP, k width of keys or values, L layers, V words.
+Letters: d width of the language model, f width of its MLP, k width of keys or values. All results are bytes unless named otherwise.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from lcl_adapter.base.vision import BATCH
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
 from lcl_adapter.training.collate import pad_to
 
-FULL = 4  # bytes of fp32, which adapters, gradients and optimiser are in
-RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, the context that CUDA takes
+FP32_BYTES = 4  # adapters, gradients and the optimiser are in fp32
+RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, CUDA's context
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model that memory depends on."""
+    """The sizes of a model that memory depends on."""
 
     d: int
     f: int
@@ -38,8 +37,8 @@ class Shape:
     layers: int
     heads: int
     words: int
-    language: int  # parameters of its linear layers, which quantisation shrinks
-    rest: int  # of the embedding, the head and the norms
+    language: int  # parameters of the language model's linear layers, which quantisation shrinks
+    rest: int  # parameters of the embedding, the head and the norms
     vision: int
     projector: int
     widest: int  # parameters of the largest linear layer
@@ -52,7 +51,7 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """Counted on the model without memory; exact, and a second's work."""
+    """The exact sizes, counted on the meta device in about a second."""
     model = skeleton(config)
     inside = language_path(model)
     counts = {"language": 0, "rest": 0, "vision": 0, "projector": 0}
@@ -87,7 +86,7 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What is in memory at once: rows of so many tokens, learned tokens in all, different pictures, tiles of each."""
+    """The work of one step: rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture."""
 
     rows: int
     tokens: int
@@ -98,7 +97,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes by part, in the order they come; ``moments`` are alternatives of which only the largest counts."""
+    """Bytes by part. ``parts`` are present all the time. ``moments`` follow each other, so only the largest counts."""
 
     parts: dict[str, int]
     moments: dict[str, int] = field(default_factory=dict)
@@ -109,20 +108,24 @@ class Forecast:
 
 
 def width(precision: Precision, device: str) -> int:
-    """Bytes of an activation."""
+    """Bytes of one activation value."""
     if precision in TYPES:
         return TYPES[precision].itemsize
-    return FULL if device == "cpu" else 2
+    return FP32_BYTES if device == "cpu" else 2
 
 
 def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
-    """Parameters by part. nf4: half a byte, a byte for 64 of them, and fp32 for 256 of those; int8: a byte, and fp32 for a row of outputs."""
+    """Bytes of the parameters by part.
+
+    nf4: half a byte a parameter, one byte for 64 parameters, and one fp32 value for 256 of those bytes. int8: one byte a
+    parameter, and one fp32 value for each output.
+    """
     size = width(precision, device)
     language = shape.language * size
     if precision == "nf4":
-        language = int(shape.language * (0.5 + 1 / 64 + FULL / 64 / 256))
+        language = int(shape.language * (0.5 + 1 / 64 + FP32_BYTES / 64 / 256))
     elif precision == "int8":
-        language = shape.language + shape.language // shape.d * FULL
+        language = shape.language + shape.language // shape.d * FP32_BYTES
     return {
         "language model": language,
         "embedding, head, norms": shape.rest * size,
@@ -132,7 +135,7 @@ def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
 
 
 def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
-    """LoRA on q, k, v, o, gate, up, down; with ``projector``, that too."""
+    """The number of trained parameters: LoRA on q, k, v, o, gate, up and down, and the projector where it is trained."""
     d, f, k = shape.d, shape.f, shape.k
     pair = 2 * (d + d) + 2 * (d + k) + 3 * (d + f)
     magnitudes = 2 * d + 2 * k + 2 * f + d if adapter.dora else 0
@@ -140,21 +143,21 @@ def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
 
 
 def layer_activations(shape: Shape, adapter: AdapterOptions, size: int) -> int:
-    """Bytes a token that one layer keeps for its backward pass.
+    """Bytes for each token that one layer saves for its backward pass.
 
-    CachedSet: both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their product, and
-    seven times the rank. In 16 bits the norms keep an fp32 copy of their input,
-    and every LoRA an fp32 copy of its own: the adapter is in fp32.
+    Saved are both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their product,
+    and seven LoRA products of the rank's width. In 16 bits the norms save an fp32 copy of their input, and so does every
+    LoRA, because the adapter is in fp32.
     """
     d, f, k = shape.d, shape.f, shape.k
-    kept = size * (6 * d + 2 * k + 4 * f)
-    low = 7 * adapter.rank * FULL
-    if size < FULL:
-        kept += FULL * (2 * d)  # the norms
-        kept += FULL * (3 * d + d + 2 * d + f)  # inputs of q, k, v; o; gate, up; down
+    saved = size * (6 * d + 2 * k + 4 * f)
+    low_rank = 7 * adapter.rank * FP32_BYTES
+    if size < FP32_BYTES:
+        saved += FP32_BYTES * (2 * d)  # the norms
+        saved += FP32_BYTES * (3 * d + d + 2 * d + f)  # inputs of q, k, v; o; gate, up; down
     if adapter.dropout:
-        kept += (FULL + 1) * (3 * d + d + 2 * d + f)  # what dropout left, and its mask
-    return kept + low
+        saved += (FP32_BYTES + 1) * (3 * d + d + 2 * d + f)  # dropout's output and its mask
+    return saved + low_rank
 
 
 def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, train: TrainOptions, work: Work) -> Forecast:
@@ -162,21 +165,29 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     size = width(precision, device)
     trained = adapter_parameters(shape, adapter)
     tokens = work.rows * work.tokens
-    one = layer_activations(shape, adapter, size) * tokens
-    kept = shape.layers * tokens * shape.d * size + one if train.gradient_checkpointing else shape.layers * one
-    # Gradients on their way: of the MLP's three wide tensors, and of the stream.
-    passing = tokens * size * (3 * shape.f + 3 * shape.d)
-    mask = work.rows * work.tokens**2  # who sees whom; every layer keeps it as numbers
+    one_layer = layer_activations(shape, adapter, size) * tokens
+    saved = shape.layers * tokens * shape.d * size + one_layer if train.gradient_checkpointing else shape.layers * one_layer
+    # Gradients of activations: of the MLP's three wide tensors and of the residual stream.
+    gradients = tokens * size * (3 * shape.f + 3 * shape.d)
+    mask = work.rows * work.tokens**2  # booleans; every layer saves it as floats
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
-    logits = 4 * work.learned * shape.words * FULL
+    logits = 4 * work.learned * shape.words * FP32_BYTES
     dequantised = shape.widest * size if precision in QUANTISED else 0
     features = work.pictures * work.tiles * shape.tower_tokens * max(1, shape.tower_width) * size
     parts = {
         "runtime": RUNTIME[device],
         **weights(shape, precision, device),
-        "adapter": trained * FULL,
+        "adapter": trained * FP32_BYTES,
     }
-    step = [trained * FULL * 3, min(memory_bytes(train.feature_cache), features), 2 * tokens * shape.d * size, kept, passing, mask + masks, logits]
+    step = [
+        trained * FP32_BYTES * 3,  # gradients and the optimiser's two moments
+        min(memory_bytes(train.feature_cache), features),
+        2 * tokens * shape.d * size,  # embedded tokens
+        saved,
+        gradients,
+        mask + masks,
+        logits,
+    ]
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
@@ -186,32 +197,35 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
 
 
 def tower(shape: Shape, size: int, work: Work) -> int:
-    """A batch of pictures on its way through the frozen tower: pixels, the hidden states of all layers, one layer's own."""
+    """A batch of pictures in the frozen tower: pixels, hidden states, and one layer's activations."""
     count = min(BATCH, work.pictures) * work.tiles
-    pixels = count * 3 * shape.side**2 * FULL * 2
-    stream = count * shape.tower_tokens * size * (shape.tower_width * 8 + shape.tower_mlp * 2)
-    return pixels + stream
+    pixels = count * 3 * shape.side**2 * FP32_BYTES * 2
+    activations = count * shape.tower_tokens * size * (shape.tower_width * 8 + shape.tower_mlp * 2)
+    return pixels + activations
 
 
 def answering(
     shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, sets: int, support: int, packed: int, pictures: int
 ) -> Forecast:
-    """Peak of asking. sets: support sets at a time, of ``support`` tokens; packed: tokens of the questions behind one."""
+    """Peak of answering questions.
+
+    sets: support sets in a batch, of ``support`` tokens each. packed: tokens of the questions behind one of them.
+    """
     size = width(precision, device)
     tokens = sets * support
-    passing = size * (4 * shape.d + 2 * shape.k + 3 * shape.f) * max(tokens, sets * packed)
+    activations = size * (4 * shape.d + 2 * shape.k + 3 * shape.f) * max(tokens, sets * packed)
     mask = sets * max(support * support, packed * (support + packed)) * (1 + size)
     parts = {
         "runtime": RUNTIME[device],
         **weights(shape, precision, device),
-        "adapter": adapter_parameters(shape, adapter) * FULL,
+        "adapter": adapter_parameters(shape, adapter) * FP32_BYTES,
         "KV cache": cache(shape, size, sets * (support + packed)),
     }
     work = Work(sets, support, 0, pictures)
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
-        "reading": passing + mask + 4 * sets * QUESTIONS_PER_PASS * shape.words * FULL,
+        "reading": activations + mask + 4 * sets * QUESTIONS_PER_PASS * shape.words * FP32_BYTES,
     }
     return Forecast(parts, moments)
 
@@ -222,13 +236,13 @@ def cache(shape: Shape, size: int, tokens: int) -> int:
 
 
 def _loading(shape: Shape, precision: Precision, device: str) -> int:
-    """On a CPU the file stays mapped while another type is made of it; on a GPU a tensor at a time passes."""
+    """On a CPU the file stays mapped while its weights are converted to another type. On a GPU one tensor is loaded at a time."""
     same = TYPES.get(precision) == shape.stored
     return 0 if same or device != "cpu" else (shape.language + shape.rest + shape.vision + shape.projector) * shape.stored.itemsize
 
 
 def longest(row: Encoded, rows: int, tiles: bool) -> Work:
-    """The most that a batch can be: so many rows as the longest one there is."""
+    """The largest batch: ``rows`` rows as long as ``row``."""
     return Work(
         rows=rows,
         tokens=pad_to(len(row)),

@@ -1,4 +1,4 @@
-"""What a recipe will take, and what to change where that is too much: ``budget``'s formulas on the recipe's own longest rows."""
+"""Forecast a recipe's memory from its own longest rows with the formulas of ``budget``, and find changes that make it fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from lcl_adapter.answering.predict import TOGETHER
+from lcl_adapter.answering.predict import QUESTIONS_PER_PASS
 from lcl_adapter.base.encoder import Encoded
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import attach, load_base, load_encoder
@@ -36,12 +36,12 @@ from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.trainer import LclTrainer
 
-ENOUGH = 3  # ways to fit that are shown
+REMEDIES = 3  # that are shown at most
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing to change in a recipe, as an override, and what it costs in words."""
+    """One change of a recipe: as an override, its cost in words, and the changed recipe."""
 
     override: str
     cost: str
@@ -50,7 +50,7 @@ class Change:
 
 @dataclass
 class Plan:
-    """A recipe with what its forecasts need, read once."""
+    """A recipe with the values that its forecasts need, each computed once. ``memory`` is in bytes."""
 
     recipe: Recipe
     device: str
@@ -75,50 +75,53 @@ class Plan:
 
     @cached_property
     def row(self) -> Encoded:
+        """The longest row."""
         return check_rows(self.collator, []).longest
 
     def training(self) -> budget.Forecast:
+        """Training steps whose rows are all as long as the longest."""
         recipe = self.recipe
         work = budget.longest(self.row, recipe.train.per_device_train_batch_size, recipe.tiles)
         return budget.training(self.shape, self.precision, self.device, recipe.adapter, recipe.train, work)
 
     def evaluation(self) -> budget.Forecast:
-        """Support sets as long as the longest row's, a batch of them at a time."""
+        """Batches of support sets as long as the longest row's."""
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
         sets = self.recipe.evaluate.batch_size
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, TOGETHER * question, sets * 8)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, QUESTIONS_PER_PASS * question, sets * 8)
 
     def serving(self) -> budget.Forecast:
-        """One support set and its questions."""
+        """One support set as long as the longest row's, and its questions."""
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, TOGETHER * question, 8)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, QUESTIONS_PER_PASS * question, 8)
 
 
 def available(device: str) -> int:
-    """Bytes that a new process could take on this machine's device."""
+    """Free bytes of this machine's device."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
 
 
-def make(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
-    """Forecasts for training, evaluation and serving; whether training fits ``memory``, and if not, ways to make it.
+def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
+    """Forecasts for training, evaluation and serving; whether training fits into ``memory``; and remedies where it does not.
 
-    Nothing of the base's weights is loaded. Raises RecipeError, DataError, ModelError as training would.
+    memory: bytes; the device's free memory where None. No weights are loaded.
+    Raises RecipeError, DataError, ModelError as training does.
     """
     device = device or default_device()
     if device == "cuda" and memory is None and not torch.cuda.is_available():
-        raise RecipeError(["there is no GPU here to ask how much memory it has: say it with --memory, for instance --memory 16GB"])
+        raise RecipeError(["this machine has no GPU whose memory could be read: give its memory with --memory, for instance --memory 16GB"])
     memory = memory or available(device)
     plan = Plan(recipe, device, mixture or Mixture(recipe), memory)
     forecasts = {"training": plan.training(), "evaluation": plan.evaluation(), "serving": plan.serving()}
-    told = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}
+    forecasts_json = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}
     encoder = plan.collator.encoder
     fits = forecasts["training"].total <= memory
     size = budget.width(plan.precision, device)
-    a_set = budget.cache(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
+    cache_of_a_set = budget.cache(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
     return {
         "device": device,
         "memory": memory,
@@ -127,62 +130,64 @@ def make(recipe: Recipe, memory: int | None = None, device: str | None = None, m
         "longest_row": len(plan.row),
         "images_in_it": len(plan.row.pictures),
         "context": encoder.context,
-        "forecasts": told,
-        "support_sets_beside": max(0, (memory - forecasts["serving"].total) // max(1, a_set)),
+        "forecasts": forecasts_json,
+        "support_sets_beside": max(0, (memory - forecasts["serving"].total) // max(1, cache_of_a_set)),
         "fits": fits,
         "remedies": [] if fits else remedies(plan, memory),
     }
 
 
 def remedies(plan: Plan, memory: int) -> list[dict[str, Any]]:
-    """The first few changes, alone or the fewest together, that bring training within ``memory``; cheapest first.
+    """The first changes that bring training within ``memory``, cheapest first: single ones, else the fewest together.
 
-    Each change is forecast once alone; several together only where none does alone, and none at all where not even all do.
+    Empty where even all changes together do not suffice.
     """
-    known = [change.override for change in changes(plan.recipe, plan.device)]
-    rows: dict[str, Encoded] = {}
+    available_overrides = [change.override for change in changes(plan.recipe, plan.device)]
+    rows: dict[str, Encoded] = {}  # the longest row by sources and tiles
 
-    def total(together: Sequence[str]) -> int | None:
-        changed, _ = applied(plan.recipe, plan.device, together)
-        shown = repr((changed.sources, changed.tiles))
+    def total(overrides: Sequence[str]) -> int | None:
+        changed, _ = apply_changes(plan.recipe, plan.device, overrides)
+        key = repr((changed.sources, changed.tiles))
         try:
-            tried = Plan(changed, plan.device, plan.mixture, memory)
-            if shown not in rows:
-                rows[shown] = plan.row if (changed.sources, changed.tiles) == (plan.recipe.sources, plan.recipe.tiles) else _row(plan, changed)
-            tried.__dict__.update(config=plan.config, shape=plan.shape, row=rows[shown])
-            return tried.training().total
+            changed_plan = Plan(changed, plan.device, plan.mixture, memory)
+            if key not in rows:
+                same_rows = (changed.sources, changed.tiles) == (plan.recipe.sources, plan.recipe.tiles)
+                rows[key] = plan.row if same_rows else _longest_row(plan, changed)
+            changed_plan.__dict__.update(config=plan.config, shape=plan.shape, row=rows[key])
+            return changed_plan.training().total
         except (DataError, EpisodeError, RecipeError):
             return None
 
-    def fit(together: Sequence[str]) -> bool:
-        found = total(together)
-        return found is not None and found <= memory
+    def fits(overrides: Sequence[str]) -> bool:
+        size = total(overrides)
+        return size is not None and size <= memory
 
-    def told(together: Sequence[str]) -> dict[str, Any]:
-        return {"overrides": list(together), "total": total(together), "cost": "; ".join(applied(plan.recipe, plan.device, together)[1])}
+    def remedy(overrides: Sequence[str]) -> dict[str, Any]:
+        costs = apply_changes(plan.recipe, plan.device, overrides)[1]
+        return {"overrides": list(overrides), "total": total(overrides), "cost": "; ".join(costs)}
 
-    if not fit(known):
+    if not fits(available_overrides):
         return []
     for count in (1, 2):
-        found = [told(together) for together in itertools.combinations(known, count) if fit(together)]
-        if found:
-            return found[:ENOUGH]
-    for count in range(3, len(known) + 1):  # the cheapest so many, in their order
-        if fit(known[:count]):
-            return [told(known[:count])]
+        fitting = [remedy(overrides) for overrides in itertools.combinations(available_overrides, count) if fits(overrides)]
+        if fitting:
+            return fitting[:REMEDIES]
+    for count in range(3, len(available_overrides) + 1):  # only the first ``count``, which are the cheapest
+        if fits(available_overrides[:count]):
+            return [remedy(available_overrides[:count])]
     return []
 
 
-def _row(plan: Plan, recipe: Recipe) -> Encoded:
-    """The longest row with other options of the same sources: the pools are not read again."""
+def _longest_row(plan: Plan, recipe: Recipe) -> Encoded:
+    """The longest row with other options of the same sources. The pools are not read again."""
     mixture = copy.copy(plan.mixture)
     mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
     mixture.recipe = recipe
     return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault), []).longest
 
 
-def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """The recipe with several changes, and what each costs."""
+def apply_changes(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with these changes, and the cost of each."""
     costs = []
     for override in overrides:
         change = next(c for c in changes(recipe, device) if c.override == override)
@@ -192,7 +197,7 @@ def applied(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Reci
 
 
 def changes(recipe: Recipe, device: str) -> Iterator[Change]:
-    """What can be made smaller, the cheapest first."""
+    """The changes that reduce memory, the cheapest first."""
     train, base = recipe.train, recipe.base
     if not train.gradient_checkpointing:
         yield Change("train.gradient_checkpointing=true", "a third more time a step", _with(recipe, train={"gradient_checkpointing": True}))
@@ -200,13 +205,13 @@ def changes(recipe: Recipe, device: str) -> Iterator[Change]:
         steps = train.per_device_train_batch_size * train.gradient_accumulation_steps
         override = f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps={steps}"
         smaller = _with(recipe, train={"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps})
-        yield Change(override, "less work at a time, the same gradient", smaller)
+        yield Change(override, "smaller batches, the same gradient", smaller)
     if recipe.precision in {"fp32", "auto"} and device == "cuda":
         yield Change("precision=bf16", "none on a GPU", recipe.model_copy(update={"precision": "bf16"}))
     if recipe.precision not in QUANTISED and not recipe.adapter.pissa:
         yield Change("precision=nf4", "a base that answers a little worse, and a slower step", recipe.model_copy(update={"precision": "nf4"}))
     if recipe.tiles:
-        yield Change("tiles=false", f"{base} sees every picture at half the resolution", recipe.model_copy(update={"tiles": False}))
+        yield Change("tiles=false", f"{base} reads every picture at half the resolution", recipe.model_copy(update={"tiles": False}))
     for name, options in recipe.sources.items():
         if isinstance(options, EpisodeOptions | InspectionOptions) and options.queries > 1:
             yield Change(f"sources.{name}.queries=1", "fewer questions learned from one support set", _source(recipe, name, {"queries": 1}))
@@ -217,8 +222,8 @@ def changes(recipe: Recipe, device: str) -> Iterator[Change]:
     for name, options in recipe.sources.items():
         if isinstance(options, EpisodeOptions | InspectionOptions) and max(options.shots) > 1:
             fewer = sorted({s for s in options.shots if s < max(options.shots)}) or [max(options.shots) - 1]
-            told = json.dumps(fewer).replace(" ", "")
-            yield Change(f"sources.{name}.shots={told}", "support sets of fewer photos", _source(recipe, name, {"shots": fewer}))
+            value = json.dumps(fewer).replace(" ", "")
+            yield Change(f"sources.{name}.shots={value}", "support sets of fewer photos", _source(recipe, name, {"shots": fewer}))
 
 
 def _with(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
@@ -230,17 +235,17 @@ def _source(recipe: Recipe, name: str, new: dict[str, Any]) -> Recipe:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of the steps after the first, which warms up."""
+    """Records the time at the end of each step."""
 
     def __init__(self) -> None:
-        self.marks: list[float] = []
+        self.times: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.marks.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
 
 def probe(recipe: Recipe, mixture: Mixture | None = None) -> dict[str, float]:
-    """Load the base and train three steps in a folder that is thrown away: seconds a step, and the peak on a GPU."""
+    """Load the base and train three steps in a temporary folder. Returns seconds per step without the first, and the peak bytes on a GPU."""
     scratch = Path(tempfile.mkdtemp())
     try:
         short = _with(recipe, train={"max_steps": 3, "save_steps": 1000}).model_copy(update={"output": scratch / "run"})
@@ -253,5 +258,5 @@ def probe(recipe: Recipe, mixture: Mixture | None = None) -> dict[str, float]:
         trainer.train()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    told = {"seconds_a_step": (clock.marks[-1] - clock.marks[0]) / (len(clock.marks) - 1)}
-    return told | ({"peak": float(torch.cuda.max_memory_allocated())} if torch.cuda.is_available() else {})
+    seconds = {"seconds_a_step": (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)}
+    return seconds | ({"peak": float(torch.cuda.max_memory_allocated())} if torch.cuda.is_available() else {})

@@ -1,4 +1,4 @@
-"""What happens beside the steps: a line of figures for every logged step, a progress bar, a trial of the longest row."""
+"""Trainer callbacks: a line of figures for every logged step, a progress bar, a trial run of the longest row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lcl_adapter.training.collate import collate
 
 
 class MetricsCallback(TrainerCallback):
-    """One JSON line for every logged step; on resume, lines after the checkpoint are dropped first."""
+    """Writes one JSON line for every logged step. When a run is resumed, the lines after its checkpoint are removed first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,8 +30,9 @@ class MetricsCallback(TrainerCallback):
         if not processes.is_first():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]  # a killed run's last is cut
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        # The last line of a killed run can be incomplete.
+        earlier = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        write_text(self.path, "".join(line + "\n" for line in earlier))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs and processes.is_first():
@@ -41,7 +42,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class BarCallback(TrainerCallback):
-    """A bar with loss and the time left; silent where the output is no terminal."""
+    """A progress bar with the loss and the time left; plain lines where the output is no terminal."""
 
     def __init__(self) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
@@ -65,11 +66,12 @@ class BarCallback(TrainerCallback):
 
 
 class LongestFirst(TrainerCallback):
-    """Runs a batch of the longest row forward and backward before the first step, so that memory fails in the first minute or never.
+    """Runs a batch of the longest row forward and backward before the first step, so that a lack of memory shows in the first minute.
 
-    Nothing of it remains: gradients are dropped, random states and counters are restored.
+    It leaves no trace: gradients are dropped, random states and counters are restored.
 
-    loss: the trainer's ``compute_loss``. pad: the id that rows are padded with.
+    row: the longest row. pad: the id that rows are padded with. loss: the trainer's ``compute_loss``.
+    Raises RunError where the row does not fit the device's memory.
     """
 
     def __init__(self, row: Encoded, pad: int, vision: VisionFeatures, loss: Callable[[Any, dict[str, Any]], torch.Tensor]) -> None:
@@ -78,18 +80,18 @@ class LongestFirst(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         vision, device = self.vision, self.vision.base.device
         batch = collate([self.row] * args.per_device_train_batch_size, self.pad)
-        counters = vision.asked, vision.computed
+        counters = vision.requested, vision.computed
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 model.train()
                 self.loss(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).backward()
         except DataError:
-            pass  # one of its pictures is broken; training replaces such a row
+            pass  # a picture of the row is broken; training replaces such a row
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"the longest row, {len(self.row)} tokens, does not fit this device's memory ({str(error).splitlines()[0]}). "
-                "`lcl-adapter plan RECIPE` says what to change."
+                "`lcl-adapter plan RECIPE` shows what to change."
             ) from error
         finally:
             model.zero_grad(set_to_none=True)
-            vision.asked, vision.computed = counters
+            vision.requested, vision.computed = counters

@@ -1,4 +1,4 @@
-"""The run's card: what a training counted (rows, tokens, images, faults, seconds), what its start prints, what its manifest states."""
+"""The figures of a training run: counting rows, tokens, images, faults and seconds; the start's printout; the manifest's facts."""
 
 from __future__ import annotations
 
@@ -22,74 +22,85 @@ PROGRESS = "progress.json"
 
 @dataclass
 class Tally:
-    """What the run card tells of the whole run, carried over stops: seconds, images, faults, and each source's rows and tokens."""
+    """Counts of the whole run, continued when it is resumed: seconds, images, faults, and each source's rows and tokens.
+
+    earlier: the counts of the run before it was resumed. sources: rows, tokens and learned tokens of each source.
+    """
 
     earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
     faults: Counter[str] = field(default_factory=Counter)
-    sources: dict[str, list[int]] = field(default_factory=dict)  # rows, tokens, learned tokens
+    sources: dict[str, list[int]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Tally:
-        kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        earlier = {k: kept[k] for k in ("seconds", "shown", "computed")}
-        return cls(earlier, Counter(kept["faults"]), kept["sources"]) if processes.is_first() else cls(earlier)
+    def resumed(cls, checkpoint: Path) -> Tally:
+        """The tally saved with a checkpoint. Its faults and sources continue in the first process only, so that they count once."""
+        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        earlier = {name: saved[name] for name in ("seconds", "shown", "computed")}
+        return cls(earlier, Counter(saved["faults"]), saved["sources"]) if processes.is_first() else cls(earlier)
 
-    def count(self, told: Sequence[tuple[str, int, int]]) -> None:
-        for source, tokens, learned in told:
+    def add_rows(self, rows: Sequence[tuple[str, int, int]]) -> None:
+        """Count rows: (source, tokens, learned tokens) of each."""
+        for source, tokens, learned in rows:
             counts = self.sources.setdefault(source, [0, 0, 0])
-            for place, value in enumerate((1, tokens, learned)):
-                counts[place] += value
+            for column, value in enumerate((1, tokens, learned)):
+                counts[column] += value
 
-    def so_far(self, vision: VisionFeatures) -> dict[str, Any]:
-        """Of all processes together, each of which has to ask. ``earlier`` and what came with it are counted once, by the first."""
-        parts = processes.gather((vision.asked, vision.computed, self.faults, self.sources))
+    def totals(self, vision: VisionFeatures) -> dict[str, Any]:
+        """The counts of all processes together. Every process has to call it."""
+        parts = processes.gather((vision.requested, vision.computed, self.faults, self.sources))
         faults: Counter[str] = Counter()
         sources: dict[str, list[int]] = {}
-        for _, _, own, counted in parts:
-            faults.update(own)
-            for source, counts in counted.items():
+        for _, _, part_faults, part_sources in parts:
+            faults.update(part_faults)
+            for source, counts in part_sources.items():
                 sources[source] = [a + b for a, b in zip(sources.get(source, [0, 0, 0]), counts, strict=True)]
         return {
             "seconds": round(self.earlier["seconds"] + time.monotonic() - self.began, 1),
-            "shown": self.earlier["shown"] + sum(asked for asked, _, _, _ in parts),
+            "shown": self.earlier["shown"] + sum(requested for requested, _, _, _ in parts),
             "computed": self.earlier["computed"] + sum(computed for _, computed, _, _ in parts),
             "faults": dict(faults),
             "sources": sources,
         }
 
 
-def facts_of(mixture: Mixture, done: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
-    """What the manifest and the run card tell of a training."""
+def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
+    """The facts of a training for the manifest and the run card.
+
+    totals: of :meth:`Tally.totals`. parts: parameters of each part of the model. longest: the longest row, in tokens.
+    """
     drawn = mixture.total
     return {
         "parameters": parts,
         "shares": {"requested": mixture.requested, "realised": mixture.realised(range(drawn))},
-        "tokens": {n: dict(zip(("rows", "tokens", "learned"), counts, strict=True)) for n, counts in done["sources"].items()},
+        "tokens": {n: dict(zip(("rows", "tokens", "learned"), counts, strict=True)) for n, counts in totals["sources"].items()},
         "ended": mixture.ended,
         "passes": mixture.repeats(drawn),
         "data": mixture.hashes(),
         "skipped": {n: p.skipped for n, p in mixture.pools.items() if p.skipped},
-        "bad_pictures": done["faults"],
-        "images": {"shown": done["shown"], "through_the_tower": done["computed"]},
-        "training_seconds": done["seconds"],
+        "bad_pictures": totals["faults"],
+        "images": {"shown": totals["shown"], "through_the_tower": totals["computed"]},
+        "training_seconds": totals["seconds"],
         "longest_row": longest,
         "held_in": {n: sorted(names) for n, p in mixture.pools.items() if (names := names_of(p))},
     }
 
 
-def show_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
+def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
+    """Print parameters, shares and row lengths before a training of ``total`` rows starts."""
     for part, count in parts.items():
         console.print(f"{part:>15}: {count['total']:>12,} parameters, {count['trained']:>10,} trained", highlight=False)
     realised = mixture.realised(range(total))
     passes = mixture.repeats(total)
     for name in mixture.options:
-        pool, found = mixture.pools[name], lengths[name]
+        pool, source_lengths = mixture.pools[name], lengths[name]
         photos = f" ({pool.photos})" if isinstance(pool, InspectionPool) else ""
-        average = f", {sum(found) / len(found):.0f} tokens a row, up to {max(found)}" if found else ""
-        again = f", gone through {passes[name]:.1f} times" if name in passes else ""
+        average = ""
+        if source_lengths:
+            average = f", {sum(source_lengths) / len(source_lengths):.0f} tokens a row, up to {max(source_lengths)}"
+        repeats = f", used {passes[name]:.1f} times" if name in passes else ""
         ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
         share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
-        console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{again}{ended}{average}", highlight=False)
-    known = [length for found in lengths.values() for length in found]
-    console.print(f"{'rows':>15}: {total:,} of {min(known)} to {max(known)} tokens", highlight=False)
+        console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{repeats}{ended}{average}", highlight=False)
+    measured = [length for source_lengths in lengths.values() for length in source_lengths]
+    console.print(f"{'rows':>15}: {total:,} of {min(measured)} to {max(measured)} tokens", highlight=False)

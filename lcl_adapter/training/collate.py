@@ -1,7 +1,8 @@
-"""Rows -> tensors: padding, who may see whom, and which batches go together; training's half of what the encoder makes.
+"""Encoded rows -> batches for training: padding, the attention mask, and the order of rows.
 
-Several queries behind one support set share a row: each sees the support set and itself, and its positions restart after
-the support set, so that it cannot tell that others are there.
+Several queries behind one support set share a row (``lcl_adapter.base.encoder``): the mask separates them.
+
+Shapes: B rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -21,41 +22,43 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.recipe.sources import QuestionReader
 
-ATTEMPTS = 200  # with one photo in five broken, an episode of eight is whole one time in six
+ATTEMPTS = 200  # with one photo in five broken, one episode of eight photos in six has none of them
 
 
 def pad_to(length: int, multiple: int = 16) -> int:
-    """Rows are padded to a multiple, so that few shapes occur."""
+    """The length that rows are padded to: a multiple, so that few shapes occur."""
     return -(-length // multiple) * multiple
 
 
-def attention(branch: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: bool [B, 1, T, T], true where row token i may look at token j.
+def attention_mask(branch_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, T, T], true where token i may attend to token j. ``real`` is false for padding.
 
-    j is not after i, is no padding, and is shared or of i's own branch. Padding looks at itself, so that no softmax is
-    over nothing.
+    j is not after i, is no padding, and is shared or of i's own branch. Every token attends to itself, padding too, so
+    that no softmax is over an empty set.
     """
-    length = branch.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    related = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    allowed = causal & related & padding[:, None, :]
-    return (allowed | torch.eye(length, dtype=torch.bool))[:, None]
+    length = branch_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
+    related_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+    allowed_BTT = causal_TT & related_BTT & real_BT[:, None, :]
+    return (allowed_BTT | torch.eye(length, dtype=torch.bool))[:, None]
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """Right-padded tensors [B, T]; a block mask only where a row has several branches. ``pictures`` stay references."""
+    """Tensors [B, T], padded on the right, with the names of the model's arguments. ``pictures`` are not read.
+
+    The attention mask is [B, T] where no row has several branches, else [B, 1, T, T].
+    """
     length = pad_to(max(len(row) for row in rows))
 
-    def stacked(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) + [fill] * (length - len(row)) for row in rows])
+    def padded(field: str, fill: int) -> torch.Tensor:
+        return torch.tensor([getattr(row, field) + [fill] * (length - len(row)) for row in rows])
 
-    padding = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
-    branch = stacked("branch", 0)
-    single = max(max(row.branch) for row in rows) <= 1
+    real_BT = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
+    single_branch = max(max(row.branch) for row in rows) <= 1
     return {
-        "input_ids": stacked("ids", pad),
-        "labels": stacked("labels", IGNORED),
-        "attention_mask": padding.long() if single else attention(branch, padding),
+        "input_ids": padded("ids", pad),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": real_BT.long() if single_branch else attention_mask(padded("branch", 0), real_BT),
         "position_ids": position_ids([row.positions for row in rows], length),
         "pictures": [picture for row in rows for picture in row.pictures],
     }
@@ -63,9 +66,10 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
 
 @dataclass
 class Collator:
-    """Indices -> a batch. A conversation with a bad picture or text is replaced by another of its source, and told of.
+    """Indices of the mixture -> a batch. A conversation with a bad picture or text is replaced by another of its source.
 
-    ``check`` opens a picture or raises DataError; with ``on_fault="refuse"`` its error stops the run.
+    The batch lists such faults, and counts (source, tokens, learned tokens) of its rows.
+    check: opens a picture or raises DataError. on_fault: "refuse" stops the run at such an error.
     """
 
     mixture: Mixture
@@ -83,17 +87,18 @@ class Collator:
         return collate(rows, self.encoder.pad) | {"faults": faults, "counts": counts}
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
+        """The conversation at ``index``; ``attempt`` counts its replacements."""
         return to_conversation(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
 
     def row(self, index: int, faults: list[str] | None = None) -> Encoded:
-        """The row at ``index``; what had to be replaced on the way is added to ``faults``.
+        """The row at ``index``. The faults of replaced conversations are added to ``faults``.
 
-        Raises EpisodeError where it does not fit the context; DataError after 200 bad ones in a row.
+        Raises EpisodeError where it does not fit the context; DataError after 200 bad conversations in a row.
         """
         return self.usable(index, faults)[1]
 
     def usable(self, index: int, faults: list[str] | None = None) -> tuple[Conversation, Encoded]:
-        """The conversation at ``index``, or the first after it of the same source without a fault, and its row; raises as :meth:`row`."""
+        """The conversation at ``index`` and its row, or the first replacement from the same source without a fault. Raises as :meth:`row`."""
         for attempt in range(ATTEMPTS):
             try:
                 conversation = self.conversation(index, attempt)
@@ -105,7 +110,7 @@ class Collator:
                 options = self.mixture.options[self.mixture.slot(index).source]
                 strict = (
                     isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
-                )  # whose samples were not read before
+                )  # samples of shards were not read before
                 if self.on_fault == "refuse" or strict:
                     raise
                 last = str(error)
@@ -120,9 +125,9 @@ class Collator:
 
 
 class BucketedOrder(Sampler[int]):
-    """Indices in batches of like length: drawn ``window`` batches at a time, sorted by length, batches shuffled.
+    """Indices in batches of similar length: ``window`` batches at a time are sorted by length, then the batches are shuffled.
 
-    A pure function of (seed, window number), so a resumed run sees the same batches.
+    The order depends on the seed and the number of the window only, so a resumed run has the same batches.
     """
 
     def __init__(self, collator: Collator, total: int, batch: int, window: int, seed: int) -> None:
@@ -133,14 +138,14 @@ class BucketedOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         span = self.batch * self.window
-        unread = replace(self.collator, check=None)  # lengths need no pictures
+        lengths_only = replace(self.collator, check=None)  # does not open pictures
         for number, start in enumerate(range(0, self.total, span)):
             indices = list(range(start, min(start + span, self.total)))
             if self.window > 1:
-                lengths = {i: len(unread.row(i)) for i in indices}
+                lengths = {i: len(lengths_only.row(i)) for i in indices}
                 indices.sort(key=lambda i: (lengths[i], i))
             batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
-            full = [b for b in batches if len(b) == self.batch]
+            full = [batch for batch in batches if len(batch) == self.batch]
             for place in np.random.default_rng([self.seed, number, 13]).permutation(len(full)):
                 yield from full[place]
             for rest in batches[len(full) :]:

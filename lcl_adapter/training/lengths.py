@@ -1,4 +1,4 @@
-"""How long a recipe's rows get, before any weight is loaded: what will not fit is refused, and the longest is known."""
+"""Lengths of a recipe's rows, measured before any weight is loaded. Rows that do not fit the context are refused."""
 
 from __future__ import annotations
 
@@ -16,41 +16,44 @@ from lcl_adapter.recipe.wording import load as load_phrases
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 
-CHECKED = 256  # conversations of the schedule that are made
-LONGEST = 2000  # questions of a source, the longest ones, that are made too
+CHECKED = 256  # conversations of the schedule that are encoded
+LONGEST = 2000  # of a source's questions, the longest that are encoded
 
 
 @dataclass
 class Rows:
-    """Lengths in tokens by source, and the longest row of all, questions included."""
+    """Lengths in tokens by source, and the longest row of all sources."""
 
     lengths: dict[str, list[int]]
     longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], ()))
 
-    def see(self, row: Encoded) -> Encoded:
+    def add(self, row: Encoded) -> Encoded:
+        """Remember the row if it is the longest; returns it."""
         if len(row) > len(self.longest):
             self.longest = row
         return row
 
 
 def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
-    """The first rows of the schedule, the longest episodes of each source and its longest questions, each made once.
+    """Encode the first rows of the schedule, the longest episodes of each source, and its longest questions.
 
-    So what does not fit is refused before training starts; the first row's alignment is checked too. ``too_long``, where given,
-    takes what would be refused or left out of the question sources.
+    A row that does not fit is refused before training starts. The alignment of the first row is checked too.
+    too_long: where given, collects the errors of questions that would be refused or left out.
+
+    Raises EpisodeError for a row that does not fit the context; DataError where faults are refused.
     """
     mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
     check_alignment(encoder, collator.usable(0)[0])
     rows = Rows({name: [] for name in mixture.options})
     for index in range(min(mixture.total, CHECKED)):
-        rows.lengths[mixture.slot(index).source].append(len(rows.see(collator.row(index))))
+        rows.lengths[mixture.slot(index).source].append(len(rows.add(collator.row(index))))
     for name, pool in mixture.pools.items():
         options = mixture.options[name]
         if isinstance(pool, QuestionPool):
             assert isinstance(options, QuestionReader)
             for dialogue in longest_dialogues(pool, LONGEST):
                 try:
-                    rows.see(encoder.conversation(to_conversation((dialogue,), wording)))
+                    rows.add(encoder.conversation(to_conversation((dialogue,), wording)))
                 except DataError:
                     if collator.on_fault == "refuse":
                         raise
@@ -63,11 +66,11 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
                     console.print(f"left out: {error}", style="yellow", markup=False, highlight=False)
             continue
         assert isinstance(options, EpisodeOptions | InspectionOptions)
-        for most in longest_options(options):
+        for longest in longest_options(options):
             for index in range(8):
                 try:
-                    drawn = encoder.conversation(to_conversation(draw(pool, most, mixture.seed, 1, index), wording))
-                    rows.lengths[name].append(len(rows.see(drawn)))
+                    drawn = encoder.conversation(to_conversation(draw(pool, longest, mixture.seed, 1, index), wording))
+                    rows.lengths[name].append(len(rows.add(drawn)))
                 except DataError:
                     if collator.on_fault == "refuse":
                         raise
@@ -75,14 +78,17 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
 
 
 def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
-    """The same with the most of everything, once for each form, and for each language it is phrased in."""
-    most: list[dict[str, Any]] = [{"shots": [max(options.shots)]}]
+    """Options that draw the longest episodes: the most shots and ways, once for each form and for each language of it."""
+    shots = {"shots": [max(options.shots)]}
+    changes: list[dict[str, Any]] = []
     if isinstance(options, InspectionOptions):
-        table = load_phrases(options.templates)
-        spoken = {f: [x for x in options.languages if table[f"inspection.{f}"].get(x)] or options.languages for f, w in options.forms.items() if w}
-        most = [{**one, "forms": {form: 1.0}, "languages": [x]} for one in most for form, several in spoken.items() for x in several]
+        phrases = load_phrases(options.templates)
+        for form, weight in options.forms.items():
+            if weight:
+                languages = [language for language in options.languages if phrases[f"inspection.{form}"].get(language)] or options.languages
+                changes += [{**shots, "forms": {form: 1.0}, "languages": [language]} for language in languages]
     else:
-        most = [{**one, "ways": [max(options.ways)], "tiles": [max(options.tiles)]} for one in most]
-        if options.policy == "product" and 0 < options.plain < 1:
-            most = [{**one, "plain": plain} for one in most for plain in (0.0, 1.0)]
-    return [options.model_copy(update=one) for one in most]
+        largest = {**shots, "ways": [max(options.ways)], "tiles": [max(options.tiles)]}
+        both = options.policy == "product" and 0 < options.plain < 1
+        changes = [{**largest, "plain": plain} for plain in (0.0, 1.0)] if both else [largest]
+    return [options.model_copy(update=change) for change in changes]

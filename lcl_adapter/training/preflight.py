@@ -1,4 +1,4 @@
-"""``data check``: every file that a recipe names is opened, and every fault told with its place, before any time is spent on training."""
+"""``data check``: opens every file that a recipe names and reports every fault with its place, before a training starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lcl_adapter.data.sources import (
     read_test_pairs,
 )
 from lcl_adapter.data.sources.base import pictures_of
-from lcl_adapter.data.sources.boxes import located
+from lcl_adapter.data.sources.boxes import region_box
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.recipe import Recipe, packaged
@@ -36,7 +36,8 @@ from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
 
 THREADS = 4
-Look = tuple[str, Picture, Region | None]  # the record that names it, the picture, and where in it something is
+Check = tuple[str, Picture, Region | None]  # the record that names the picture, the picture, a region of it to check
+Faults = list[tuple[str, Fault]]  # (source, fault)
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -44,20 +45,20 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
     Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": [...]}.
     """
-    recipe = _lenient(recipe)
-    told: list[tuple[str, Fault]] = []
+    recipe = _counting_faults(recipe)
+    faults: Faults = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
     opened: set[str] = set()
     for name, options in recipe.sources.items():
-        pool = _opened(name, options, told)
+        pool = _open_pool(name, options, faults)
         if pool is not None:
             pools[name] = pool
-            sources[name] = _looked_through(name, pool, opened, told)
+            sources[name] = _open_pictures(name, pool, opened, faults)
     for name, suite in recipe.evaluate.suites.items():
-        pool = _paired(name, suite, told) if isinstance(suite, ImageNet100Suite) else _opened(f"suite {name}", suite.source, told)
+        pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"suite {name}", suite.source, faults)
         if pool is not None:
-            sources[f"suite {name}"] = _looked_through(f"suite {name}", pool, opened, told)
+            sources[f"suite {name}"] = _open_pictures(f"suite {name}", pool, opened, faults)
     rows: dict[str, Any] | None = None
     notes: list[str] = []
     if len(pools) == len(recipe.sources):
@@ -65,21 +66,21 @@ def check(recipe: Recipe) -> dict[str, Any]:
             mixture = Mixture(recipe, pools)
             rows = {"requested": mixture.requested, "realised": mixture.realised(range(mixture.total)), "ended": mixture.ended}
             rows["passes"] = mixture.repeats(mixture.total)
-            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture, told))):
-                _tried("recipe", step, told, notes)
+            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture, faults))):
+                _collect("recipe", step, faults, notes)
         except (RecipeError, DataError, EpisodeError) as error:
-            told.append(("recipe", Fault("recipe", str(error))))
+            faults.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites:
-        _tried("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), told, notes)
-    known: dict[str, tuple[str, Fault]] = {}
-    for source, fault in told:  # a suite may read what a source has read
-        known.setdefault(fault.message, (source, fault))
-    faults = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in known.values()]
-    return {"faults": faults, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
+        _collect("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), faults, notes)
+    distinct: dict[str, tuple[str, Fault]] = {}
+    for source, fault in faults:  # a suite can read the same file as a source
+        distinct.setdefault(fault.message, (source, fault))
+    reported = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in distinct.values()]
+    return {"faults": reported, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
 
 
-def _lenient(recipe: Recipe) -> Recipe:
-    """The same recipe with every reader's faults counted instead of refused: they are told one by one."""
+def _counting_faults(recipe: Recipe) -> Recipe:
+    """The same recipe with readers that collect their faults instead of refusing the first."""
 
     def skipping(options: Any) -> Any:
         return options.model_copy(update={"on_fault": "skip"}) if hasattr(options, "on_fault") else options
@@ -89,90 +90,91 @@ def _lenient(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"sources": sources, "evaluate": recipe.evaluate.model_copy(update={"suites": suites})})
 
 
-def _tried(where: str, step: Any, told: list[tuple[str, Fault]], notes: list[str]) -> None:
-    """Run a step whose error is a fault; one that needs a base that is not here is a note."""
+def _collect(where: str, step: Any, faults: Faults, notes: list[str]) -> None:
+    """Run a step and collect its error as faults. A missing base gives a note instead."""
     try:
         step()
     except ModelError as error:
-        notes.append(f"lengths are not checked, and training would stop here: {error}")
+        notes.append(f"lengths are not checked, and training would stop at this: {error}")
     except RecipeError as error:
-        told += [(where, Fault("recipe", fault)) for fault in error.faults]
+        faults += [(where, Fault("recipe", fault)) for fault in error.faults]
     except EpisodeError as error:
-        told.append((where, Fault("does not fit", str(error))))
+        faults.append((where, Fault("does not fit", str(error))))
     except DataError as error:
-        told += [(where, Fault("data", line.strip())) for line in str(error).splitlines()]
+        faults += [(where, Fault("data", line.strip())) for line in str(error).splitlines()]
 
 
-def _opened(name: str, options: Any, told: list[tuple[str, Fault]]) -> Pool | None:
-    """A source read with its faults counted instead of refused; None where nothing of it can be used."""
+def _open_pool(name: str, options: Any, faults: Faults) -> Pool | None:
+    """Open a source and collect its faults; None where it cannot be opened at all."""
     try:
         pool: Pool = open_options(name, options) if isinstance(options, SourceOptions) else open_reader(name, options)
     except DataError as error:
-        told.append((name, Fault("source", str(error))))
+        faults.append((name, Fault("source", str(error))))
         return None
-    told += [(name, fault) for fault in pool.faults]
+    faults += [(name, fault) for fault in pool.faults]
     return pool
 
 
-def _paired(name: str, suite: ImageNet100Suite, told: list[tuple[str, Fault]]) -> ClassPool | None:
-    """The pictures of the published test as classes, to be opened like any other's."""
+def _open_pairs(name: str, suite: ImageNet100Suite, faults: Faults) -> ClassPool | None:
+    """The pictures of the published test pairs as classes."""
     try:
         pairs = read_test_pairs(packaged(suite.pairs), packaged(suite.images))
     except DataError as error:
-        told.append((f"suite {name}", Fault("source", str(error))))
+        faults.append((f"suite {name}", Fault("source", str(error))))
         return None
-    return ClassPool(name, tuple(PictureClass(p.names[s], (*p.shown[s], *p.asked[s])) for p in pairs for s in (0, 1)))
+    return ClassPool(name, tuple(PictureClass(p.names[s], (*p.support[s], *p.queries[s])) for p in pairs for s in (0, 1)))
 
 
-def _looked_through(name: str, pool: Pool, opened: set[str], told: list[tuple[str, Fault]]) -> dict[str, Any]:
-    """Open every picture of a pool once, and every mask and box."""
-    waiting: dict[str, Look] = {}
+def _open_pictures(name: str, pool: Pool, opened: set[str], faults: Faults) -> dict[str, Any]:
+    """Open every picture, mask and box of a pool, except those in ``opened``, which it extends. Returns the pool's counts."""
+    checks: dict[str, Check] = {}
     for origin, picture in _pictures(pool):
-        waiting.setdefault(str(picture), (origin, picture, None))
-    pictures = len(waiting.keys() - opened)
+        checks.setdefault(str(picture), (origin, picture, None))
+    pictures = len(checks.keys() - opened)
     for region in _regions(pool):
-        waiting.setdefault(f"{region.mask or region.picture} {region.box}", ("", region.picture, region))
-    fresh = [look for key, look in waiting.items() if key not in opened]
-    opened.update(waiting)
+        checks.setdefault(f"{region.mask or region.picture} {region.box}", ("", region.picture, region))
+    new_checks = [check for key, check in checks.items() if key not in opened]
+    opened.update(checks)
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(THREADS) as threads,
     ):
-        task = bar.add_task(name, total=len(fresh))
-        for fault in threads.map(_looked_at, fresh, chunksize=32):
+        task = bar.add_task(name, total=len(new_checks))
+        for fault in threads.map(_fault_of, new_checks, chunksize=32):
             bar.advance(task)
             if fault is not None:
-                told.append((name, fault))
+                faults.append((name, fault))
     return {"entries": len(pool), "pictures": pictures, "left_out": pool.skipped}
 
 
 def _pictures(pool: Pool) -> Iterator[tuple[str, Picture]]:
-    """Every picture, and the record that names it where one does."""
+    """(record, picture) of every picture; the record is "" where no record names it."""
     if isinstance(pool, QuestionPool):
         yield from ((d.origin, picture) for d in pool.dialogues for picture in d.pictures)
     else:
         yield from (("", picture) for picture in pictures_of(pool))
 
 
-def _looked_at(look: Look) -> Fault | None:
-    origin, picture, region = look
+def _fault_of(check: Check) -> Fault | None:
+    """The fault of a picture or of a region; None where it can be read."""
+    origin, picture, region = check
     try:
         if region is None:
             read_image(picture)
         else:
-            located(region)
+            region_box(region)
     except DataError as error:
         message = str(error)
         if region is None:
-            kind = next((k for k, sign in KINDS if sign in message), "broken image")
+            kind = next((kind for kind, words in KINDS if words in message), "broken image")
         else:
             kind = "box out of range" if "out of range" in message else "bad mask" if "mask" in message else ""
-        told = f"{origin}: {message}" if origin else message
-        return Fault(kind, told) if kind else None  # a picture that cannot be read was told of as such
+        if kind:  # none for a region whose picture cannot be read: the picture's own check reports that
+            return Fault(kind, f"{origin}: {message}" if origin else message)
     return None
 
 
-KINDS = (
+KINDS = (  # (kind of fault, words of its message)
     ("missing image", "no such"),
     ("empty image", "is empty"),
     ("not an image", "not an image"),
@@ -182,15 +184,17 @@ KINDS = (
 
 
 def _regions(pool: Pool) -> Iterator[Region]:
+    """Every box and mask of a pool."""
     if isinstance(pool, QuestionPool):
         yield from (e.region for d in pool.dialogues for e in d.exchanges if e.region is not None)
     elif isinstance(pool, InspectionPool) or pool.regions:
-        yield from (r for found in pool.regions.values() for r in found)
+        yield from (region for regions in pool.regions.values() for region in regions)
 
 
-def _lengths(recipe: Recipe, mixture: Mixture, told: list[tuple[str, Fault]]) -> dict[str, Any]:
+def _lengths(recipe: Recipe, mixture: Mixture, faults: Faults) -> dict[str, Any]:
+    """The longest row of each source and the base's context, in tokens. Rows that do not fit are added to ``faults``."""
     collator = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault="skip")
     too_long: list[str] = []
-    found = check_rows(collator, too_long).lengths
-    told += [("recipe", Fault("does not fit", why)) for why in too_long]
-    return {"longest": {n: max(lengths) for n, lengths in found.items() if lengths}, "context": collator.encoder.context}
+    source_lengths = check_rows(collator, too_long).lengths
+    faults += [("recipe", Fault("does not fit", message)) for message in too_long]
+    return {"longest": {name: max(lengths) for name, lengths in source_lengths.items() if lengths}, "context": collator.encoder.context}

@@ -1,4 +1,4 @@
-"""A base whose weights are shared out among processes (FSDP2, DeepSpeed ZeRO-3): what it cannot do, and what it needs."""
+"""Training a base whose weights are sharded among processes (FSDP2, DeepSpeed ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import QUANTISED
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RunError for what cannot be done with weights that are shared out among processes."""
+def refuse_unsupported(recipe: Recipe) -> None:
+    """Raises RunError for recipe options that sharded weights do not support."""
     if not processes.sharded():
         return
     if recipe.precision in QUANTISED:
-        raise RunError(f"precision: {recipe.precision} weights cannot be shared out; use data parallel (launch/ddp.yaml), each GPU holds them whole.")
+        raise RunError(
+            f"precision: {recipe.precision} weights cannot be sharded; use data parallel (launch/ddp.yaml), where each GPU holds all of them."
+        )
     if recipe.precision == "auto":
-        raise RunError("precision: auto may choose 4 bits, which cannot be shared out; give precision=bf16.")
+        raise RunError("precision: auto may choose 4 bits, which cannot be sharded; set precision=bf16.")
     if recipe.adapter.pissa:
-        raise RunError("adapter.pissa: its start is a change of the base's own weights, which are shared out; give adapter.pissa=false.")
+        raise RunError("adapter.pissa: it changes the base's own weights, which are sharded; set adapter.pissa=false.")
     if recipe.evaluate.every:
-        raise RunError("evaluate.every: nothing is measured during a run with shared-out weights, but at its end; give evaluate.every=null.")
+        raise RunError("evaluate.every: a run with sharded weights is measured at its end only; set evaluate.every=null.")
 
 
-def halves(precision: str) -> dict[str, bool]:
-    """SFTConfig's ``bf16`` and ``fp16``: only DeepSpeed wants to be told; it then keeps fp32 copies of what is trained."""
+def mixed_precision(precision: str) -> dict[str, bool]:
+    """SFTConfig's ``bf16`` and ``fp16``, which only DeepSpeed needs: it then holds fp32 copies of the trained weights."""
     return {"bf16": processes.uses_deepspeed() and precision == "bf16", "fp16": processes.uses_deepspeed() and precision == "fp16"}
 
 
-def share_out(model: nn.Module, config: dict[str, Any]) -> None:
-    """ZeRO-3, weight by weight from the host's memory, so that no device ever holds all of them. FSDP2 does so by itself.
+def shard_weights(model: nn.Module, config: dict[str, Any]) -> None:
+    """Shard the weights with ZeRO-3, one at a time from the host's memory, so that no device ever holds all of them.
 
-    config: DeepSpeed's, of which only where the weights are kept is read here.
+    FSDP2 does this by itself. config: DeepSpeed's; only the options that place the weights are used here.
     """
     from deepspeed import zero
 
-    kept = {key: value for key, value in config["zero_optimization"].items() if key in {"stage", "offload_param"}}
-    zero.Init(module=model, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": kept})
+    placement = {key: value for key, value in config["zero_optimization"].items() if key in {"stage", "offload_param"}}
+    zero.Init(module=model, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": placement})
 
 
-def whole(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """The trained weights put together from all processes, each of which has to ask; None where every process has them whole."""
+def full_state(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The trained weights, gathered from all processes. Every process has to call it. None where nothing is sharded."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if any(hasattr(parameter, "ds_id") for parameter in trained.values()):
         from deepspeed.utils import safe_get_full_fp32_param
