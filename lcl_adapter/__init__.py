@@ -1,14 +1,17 @@
 """lcl-adapter: teach the LLaVA you already run new visual concepts from a few photos.
 
-Importing this imports neither torch nor transformers; the names below load what they need when first used.
+Importing the package imports neither torch nor transformers. Each name below loads its module when it is first used.
 
-    import lcl_adapter
+    import lcl_adapter as lcl
 
-    lcl_adapter.train("recipes/pocket.yaml", ["train.max_steps=100"])
-    base, manifest = lcl_adapter.load_adapter(Path("runs/pocket"))
-    lcl_adapter.Predictor(base).prefill(...)
+    lcl.train("recipes/pocket.yaml", ["train.max_steps=100"])
+    base, manifest = lcl.load_adapter("runs/pocket")
+    predictor = lcl.Predictor(base)
+    support = predictor.prefill([lcl.support_turns([(lcl.Picture("whole.png"), "good"), (lcl.Picture("chip.png"), "chipped")])])
+    query = lcl.Turn("user", "Now, what is this?", lcl.Picture("query.png"))
+    [reply] = predictor.ask(support, [lcl.Question(0, query, ("good", "chipped"))])
 
-The functions behind the other commands are in ``lcl_adapter.cli.commands``.
+The functions of the other commands are in ``lcl_adapter.cli.commands``.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
+_HOMES = {  # public name -> its module
+    "BaseRef": "lcl_adapter.base.ref",
     "LclError": "lcl_adapter.errors",
     "Picture": "lcl_adapter.data.sources",
     "Predictor": "lcl_adapter.answering.predict",
@@ -27,11 +31,13 @@ _HOMES = {
     "load_adapter": "lcl_adapter.base.adapter",
     "load_base": "lcl_adapter.base.model",
     "load_recipe": "lcl_adapter.data",
+    "support_turns": "lcl_adapter.data.conversations",
     "train": "lcl_adapter.cli.commands",
 }
-_ALIASES = {"load_recipe": "load"}
+_ALIASES = {"load_recipe": "load"}  # public name -> its name in the module
 
 __all__ = [
+    "BaseRef",
     "LclError",
     "Picture",
     "Predictor",
@@ -42,6 +48,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_recipe",
+    "support_turns",
     "train",
 ]
 

@@ -1,5 +1,6 @@
-"""``python -m lcl_adapter.cli``."""
+"""``python -m lcl_adapter``: the command line, as ``lcl-adapter``."""
 
 from lcl_adapter.cli import main
 
-main()
+if __name__ == "__main__":
+    main(prog_name="lcl-adapter")

@@ -1,7 +1,9 @@
-"""Adapters on disk: complete or none, and only on the base they were trained on. Merging: equal, or not kept."""
+"""Adapters on disk: complete or refused, and only on the base they were trained on. A merge that differs is removed."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from lcl_adapter import recipe
 from lcl_adapter.base.adapter import MANIFEST, load_adapter, read_manifest
-from lcl_adapter.base.model import load_base
+from lcl_adapter.base.model import Base, load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import merge as merging
 from lcl_adapter.errors import AdapterError, MergeError, ModelError, RunError
@@ -45,13 +47,13 @@ def test_another_base_is_refused_by_its_weights(run: Path, tmp_path: Path) -> No
         load_adapter(run, BaseRef(str(other)))
 
 
-def test_a_moved_base_is_taken(run: Path, tmp_path: Path) -> None:
+def test_a_moved_base_is_accepted(run: Path, tmp_path: Path) -> None:
     moved = save_tiny(tmp_path / "moved")
     assert load_adapter(run, BaseRef(str(moved)))[0].path == moved.resolve()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda f: (f / MANIFEST).unlink(), "no complete adapter"),
         (lambda f: (f / MANIFEST).write_text("{"), "not a manifest"),
@@ -59,35 +61,35 @@ def test_a_moved_base_is_taken(run: Path, tmp_path: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "its hash differs"),
     ],
 )
-def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_incomplete_adapter_is_refused(run: Path, tmp_path: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in (MANIFEST, "adapter_config.json", "adapter_model.safetensors", "recipe.yaml"):
         (copy / name).write_bytes((run / name).read_bytes())
     read_manifest(copy)
     spoil(copy)
-    with pytest.raises(AdapterError, match=said):
+    with pytest.raises(AdapterError, match=message):
         read_manifest(copy)
 
 
-def test_bases_that_are_none(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         load_base("no/such-base")
     (tmp_path / "bare").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_base(str(tmp_path / "bare"))
-    for text, said in (
+    for text, message in (
         ('{"model_type": "bert"}', "'bert' model without a vision tower"),
         ('{"model_type": "llava", "mm_vision_tower": "x"}', "its config says 'x', which is not here"),
         ("{", "not JSON"),
     ):
         (tmp_path / "bare" / "config.json").write_text(text)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             load_base(str(tmp_path / "bare"))
     truncated = save_tiny(tmp_path / "cut")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="longer than the file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*cut short or damaged"):
         load_base(str(truncated))
 
 
@@ -112,12 +114,12 @@ def test_merging_never_overwrites(run: Path, tmp_path: Path) -> None:
         merging.merge(run, tmp_path)
 
 
-def test_a_merge_that_answers_otherwise_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_answers_differently_is_removed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = merging.load_base
 
-    def spoiled(name: str, *args: object) -> object:
-        base = plain(name, *args)  # type: ignore[arg-type]
-        if not name.endswith(".partial"):
+    def spoiled(ref: BaseRef) -> Base:
+        base = plain(ref)
+        if not str(ref.name).endswith(".partial"):
             return base
         with torch.no_grad():
             base.llava.model.language_model.layers[0].mlp.up_proj.weight.mul_(-1)
@@ -129,7 +131,7 @@ def test_a_merge_that_answers_otherwise_is_not_kept(run: Path, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_qlora_merge_tells_its_cost(tmp_path: Path) -> None:
+def test_a_qlora_merge_reports_its_cost(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     trainer.train(small(base, tmp_path / "q", max_steps=2).model_copy(update={"precision": "nf4"}))
     result = merging.merge(tmp_path / "q", tmp_path / "merged", dtype="fp32")
@@ -137,9 +139,37 @@ def test_a_qlora_merge_tells_its_cost(tmp_path: Path) -> None:
     assert result["from_4_bit"]["largest_logit_difference"] > 10 * result["largest_logit_difference"]
 
 
-def test_the_card_and_manifest_tell_what_was_done(run: Path) -> None:
+def test_the_manifest_describes_the_training(run: Path) -> None:
     manifest = read_manifest(run)
     assert set(manifest["shares"]["realised"]) == {"lcl", "vqa"}
     assert len(manifest["held_in"]["lcl"]) > 900
     assert manifest["libraries"]["trl"]
     assert recipe.load(run / "recipe.yaml").train.max_steps == 4
+
+
+def test_an_adapter_is_loaded_from_a_path_as_text(run: Path) -> None:
+    assert load_adapter(str(run))[1] == read_manifest(run)
+
+
+def test_the_readmes_example_answers(photos: Path) -> None:
+    """Load, prefill, ask, with the names that the package exports and paths as text."""
+    import lcl_adapter as lcl
+
+    labels = ("good", "scratched")
+    base = lcl.load_base("pocket")
+    shown = [(lcl.Picture(f"{photos}/{label}/{n}.png"), label) for label in labels for n in (1, 2)]
+    predictor = lcl.Predictor(base)
+    support = predictor.prefill([lcl.support_turns(shown)])
+    query = lcl.Turn("user", "Now, what is this?", lcl.Picture(f"{photos}/good/3.png"))
+    [reply] = predictor.ask(support, [lcl.Question(0, query, labels)])
+    assert reply.text
+    assert sum(reply.probabilities) == pytest.approx(1)
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    """Under the name of the installed command, in help and in errors."""
+    shown = subprocess.run([sys.executable, "-m", "lcl_adapter", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert (shown.returncode, shown.stdout.split(" [")[0]) == (0, "Usage: lcl-adapter")
+    refused = subprocess.run([sys.executable, "-m", "lcl_adapter", "no-such-command"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "lcl-adapter --help" in refused.stderr
