@@ -1,1 +1,4 @@
-"""Side-by-side measurements. Each prints a table, and then one line with a JSON object that has ``name`` and ``ratios``."""
+"""Side-by-side measurements.
+
+Each prints a table, and then one line with a JSON object that has ``name`` and ``ratios``.
+"""

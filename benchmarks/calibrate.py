@@ -1,13 +1,14 @@
-"""Are the served probabilities calibrated, and does "none of these" reject unknown classes? On held-out classes of the shipped data.
+"""Are the served probabilities calibrated, and does "none of these" reject unknown classes?
 
     python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
 
-Every second held-out class is used. The constants of "none of these" (serve/calibrate.py) were chosen on the others. Each support set
-has two classes, and gets four queries: one of each of its classes, and one of each of two other classes.
+Every second held-out class of the shipped data is used. The constants of "none of these" (serve/calibrate.py) were
+chosen on the others. Each support set has two classes, and gets four queries: one of each of its classes, and one of
+each of two other classes.
 
-ECE is the expected calibration error of the likeliest label's probability in ten bins, over the queries whose class is in the set.
-Rejections are those of the "none of these" threshold. AUC says how well a score separates known from unknown classes; the scores are
-the vision tower's similarity and the likeliest label's likelihood.
+ECE is the expected calibration error of the likeliest label's probability in ten bins, over the queries whose class is
+in the set. Rejections are those of the "none of these" threshold. AUC says how well a score separates known from
+unknown classes; the scores are the vision tower's similarity and the likeliest label's likelihood.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BINS = 10
 
 
 class Row(NamedTuple):
-    """One query: the likeliest label's probability, whether it is right, whether the class is in the set, whether it is rejected, two scores."""
+    """One query. ``probability`` is the likeliest label's; ``known`` says whether the query's class is in the set."""
 
     probability: float
     right: bool
@@ -77,7 +78,10 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
 
 
 def ece(rows: list[Row]) -> float:
-    """Expected calibration error over the queries of known classes. The bins divide 0.5 to 1, because there are two labels."""
+    """Expected calibration error over the queries of known classes.
+
+    The bins divide 0.5 to 1, because there are two labels.
+    """
     known = [row for row in rows if row.known]
     bin_of_row = np.minimum(((np.array([row.probability for row in known]) - 0.5) * 2 * BINS).astype(int), BINS - 1)
     weighted_gaps = []

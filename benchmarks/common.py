@@ -33,7 +33,9 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a random LLaVA: its language model, and the side of its pictures in pixels. The patches have 14 pixels.
+    """The size of a random LLaVA: its language model, and the side of its pictures in pixels.
+
+    The patches have 14 pixels.
 
     With 336 pixels the vision tower has the size of LLaVA-1.5's, else it is small.
     """
@@ -64,7 +66,10 @@ class Size:
 
 
 def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
-    """Write a random LLaVA to ``folder`` in this type, in about ``shards`` shards. A complete folder is not written again."""
+    """Write a random LLaVA to ``folder`` in this type, in about ``shards`` shards.
+
+    A complete folder is not written again.
+    """
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)

@@ -1,10 +1,11 @@
 """Data: does the loader keep up with the trainer, and does a large file cost memory?
 
-    python -m benchmarks.data            # rows a second with 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
+    python -m benchmarks.data            # 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
 
-Loader: the rows of ``recipes/mix-pocket.yaml``, with every picture opened as in training, against a short training on the same rows.
-The trainer sorts the rows by length in its own process, which is part of its time. Large file: LLaVA instruction records as JSON
-Lines. They are opened, and records are drawn at random, for each file in a process of its own.
+Loader: the rows of ``recipes/mix-pocket.yaml``, with every picture opened as in training, against a short training on
+the same rows. The trainer sorts the rows by length in its own process, which is part of its time. Large file: LLaVA
+instruction records as JSON Lines. They are opened, and records are drawn at random, for each file in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def records_file(lines: int) -> Path:
 
 
 def measure(path: Path) -> dict[str, float]:
-    """Seconds to open the file and for a plain pass of json.loads; resident MiB before, after opening and after drawing. In this process."""
+    """Measure in this process.
+
+    Returns seconds to open the file and for a plain pass of json.loads, and resident MiB before, after opening and
+    after drawing.
+    """
 
     def resident() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

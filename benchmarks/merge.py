@@ -1,8 +1,9 @@
-"""Merging shard by shard against PEFT's `merge_and_unload` and `save_pretrained`: peak memory, time, and whether the weights are equal.
+"""Merging shard by shard against PEFT's `merge_and_unload` and `save_pretrained`: peak memory, time, equal weights.
 
-    python -m benchmarks.merge            # a random LLaVA of 1.1 B parameters in 5 shards; each side in a process of its own
+    python -m benchmarks.merge            # a random LLaVA of 1.1 B parameters in 5 shards
 
-The two sides alternate ROUNDS times, each time in the other order. Times are medians, memory is the largest peak.
+Each side runs in a process of its own. The two sides alternate ROUNDS times, each time in the other order. Times are
+medians, memory is the largest peak.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def run_of(kind: str) -> Path:
 
 
 def original_of(kind: str) -> Path:
-    """The same weights in the original layout, with a tiny sentencepiece tokenizer. It is written once, without ``convert``."""
+    """The same weights in the original layout, with a tiny sentencepiece tokenizer.
+
+    It is written once, without ``convert``.
+    """
     folder = FOLDER / f"llava-original-{kind}"
     if (folder / "done").exists():
         return folder
@@ -119,8 +123,9 @@ def unit(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def largest_gap(kind: str) -> tuple[float, int]:
     """Largest distance between the two results, and the number of tensors compared.
 
-    The distance is in units in the last place of the largest of three numbers: the weight, the adapter's product, and their sum.
-    The unit of the sum alone would mislead: PEFT rounds the product to bf16 before it adds, and the two may nearly cancel.
+    The distance is in units in the last place of the largest of three numbers: the weight, the adapter's product, and
+    their sum. The unit of the sum alone would mislead: PEFT rounds the product to bf16 before it adds, and the two may
+    nearly cancel.
     """
     base, our_result, their_result = (open_checkpoint(str(place)) for place in (base_of(kind), FOLDER / f"ours-{kind}", FOLDER / f"theirs-{kind}"))
     worst = 0.0

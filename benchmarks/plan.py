@@ -1,6 +1,6 @@
 """Forecast against measured peak memory.
 
-    python -m benchmarks.plan             # on this machine's device: CPU resident memory, or torch.cuda.max_memory_allocated
+    python -m benchmarks.plan             # resident memory on a CPU, torch.cuda.max_memory_allocated on a GPU
 
 Each configuration is trained for two steps in a process of its own. The forecast is made from its config alone.
 """

@@ -1,9 +1,9 @@
-"""A support set prefilled once against plain ``generate`` over the whole prompt, on a random LLaVA of about 150 M parameters.
+"""A support set prefilled once against plain ``generate`` over the whole prompt, on a random LLaVA of 150 M parameters.
 
     python -m benchmarks.predict
 
-32 queries on an 8-shot support set (2 classes, 16 images of 144 tokens), with 8 new tokens each. The time of the prefilled side
-includes the prefill. Then the time per query at 16 shots against 2 shots, without the prefill.
+32 queries on an 8-shot support set (2 classes, 16 images of 144 tokens), with 8 new tokens each. The time of the
+prefilled side includes the prefill. Then the time per query at 16 shots against 2 shots, without the prefill.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Classified images per second over HTTP: requests with a stored 8-shot set, against requests with the whole conversation.
+"""Classified images per second over HTTP: a stored 8-shot set against the whole conversation in every request.
 
-    python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens, 32 clients
+    python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens
     python -m benchmarks.serve pocket     # the shipped base, 16 photos of 9 tokens, for information
 
-Whole conversations are sent to the same server and to `transformers serve`; the servers run one after the other. Every client sends one
-whole conversation, or EACH queries on the stored set, which are much faster. Memory is the resident set of the server after the
-warm-up and at the end.
+There are 32 clients. Whole conversations are sent to the same server and to `transformers serve`; the servers run one
+after the other. Every client sends one whole conversation, or EACH queries on the stored set, which are much faster.
+Memory is the resident set of the server after the warm-up and at the end.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client
 
 
 def measure(ask: Callable[[str], object], each: int) -> dict[str, float]:
-    """Every client sends ``each`` queries, one after the other. Returns queries per second, and seconds per query (median, 99th percentile)."""
+    """Every client sends ``each`` queries, one after the other.
+
+    Returns queries per second, and seconds per query (median, 99th percentile).
+    """
 
     def client(number: int) -> list[float]:
         seconds = []
@@ -110,7 +113,10 @@ def measure(ask: Callable[[str], object], each: int) -> dict[str, float]:
 
 
 def ours(base: str) -> tuple[dict[str, float], dict[str, float], float]:
-    """This project's server: figures with a stored set, with whole conversations, and memory at the end / after the warm-up."""
+    """This project's server.
+
+    Returns the figures with a stored set and with whole conversations, and memory at the end / after the warm-up.
+    """
     command = [str(BIN / "lcl-adapter"), "serve", base, "--precision", "fp32", "--timeout", "1200", "--store", "store"]
     with running(command, "/ready") as (client, process):
         client.put("/v1/support-sets/set", json={"examples": [{"label": label, "image": image} for image, label in SHOWN]}).raise_for_status()

@@ -1,11 +1,11 @@
 """Five minutes of 32 clients with faults mixed in: how many answers are wrong, and whether memory grows.
 
     python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
-    python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed 20 times under load, always with the same store
+    python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed 20 times under load
 
-Each client draws its next request at random. Most classify photos of a known set, and the results are compared with the offline engine. The
-others send a broken image, a body that is too large, a wrong key, an unknown set or broken JSON, write a set, chat, or disconnect before
-the answer.
+With --kills all servers use the same store. Each client draws its next request at random. Most classify photos of a
+known set, and the results are compared with the offline engine. The others send a broken image, a body that is too
+large, a wrong key, an unknown set or broken JSON, write a set, chat, or disconnect before the answer.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ class Soak:
                 return http.post("/v1/classify", json=body, headers=headers, timeout=float(rng.uniform(0.01, 0.3))).status_code
 
     def compare(self, reply: dict[str, Any], support_set: dict[str, Any], chosen: list[int], broken: bool) -> None:
-        """Compare served probabilities with the offline engine's. ``chosen``: the queries' numbers; ``broken``: a broken image follows them."""
+        """Compare served probabilities with the offline engine's.
+
+        ``chosen``: the queries' numbers; ``broken``: a broken image follows them.
+        """
         results = reply["results"]
         if broken and results.pop()["error"] is None:
             self.wrong.append("a broken image was judged")
@@ -143,7 +146,10 @@ class Soak:
 
 
 def check_store(store: Path, acknowledged: dict[str, int]) -> tuple[bool, list[str]]:
-    """Whether SQLite's file is intact, and the acknowledged sets that are missing or older in it. acknowledged: set -> version."""
+    """Whether SQLite's file is intact, and the acknowledged sets that are missing or older in it.
+
+    acknowledged: set -> version.
+    """
     with closing(sqlite3.connect(store / "support.sqlite")) as connection:
         intact = connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         versions = {f"{n}/{name}": v for n, name, v in connection.execute("SELECT namespace, name, version FROM heads")}
@@ -170,7 +176,10 @@ def fill(soak: Soak, client: httpx2.Client) -> None:
 
 
 def killed(run: Path, times: int) -> None:
-    """Kill the server with SIGKILL while 32 clients use it. The next server on the same store must have every acknowledged set."""
+    """Kill the server with SIGKILL while 32 clients use it.
+
+    The next server on the same store must have every acknowledged set.
+    """
     soak, rng = Soak(run), np.random.default_rng(7)
     WEIGHTS["put"], WEIGHTS["classify"] = 0.34, 0.3  # more writes, because a kill can damage those
     command, store = command_of(soak, run)

@@ -1,12 +1,13 @@
-"""This project's trainer against the stock SFTTrainer with the stock collator, on the same episodes, each in a process of its own.
+"""This project's trainer against the stock SFTTrainer with the stock collator, on the same episodes.
 
     python -m benchmarks.train             # both models
     python -m benchmarks.train pocket      # only this model
 
-An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the whole support set before it, and all images run through
-the tower every time. Ours: the 4 queries share one support set, the frozen tower's features are cached, and only supervised positions
-reach the head. Both: LoRA of rank 16, fp32, no gradient checkpointing, the same learned tokens per step. Time is measured over the
-steps after the first. Memory is the peak of the whole process, and the part of it above the loaded model.
+Each side runs in a process of its own. An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the
+whole support set before it, and all images run through the tower every time. Ours: the 4 queries share one support set,
+the frozen tower's features are cached, and only supervised positions reach the head. Both: LoRA of rank 16, fp32, no
+gradient checkpointing, the same learned tokens per step. Time is measured over the steps after the first. Memory is the
+peak of the whole process, and the part of it above the loaded model.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     make interop        # builds upstream's environment in build/upstream, then runs this
 
-It prints a table, and exits with 1 if a bound is exceeded. This process is the project's side; ``upstream.py`` runs in upstream's
-environment. A difference is the largest one of a logit over the probes, in fp32 unless the row says otherwise. The effect is how much
-the adapter changes a logit.
+It prints a table, and exits with 1 if a bound is exceeded. This process is the project's side; ``upstream.py`` runs in
+upstream's environment. A difference is the largest one of a logit over the probes, in fp32 unless the row says
+otherwise. The effect is how much the adapter changes a logit.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from tests.tiny import SIDE, VERSIONS, save_language, save_original
 
-HERE = Path(__file__).parent
-PYTHON = HERE.parent / "build" / "upstream" / "bin" / "python"
+FOLDER = Path(__file__).parent
+PYTHON = FOLDER.parent / "build" / "upstream" / "bin" / "python"
 CLOSE = 1e-4
 ROUNDINGS = 32  # roundings to fp16 of the largest logit, which the whole model may differ by
 FAMILY_OF = {"v1": "llava-v1", "v1.5": "llava-1.5", "v1.6": "llava-next-vicuna"}
@@ -57,7 +57,7 @@ train: {{max_steps: 12, learning_rate: 0.02, projector_learning_rate: 0.005, per
 
 @dataclass
 class Line:
-    """A row of the table: what was compared, the difference, the allowed difference, and the adapter's effect if there is one."""
+    """A row of the table. ``effect`` is the adapter's effect, if the row compares an adapter."""
 
     version: str
     what: str
@@ -87,7 +87,7 @@ class Session:
         jobs_file, answers_file = self.folder / "jobs.json", self.folder / "answers.json"
         jobs_file.write_text(json.dumps(self.jobs))
         finished = subprocess.run(
-            [PYTHON, HERE / "upstream.py", jobs_file, answers_file], cwd=self.folder, capture_output=True, text=True, check=False
+            [PYTHON, FOLDER / "upstream.py", jobs_file, answers_file], cwd=self.folder, capture_output=True, text=True, check=False
         )
         if finished.returncode:
             raise SystemExit(f"upstream failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
@@ -153,7 +153,10 @@ def fp16_rounding(logits: torch.Tensor) -> float:
 
 
 def check(version: str, root: Path) -> list[Line]:
-    """All comparisons of one family. The checkpoint's name must contain `llava`, because upstream recognises it by that."""
+    """All comparisons of one family.
+
+    The checkpoint's name must contain `llava`, because upstream recognises it by that.
+    """
     family, session = FAMILY_OF[version], Session(root)
     base = save_original(root / f"llava-{version}", version)
     wide = version != "v1.6"
@@ -248,9 +251,9 @@ def check(version: str, root: Path) -> list[Line]:
     lines.append(
         Line(version, "merged in fp16 against the adapter", difference(adapter_logits, answers[merged_job]), fp16_rounding(adapter_logits), effect)
     )
-    merged_here = load_base(str(root / f"llava-{version}-merged-hf"))
+    merged_to_hf = load_base(str(root / f"llava-{version}-merged-hf"))
     lines.append(
-        Line(version, "merged here to Hugging Face's, fp32", float((our_logits(merged_here, episodes) - adapter_logits).abs().max()), CLOSE, effect)
+        Line(version, "merged here to Hugging Face's, fp32", float((our_logits(merged_to_hf, episodes) - adapter_logits).abs().max()), CLOSE, effect)
     )
     our_answers = {a["query"]: a["answer"] for a in ask_model(support, queries, root / "ours", BaseRef(precision="fp32"))["answers"]}
     wrong = [q for q, text in our_answers.items() if answers[script_job][q] != text]

@@ -1,7 +1,8 @@
 """Upstream's side, run in its own environment. It reads jobs from a file and writes their answers to another.
 
-A job is {"do": "logits" | "pixels" | "prompts" | "train" | "ask", ...}; ``check.py`` writes them. Nothing of this project is imported.
-`load_pretrained_model` hard-codes fp16. To compare in fp32, its module gets a `torch` whose `float16` is `float32`.
+A job is {"do": "logits" | "pixels" | "prompts" | "train" | "ask", ...}; ``check.py`` writes them. Nothing of this
+project is imported. `load_pretrained_model` hard-codes fp16. To compare in fp32, its module gets a `torch` whose
+`float16` is `float32`.
 """
 
 import importlib.util

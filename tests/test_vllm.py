@@ -1,4 +1,6 @@
-"""An adapter for vLLM has the names and fields that vLLM reads, and the family's prompt as its template. Unsupported adapters are refused.
+"""An adapter for vLLM has the names and fields that vLLM reads, and the family's prompt as its template.
+
+Unsupported adapters are refused.
 
 vLLM itself is no dependency. Its rules are copied from vllm/lora and vllm/model_executor/models/llava.py, version 0.33.
 """

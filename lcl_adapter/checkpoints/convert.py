@@ -28,14 +28,17 @@ def convert(
     tower_as: str | None = None,
     verify: Literal["auto", "tensors"] = "auto",
 ) -> dict[str, Any]:
-    """Write ``source`` into ``out`` in the layout ``to``, by default the other one. An interrupted conversion is resumed.
+    """Write ``source`` into ``out`` in the layout ``to``, by default the other one.
 
-    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside the weights.
-    verify: "tensors" compares the tensors only. "auto" also compares the answers to a few episodes if the whole model fits into
-    memory, which is more than the conversion itself needs.
+    An interrupted conversion is resumed.
 
-    Raises ModelError if the source is not a valid base. Raises RunError if ``out`` cannot be written. Raises MergeError, and leaves
-    nothing behind, if the result differs from the source.
+    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside
+    the weights.
+    verify: "tensors" compares the tensors only. "auto" also compares the answers to a few episodes if the whole model
+    fits into memory, which is more than the conversion itself needs.
+
+    Raises ModelError if the source is not a valid base. Raises RunError if ``out`` cannot be written. Raises
+    MergeError, and leaves nothing behind, if the result differs from the source.
     """
     checkpoint = open_checkpoint(source)
     to = to or ("original" if checkpoint.layout == "hf" else "hf")

@@ -1,6 +1,7 @@
 """What an adapter adds to the weights of its base, computed one weight at a time with PEFT's own layers.
 
-LoRA, rsLoRA, DoRA and starts such as PiSSA are therefore merged exactly as PEFT merges them. The whole model is never in memory.
+LoRA, rsLoRA, DoRA and starts such as PiSSA are therefore merged exactly as PEFT merges them. The whole model is never
+in memory.
 
 Shapes: O output width of a layer, I its input width, R rank of the adapter, N random inputs (INPUT_COUNT).
 """
@@ -95,7 +96,10 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The factor of B @ A: alpha / R for LoRA, alpha / sqrt(R) for rsLoRA (arXiv 2312.03732). It assumes one rank for all layers."""
+        """The factor of B @ A: alpha / R for LoRA, alpha / sqrt(R) for rsLoRA (arXiv 2312.03732).
+
+        It assumes one rank for all layers.
+        """
         return float(self.config.lora_alpha) / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
 
     @property
@@ -123,10 +127,11 @@ def check_combinable(adapters: Sequence[Adapter]) -> None:
 
 
 def merged_rows(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Generator[torch.Tensor, None, ExpectedOutputs]:
-    """Merge adapters into a weight [O, I] that is given as consecutive blocks of rows; yields the merged blocks in fp32.
+    """Merge adapters into a weight [O, I], given as consecutive blocks of rows. Yields the merged blocks in fp32.
 
-    Returns the outputs of PEFT's unmerged layer, to check the merged weight against. LoRA and DoRA can be merged block by
-    block because no row of the result depends on another row. Raises AdapterError if an adapter's outputs are not finite.
+    Returns the outputs of PEFT's unmerged layer, to check the merged weight against. LoRA and DoRA can be merged block
+    by block because no row of the result depends on another row. Raises AdapterError if an adapter's outputs are not
+    finite.
     """
     if any(adapter.starts_from_weight for adapter in adapters if module in adapter.layers):
         weight = [torch.cat(list(weight))]
@@ -177,7 +182,10 @@ class ExpectedOutputs:
     effect: float
 
     def distance(self, merged: Iterable[torch.Tensor]) -> float:
-        """Largest difference from the outputs of a merged weight, given as blocks of rows. Infinite if its outputs are not finite."""
+        """Largest difference from the outputs of a merged weight, given as blocks of rows.
+
+        Infinite if its outputs are not finite.
+        """
         outputs_NO = torch.cat([functional.linear(random_inputs(block_OI.shape[1]), block_OI.float()) for block_OI in merged], 1)
         return float((outputs_NO - self.outputs).abs().max()) if outputs_NO.isfinite().all() else math.inf
 
@@ -201,7 +209,10 @@ def _outputs_before_merging(module: str, layer: Linear) -> ExpectedOutputs:
 
 
 def blended_weight(name: str, adapters: Sequence[Adapter], base_weight: torch.Tensor) -> torch.Tensor:
-    """A weight that an adapter trained in full, in fp32. An adapter's ``weight`` below 1 interpolates from the base's weight."""
+    """A weight that an adapter trained in full, in fp32.
+
+    An adapter's ``weight`` below 1 interpolates from the base's weight.
+    """
     adapter = next(a for a in adapters if name in a.full_weights)
     trained = adapter.full_weights[name]
     if trained.shape != base_weight.shape:

@@ -8,8 +8,8 @@ Not even one whole weight is in memory. There are two choices of what the produc
 
 Merging in place into the 4-bit weights themselves is not offered, because it loses the adapter's effect (peft#2586).
 
-Two checks decide whether the result is saved. For every changed layer, the outputs for random inputs are compared with those of
-PEFT's own layer. If the model fits into memory, whole episodes are compared too.
+Two checks decide whether the result is saved. For every changed layer, the outputs for random inputs are compared with
+those of PEFT's own layer. If the model fits into memory, whole episodes are compared too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
 from lcl_adapter.recipe import load
 
-# How far a logit of the merged model may be from the adapter's. The bound is the smaller of the first two, and at least the third.
+# How far a logit of the merged model may be from the adapter's. The bound is the smaller of the first two, and at least
+# the third.
 MODEL_ROUNDINGS = 32  # roundings of the largest logit
 EFFECT_SHARE = 0.1  # of the adapter's own effect, so that a lost adapter cannot pass
 NEGLIGIBLE = 1e-3  # no answer depends on a difference of this size
@@ -106,7 +107,10 @@ class MergeJob:
         return row_blocks(blended_weight(name, self.adapters, weight.read()))
 
     def expected_outputs(self, module: str) -> ExpectedOutputs:
-        """Outputs of PEFT's unmerged layer. They are computed now if the layer's shard was written before the merge was interrupted."""
+        """Outputs of PEFT's unmerged layer.
+
+        They are computed now if the layer's shard was written before the merge was interrupted.
+        """
         if module not in self.expected:
             for _ in self._merged_rows(module, self.checkpoint.weights[f"{module}.weight"]):
                 pass
@@ -128,13 +132,14 @@ def merge(
 ) -> dict[str, Any]:
     """Merge into ``out``. An interrupted merge is resumed.
 
-    Returns a report: how far the merged layers and the probes' answers are from the adapter's, and for a QLoRA adapter how far
-    the answers are from those of the 4-bit model that was trained.
+    Returns a report: how far the merged layers and the probes' answers are from the adapter's, and for a QLoRA adapter
+    how far the answers are from those of the 4-bit model that was trained.
 
     dtype: type of the written weights; "base" leaves every weight in its stored type.
     to: layout to write; by default the base's own.
     more: further adapters of the same base, each with its weight. ``weight`` is the weight of the adapter in ``run``.
-    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside the weights.
+    tower_as: what ``mm_vision_tower`` says in a config in the original layout; by default the tower is written beside
+    the weights.
     verify: "full" runs the probes however little memory is free, "layers" never runs them.
 
     Raises RunError if ``out`` cannot be written. Raises AdapterError if the adapters do not fit each other or the base.
@@ -172,7 +177,10 @@ def merge(
 
 
 def _check_adapters(adapters: Sequence[Adapter], manifest: dict[str, Any], checkpoint: Checkpoint, onto: Onto) -> None:
-    """Raises AdapterError if the adapters do not fit each other, the base or ``onto``. ``manifest`` is the first adapter's."""
+    """Raises AdapterError if the adapters do not fit each other, the base or ``onto``.
+
+    ``manifest`` is the first adapter's.
+    """
     run = adapters[0].folder
     for adapter in adapters[1:]:
         if read_manifest(adapter.folder)["base_hash"] != manifest["base_hash"]:
@@ -187,7 +195,7 @@ def _check_adapters(adapters: Sequence[Adapter], manifest: dict[str, Any], check
 
 
 def nf4_round_trip(weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
-    """A weight quantised to nf4 with double quantisation, and back to fp32: the values that a QLoRA adapter was trained on."""
+    """A weight quantised to nf4 with double quantisation and back, in fp32: what a QLoRA adapter was trained on."""
     from bitsandbytes import functional as bnb
 
     quantised, state = bnb.quantize_4bit(weight.to(compute_dtype).contiguous(), quant_type="nf4", compress_statistics=True)
@@ -200,7 +208,10 @@ def _dtype_names(writer: CheckpointWriter) -> str:
 
 
 def _check_layers(job: MergeJob, writer: CheckpointWriter, partial: Path, out: Path) -> dict[str, Any]:
-    """Compare every merged layer, read from the disk, with PEFT's own layer. Returns the report's fields; raises MergeError."""
+    """Compare every merged layer, read from the disk, with PEFT's own layer.
+
+    Returns the report's fields; raises MergeError.
+    """
     tensors = tensors_in_folder(partial)
     key_of = {name: key for key, name in writer.names.items()}
     largest_difference, largest_effect, worst_layer = 0.0, 0.0, ""
@@ -228,7 +239,10 @@ def _check_layers(job: MergeJob, writer: CheckpointWriter, partial: Path, out: P
 
 
 def _reason_to_skip_probes(job: MergeJob, verify: Verify, written: BaseRef | None) -> str:
-    """Why the probes are not run; "" if they are. ``written`` is None if the written base's vision tower is not on this machine."""
+    """Why the probes are not run; "" if they are.
+
+    ``written`` is None if the written base's vision tower is not on this machine.
+    """
     if verify == "layers":
         return "not run (--verify layers)"
     partly_trained = any(adapter.full_weights and adapter.weight != 1 for adapter in job.adapters)
@@ -269,7 +283,10 @@ def _base_with_adapters(job: MergeJob, precision: Literal["fp32", "nf4"]) -> Bas
 
 
 def _check_answers(job: MergeJob, run: Path, written: BaseRef, out: Path, writer: CheckpointWriter) -> dict[str, Any]:
-    """Compare the answers of the merged model with those of the adapter on its base. Returns the report's fields; raises MergeError."""
+    """Compare the answers of the merged model with those of the adapter on its base.
+
+    Returns the report's fields; raises MergeError.
+    """
     wording = load(run / "recipe.yaml").wording if (run / "recipe.yaml").exists() else "lcl"
     probes = probes_within_context(probe_turns(wording), job.checkpoint, job.manifest["tiles"])
     if not probes:

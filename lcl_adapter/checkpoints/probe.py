@@ -63,7 +63,10 @@ def probes_within_context(probes: Probes, checkpoint: Checkpoint, tiles: bool) -
 
 @torch.inference_mode()
 def probe(base: Base, probes: Probes) -> Answers:
-    """Run the probes. The logits come from plain forward passes without a cache, because the checkpoint must be right for any code."""
+    """Run the probes.
+
+    The logits come from plain forward passes without a cache, because the checkpoint must be right for any code.
+    """
     encoder, vision = base.encoder(), VisionFeatures(base)
     logits = []
     for support, query in probes:

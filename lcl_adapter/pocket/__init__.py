@@ -21,7 +21,9 @@ def cache() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """The file that ``pocket:NAME`` names. A file in ``DRAWN`` is drawn if it is not cached, which needs about half a minute.
+    """The file that ``pocket:NAME`` names.
+
+    A file in ``DRAWN`` is drawn if it is not cached, which needs about half a minute.
 
     Raises RunError if it cannot be written.
     """

@@ -1,8 +1,8 @@
 """Draw ``pocket:inspection-train.zip`` and ``pocket:inspection-held-out.zip``: parts to inspect, in MVTec's layout.
 
-A category is a part: one drawing of one shipped emoji. Photos of it vary a little in rotation, position, size, light and noise.
-A defect is drawn onto the part before it is photographed. There are five kinds, which change 3 to 30 % of the part (a wrong
-colour up to 70 %):
+A category is a part: one drawing of one shipped emoji. Photos of it vary a little in rotation, position, size, light
+and noise. A defect is drawn onto the part before it is photographed. There are five kinds, which change 3 to 30 % of
+the part (a wrong colour up to 70 %):
 
     scratch         a line across it            missing piece   a bite out of it
     stain           a dark blotch               wrong colour    another hue on a side of it
@@ -137,7 +137,10 @@ def damaged(rng: Rng, drawing: Image.Image, kind: str) -> tuple[Image.Image, Ima
 
 
 def photo(rng: Rng, drawing: Image.Image, mask: Image.Image | None = None) -> tuple[Image.Image, Image.Image | None]:
-    """A photo of the part, and its mask moved along: rotated by up to 4 degrees, shifted by a few pixels, with varied light and noise."""
+    """A photo of the part, rotated by up to 4 degrees and shifted by a few pixels, with varied light and noise.
+
+    The mask, if given, is moved in the same way.
+    """
     turn, scale = rng.uniform(-4, 4), rng.uniform(0.92, 1.0)
     side = round(SIZE * scale)
     left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
@@ -155,7 +158,8 @@ def photo(rng: Rng, drawing: Image.Image, mask: Image.Image | None = None) -> tu
 
 
 def write(data: Path, out: Mapping[str, Path], seed: int = 0) -> None:
-    """Draw the categories from the classes in ``data`` into one archive per split: ``<category>/{train,test,ground_truth}/…``.
+    """Draw the categories from the classes in ``data`` into one archive per split:
+    ``<category>/{train,test,ground_truth}/…``.
 
     out: split -> the archive to write.
     """

@@ -1,8 +1,8 @@
 """Draw ``pocket:products.zip`` and ``pocket:products.csv``: photos of products, drawn from the shipped emoji.
 
-A product is one drawing of one emoji. Its photos differ in background (tinted, shaded or striped), size, position, rotation and
-light, like photos from a catalogue and from a shelf. The table has one row per photo: image, product, group (of similar products),
-split.
+A product is one drawing of one emoji. Its photos differ in background (tinted, shaded or striped), size, position,
+rotation and light, like photos from a catalogue and from a shelf. The table has one row per photo: image, product,
+group (of similar products), split.
 
 The order of the random draws is part of the data: another order draws another data set.
 """

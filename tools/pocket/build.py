@@ -3,9 +3,9 @@
     python -m tools.pocket.build                 # everything; complete stages are not run again
     python -m tools.pocket.build --stage data    # only the drawings
 
-Stages: ``data`` (npm icon sets -> classes.json, drawings.zip, questions), ``tower`` (contrastive training of the vision tower),
-``language`` (tokenizer, language model, and the checkpoint itself). Every stage is seeded. A stage that was killed continues from
-its last saved step. The script needs npm, and ``pip install resvg-py`` (in the ``dev`` extra).
+Stages: ``data`` (npm icon sets -> classes.json, drawings.zip, questions), ``tower`` (contrastive training of the vision
+tower), ``language`` (tokenizer, language model, and the checkpoint itself). Every stage is seeded. A stage that was
+killed continues from its last saved step. The script needs npm, and ``pip install resvg-py`` (in the ``dev`` extra).
 """
 
 from __future__ import annotations

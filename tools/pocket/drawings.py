@@ -1,12 +1,14 @@
-"""Make the shipped emoji classes from icon sets. A class is one emoji; a drawing is that emoji as one icon set draws it.
+"""Make the shipped emoji classes from icon sets.
 
-Why emoji: the same thing drawn by several artists is the smallest honest substitute for "the same product on several photos", and
-icon sets with permissive licences are on the npm registry. The steps, each a function below:
+A class is one emoji; a drawing is that emoji as one icon set draws it.
+
+Why emoji: the same thing drawn by several artists is the smallest honest substitute for "the same product on several
+photos", and icon sets with permissive licences are on the npm registry. The steps, each a function below:
 
     fetch  -> pair (which icon of which set draws which emoji) -> render -> split by class -> write
 
-``write`` makes ``classes.json`` and ``drawings.zip`` (lossless WebP of 64 colours, 64 x 64 pixels on white), and beside them the
-licence texts and ATTRIBUTION.md.
+``write`` makes ``classes.json`` and ``drawings.zip`` (lossless WebP of 64 colours, 64 x 64 pixels on white), and beside
+them the licence texts and ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ SETS = (
     IconSet("twemoji", "1.2.5", "CC-BY-4.0", "Twitter Emoji, Twitter, https://github.com/jdecked/twemoji"),
     IconSet("emojione", "1.2.3", "CC-BY-4.0", "Emoji One 2.3, Emoji One, https://github.com/EmojiTwo/emojitwo"),
     IconSet("fluent-emoji", "1.2.7", "MIT", "Fluent Emoji, Microsoft, https://github.com/microsoft/fluentui-emoji"),
-    # The drawings of fluent-emoji without shading. Near copies would make episodes too easy, so this set only trains the tower.
+    # The drawings of fluent-emoji without shading. Near copies would make episodes too easy, so this set only trains
+    # the tower.
     IconSet("fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji Flat, Microsoft, https://github.com/microsoft/fluentui-emoji", ships=False),
 )
 EMOJI_DATA = "emoji-datasource@16.0.0"  # names, categories, subcategories (MIT)
@@ -84,9 +87,10 @@ class EmojiClass:
 
     @property
     def lookalike(self) -> bool:
-        """Whether the class differs from others in one detail only: clock faces, coloured hearts, squares and circles, keycaps.
+        """Whether it differs from other classes in one detail: clock faces, hearts, squares, circles, keycaps.
 
-        Such a class is never used as a *hard* neighbour, because that would measure eyesight and not learning from context.
+        Such a class is never used as a *hard* neighbour, because that would measure eyesight and not learning from
+        context.
         """
         return self.subcategory in {"keycap", "geometric", "heart"} or bool(re.match(r"clock\d|moon|.* moon", self.name))
 
@@ -111,7 +115,7 @@ def fetch(folder: Path) -> None:
 
 
 def _codepoints(unified: str) -> str:
-    """``1F1E6-FE0F`` -> ``1f1e6``: lower case, no leading zeros, no variation selectors, so that all sets use the same form."""
+    """The form that all sets share: lower case, no leading zeros, no variation selectors (``1F1E6-FE0F`` -> ``1f1e6``)."""
     return "-".join(part.lstrip("0") for part in unified.lower().split("-") if part != "fe0f")
 
 
@@ -124,7 +128,10 @@ def _squash(text: str) -> str:
 
 
 def _concept(emoji: EmojiClass) -> str:
-    """A key for emoji that look alike: the gender, role and family variants of a person. Only one class is made per concept."""
+    """A key for emoji that look alike: the gender, role and family variants of a person.
+
+    Only one class is made per concept.
+    """
     if emoji.category != "People & Body":
         return emoji.id
     if emoji.subcategory == "family":
@@ -138,8 +145,8 @@ def _concept(emoji: EmojiClass) -> str:
 def pair(folder: Path) -> list[EmojiClass]:
     """Find the icon of each set that draws an emoji.
 
-    Some sets list code points, which are exact. In the others an icon is identified by its name. The name table is a vote of the
-    exact sets, their aliases and the emoji's own names.
+    Some sets list code points, which are exact. In the others an icon is identified by its name. The name table is a
+    vote of the exact sets, their aliases and the emoji's own names.
     """
     classes: dict[str, EmojiClass] = {}
     short_names: dict[str, list[str]] = {}

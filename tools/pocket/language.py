@@ -1,20 +1,24 @@
-"""The pocket base's language model. It learns to bind keys to values in text and to describe single pictures, and nothing else.
+"""The pocket base's language model.
 
-Its initial weights contain an *induction circuit*: the pair of attention layers that large models form in pre-training (Olsson et
-al., arXiv 2209.11895). In the first layer every head attends to the previous token. In the second layer the query is the current
-token, and the key is what the first layer wrote about the previous token. So the circuit completes "A B ... A" with "B". From
-random weights the circuit does not form in a training that a CPU can afford. From these weights ordinary training makes it work
-for chat turns, long names and fuzzy keys. The model card says so.
+It learns to bind keys to values in text and to describe single pictures, and nothing else.
 
-The training tasks follow. None shows a labelled picture among other pictures, because that is what the adapter has to learn.
+Its initial weights contain an *induction circuit*: the pair of attention layers that large models form in pre-training
+(Olsson et al., arXiv 2209.11895). In the first layer every head attends to the previous token. In the second layer the
+query is the current token, and the key is what the first layer wrote about the previous token. So the circuit completes
+"A B ... A" with "B". From random weights the circuit does not form in a training that a CPU can afford. From these
+weights ordinary training makes it work for chat turns, long names and fuzzy keys. The model card says so.
+
+The training tasks follow. None shows a labelled picture among other pictures, because that is what the adapter has to
+learn.
 
     pairs      short text: key value . key value . ..., and some of the keys again
     chat       the same as chat turns; keys of 1, 2, 4 or 9 words; some words are redrawn, so that the match is fuzzy
     repeat     a sequence, twice
     picture    one picture, or several independent ones: its name, its kind, yes or no
 
-Shapes: B rows of a batch, T tokens, N training pictures, M pictures in a batch, P patches of a picture, C width of the tower,
-D width of the language model, S width of an attention head, V words of the vocabulary, L learned tokens of a batch.
+Shapes: B rows of a batch, T tokens, N training pictures, M pictures in a batch, P patches of a picture, C width of the
+tower, D width of the language model, S width of an attention head, V words of the vocabulary, L learned tokens of a
+batch.
 """
 
 from __future__ import annotations
@@ -64,9 +68,10 @@ def llava_config(vision: CLIPVisionConfig, tokenizer: PreTrainedTokenizerFast, h
 
 
 def standardise(projector: nn.Module, features_NPC: torch.Tensor) -> None:
-    """Make the projector's first layer a random orthogonal map of the standardised features (mean 0 and spread 1 over the pictures).
+    """Make the projector's first layer a random orthogonal map of the features, standardised over the pictures.
 
-    The layer is not trained further. Training would discard what does not help on training classes, and new classes may need it.
+    The layer is not trained further. Training would discard what does not help on training classes, and new classes may
+    need it.
     """
     mean_C, spread_C = features_NPC.mean((0, 1)), features_NPC.std((0, 1)) + 1e-6
     first = projector.linear_1
@@ -82,8 +87,9 @@ def induction_start(
 ) -> None:
     """Write the induction circuit into layers ``look_back`` and ``match``.
 
-    Attending to the previous token needs RoPE's rotation and a direction that all tokens share: ``shared_D``, which is added to every
-    embedding and to the projector's bias. Matching uses only RoPE's low frequencies, so that the distance does not matter.
+    Attending to the previous token needs RoPE's rotation and a direction that all tokens share: ``shared_D``, which is
+    added to every embedding and to the projector's bias. Matching uses only RoPE's low frequencies, so that the
+    distance does not matter.
     sharpness, keys, copy: sizes of the weights that attend to the previous token, match, and copy.
     """
     language = model.model.language_model
@@ -202,7 +208,9 @@ class Tasks:
         return row, labels, []
 
     def chat(self, rng: np.random.Generator) -> Row:
-        """Pairs as chat turns. Long keys are fuzzy, like pictures: words are redrawn at every mention, and half of the rows have keys that
+        """Pairs as chat turns.
+
+        Long keys are fuzzy, like pictures: words are redrawn at every mention, and half of the rows have keys that
         share many words.
         """
         n, shots, length = int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.choice([1, 2, 4, 9, 9]))
@@ -286,7 +294,9 @@ def loss_and_accuracy(model: LlavaForConditionalGeneration, batch: dict[str, tor
 
 
 def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps: int = 3000, rate: float = 1e-3, seed: int = 0) -> dict[str, float]:
-    """Train the language model and the projector's second layer. Training continues from the file ``state`` if it exists.
+    """Train the language model and the projector's second layer.
+
+    Training continues from the file ``state`` if it exists.
 
     Returns the last running accuracy of each task.
     """

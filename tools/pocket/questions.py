@@ -1,7 +1,9 @@
-"""Write questions about single shipped drawings, in LLaVA's training JSON. The base can answer them, and the adapter must not lose that.
+"""Write questions about single shipped drawings, in LLaVA's training JSON.
 
-``vqa_train.json`` asks about training classes, for replay. ``captions_eval.json`` asks for the names of training classes.
-``vqa_eval.json`` asks what kind of thing a *held-out* drawing shows, and yes-or-no questions about that.
+The base can answer them, and the adapter must not lose that.
+
+``vqa_train.json`` asks about training classes, for replay. ``captions_eval.json`` asks for the names of training
+classes. ``vqa_eval.json`` asks what kind of thing a *held-out* drawing shows, and yes-or-no questions about that.
 """
 
 from __future__ import annotations

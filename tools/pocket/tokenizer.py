@@ -30,7 +30,10 @@ def random_strings(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def train_tokenizer(words: Iterable[str], sentences: Iterable[str], seed: int = 0) -> PreTrainedTokenizerFast:
-    """Learn merges from the class names' words, the prompts' sentences and random strings, which make letter pairs into tokens."""
+    """Learn merges from the class names' words, the prompts' sentences and random strings.
+
+    The random strings make pairs of letters into tokens.
+    """
     rng = np.random.default_rng(seed)
     vocabulary = list(words)
     corpus = [w for w in vocabulary for _ in range(12)] + [" " + w for w in vocabulary for _ in range(12)]

@@ -1,8 +1,8 @@
 """The pocket base's vision tower: a small CLIP-style ViT that learns which drawings show the same thing.
 
-It is trained with the supervised contrastive loss (Khosla et al., arXiv 2004.11362) on the batch-normalised mean patch token, on
-training classes only. 40 % of the batches come from few subcategories, so that it learns to separate similar things. Images are
-never flipped: a hand that points left is another emoji than a hand that points right.
+It is trained with the supervised contrastive loss (Khosla et al., arXiv 2004.11362) on the batch-normalised mean patch
+token, on training classes only. 40 % of the batches come from few subcategories, so that it learns to separate similar
+things. Images are never flipped: a hand that points left is another emoji than a hand that points right.
 
 Shapes: B images in a batch, N images, H and W pixels, P patches of an image, C width of the tower.
 """
@@ -58,7 +58,10 @@ def new_tower(config: CLIPVisionConfig) -> CLIPVisionModel:
 
 
 def augment(pixels_B3HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random rotation, scale, shear, shift, colour, noise and cut-out. uint8 [B, 3, H, W] -> normalised float [B, 3, H, W]."""
+    """Random rotation, scale, shear, shift, colour, noise and cut-out.
+
+    uint8 [B, 3, H, W] -> normalised float [B, 3, H, W].
+    """
     batch, height = pixels_B3HW.shape[0], pixels_B3HW.shape[2]
 
     def rand(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Exchange adapters with other software: export to upstream LLaVA and to vLLM, import from upstream LLaVA and from plain PEFT."""
+"""Exchange adapters: export to upstream LLaVA and to vLLM, import from upstream LLaVA and from plain PEFT."""
 
 from lcl_adapter.checkpoints.exchange.exporting import export_adapter
 from lcl_adapter.checkpoints.exchange.for_vllm import export_for_vllm

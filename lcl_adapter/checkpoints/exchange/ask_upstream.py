@@ -1,4 +1,6 @@
-"""Classify photos with an exported adapter, in upstream LLaVA's own environment. The prompt is that of `lcl-adapter ask`.
+"""Classify photos with an exported adapter, in upstream LLaVA's own environment.
+
+The prompt is that of `lcl-adapter ask`.
 
     python llava-lora-mine/ask_upstream.py --base /models/llava-v1.5-7b photos/ query.png
 
@@ -15,12 +17,15 @@ from llava.mm_utils import expand2square, process_anyres_image, tokenizer_image_
 from llava.model.builder import load_pretrained_model
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def prompt_of(settings, labels):
-    """The conversation up to the open answer, with one image in each user turn. ``settings``: the content of ask_upstream.json."""
+    """The conversation up to the open answer, with one image in each user turn.
+
+    ``settings``: the content of ask_upstream.json.
+    """
     text = settings["system"]
     for position, label in enumerate(labels):
         question = settings["first"] if position == 0 else settings["question"]
@@ -31,7 +36,10 @@ def prompt_of(settings, labels):
 
 
 def pixels_of(settings, processor, config, files):
-    """Images padded to a square, as in training. LLaVA 1.6 gets the whole picture, or tiles of it if it was trained on tiles."""
+    """Images padded to a square, as in training.
+
+    LLaVA 1.6 gets the whole picture, or tiles of it if it was trained on tiles.
+    """
     images = []
     for file in files:
         colour = (255, 255, 255) if settings["padding"] == "white" else tuple(int(255 * m) for m in processor.image_mean)
@@ -53,9 +61,9 @@ def main(arguments=None):
     parser.add_argument("support", type=Path)
     parser.add_argument("queries", type=Path, nargs="+")
     options = parser.parse_args(arguments)
-    settings = json.loads((HERE / "ask_upstream.json").read_text(encoding="utf-8"))
+    settings = json.loads((FOLDER / "ask_upstream.json").read_text(encoding="utf-8"))
     tokenizer, model, processor, _ = load_pretrained_model(
-        str(HERE), options.base, HERE.name, device_map="auto" if options.device == "cuda" else None, device=options.device
+        str(FOLDER), options.base, FOLDER.name, device_map="auto" if options.device == "cuda" else None, device=options.device
     )
     model.eval()
     examples = [

@@ -1,7 +1,7 @@
 """Build the LLaVA base of an adapter that upstream trained on a bare language model (with its ``finetune_lora.sh``).
 
-The base consists of the language model, the projector that was trained with the adapter, and a vision tower. No large file is
-copied: the language model's files are linked, and the index lists them together with the projector's file.
+The base consists of the language model, the projector that was trained with the adapter, and a vision tower. No large
+file is copied: the language model's files are linked, and the index lists them together with the projector's file.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def find_language_model(name: str) -> Path | None:
 
 
 def build_base(language_model: Path, adapter: Path, folder: Path, tower: str | None) -> Checkpoint:
-    """Write a base in the original layout into ``folder``, from a language model and an adapter's config.json and projector.
+    """Write a base in the original layout into ``folder``. The config.json and the projector are the adapter's.
 
-    Raises AdapterError if the adapter has no projector, or was trained with new tokens whose embeddings upstream did not save.
-    Raises ModelError if the parts do not fit each other.
+    Raises AdapterError if the adapter has no projector, or was trained with new tokens whose embeddings upstream did
+    not save. Raises ModelError if the parts do not fit each other.
     """
     try:
         config = read_config(adapter)

@@ -71,7 +71,7 @@ def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str,
 
 
 def _check_supported(adapter: Adapter) -> None:
-    """Raises AdapterError if the adapter has anything that upstream's PEFT 0.7 cannot load: it loads plain LoRA of a single rank."""
+    """Raises AdapterError if upstream's PEFT 0.7 cannot load the adapter. It loads plain LoRA of a single rank."""
     config = adapter.config
     for feature, present in (
         ("DoRA", config.use_dora),
@@ -106,7 +106,8 @@ def _peft_config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
 def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy the base's config byte for byte: with another vocab_size upstream would silently skip the base's embedding.
 
-    Only ``model_type`` "llava", which old configs have, is replaced. Upstream's transformers loads it as Hugging Face's model and fails.
+    Only ``model_type`` "llava", which old configs have, is replaced. Upstream's transformers loads it as Hugging Face's
+    model and fails.
     """
     if checkpoint.raw.get("model_type") == "llava":
         write_json(folder / "config.json", {**checkpoint.raw, "model_type": "llava_llama"})
@@ -132,7 +133,9 @@ def _script_settings(run: Path, manifest: dict[str, Any], checkpoint: Checkpoint
 
 
 def _check_written(adapter: Adapter, folder: Path, checkpoint: Checkpoint) -> float:
-    """Read the written files and compare every product B @ A with the adapter's. Returns the largest relative difference.
+    """Read the written files and compare every product B @ A with the adapter's.
+
+    Returns the largest relative difference.
 
     This matters because upstream loads no adapter, and prints no warning, if the keys are wrong. Raises MergeError.
     """

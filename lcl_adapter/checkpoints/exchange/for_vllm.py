@@ -1,7 +1,7 @@
 """Export an adapter for vLLM: PEFT's files, the prompt as a chat template, and a script that starts the server.
 
-It follows vLLM 0.33: vllm/lora/peft_helper.py (config fields), vllm/lora/utils.py (names), vllm/config/lora.py (ranks), and the
-classes in vllm/model_executor/models/llava*.py that declare SupportsLoRA.
+It follows vLLM 0.33: vllm/lora/peft_helper.py (config fields), vllm/lora/utils.py (names), vllm/config/lora.py (ranks),
+and the classes in vllm/model_executor/models/llava*.py that declare SupportsLoRA.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
 
     name: the model name that vLLM serves the adapter under. images: the largest number of images in a request.
 
-    Raises AdapterError, with what to do instead, if vLLM cannot serve such an adapter. Raises RunError if ``out`` exists.
+    Raises AdapterError, with what to do instead, if vLLM cannot serve such an adapter. Raises RunError if ``out``
+    exists.
     """
     manifest = read_manifest(run)
     checkpoint = checkpoint_of(run, manifest, base)
@@ -84,7 +85,10 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
 
 
 def chat_template_of(checkpoint: Checkpoint, encoder: Encoder) -> str:
-    """The family's prompt as a chat template. It begins with the BOS token if the model was trained with it, because vLLM adds none."""
+    """The family's prompt as a chat template.
+
+    It begins with the BOS token if the model was trained with it, because vLLM adds none.
+    """
     family, tokenizer = family_of(checkpoint), checkpoint.tokenizer
     if not family.user:
         raise AdapterError(f"{checkpoint.folder}: this base has a chat template of its own; vLLM reads it from the base's folder.")

@@ -1,4 +1,4 @@
-"""Import an adapter that was trained by upstream LLaVA, or by plain PEFT on Hugging Face's layout, as a run of this project."""
+"""Import an adapter of upstream LLaVA, or of plain PEFT on Hugging Face's layout, as a run of this project."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ class UpstreamAdapter:
 def import_adapter(folder: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """Write ``out`` as a run, for eval, ask, merge and every other command.
 
-    If the adapter was trained on a bare language model, the LLaVA that it became is built in ``out/base``. Raises AdapterError
-    if the folder is no LoRA adapter, fits another base, or changes the vision tower. Raises RunError if ``out`` exists.
+    If the adapter was trained on a bare language model, the LLaVA that it became is built in ``out/base``. Raises
+    AdapterError if the folder is no LoRA adapter, fits another base, or changes the vision tower. Raises RunError if
+    ``out`` exists.
     """
     config = _read_config(folder)
     if out.exists():
@@ -124,9 +125,12 @@ def _to_peft(
 
 
 def _check_base_name(folder: Path, trained_on: str | None, checkpoint: Checkpoint) -> None:
-    """Compare the name of the base the adapter was trained on with the given base: a LLaVA and the Vicuna it was made of have equal widths.
+    """Compare the name of the base the adapter was trained on with the given base.
 
-    Raises AdapterError if the adapter was trained on a bare language model. Another name alone is only noted on the terminal.
+    The shapes alone do not show a wrong base, because a LLaVA and the Vicuna it was made of have equal widths.
+
+    Raises AdapterError if the adapter was trained on a bare language model. Another name alone is only noted on the
+    terminal.
     """
     if not trained_on or Path(trained_on).name == checkpoint.folder.name:
         return
@@ -170,8 +174,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def read_upstream(folder: Path, checkpoint: Checkpoint) -> UpstreamAdapter:
     """The tensors of an adapter folder, by this project's names.
 
-    Raises AdapterError if there are no weights, one of a layer's two matrices is missing, the vision tower was adapted, or a key
-    is unknown.
+    Raises AdapterError if there are no weights, one of a layer's two matrices is missing, the vision tower was adapted,
+    or a key is unknown.
     """
     adapter = UpstreamAdapter()
     for key, value in _read_tensors(folder).items():
@@ -229,7 +233,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_untrained(folder: Path, key: str, value: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Raises AdapterError if a weight differs from the base's. Upstream also saves weights it did not train, such as 1.6's image_newline."""
+    """Raises AdapterError if a weight differs from the base's.
+
+    Upstream also saves weights it did not train, such as 1.6's image_newline.
+    """
     name = key.removeprefix("base_model.model.")
     weight = checkpoint.weights.get(name)
     if weight is None or not torch.allclose(weight.read().float(), value.float(), atol=1e-3, rtol=1e-2):

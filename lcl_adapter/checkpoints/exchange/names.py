@@ -17,7 +17,10 @@ UPSTREAM_TARGETS = rf"model\.layers\.{LAYER}"
 
 
 def module_to_upstream(module: str) -> str:
-    """``model.language_model.layers.0.mlp.up_proj`` -> ``model.layers.0.mlp.up_proj``. Raises AdapterError for any other module."""
+    """``model.language_model.layers.0.mlp.up_proj`` -> ``model.layers.0.mlp.up_proj``.
+
+    Raises AdapterError for any other module.
+    """
     match = re.fullmatch(rf"{LAYER_PATHS}\.{LAYER}", module)
     if match is None:
         raise AdapterError(
