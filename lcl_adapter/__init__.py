@@ -7,7 +7,8 @@ Importing the package imports neither torch nor transformers. Each name below lo
     lcl.train("recipes/pocket.yaml", ["train.max_steps=100"])
     base, manifest = lcl.load_adapter("runs/pocket")
     predictor = lcl.Predictor(base)
-    support = predictor.prefill([lcl.support_turns([(lcl.Picture("whole.png"), "good"), (lcl.Picture("chip.png"), "chipped")])])
+    shown = [(lcl.Picture("whole.png"), "good"), (lcl.Picture("chip.png"), "chipped")]
+    support = predictor.prefill([lcl.support_turns(shown)])
     query = lcl.Turn("user", "Now, what is this?", lcl.Picture("query.png"))
     [reply] = predictor.ask(support, [lcl.Question(0, query, ("good", "chipped"))])
 

@@ -38,7 +38,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``, which is removed when the block ends. Raises RunError as :func:`whole_file`."""
+    """Yields an empty folder beside ``path``, which is removed when the block ends.
+
+    Raises RunError as :func:`whole_file`.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,7 +74,7 @@ def _saved_plan(partial: Path) -> Any:
 
 @contextmanager
 def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[Path]:
-    """Yields a partial folder that is renamed to ``path`` when the block succeeds. A partial folder of a stopped run is used again.
+    """Yields a partial folder that is renamed to ``path`` when the block succeeds. A stopped run's is used again.
 
     plan: describes the content; a partial folder with another plan is emptied first. needed: bytes that must be free.
     Raises RunError: ``path`` exists, the disk is too small or full, the path cannot be written.

@@ -26,7 +26,7 @@ EVERY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two files that train for minutes run first, one in each process, so that the suite does not end waiting for them."""
+    """The two files that train for minutes run first, one in each process, so that none runs alone at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_pocket"))
 
 

@@ -77,7 +77,10 @@ def striped(size: tuple[int, int]) -> Picture:
 
 @pytest.mark.parametrize(("family", "tiles"), [*((family, False) for family in EVERY), *((family, True) for family in TILED)])
 def test_golden_pixels(tiny_folder: Callable[[str], Path], family: str, tiles: bool) -> None:
-    """The tower's input for a square, a wide and a high picture: shapes, and a sample of the values. GOLDEN=write writes the files again."""
+    """The tower's input for a square, a wide and a high picture: shapes, and a sample of the values.
+
+    GOLDEN=write writes the files again.
+    """
     vision = VisionFeatures(load_base(BaseRef(str(tiny_folder(family)), device="cpu", tiles=tiles)))
     summary: dict[str, Any] = {}
     for size in ((64, 64), (50, 30), (30, 50)):
@@ -183,7 +186,9 @@ def test_no_text_may_contain_a_special_token(family: str, tiny_folder: Callable[
 
 @pytest.mark.parametrize("family", EVERY)
 def test_every_family_is_recognised_and_its_prompt_is_consistent(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    """Training ids equal inference ids, parts make up the whole, each picture has one image's tokens, only answers and end tokens are learned."""
+    """Training ids equal inference ids, parts make up the whole, each picture has one image's tokens, only answers and
+    end tokens are learned.
+    """
     base = load_base(str(tiny_folder(family)))
     assert base.family.name == {"qwen2-vl": "chat-template:qwen2_vl", "smolvlm": "chat-template:smolvlm"}.get(family, family)
     encoder = base.encoder()
@@ -213,7 +218,9 @@ def test_tiles_are_refused_where_the_model_has_none(pocket_tiny: Path) -> None:
 
 
 def test_published_models_have_the_tokens_of_their_papers() -> None:
-    """576 tokens an image for LLaVA-1.5, 256 for v1 and LCL, 729 and a line break for OneVision, up to 2,880 and its line breaks for NeXT."""
+    """576 tokens an image for LLaVA-1.5, 256 for v1 and LCL, 729 and a line break for OneVision, up to 2,880 and its
+    line breaks for NeXT.
+    """
 
     def config(kind: str, tower: str, side: int, patch: int, strategy: str) -> SimpleNamespace:
         vision = SimpleNamespace(image_size=side, patch_size=patch, model_type=tower)

@@ -1,4 +1,4 @@
-"""Both layouts: recognised by the folder itself; the same weights, hash and answers in either; weights that do not fit are refused."""
+"""Both layouts: recognised by the folder itself; the same weights, hash and answers in either; misfits are refused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,10 @@ def test_the_layout_is_recognised_by_the_folder(originals: dict[str, Path], conv
 def test_converting_there_and_back_gives_the_same_weights_and_hash(
     originals: dict[str, Path], converted: dict[str, Path], tmp_path: Path, version: str
 ) -> None:
-    """Bit by bit, with the original keys and types, except buffers that the model computes. So are the config's fields that upstream reads."""
+    """Bit by bit, with the original keys and types, except buffers that the model computes.
+
+    So are the config's fields that upstream reads.
+    """
     result = convert(str(converted[version]), tmp_path / "llava-back")
     assert (result["from"], result["to"], result["greedy_equal"]) == ("hf", "original", result["probes"])
     hashes = {opened(folder).hash() for folder in (originals[version], converted[version], tmp_path / "llava-back")}
@@ -372,7 +375,7 @@ def test_a_family_that_upstream_lacks_cannot_become_original(tmp_path: Path, fam
 
 
 def test_a_padded_vocabulary_is_the_same_base(converted: dict[str, Path], copied: Callable[..., Path], tmp_path: Path) -> None:
-    """llava-hf's embeddings have rows behind the image token's: the hash is the same, and upstream gets the vocabulary only."""
+    """llava-hf's embeddings have padding behind the image token: the hash is the same, upstream gets the vocabulary."""
     folder = copied("hf")
 
     def pad(state: dict[str, torch.Tensor]) -> None:
@@ -404,7 +407,10 @@ class Images(CLIPImageProcessorPil): pass
 def test_code_in_a_checkpoint_is_never_run(
     copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, kind: str | None
 ) -> None:
-    """Not for any part of a checkpoint, nor for a model_type that only this code defines. The user is not asked to allow it."""
+    """Not for any part of a checkpoint, nor for a model_type that only this code defines.
+
+    The user is not asked to allow it.
+    """
     folder, marker, questions = copied(layout), tmp_path / "ran", []
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
     own = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Model", "AutoModel": "own.Model"}

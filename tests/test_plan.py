@@ -1,4 +1,4 @@
-"""Forecasts against measured sizes, remedies, the refusal before training, precisions; and what inspect shows of a path."""
+"""Forecasts against measured sizes, remedies, the refusal before training, precisions, and descriptions of paths."""
 
 from __future__ import annotations
 

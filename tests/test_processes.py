@@ -1,4 +1,6 @@
-"""Training in several processes: the same rows in each step, the same loss; a killed process loses only the steps after the last checkpoint."""
+"""Training in several processes: the same rows in each step, the same loss; a killed process loses only the steps after
+the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,10 @@ def fsdp2_on_cpus() -> None:
 
 
 def zero3_on_cpus() -> None:
-    """DeepSpeed on CPUs. By default it neither shards small weights nor releases them once gathered; all weights here are small."""
+    """DeepSpeed on CPUs.
+
+    By default it neither shards small weights nor releases them once gathered; all weights here are small.
+    """
     os.environ |= {**zero3(), "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     import deepspeed
     from accelerate import DeepSpeedPlugin
@@ -169,7 +174,10 @@ def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, .
 
 
 def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
-    """Two processes with the environment of torchrun. They are forked from a server that has imported everything, to save time."""
+    """Two processes with the environment of torchrun.
+
+    They are forked from a server that has imported everything, to save time.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_processes"])
     with socket.socket() as free:
@@ -220,7 +228,10 @@ def recipe_file(pocket_tiny: Path, tmp_path: Path) -> Path:
 def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
     pocket_tiny: Path, tmp_path: Path, single: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One of two processes is killed after the first checkpoint and the run is resumed. Every loss and the adapter are those of a single process."""
+    """One of two processes is killed after the first checkpoint and the run is resumed.
+
+    Every loss and the adapter are those of a single process.
+    """
     file = recipe_file(pocket_tiny, tmp_path)
     first = launched(file)
     complete = tmp_path / "two" / "checkpoints" / "checkpoint-2" / trainer.COMPLETE

@@ -1,4 +1,6 @@
-"""Training: the loss equals the model's own, a resumed run equals an uninterrupted one, and a killed run leaves no incomplete adapter."""
+"""Training: the loss equals the model's own, a resumed run equals an uninterrupted one, and a killed run leaves no
+incomplete adapter.
+"""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def sentencepiece_model() -> bytes:
 
 
 def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: bool = False, shards: int = 1) -> Path:
-    """Write a random base in the original layout, and its vision tower in ``<folder>-tower``: keys and config fields as upstream writes them."""
+    """Write a random base in the original layout, with upstream's keys and fields; its tower is in ``<folder>-tower``."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,8 @@ def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: b
     if version.startswith("v1.6"):
         state["model.image_newline"] = random(64)
         state |= {f"model.vision_tower.vision_tower.{k}": v.half() for k, v in named.items()}
-    state["lm_head.weight"][3:259] = 0  # no byte token is ever generated: slow and fast tokenizers decode broken UTF-8 differently
+    # No byte token is ever generated: slow and fast tokenizers decode broken UTF-8 differently
+    state["lm_head.weight"][3:259] = 0
     keys = list(state)
     size = -(-len(keys) // shards)
     parts = [{key: state[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]

@@ -1,10 +1,11 @@
 """An adapter on disk: PEFT's own files, so that plain PEFT loads it, and a manifest that names the base it belongs to.
 
     adapter_config.json, adapter_model.safetensors   as PEFT writes them
-    lcl_adapter.json                                 base and its hash, family, prompt version, layout, classes, versions
+    lcl_adapter.json                                 base and its hash, family, prompt version, layout, versions
     recipe.yaml                                      the resolved recipe
 
-The manifest is written last and lists the files' hashes. A folder without it, or whose files have other hashes, is refused.
+The manifest is written last and lists the files' hashes. A folder without it, or whose files have other hashes, is
+refused.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
 
 
 def save_pissa_start(model: PeftModel, folder: Path) -> None:
-    """Save the initial weights of a PiSSA adapter, which :func:`save_peft` subtracts. A resumed run uses those of its first start."""
+    """Save the initial weights of a PiSSA adapter, which :func:`save_peft` subtracts.
+
+    A resumed run uses those of its first start.
+    """
     model.peft_config["default"].init_lora_weights = True  # the saved adapter is a plain LoRA
     if not (folder / "adapter_model.safetensors").exists():
         model.save_pretrained(folder, safe_serialization=True)
@@ -76,7 +80,10 @@ def save_pissa_start(model: PeftModel, folder: Path) -> None:
 
 
 def save_peft(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write PEFT's files. PiSSA changes the base's weights; that change is subtracted here (PEFT, `init_lora_weights`)."""
+    """Write PEFT's files.
+
+    PiSSA changes the base's weights; that change is subtracted here (PEFT, `init_lora_weights`).
+    """
     start = getattr(model, "pissa_start", None)
     options: dict[str, Any] = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
     if state is not None:
@@ -124,8 +131,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter attached, ready to predict; and the manifest.
 
-    base: replaces the manifest's values, for a base that has moved or another precision. Either layout works; the hash of
-    the weights must be the same.
+    base: replaces the manifest's values, for a base that has moved or another precision. Either layout works; the hash
+    of the weights must be the same.
 
     Raises AdapterError where the base is another one.
     """

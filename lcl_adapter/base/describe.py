@@ -1,4 +1,4 @@
-"""Describe what a path holds: a base in either layout, an adapter of this project, of upstream or of PEFT, a run, a vision tower."""
+"""Describe the content of a path: a base in either layout, an adapter, a run, or a vision tower."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Turns -> token ids, labels and positions, with placeholder tokens for every image.
 
 Three rules hold here: only learned answers have labels, training uses the same ids as inference, and nothing is cut.
-Several queries behind one support set share a row. Each query attends to the support set and to itself, and its positions
-restart after the support set, so the other queries do not influence it.
+Several queries behind one support set share a row. Each query attends to the support set and to itself, and its
+positions restart after the support set, so the other queries do not influence it.
 
 Shapes: B rows, T tokens of a row, X coordinates of a position (time, row, column).
 """
@@ -23,12 +23,16 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
 
 IGNORED = -100
-Position = int | tuple[int, int, int]  # an index, or (time, row, column) for models with rotary embeddings of images in three dimensions
+# An index, or (time, row, column) for models with rotary embeddings of images in three dimensions
+Position = int | tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row of T tokens, without padding. ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T."""
+    """One row of T tokens, without padding.
+
+    ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -71,12 +75,15 @@ class Encoder:
         return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token.strip()))
 
     def special_token_in(self, text: str) -> str | None:
-        """The first special token in a text. A user's text must contain none: it would be read as a part of the prompt's frame."""
+        """The first special token in a text.
+
+        A user's text must contain none: it would be read as a part of the prompt's frame.
+        """
         match = self._special_tokens.search(text)
         return match[0] if match else None
 
     def _refuse_special_tokens(self, turn: Turn) -> None:
-        """Raises DataError for a special token in a turn's text, or where ``<image>`` does not occur once for each picture."""
+        """Raises DataError for a special token in a turn's text, or another number of ``<image>`` than of pictures."""
         if turn.further and turn.text.count(IMAGE) != len(turn.pictures):
             raise DataError(f"the text {turn.text!r} has {turn.text.count(IMAGE)} {IMAGE}, its turn has {len(turn.pictures)} images.")
         token = self.special_token_in(turn.text.replace(IMAGE, " ") if turn.further else turn.text)
@@ -88,7 +95,10 @@ class Encoder:
         return len(self.image)
 
     def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
-        """Each token's position, and the position of the next token. An image with a grid advances by its longer side."""
+        """Each token's position, and the position of the next token.
+
+        An image with a grid advances by its longer side.
+        """
         if self.grid is None:
             return list(range(start, start + len(ids))), start + len(ids)
         rows, columns = self.grid
@@ -116,7 +126,8 @@ class Encoder:
         if first:
             ids, labels = self._encode(rendered)
             return self.bos + ids, [IGNORED] * len(self.bos) + labels
-        # A tokenizer can split the beginning of a text differently after other text: tokenise it behind the end token, then drop that.
+        # A tokenizer can split the beginning of a text differently after other text: tokenise it behind the end token,
+        # then drop that.
         shift = len(self.family.end)
         shifted = Rendered(self.family.end + rendered.text, tuple((a + shift, b + shift) for a, b in rendered.learned))
         ids, labels = self._encode(shifted)

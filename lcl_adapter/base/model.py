@@ -32,7 +32,8 @@ from lcl_adapter.terminal import console
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
-SMALL = 10**8  # bytes of a checkpoint; below it, returning freed tensors to the system costs more time than it saves memory
+# Bytes of a checkpoint; below it, returning freed tensors to the system costs more time than it saves memory
+SMALL = 10**8
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Base:
 
 
 def side_of(config: Any) -> int:
-    """The side in pixels of the square that a picture is resized to before the processor; 448 where the model accepts any size."""
+    """The side in pixels of the square that a picture is resized to; 448 where the model accepts any size."""
     side = getattr(config.vision_config, "image_size", None)
     return int(side) if side else 448
 
@@ -143,7 +144,8 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
     grid = None
     if isinstance(family, chat_template.ChatTemplate):
         image = tokenizer(family.expanded, add_special_tokens=False)["input_ids"]
-        if "mrope" in str(getattr(config.text_config, "rope_parameters", None)):  # positions of rows and columns, as in Qwen2-VL
+        # Positions of rows and columns, as in Qwen2-VL
+        if "mrope" in str(getattr(config.text_config, "rope_parameters", None)):
             side = math.isqrt(image.count(config.image_token_id))
             grid = (side, side)
     else:
@@ -246,7 +248,10 @@ def check_adapted(model: PeftModel) -> None:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{"vision tower" | "projector" | "language model": {"total", "trained"}}. A quantised weight is counted by its original shape."""
+    """{"vision tower" | "projector" | "language model": {"total", "trained"}}.
+
+    A quantised weight is counted by its original shape.
+    """
     table = {part: {"total": 0, "trained": 0} for part in ("vision tower", "projector", "language model")}
     llava = model.get_base_model() if isinstance(model, PeftModel) else model
     language = language_path(llava).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""``data index``: ranks the classes of a folder by their similarity in the base's vision tower, and writes ``neighbours.json``.
+"""``data index``: ranks classes by their similarity in the base's vision tower -> ``neighbours.json``.
 
 Similar classes make hard episodes, and a "neither" that is worth learning.
 
@@ -28,7 +28,7 @@ NEAREST = 16
 def index(folder: Path, base: BaseRef | str, out: Path | None = None) -> dict[str, Any]:
     """Rank every class's nearest classes and write them into the folder. Broken pictures are left out and counted.
 
-    Similarity is the cosine of class means of the mean patch, standardised over all pictures, as in the prototype baseline.
+    Similarity is the cosine of class means of the mean patch, standardised over all pictures (``prototypes``).
     Raises DataError: no folder, fewer than two classes, a class without a picture that can be read.
     """
     if not folder.is_dir() and out is None:

@@ -18,7 +18,7 @@ LAYERS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}  # bitsandbytes' classes 
 
 
 def choose_precision(config: Any, device: str, memory: int | None = None) -> tuple[Precision, str]:
-    """The precision that ``auto`` stands for, and the reason: the widest whose weights fit into ``memory`` with a third to spare.
+    """The precision that ``auto`` means, and why: the widest whose weights fit into ``memory`` with a third to spare.
 
     On a CPU that is fp32 where it fits. memory: bytes; the free memory of the device where None.
     """

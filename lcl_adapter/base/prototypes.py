@@ -28,7 +28,10 @@ def standardised(features_NC: torch.Tensor) -> torch.Tensor:
 
 
 def class_means(vectors_NC: torch.Tensor, class_N: Sequence[int]) -> torch.Tensor:
-    """The prototype of each class, [K, C]: its pictures' mean as a unit vector. class_N: each picture's class, from 0 to K - 1."""
+    """The prototype of each class, [K, C]: its pictures' mean as a unit vector.
+
+    class_N: each picture's class, from 0 to K - 1.
+    """
     owners_N = torch.tensor(class_N, device=vectors_NC.device)
     sums_KC = torch.zeros(max(class_N) + 1, vectors_NC.shape[1], device=vectors_NC.device).index_add_(0, owners_N, vectors_NC)
     return functional.normalize(sums_KC, dim=1)

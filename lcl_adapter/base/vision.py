@@ -44,9 +44,9 @@ def _projector_type(projector: Any) -> torch.dtype:
 
 
 def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """Padded to a square with the processor's mean colour, the image in the middle, as LLaVA-1.5 was trained (`image_aspect_ratio: pad`).
+    """Padded to a square with a colour, the image in the middle, as LLaVA-1.5 was trained (`image_aspect_ratio: pad`).
 
-    Otherwise the processor would crop both ends, and with them a defect near an edge; boxes would refer to another square.
+    Otherwise the processor would crop both ends and a defect near an edge, and boxes would refer to another square.
     """
     if image.width == image.height:
         return image
@@ -79,7 +79,10 @@ class VisionFeatures:
     """
 
     def __init__(self, base: Base, limit: int = 10**9, batch: int = BATCH, synchronised: bool = False) -> None:
-        """batch: pictures that go through the tower at a time. synchronised: each process holds a part of the tower, so all run it together."""
+        """batch: pictures that go through the tower at a time. limit: of the cache, in bytes.
+
+        synchronised: each process holds a part of the tower, so all run it together.
+        """
         self.base = base
         self.synchronised = synchronised
         self.limit = limit
@@ -89,7 +92,7 @@ class VisionFeatures:
         self.requested = self.computed = 0
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """Arguments of the model's ``get_image_features``, among them ``pixel_values``, from the base's own image processor.
+        """Arguments of the model's ``get_image_features``, from the base's own image processor.
 
         Pictures are padded to a square first. Raises DataError for a broken picture.
         """
@@ -144,11 +147,13 @@ class VisionFeatures:
         return torch.stack(features)
 
     def patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """:meth:`tower_features` with the tiles of a picture joined, [N, S * P, C]: compares pictures without the language model."""
+        """:meth:`tower_features` with a picture's tiles joined, [N, S * P, C]: compares pictures by the tower only."""
         return self.tower_features(pictures).flatten(1, 2)
 
     def projected_features(self, pictures: Sequence[Picture], noise: float = 0.0) -> dict[str, BaseModelOutputWithPooling]:
-        """``mm_encoder_outputs`` for the model's forward: [T, D] for each picture. Without noise, each distinct picture is projected once.
+        """``mm_encoder_outputs`` for the model's forward: [T, D] for each picture.
+
+        Without noise, each distinct picture is projected once.
 
         noise: Gaussian, in standard deviations of each feature over this batch. A tower that knows the training classes
         makes their episodes easier than those of a new class; noise compensates for that.
@@ -193,7 +198,7 @@ class VisionFeatures:
 
     @torch.no_grad()
     def _run_tower(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """[N, S, P, C] from the model's own feature code up to the projector, so that its choice of layers is not repeated here."""
+        """[N, S, P, C] from the model's own feature code, which includes its choice of layers, up to the projector."""
         arguments = self.pixels(pictures)
         if not self.base.own_projector:
             return self._run_vision_part(arguments, len(pictures))
@@ -229,5 +234,6 @@ class VisionFeatures:
             _, dropped = self.cache.popitem(last=False)
             self.bytes -= dropped.numel() * dropped.element_size()
         if size <= self.limit:
-            self.cache[replace(picture, data=None)] = features_SPC.clone()  # a key equal to the picture, without the file's bytes
+            # A key equal to the picture, without the file's bytes
+            self.cache[replace(picture, data=None)] = features_SPC.clone()
             self.bytes += size

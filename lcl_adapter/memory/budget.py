@@ -1,9 +1,11 @@
 """Formulas for the memory that a recipe needs, from configs alone, before any weight is loaded.
 
-They count parameters in their precision, the adapter with its gradients and optimiser, activations saved for the backward
-pass, the vision tower's batch, the head's logits, and the KV cache. ``benchmarks/plan.py`` compares them with measured peaks.
+They count parameters in their precision, the adapter with its gradients and optimiser, activations saved for the
+backward pass, the vision tower's batch, the head's logits, and the KV cache. ``benchmarks/plan.py`` compares them with
+measured peaks.
 
-Letters: d width of the language model, f width of its MLP, k width of keys or values. All results are bytes unless named otherwise.
+Letters: d width of the language model, f width of its MLP, k width of keys or values. All results are bytes unless
+named otherwise.
 """
 
 from __future__ import annotations
@@ -86,7 +88,10 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one step: rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture."""
+    """The work of one step.
+
+    Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture.
+    """
 
     rows: int
     tokens: int
@@ -117,8 +122,8 @@ def width(precision: Precision, device: str) -> int:
 def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
     """Bytes of the parameters by part.
 
-    nf4: half a byte a parameter, one byte for 64 parameters, and one fp32 value for 256 of those bytes. int8: one byte a
-    parameter, and one fp32 value for each output.
+    nf4: half a byte a parameter, one byte for 64 parameters, and one fp32 value for 256 of those bytes. int8: one byte
+    a parameter, and one fp32 value for each output.
     """
     size = width(precision, device)
     language = shape.language * size
@@ -135,7 +140,7 @@ def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
 
 
 def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
-    """The number of trained parameters: LoRA on q, k, v, o, gate, up and down, and the projector where it is trained."""
+    """The number of trained parameters: LoRA on all seven projections, and the projector where it is trained."""
     d, f, k = shape.d, shape.f, shape.k
     pair = 2 * (d + d) + 2 * (d + k) + 3 * (d + f)
     magnitudes = 2 * d + 2 * k + 2 * f + d if adapter.dora else 0
@@ -145,9 +150,9 @@ def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
 def layer_activations(shape: Shape, adapter: AdapterOptions, size: int) -> int:
     """Bytes for each token that one layer saves for its backward pass.
 
-    Saved are both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their product,
-    and seven LoRA products of the rank's width. In 16 bits the norms save an fp32 copy of their input, and so does every
-    LoRA, because the adapter is in fp32.
+    Saved are both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their
+    product, and seven LoRA products of the rank's width. In 16 bits the norms save an fp32 copy of their input, and so
+    does every LoRA, because the adapter is in fp32.
     """
     d, f, k = shape.d, shape.f, shape.k
     saved = size * (6 * d + 2 * k + 4 * f)
@@ -236,7 +241,10 @@ def cache(shape: Shape, size: int, tokens: int) -> int:
 
 
 def _loading(shape: Shape, precision: Precision, device: str) -> int:
-    """On a CPU the file stays mapped while its weights are converted to another type. On a GPU one tensor is loaded at a time."""
+    """On a CPU the file stays mapped while its weights are converted to another type.
+
+    On a GPU one tensor is loaded at a time.
+    """
     same = TYPES.get(precision) == shape.stored
     return 0 if same or device != "cpu" else (shape.language + shape.rest + shape.vision + shape.projector) * shape.stored.itemsize
 

@@ -1,4 +1,4 @@
-"""Forecast a recipe's memory from its own longest rows with the formulas of ``budget``, and find changes that make it fit."""
+"""Forecast a recipe's memory from its own longest rows (formulas: ``budget``), and propose changes that make it fit."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def available(device: str) -> int:
 
 
 def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
-    """Forecasts for training, evaluation and serving; whether training fits into ``memory``; and remedies where it does not.
+    """Forecasts for training, evaluation and serving; whether training fits into ``memory``; remedies where not.
 
     memory: bytes; the device's free memory where None. No weights are loaded.
     Raises RecipeError, DataError, ModelError as training does.
@@ -245,7 +245,10 @@ class _Clock(TrainerCallback):
 
 
 def probe(recipe: Recipe, mixture: Mixture | None = None) -> dict[str, float]:
-    """Load the base and train three steps in a temporary folder. Returns seconds per step without the first, and the peak bytes on a GPU."""
+    """Load the base and train three steps in a temporary folder.
+
+    Returns seconds per step without the first, and the peak bytes on a GPU.
+    """
     scratch = Path(tempfile.mkdtemp())
     try:
         short = _with(recipe, train={"max_steps": 3, "save_steps": 1000}).model_copy(update={"output": scratch / "run"})

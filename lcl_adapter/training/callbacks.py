@@ -21,7 +21,10 @@ from lcl_adapter.training.collate import collate
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes one JSON line for every logged step. When a run is resumed, the lines after its checkpoint are removed first."""
+    """Writes one JSON line for every logged step.
+
+    When a run is resumed, the lines after its checkpoint are removed first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,9 +69,10 @@ class BarCallback(TrainerCallback):
 
 
 class LongestFirst(TrainerCallback):
-    """Runs a batch of the longest row forward and backward before the first step, so that a lack of memory shows in the first minute.
+    """Runs a batch of the longest row forward and backward before the first step.
 
-    It leaves no trace: gradients are dropped, random states and counters are restored.
+    A lack of memory then shows in the first minute. It leaves no trace: gradients are dropped, random states and
+    counters are restored.
 
     row: the longest row. pad: the id that rows are padded with. loss: the trainer's ``compute_loss``.
     Raises RunError where the row does not fit the device's memory.

@@ -1,4 +1,4 @@
-"""The figures of a training run: counting rows, tokens, images, faults and seconds; the start's printout; the manifest's facts."""
+"""Figures of a training run: counts of rows, tokens, images, faults and seconds; the manifest's facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRESS = "progress.json"
 
 @dataclass
 class Tally:
-    """Counts of the whole run, continued when it is resumed: seconds, images, faults, and each source's rows and tokens.
+    """Counts of the whole run, which continue when it is resumed.
 
     earlier: the counts of the run before it was resumed. sources: rows, tokens and learned tokens of each source.
     """
@@ -34,7 +34,10 @@ class Tally:
 
     @classmethod
     def resumed(cls, checkpoint: Path) -> Tally:
-        """The tally saved with a checkpoint. Its faults and sources continue in the first process only, so that they count once."""
+        """The tally saved with a checkpoint.
+
+        Its faults and sources continue in the first process only, so that they count once.
+        """
         saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         earlier = {name: saved[name] for name in ("seconds", "shown", "computed")}
         return cls(earlier, Counter(saved["faults"]), saved["sources"]) if processes.is_first() else cls(earlier)

@@ -66,9 +66,10 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
 
 @dataclass
 class Collator:
-    """Indices of the mixture -> a batch. A conversation with a bad picture or text is replaced by another of its source.
+    """Indices of the mixture -> a batch.
 
-    The batch lists such faults, and counts (source, tokens, learned tokens) of its rows.
+    A conversation with a bad picture or text is replaced by another of its source. The batch lists such faults, and
+    counts (source, tokens, learned tokens) of its rows.
     check: opens a picture or raises DataError. on_fault: "refuse" stops the run at such an error.
     """
 
@@ -98,7 +99,10 @@ class Collator:
         return self.usable(index, faults)[1]
 
     def usable(self, index: int, faults: list[str] | None = None) -> tuple[Conversation, Encoded]:
-        """The conversation at ``index`` and its row, or the first replacement from the same source without a fault. Raises as :meth:`row`."""
+        """The conversation at ``index`` and its row, or the first replacement from the same source without a fault.
+
+        Raises as :meth:`row`.
+        """
         for attempt in range(ATTEMPTS):
             try:
                 conversation = self.conversation(index, attempt)
@@ -125,9 +129,10 @@ class Collator:
 
 
 class BucketedOrder(Sampler[int]):
-    """Indices in batches of similar length: ``window`` batches at a time are sorted by length, then the batches are shuffled.
+    """Indices in batches of similar length.
 
-    The order depends on the seed and the number of the window only, so a resumed run has the same batches.
+    ``window`` batches at a time are sorted by length, then the batches are shuffled. The order depends on the seed and
+    the number of the window only, so a resumed run has the same batches.
     """
 
     def __init__(self, collator: Collator, total: int, batch: int, window: int, seed: int) -> None:

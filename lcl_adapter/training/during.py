@@ -1,6 +1,6 @@
 """Measure some suites every few steps of a training, and save the best checkpoint that passes the retention gate.
 
-The evaluation at the end decides whether the run passes the gate. Where it does not, the saved checkpoint can be used instead.
+The evaluation at the end decides whether the run passes the gate. If not, the saved checkpoint can be used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Save = Callable[[Path, Mapping[str, Any]], None]  # (folder, further facts of th
 
 
 class MeasureDuring(TrainerCallback):
-    """Every ``evaluate.every`` steps: measures ``evaluate.watched`` with the current adapter, beside the base's figures.
+    """Measures the suites ``evaluate.watched`` every ``evaluate.every`` steps, with the adapter and the base.
 
     ``watched.json`` has all figures. ``best/`` is the adapter with the highest mean among those that passed the gate.
     """

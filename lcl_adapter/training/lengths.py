@@ -78,7 +78,7 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
 
 
 def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
-    """Options that draw the longest episodes: the most shots and ways, once for each form and for each language of it."""
+    """Options that draw the longest episodes: the most shots and ways, once for each form and language."""
     shots = {"shots": [max(options.shots)]}
     changes: list[dict[str, Any]] = []
     if isinstance(options, InspectionOptions):

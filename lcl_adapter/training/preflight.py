@@ -1,4 +1,4 @@
-"""``data check``: opens every file that a recipe names and reports every fault with its place, before a training starts."""
+"""``data check``: opens every file that a recipe names and reports every fault with its place, before training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Faults = list[tuple[str, Fault]]  # (source, fault)
 def check(recipe: Recipe) -> dict[str, Any]:
     """All faults of a recipe's data, with counts, realised shares and the longest rows.
 
-    Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": [...]}.
+    Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": []}.
     """
     recipe = _counting_faults(recipe)
     faults: Faults = []
@@ -126,7 +126,10 @@ def _open_pairs(name: str, suite: ImageNet100Suite, faults: Faults) -> ClassPool
 
 
 def _open_pictures(name: str, pool: Pool, opened: set[str], faults: Faults) -> dict[str, Any]:
-    """Open every picture, mask and box of a pool, except those in ``opened``, which it extends. Returns the pool's counts."""
+    """Open every picture, mask and box of a pool, except those in ``opened``, which it extends.
+
+    Returns the pool's counts.
+    """
     checks: dict[str, Check] = {}
     for origin, picture in _pictures(pool):
         checks.setdefault(str(picture), (origin, picture, None))
@@ -192,7 +195,10 @@ def _regions(pool: Pool) -> Iterator[Region]:
 
 
 def _lengths(recipe: Recipe, mixture: Mixture, faults: Faults) -> dict[str, Any]:
-    """The longest row of each source and the base's context, in tokens. Rows that do not fit are added to ``faults``."""
+    """The longest row of each source and the base's context, in tokens.
+
+    Rows that do not fit are added to ``faults``.
+    """
     collator = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault="skip")
     too_long: list[str] = []
     source_lengths = check_rows(collator, too_long).lengths

@@ -32,7 +32,7 @@ def refuse_unsupported(recipe: Recipe) -> None:
 
 
 def mixed_precision(precision: str) -> dict[str, bool]:
-    """SFTConfig's ``bf16`` and ``fp16``, which only DeepSpeed needs: it then holds fp32 copies of the trained weights."""
+    """SFTConfig's ``bf16`` and ``fp16``, which only DeepSpeed needs: it then holds fp32 copies of trained weights."""
     return {"bf16": processes.uses_deepspeed() and precision == "bf16", "fp16": processes.uses_deepspeed() and precision == "fp16"}
 
 

@@ -65,7 +65,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         save_strategy="steps",
         report_to="none",
         disable_tqdm=True,
-        **sharding.mixed_precision(recipe.precision),  # otherwise the base is in its precision and the adapter in fp32, without autocast
+        # Otherwise the base is in its precision and the adapter in fp32, without autocast
+        **sharding.mixed_precision(recipe.precision),
         use_cpu=processes.default_device() == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
@@ -73,7 +74,10 @@ def sft_config(recipe: Recipe) -> SFTConfig:
 
 
 class LclTrainer(SFTTrainer):
-    """SFTTrainer on episodes. ``collator`` reads the mixture by index; ``vision`` caches the frozen features; ``total`` rows are trained on."""
+    """SFTTrainer on episodes.
+
+    ``collator`` reads the mixture by index; ``vision`` caches the frozen features; ``total`` rows are trained on.
+    """
 
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
@@ -92,10 +96,12 @@ class LclTrainer(SFTTrainer):
         base.llava.register_forward_pre_hook(self._add_picture_features, with_kwargs=True)
         base.llava.register_forward_hook(self._add_zero_term)
         for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL casts these to bf16 on a quantised base: slow on a CPU, and imprecise for Adam
+            # TRL casts these to bf16 on a quantised base: slow on a CPU, and imprecise for Adam
+            if parameter.requires_grad:
                 parameter.data = parameter.data.to(base.dtype if processes.uses_deepspeed() else torch.float32)
         if processes.sharded():
-            base.llava.enable_input_require_grads()  # the backward of layers in the same order, with or without pictures
+            # The backward of layers in the same order, with or without pictures
+            base.llava.enable_input_require_grads()
         if processes.uses_deepspeed():
             sharding.shard_weights(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
@@ -119,7 +125,10 @@ class LclTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_picture_features(self, _: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the model's forward: replaces ``pictures`` by their features. Inside it, sharded weights are gathered."""
+        """Before the model's forward: replaces ``pictures`` by their features.
+
+        Inside it, sharded weights are gathered.
+        """
         if "pictures" in options:
             pictures = options.pop("pictures")
             if pictures:
@@ -129,7 +138,10 @@ class LclTrainer(SFTTrainer):
         return args, options
 
     def _add_zero_term(self, _: Any, args: tuple[Any, ...], outputs: Any) -> Any:
-        """After the forward of a batch without pictures: adds the zero to the logits, so that the tower's pass is part of the graph."""
+        """After the forward of a batch without pictures: adds the zero to the logits.
+
+        The pass through the tower is then a part of the graph.
+        """
         if self.zero_term is not None:
             outputs.logits = outputs.logits + self.zero_term.to(outputs.logits.dtype)
             self.zero_term = None
@@ -183,7 +195,9 @@ CallbackFactory = Callable[[Base, Save], TrainerCallback]
 
 
 def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
-    """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts. A complete run is not trained again.
+    """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts.
+
+    A complete run is not trained again.
 
     make_callback: creates a callback that measures during the run, from the base and a function that saves the current
     adapter. mixture: the recipe's, where the caller has opened it.
@@ -203,7 +217,8 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
     total = mixture.total
-    rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))  # before any weight is loaded
+    # Before any weight is loaded.
+    rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
     base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else None)), recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
@@ -221,7 +236,8 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
-    if not processes.uses_deepspeed():  # DeepSpeed's backward belongs to its engine, which would accumulate the gradients of this trial
+    # DeepSpeed's backward belongs to its engine, which would accumulate the gradients of this trial
+    if not processes.uses_deepspeed():
         trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
@@ -276,7 +292,7 @@ def _in_first_process(work: Callable[[], Any]) -> Any:
 
 
 def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
-    """Raises RunError where a run is resumed with another recipe or other data than it started with; lists the differences."""
+    """Raises RunError where a resumed run has another recipe or other data than at its start."""
     original = load(recipe.output / "recipe.yaml")
     changed = [
         key

@@ -25,7 +25,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Family:
-    """A prompt format and its padding. The learned text is the answer and ``end``, so that the model also learns to stop.
+    """A prompt format and its padding. Learned are the answer and ``end``, so that the model also learns to stop.
 
     matches: whether a config and a tokenizer belong to this family.
     system: the text before the first turn. user: a user turn, with {image} and {text}. answer: an answer, with {text}.
@@ -70,7 +70,7 @@ class Family:
         return Rendered(text + self.assistant if opened else text, tuple(learned))
 
     def chat_template(self, image_token: str = IMAGE) -> str:
-        """The same prompt as a Jinja template, for transformers and vLLM; without the begin token, which tokenizers add."""
+        """The same prompt as a Jinja template, for transformers and vLLM. Tokenizers add the begin token."""
 
         def printed(text: str) -> str:
             return "{{ " + repr(text) + " }}" if text else ""

@@ -1,7 +1,8 @@
 """A family for any image-text model of transformers whose checkpoint has a chat template: that template is the prompt.
 
-The template must accept one ``{"type": "image"}`` part in a turn and write an end token behind every answer. The text of
-a conversation must begin with the text of its first turns. ``encoder.check_alignment`` refuses a template that differs.
+The template must accept one ``{"type": "image"}`` part in a turn and write an end token behind every answer. The text
+of a conversation must begin with the text of its first turns. ``encoder.check_alignment`` refuses a template that
+differs.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ ANSWER = Turn("assistant", "a")
 
 @dataclass(frozen=True)
 class ChatTemplate(Family):
-    """A family read from a checkpoint. placeholder: the template's text of an image. expanded: the processor's tokens of an image."""
+    """A family read from a checkpoint.
+
+    placeholder: the template's text of an image. expanded: the processor's tokens of an image.
+    """
 
     template: Callable[..., str] = lambda *_: ""
     placeholder: str = IMAGE
     expanded: str = IMAGE
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
-        """As :meth:`Family.render`. Turns that are not first are rendered behind a short exchange, whose text is cut off again."""
+        """As :meth:`Family.render`.
+
+        Turns that are not first are rendered behind a short exchange, whose text is cut off again.
+        """
         before = [] if first else [QUESTION, ANSWER]
         cut = len(self._closed(before)) if before else 0
         learned = []
@@ -125,7 +132,10 @@ def _template_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _expanded(checkpoint: Checkpoint, side: int) -> str:
-    """The text that replaces one image's placeholder, by the processor's own code. Its video part, which needs torchvision, is not loaded."""
+    """The text that replaces one image's placeholder, by the processor's own code.
+
+    Its video part, which needs torchvision, is not loaded.
+    """
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     configs = [*(_json(checkpoint.folder / name) for name in files), checkpoint.raw]
     class_name = next((name for config in configs if (name := config.get("processor_class"))), None)

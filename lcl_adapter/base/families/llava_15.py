@@ -1,4 +1,7 @@
-"""LLaVA-1.5 on Vicuna: upstream's ``vicuna_v1`` conversation (llava/conversation.py). Pictures are padded with the mean colour."""
+"""LLaVA-1.5 on Vicuna: upstream's ``vicuna_v1`` conversation (llava/conversation.py).
+
+Pictures are padded with the mean colour.
+"""
 
 from __future__ import annotations
 

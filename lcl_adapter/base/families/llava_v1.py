@@ -1,8 +1,8 @@
 """LLaVA v1 and the published LCL model: LLaVA-1.5's conversation, each image between two extra tokens, white padding.
 
 It is recognised by its linear projector. Hugging Face's LLaVA has two layers; for v1 the second is the identity.
-LCL pads with white (mllm/dataset/utils/transform.py of isekai-portal/Link-Context-Learning). v1 itself crops, which would
-lose the edges of a picture.
+LCL pads with white (mllm/dataset/utils/transform.py of isekai-portal/Link-Context-Learning). v1 itself crops, which
+would lose the edges of a picture.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A base on disk in either layout. Its weights are known by the model's own names and read one at a time.
 
-original          haotian-liu's: `mm_vision_tower` in config.json; the vision tower is a folder of its own (inside in 1.6)
+original          haotian-liu's: `mm_vision_tower` in config.json; the vision tower is another folder (inside in 1.6)
 hugging face      transformers': `vision_config` in config.json
 """
 
@@ -39,7 +39,10 @@ FLOAT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of the model. ``stored`` is its tensor on disk, None where the weight is computed; ``read`` gives its value."""
+    """One weight of the model.
+
+    ``stored`` is its tensor on disk, None where the weight is computed; ``read`` gives its value.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,7 +76,8 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             # AutoTokenizer reads model_type `llava` as another model and gives wrong ids.
             extra = {"image_token": V1_IMAGE_TOKENS[0] if self.raw.get("mm_use_im_start_end") else "<image>"}
-            sentencepiece = (self.folder / "tokenizer.model").exists()  # a Llama 3 has none, and LlamaTokenizer would misread it
+            # A Llama 3 has none, and LlamaTokenizer would misread it
+            sentencepiece = (self.folder / "tokenizer.model").exists()
             tokenizer_class = LlamaTokenizer if sentencepiece else PreTrainedTokenizerFast
             tokenizer = tokenizer_class.from_pretrained(self.folder, extra_special_tokens=extra)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -86,7 +90,10 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Any:
-        """The config as Hugging Face's class, in either layout. Raises ModelError where that class cannot represent it."""
+        """The config as Hugging Face's class, in either layout.
+
+        Raises ModelError where that class cannot represent it.
+        """
         if self.layout == "hf":
             try:
                 return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
@@ -114,7 +121,10 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
-        """The tensors in the folder itself, by the model's names. Raises ModelError for a key of another layout or model."""
+        """The tensors in the folder itself, by the model's names.
+
+        Raises ModelError for a key of another layout or model.
+        """
         on_disk = tensors_in_folder(self.folder)
         llava = self.layout == "original" or str(self.raw.get("model_type")).startswith("llava")
         layouts = {_layout_of_key(key) for key in on_disk} - {None} if llava else set()
@@ -159,12 +169,13 @@ class Checkpoint:
         return BaseRef(str(self.folder), tower=None if self.tower is None else str(self.tower))
 
     def hash(self) -> str:
-        """Tells one base from another. The hash is over shapes and edges of all weights, equal in both layouts, any sharding and any type.
+        """Identifies a base by shapes and edges of all weights. Equal in both layouts, any sharding and any type.
 
         Of the embedding and the head only the first row is hashed, because the layouts add different numbers of rows.
         """
         if str(self.raw.get("model_type")) not in configs.LLAVA_TYPES and self.layout == "hf":
-            # transformers converts some of these weights when it reads them, so the tensors on disk are hashed by their own keys.
+            # transformers converts some of these weights when it reads them, so the tensors on disk are hashed by their
+            # own keys.
             return combined_hash({key: stored.fingerprint() for key, stored in tensors_in_folder(self.folder).items()})
         skipped, first_row_only = self._v1_second_layer, {keys.EMBEDDING, keys.HEAD}
         fingerprints = {
@@ -204,7 +215,7 @@ class Checkpoint:
         return weights
 
     def _computed_weights(self, weights: dict[str, Weight]) -> dict[str, Weight]:
-        """Weights that Hugging Face's class has and the original layout does not store: rows of added tokens, v1's second layer."""
+        """Weights that the original layout does not store: rows of added tokens, v1's second projector layer."""
         computed = {}
         for name in (keys.EMBEDDING, keys.HEAD):
             if name in weights and weights[name].shape[0] < self._vocabulary_rows:
@@ -242,7 +253,10 @@ class Checkpoint:
 
 
 def _with_added_rows(weight: Weight, rows: int, unknown_token: int) -> Weight:
-    """Extended to ``rows`` rows for added tokens. The new rows equal the unknown token's: the model never reads or prefers them."""
+    """Extended to ``rows`` rows for added tokens.
+
+    The new rows equal the unknown token's: the model never reads or prefers them.
+    """
 
     def read() -> torch.Tensor:
         value = weight.read()
@@ -269,7 +283,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def layout_of(raw: dict[str, Any]) -> Layout | None:
-    """The layout by the fields of a config, because ``model_type`` differs between upstream's versions. None for neither."""
+    """The layout by the fields of a config, because ``model_type`` differs between upstream's versions.
+
+    None for neither.
+    """
     if raw.get("mm_vision_tower") and "vision_config" not in raw:
         return "original"
     return "hf" if "vision_config" in raw else None
@@ -316,7 +333,10 @@ def open_checkpoint(base: BaseRef | str) -> Checkpoint:
 
 
 def _find_tower(folder: Path, named: str, given: str | None) -> Path:
-    """The vision tower's folder: ``given`` by the user, else ``named`` by the config or beside the base. Raises ModelError."""
+    """The vision tower's folder: ``given`` by the user, else ``named`` by the config or next to the base.
+
+    Raises ModelError where there is none.
+    """
     beside = [str(folder / "vision_tower"), str(folder / named), str(folder.parent / Path(named).name)]
     for candidate in [given] if given else [named, *beside]:
         if (Path(candidate).expanduser() / "config.json").exists():

@@ -77,7 +77,9 @@ def from_original(raw: dict[str, Any], vision: CLIPVisionConfig, rows: int, imag
 
 
 def to_original(config: Any, tower: str, rows: int, family: str) -> dict[str, Any]:
-    """Hugging Face's config as upstream's fields. tower: the value of ``mm_vision_tower``. rows: of the embedding that is written.
+    """Hugging Face's config as upstream's fields.
+
+    tower: the value of ``mm_vision_tower``. rows: of the embedding that is written.
 
     Raises ModelError for a language model that upstream has no class for.
     """

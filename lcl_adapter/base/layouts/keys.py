@@ -1,4 +1,6 @@
-"""Names of weights: the original layout's, Hugging Face's on disk, and the model's own (transformers 5), which the rest of this package uses.
+"""Names of weights: the original layout's, Hugging Face's on disk, and the model's own (transformers 5).
+
+The rest of this package uses the model's own.
 
     original (haotian-liu/LLaVA)                      the model's own
     model.{embed_tokens,layers.N,norm}                model.language_model.…
@@ -7,8 +9,9 @@
     model.image_newline                               model.image_newline
     model.vision_tower.vision_tower.vision_model.…    model.vision_tower.…
 
-In Hugging Face's layout the names on disk depend on the version that wrote them, so transformers' own renaming rules read
-them. The names that are written are those of the published llava-hf checkpoints, which every version and vLLM read.
+In Hugging Face's layout the names on disk depend on the version that wrote them, so transformers' own renaming rules
+read them. The names that are written are those of the published llava-hf checkpoints, which every version and vLLM
+read.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ PROJECTOR = "model.multi_modal_projector."
 TOWER = "model.vision_tower."
 LANGUAGE = "model.language_model."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # buffers that older versions saved; the model computes them
+# Buffers that older versions saved; the model computes them
+DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -51,7 +55,10 @@ def language_path(model: nn.Module) -> str:
 
 
 def from_hugging_face(keys: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """Key on disk -> the model's own name, by transformers' rules. Keys that it converts instead of renaming are left out."""
+    """Key on disk -> the model's own name, by transformers' rules.
+
+    Keys that it converts instead of renaming are left out.
+    """
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]

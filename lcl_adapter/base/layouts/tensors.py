@@ -1,9 +1,9 @@
-"""Weights on disk: safetensors files and pickles are read some rows at a time, safetensors files are written tensor by tensor.
+"""Weights on disk: safetensors files and pickles are read in blocks of rows; safetensors files are written so too.
 
-A whole file is never in memory. Reading goes through ``safetensors.safe_open``, which maps the file. It is opened anew for
-every read, so that the pages of one read are released before the next, and a file that was cut short is refused by
-its header instead of ending the process. Writing is done here, because the library's writer needs all tensors at once;
-the format is eight bytes of header length, a JSON header, raw bytes.
+A whole file is never in memory. Reading uses ``safetensors.safe_open``, which maps the file. The file is opened again
+for every read: the pages of one read are then released before the next, and a file that was cut short is refused by its
+header instead of ending the process. Writing is done here, because the library's writer needs all tensors at once. The
+format is eight bytes of header length, a JSON header, and raw bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ TYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-BLOCK = 1 << 21  # values processed at a time; small enough that the allocator reuses the memory instead of mapping new pages
+# Values processed at a time; small enough that the allocator reuses the memory instead of mapping new pages
+BLOCK = 1 << 21
 EDGE = 1024  # values at each end of a tensor that its fingerprint is made of
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: its file, its key there, its type and shape. ``position``: its place among the file's tensors by offset."""
+    """A tensor on disk: its file, its key there, its type and shape.
+
+    position: its place among the file's tensors, by offset; 0 in a pickle.
+    """
 
     file: Path
     key: str
@@ -81,7 +85,7 @@ class StoredTensor:
             return rows[first - first_row * row_size : last - first_row * row_size].clone()
 
     def fingerprint(self, rows: int | None = None) -> bytes:
-        """Shape and the values at both ends, rounded to fp16: tells one checkpoint's tensor from another's, in any stored type.
+        """Identifies a tensor by its shape and the values at both ends, rounded to fp16: equal for any stored type.
 
         rows: reads the first rows only.
         """
@@ -110,8 +114,8 @@ def _row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 def tensors_in_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, by its key on disk.
 
-    Raises ModelError: no weights; an index that names a missing file or one outside the folder; a file that was cut short;
-    a key in two files, or in none; a pickle that holds anything but tensors.
+    Raises ModelError: no weights; an index that names a missing file or one outside the folder; a file that was cut
+    short; a key in two files, or in none; a pickle that holds anything but tensors.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
@@ -181,11 +185,15 @@ def tensors_in_file(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-_OPEN_PICKLE: dict[Path, tuple[float, dict[str, torch.Tensor]]] = {}  # the last one that was read, with its time of modification
+# The last one that was read, with its time of modification
+_OPEN_PICKLE: dict[Path, tuple[float, dict[str, torch.Tensor]]] = {}
 
 
 def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, mapped and not read. The last file stays open. Raises ModelError where it holds anything else."""
+    """The tensors of a pickle, mapped and not read.
+
+    The last file stays open. Raises ModelError where it holds anything else.
+    """
     modified = file.stat().st_mtime
     if _OPEN_PICKLE.get(file, (None,))[0] != modified:
         _OPEN_PICKLE.clear()

@@ -1,4 +1,4 @@
-"""Write a checkpoint in either layout, shard by shard: another checkpoint's weights, changed or not, and its other files."""
+"""Write a checkpoint in either layout, shard by shard, from another one: its weights, changed or not, and its files."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ class PromptFormat(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Writes ``source`` in layout ``to``. ``changes`` maps the model's names of weights to a function that computes the new rows.
+    """Writes ``source`` in layout ``to``.
 
-    dtype: of every weight; None leaves each weight its own type. tower: the value of ``mm_vision_tower`` in an original
-    config; None writes the tower's weights into a folder beside the others. family: the base's family by name.
-    chat_template: the family's prompt as Jinja.
+    changes: the model's name of a weight -> a function that computes its new rows.
+    dtype: of every weight; None leaves each weight its own type.
+    tower: the value of ``mm_vision_tower`` in an original config; None writes the tower into a folder of its own.
+    family: the base's family by name. chat_template: the family's prompt as Jinja.
     """
 
     source: Checkpoint
@@ -73,7 +74,7 @@ class CheckpointWriter:
     ) -> CheckpointWriter:
         """A writer into ``out``.
 
-        Raises ModelError for a family that does not exist in the other layout, or a folder name that upstream would misread.
+        Raises ModelError for a family without the other layout, or a folder name that upstream would misread.
         """
         if to != source.layout and not family.both_layouts:
             raise ModelError(f"base {source.folder}: a {family.name} model has no layout of haotian-liu's; write Hugging Face's (--to hf).")
@@ -121,7 +122,10 @@ class CheckpointWriter:
 
     @cached_property
     def tower_shards(self) -> Shards | None:
-        """The vision tower in a folder of its own, where no tower was named. Upstream reads it from there first, in 1.6 too."""
+        """The vision tower in a folder of its own, where no tower was named.
+
+        Upstream reads it from there first, in 1.6 too.
+        """
         if self.to != "original" or self.same_layout or self.tower is not None:
             return None
         names = [name for name in self.source.weights if name.startswith(keys.TOWER)]
@@ -170,7 +174,7 @@ class CheckpointWriter:
         return len(written)
 
     def ref(self, folder: Path) -> BaseRef | None:
-        """A reference to the checkpoint in ``folder``; None where its vision tower was named and is not on this machine."""
+        """A reference to the checkpoint in ``folder``; None where its vision tower is not on this machine."""
         tower = self._tower_folder(folder)
         if self.to == "hf":
             return BaseRef(str(folder))
@@ -187,7 +191,10 @@ class CheckpointWriter:
             return None
 
     def write(self, folder: Path, final: Path, resume: bool = True) -> Iterator[int]:
-        """Write everything into ``folder``, which will be renamed to ``final``; yields bytes as they are written. Raises RunError, ModelError."""
+        """Write everything into ``folder``, which will be renamed to ``final``; yields bytes as they are written.
+
+        Raises RunError, ModelError.
+        """
         if self.same_layout:
             copy_other_files(self.source.folder, folder, self.dtype)
         else:
@@ -199,7 +206,10 @@ class CheckpointWriter:
                 yield size
 
     def write_other_files(self, folder: Path, final: Path) -> None:
-        """Config, tokenizer and processor in the other layout. Raises ModelError for what that layout cannot represent."""
+        """Config, tokenizer and processor in the other layout.
+
+        Raises ModelError for what that layout cannot represent.
+        """
         if self.to == "hf":
             self._write_hf_files(folder)
         else:
@@ -260,7 +270,7 @@ class CheckpointWriter:
 
     @property
     def _embedding_rows(self) -> int:
-        """Rows of the embedding in the original layout: without the image token, which upstream never reads, and the padding behind it."""
+        """Rows of the embedding in the original layout: those before the image token, which upstream never reads."""
         rows = self.source.weights[keys.EMBEDDING].shape[0]
         return rows if self.family == "llava-v1" else min(rows, self.source.config.image_token_id)
 
@@ -286,7 +296,8 @@ class CheckpointWriter:
                 yield from row_blocks(self._merged_layer(name))
                 return
             remaining = shape[0] if shape else 1
-            for block in self._rows_of(name):  # runs to its end even where rows are dropped: a change records its effect there
+            # Runs to its end even where rows are dropped: a change records its effect there
+            for block in self._rows_of(name):
                 if remaining > 0:
                     yield block[:remaining] if block.ndim else block
                     remaining -= len(block) if block.ndim else 1
@@ -298,7 +309,10 @@ class CheckpointWriter:
         return self.to == "original" and name.startswith(keys.PROJECTOR + "linear_1") and self._linear
 
     def _merged_layer(self, name: str) -> torch.Tensor:
-        """v1's projector has one layer. Two linear layers without an activation between them equal one, their product."""
+        """v1's projector has one layer.
+
+        Two linear layers without an activation between them equal one, their product.
+        """
         parts = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
         w1, b1, w2, b2 = (torch.cat(list(self._rows_of(keys.PROJECTOR + part))).double() for part in parts)
         return (w2 @ w1 if name.endswith("weight") else w2 @ b1 + b2).float()
@@ -315,7 +329,10 @@ class CheckpointWriter:
 
 
 def copy_other_files(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy all files but the weights. Changes the config's type where ``dtype`` is given, and removes unused sampling options."""
+    """Copy all files but the weights.
+
+    Changes the config's type where ``dtype`` is given, and removes unused sampling options.
+    """
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
@@ -329,7 +346,7 @@ def copy_other_files(source: Path, folder: Path, dtype: torch.dtype | None = Non
 
 
 def without_sampling(config: dict[str, Any]) -> dict[str, Any]:
-    """A generation config without sampling options where it does not sample: transformers refuses to save such a config."""
+    """The config without sampling options where it does not sample: transformers refuses to save those."""
     if config.get("do_sample"):
         return config
     return {key: value for key, value in config.items() if key not in {"temperature", "top_p", "top_k", "do_sample"}}
