@@ -1,4 +1,4 @@
-"""Evaluation: rules on hand-made cases, intervals, controls, prototypes, and a run that goes on where it was killed."""
+"""Evaluation: rules on hand-made cases, intervals, controls, prototypes, and an evaluation that continues after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUITES = {
 
 def with_suites(base: Path, output: Path) -> Recipe:
     made = small(base, output, max_steps=1)
-    return Recipe.model_validate({**made.model_dump(mode="json", exclude_none=True), "evaluate": {"suites": SUITES, "keep": {"vqa": 1.0}}})
+    return Recipe.model_validate({**made.model_dump(mode="json", exclude_none=True), "evaluate": {"suites": SUITES, "retention": {"vqa": 1.0}}})
 
 
 @pytest.mark.parametrize(
@@ -43,17 +43,17 @@ def with_suites(base: Path, output: Path) -> Recipe:
         ("", "qxv", "cat", False),
     ],
 )
-def test_lcls_own_rule(text: str, gold: str, other: str, right: bool) -> None:
+def test_the_lcl_rule(text: str, gold: str, other: str, right: bool) -> None:
     assert rules.lcl_rule(text, gold, [other]) is right
 
 
-def test_exact_match_is_of_words() -> None:
+def test_exact_match_ignores_case_and_spaces_but_not_letters() -> None:
     assert rules.exact(" A  Cat. ", "a cat")
     assert not rules.exact("a cattle", "a cat")
 
 
 def test_the_interval_resamples_classes() -> None:
-    """Ten classes all right or all wrong say less than a hundred independent answers."""
+    """Ten classes, each all right or all wrong, give a wider interval than a hundred independent answers."""
     right = [c % 2 == 0 for c in range(10) for _ in range(10)]
     by_class = metrics.class_bootstrap(right, [f"c{c}" for c in range(10) for _ in range(10)])
     apart = metrics.class_bootstrap(right, [str(i) for i in range(100)])
@@ -72,7 +72,7 @@ def test_cells_are_the_same_episodes_every_time(pocket_tiny: Path, tmp_path: Pat
     assert [len(c.cases) for c in build_cells(made, limit=3)] == [3] * 9
 
 
-def test_controls_hold_nothing_to_learn(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_controls_have_an_uninformative_support_set(pocket_tiny: Path, tmp_path: Path) -> None:
     cells = {c.name: c for c in build_cells(with_suites(pocket_tiny, tmp_path))}
     assert all(not case.support for case in cells["alone-easy"].cases)
     mixed = 0
@@ -81,25 +81,27 @@ def test_controls_hold_nothing_to_learn(pocket_tiny: Path, tmp_path: Path) -> No
         true = {e.class_index for e in case.episode.support if e.label == case.gold}
         mixed += len(true) > 1
         assert sorted(e.label for e in case.episode.support).count(case.gold) == 2
-    assert 15 < mixed < 38, "two of three shuffles of two and two mix the classes"
+    assert 15 < mixed < 38, "two thirds of the shuffles of two and two names mix the classes"
 
 
-def test_the_prototype_baseline_is_right_on_pictures_it_has_seen(pocket_tiny: Path, tmp_path: Path) -> None:
-    """A query that is one of its own support pictures is found; the untrained tower is above chance on drawings."""
+def test_the_nearest_prototype_of_a_shown_picture_is_its_own_label(pocket_tiny: Path, tmp_path: Path) -> None:
+    """A query that is one of the support pictures is nearest to itself: right with its label, wrong with any other gold label."""
     from dataclasses import replace
 
     base = load_base(str(pocket_tiny))
     cell = next(c for c in build_cells(with_suites(pocket_tiny, tmp_path)) if c.name == "2way-2shot-easy")
-    cheated = []
+    known = []
     for case in cell.cases:
         assert case.episode is not None
         own = next(e for e in case.episode.support if e.label == case.gold)
         one_each = tuple({e.label: e for e in (*case.episode.support, own)}.values())
-        cheated.append(replace(case, query=replace(case.query, picture=own.picture), episode=replace(case.episode, support=one_each)))
-    assert all(nearest_prototype(cheated, VisionFeatures(base)))
+        known.append(replace(case, query=replace(case.query, picture=own.picture), episode=replace(case.episode, support=one_each)))
+    assert nearest_prototype(known, VisionFeatures(base)) == [True] * len(cell.cases)
+    mislabelled = [replace(case, gold=next(label for label in case.labels if label != case.gold)) for case in known]
+    assert nearest_prototype(mislabelled, VisionFeatures(base)) == [False] * len(cell.cases)
 
 
-def test_predictions_hold_everything_to_score_again(pocket_tiny: Path, tmp_path: Path) -> None:
+def test_the_report_can_be_computed_from_the_predictions(pocket_tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer.train(with_suites(pocket_tiny, run))
     report = evaluate(run)
@@ -116,13 +118,21 @@ def test_predictions_hold_everything_to_score_again(pocket_tiny: Path, tmp_path:
             else:
                 right = [max(line[side]["log_likelihoods"], key=line[side]["log_likelihoods"].get) == line["gold"] for line in own]
             assert row[side]["value"] == pytest.approx(sum(right) / len(right), abs=1e-4)
-    assert report["retention"][0]["suite"] == "vqa"
+    vqa = next(row for row in report["suites"] if row["name"] == "vqa")
+    fell = 100 * (vqa["base"]["value"] - vqa["adapter"]["value"])
+    assert report["retention"] == [{"suite": "vqa", "fell": pytest.approx(fell, abs=0.01), "allowed": 1.0, "retained": fell <= 1.0}]
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("adapter", "fell", "retained"), [(0.8, 0.0, True), (0.795, 0.5, True), (0.7, 10.0, False), (0.9, -10.0, True)])
+def test_retention_allows_a_fall_of_so_many_points(pocket_tiny: Path, tmp_path: Path, adapter: float, fell: float, retained: bool) -> None:
+    rows = runner.retention_of([("vqa", 0.75, adapter - 0.05), ("vqa", 0.85, adapter + 0.05), ("2way", 1.0, 0.0)], with_suites(pocket_tiny, tmp_path))
+    assert rows == [{"suite": "vqa", "fell": pytest.approx(fell), "allowed": 1.0, "retained": retained}]
+
+
+def test_an_interrupted_evaluation_continues(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     trainer.train(with_suites(pocket_tiny, run))
-    whole = runner.measure
+    measure_cell = runner.measure_cell
     measured: list[str] = []
 
     def until_the_third(cell: Cell, pair: ModelPair) -> Any:
@@ -132,14 +142,14 @@ def test_a_killed_evaluation_goes_on_where_it_was(pocket_tiny: Path, tmp_path: P
 
     def counted(cell: Cell, pair: ModelPair) -> Any:
         measured.append(cell.name)
-        return whole(cell, pair)
+        return measure_cell(cell, pair)
 
-    monkeypatch.setattr(runner, "measure", until_the_third)
+    monkeypatch.setattr(runner, "measure_cell", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate(run)
     assert not (run / "report.json").exists()
-    monkeypatch.setattr(runner, "measure", counted)
+    monkeypatch.setattr(runner, "measure_cell", counted)
     resumed = evaluate(run)
-    assert len(measured) == len(set(measured)) == 9, "no cell twice"
-    monkeypatch.setattr(runner, "measure", whole)
+    assert len(measured) == len(set(measured)) == 9, "no cell is measured twice"
+    monkeypatch.setattr(runner, "measure_cell", measure_cell)
     assert evaluate(run, fresh=True) == resumed

@@ -1,4 +1,4 @@
-"""The engine against plain forwards and plain generate, for each family; padded, cached and batched in every way."""
+"""The predictor against plain forward passes and plain ``generate``, for each family: padded, cached and batched."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def requests(count: int, shots: list[int], queries: int = 1) -> list[Request]:
     made = []
     for index in range(count):
         episode = episodes.draw(pool, EpisodeOptions(ways=[2, 3], shots=shots, queries=queries), 0, 0, index)
-        spoken = from_episode(episode, SHORT)
-        made += [(spoken.shared, b[0], tuple(SHORT.answered(label) for label in episode.labels)) for b in spoken.branches]
+        conversation = from_episode(episode, SHORT)
+        answers = tuple(SHORT.answered(label) for label in episode.labels)
+        made += [(conversation.shared, branch[0], answers) for branch in conversation.branches]
     return made
 
 
-def kinds(base: Base, ids: list[int]) -> dict[str, torch.Tensor]:
-    """Qwen2-VL wants to be told which tokens are images."""
+def token_types(base: Base, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Qwen2-VL needs a marker of the image tokens."""
     return {"mm_token_type_ids": torch.tensor([[int(i == base.encoder().image_token_id) for i in ids]])} if base.encoder().grid else {}
 
 
 @torch.no_grad()
-def plainly(base: Base, request: Request) -> Reply:
-    """One request without cache, padding or batch."""
+def reply_without_cache(base: Base, request: Request) -> Reply:
+    """The reply to one request, without cache, padding or batch."""
     support, query, answers = request
     encoder, pixels = base.encoder(), Predictor(base).vision.pixels
     prompt = encoder.turns([*support, query], opened=True)[0]
@@ -47,13 +48,13 @@ def plainly(base: Base, request: Request) -> Reply:
     totals = []
     for answer in answers:
         ids = encoder.turns([*support, query, Turn("assistant", answer)])[0]
-        likely = base.model(input_ids=torch.tensor([ids]), **images, **kinds(base, ids)).logits[0].log_softmax(-1)
+        likely = base.model(input_ids=torch.tensor([ids]), **images, **token_types(base, ids)).logits[0].log_softmax(-1)
         totals.append(sum(float(likely[k - 1, ids[k]]) for k in range(len(prompt), len(ids))))
     made = base.model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         **images,
-        **kinds(base, prompt),
+        **token_types(base, prompt),
         do_sample=False,
         max_new_tokens=24,
         eos_token_id=encoder.eos,
@@ -64,23 +65,23 @@ def plainly(base: Base, request: Request) -> Reply:
 
 @pytest.mark.parametrize(("count", "shots", "queries"), [(9, [1, 2], 1), (2, [2], 5), (4, [0], 1)])
 def test_equal_to_the_uncached_path(tiny_base: Base, count: int, shots: list[int], queries: int) -> None:
-    asked = requests(count, shots, queries)
-    found = Predictor(tiny_base, batch_size=4).run(asked)
-    for request, reply in zip(asked, found, strict=True):
-        plain = plainly(tiny_base, request)
+    batch = requests(count, shots, queries)
+    replies = Predictor(tiny_base, batch_size=4).run(batch)
+    for request, reply in zip(batch, replies, strict=True):
+        plain = reply_without_cache(tiny_base, request)
         assert reply.text == plain.text
         assert max(abs(a - b) for a, b in zip(reply.log_likelihoods, plain.log_likelihoods, strict=True)) < 1e-4
 
 
-def test_asking_leaves_the_prefilled_set_as_it_was(tiny_base: Base) -> None:
-    asked = requests(1, [2], 3)
+def test_asking_does_not_change_the_prefilled_set(tiny_base: Base) -> None:
+    batch = requests(1, [2], 3)
     predictor = Predictor(tiny_base)
-    ready = predictor.prefill([asked[0][0]])
-    questions = [Question(0, query, answers) for _, query, answers in asked]
-    before = [layer.keys.clone() for layer in ready.cache.layers]
-    first = predictor.ask(ready, questions)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, ready.cache.layers, strict=True))
-    second = predictor.ask(ready, questions[::-1])[::-1]
+    prefilled = predictor.prefill([batch[0][0]])
+    questions = [Question(0, query, answers) for _, query, answers in batch]
+    before = [layer.keys.clone() for layer in prefilled.cache.layers]
+    first = predictor.ask(prefilled, questions)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, prefilled.cache.layers, strict=True))
+    second = predictor.ask(prefilled, questions[::-1])[::-1]
     assert [r.text for r in first] == [r.text for r in second]
     assert all(a.log_likelihoods == pytest.approx(b.log_likelihoods, abs=1e-4) for a, b in zip(first, second, strict=True))
 
@@ -92,11 +93,11 @@ def test_probabilities_sum_to_one_and_follow_the_scores() -> None:
     assert list(reply.probabilities) == sorted(reply.probabilities, reverse=True)
 
 
-def test_a_label_that_begins_another_is_scored_with_its_end(tiny_base: Base) -> None:
-    """For cat and cattle: p(cat and end) is not p(cat ...), so the two can both be likely or not."""
+def test_a_label_that_begins_another_is_scored_with_its_end_token(tiny_base: Base) -> None:
+    """For cat and cattle: the score of cat is that of "cat" and the end token, not of all texts that begin with "cat"."""
     support, query, _ = requests(1, [1])[0]
     reply = Predictor(tiny_base).run([(support, query, ("cat", "cattle"))])[0]
-    plain = plainly(tiny_base, (support, query, ("cat", "cattle")))
+    plain = reply_without_cache(tiny_base, (support, query, ("cat", "cattle")))
     assert reply.log_likelihoods == pytest.approx(plain.log_likelihoods, abs=1e-4)
 
 
@@ -109,10 +110,10 @@ def test_a_support_set_beyond_the_context_is_refused(tiny_base: Base) -> None:
 
 @pytest.mark.parametrize("family", [f for f in EVERY if f not in FAMILIES])
 def test_every_family_answers_as_transformers_does(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    """Prefilled and packed, against the model's own forward and generate on its own pixels; tiles where the model has no other way."""
+    """Prefilled and packed, against the model's own forward and generate. NeXT and OneVision read tiles, because they always do."""
     base = load_base(BaseRef(str(tiny_folder(family)), tiles=family.startswith(("llava-next", "llava-onevision"))))
-    asked = requests(2, [1, 2], 2)
-    for one, reply in zip(asked, Predictor(base, pack=2).run(asked), strict=True):
-        expected = plainly(base, one)
+    batch = requests(2, [1, 2], 2)
+    for request, reply in zip(batch, Predictor(base, pack=2).run(batch), strict=True):
+        expected = reply_without_cache(base, request)
         assert reply.log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-3)
         assert reply.text == expected.text

@@ -1,4 +1,4 @@
-"""Every kind of suite, on the fixtures, with a tiny random base: its cells, its figures, and published protocols to the letter."""
+"""Every kind of suite, on the fixtures, with a tiny random base: its cells, its figures, and the published protocols."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.evaluate import ModelPair, build_cells, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
+from lcl_adapter.evaluate.metrics import ranking
 from lcl_adapter.recipe import Recipe, presets
+from lcl_adapter.report.pages import wrong_answers
 from lcl_adapter.report.plots import defect_score
 from lcl_adapter.training import trainer
 from tests.conftest import paint
@@ -57,12 +59,14 @@ def test_every_suite_is_measured(family: str, tiny_folder: Callable[[str], Path]
     predictor = Predictor(load_base(str(tiny_folder(family))), max_new_tokens=4)
     metrics = {}
     for cell in build_cells(with_suites(), limit=8):
-        found = runner.measure(cell, ModelPair.of(predictor))
-        row = found["row"]
-        for side in ("base", "adapter"):
-            assert 0 <= row[side]["ci95"][0] <= row[side]["value"] <= row[side]["ci95"][1] <= 1, row
-        assert len(found["predictions"]) == row["n"] == len(cell.cases) <= 8
-        json.dumps(found)
+        measured = runner.measure_cell(cell, ModelPair.local(predictor))
+        row = measured["row"]
+        assert 0 <= row["adapter"]["ci95"][0] <= row["adapter"]["value"] <= row["adapter"]["ci95"][1] <= 1, row
+        assert row["base"] == row["adapter"], "there is no adapter, so both sides ask the same model"
+        assert [line["index"] for line in measured["predictions"]] == list(range(row["n"]))
+        assert (row["n"], row["left_out"]) == (len(cell.cases), 0)
+        assert 0 < row["n"] <= 8
+        assert json.loads(json.dumps(measured)) == measured
         metrics[cell.suite] = row["metric"]
     assert metrics == {
         "imagenet-100": "LCL's rule",
@@ -80,32 +84,32 @@ def test_every_suite_is_measured(family: str, tiny_folder: Callable[[str], Path]
     }
 
 
-def test_lcls_test_is_followed_to_the_letter() -> None:
-    """Own names in lower case, the first shots of each list, both classes asked, everything of one pair in one support set."""
-    found = cells("imagenet-100")
-    assert list(found) == ["imagenet-100-0shot", "imagenet-100-1shot", "imagenet-100-2shot"]
-    assert len(found["imagenet-100-1shot"].cases) == 4 * 4
-    for case in found["imagenet-100-2shot"].cases:
+def test_imagenet_100_follows_the_published_protocol() -> None:
+    """Names in lower case, the first shots of each list, queries of both classes, one support set for each pair of classes."""
+    built = cells("imagenet-100")
+    assert list(built) == ["imagenet-100-0shot", "imagenet-100-1shot", "imagenet-100-2shot"]
+    assert len(built["imagenet-100-1shot"].cases) == 4 * 4
+    for case in built["imagenet-100-2shot"].cases:
         assert case.episode is not None
         assert set(case.labels) in ({"ring", "bar"}, {"frame", "dots"})
         for example in case.episode.support:
             assert example.picture.path.stem in {f"{example.label}_{k}" for k in (0, 1)}, "the first two of the list"
         assert case.episode.queries[0].picture.path.stem.startswith(case.gold)
-    shown = {tuple(e.label for e in c.episode.support) for c in found["imagenet-100-2shot"].cases if c.episode}
+    shown = {tuple(e.label for e in c.episode.support) for c in built["imagenet-100-2shot"].cases if c.episode}
     assert len(shown) > 6, "shuffled"
-    assert dict(found["imagenet-100-2shot"].published)["LCL 2way-weight"] == 0.71, "two shots a class are four support images in the paper"
+    assert dict(built["imagenet-100-2shot"].published)["LCL 2way-weight"] == 0.71, "two shots a class are four support images in the paper"
     assert len(cells("imagenet-100", limit=6)["imagenet-100-1shot"].cases) == 6
 
 
-def test_isekai_asks_each_line() -> None:
-    found = cells("isekai-10")["isekai-10-2shot"]
-    assert [c.gold for c in found.cases] == ["hollow ring", "circle", "hollow ring", "hollow cross", "square", "hollow cross"]
-    assert dict(found.published) == {"OpenFlamingo": 0.44, "LCL mix": 0.70}
+def test_isekai_has_one_query_for_each_line() -> None:
+    built = cells("isekai-10")["isekai-10-2shot"]
+    assert [c.gold for c in built.cases] == ["hollow ring", "circle", "hollow ring", "hollow cross", "square", "hollow cross"]
+    assert dict(built.published) == {"OpenFlamingo": 0.44, "LCL mix": 0.70}
 
 
-def test_inspection_shows_training_photos_and_asks_test_photos() -> None:
-    found = cells("mvtec")
-    for cell in found.values():
+def test_inspection_shows_training_photos_and_queries_test_photos() -> None:
+    built = cells("mvtec")
+    for cell in built.values():
         assert len(cell.cases) == 3 * 9
         for case in cell.cases:
             assert case.episode is not None
@@ -113,29 +117,30 @@ def test_inspection_shows_training_photos_and_asks_test_photos() -> None:
             assert all("train/good" in str(e.picture) for e in case.episode.support)
             assert "/test/" in str(case.query.picture)
             assert (case.gold == "good") == (case.truth["defect"] is None)
-    assert len({c.support for c in found["mvtec-2ref"].cases}) == 3, "one support set a category, read once"
-    assert dict(found["mvtec-1ref"].published)["WinCLIP+"] == 0.931
+    assert len({c.support for c in built["mvtec-2ref"].cases}) == 3, "one support set for each category"
+    assert dict(built["mvtec-1ref"].published)["WinCLIP+"] == 0.931
     assert cells("visa")["visa-2ref"].cases[0].labels == ("良品", "不良品")
 
 
-def test_more_references_than_there_are(tmp_path: Path) -> None:
+def test_more_references_than_photos_are_refused(tmp_path: Path) -> None:
     made = with_suites("mvtec").model_copy()
     made = Recipe.model_validate({**made.model_dump(), "evaluate": {"suites": {"m": {**SUITES["mvtec"], "references": [5]}}}})
-    with pytest.raises(DataError, match="has 4 good photos to show, 5 are asked"):
+    with pytest.raises(DataError, match="has 4 good photos to show, but `references` is 5"):
         list(build_cells(made))
 
 
-def test_products_are_asked_in_all_three_roles() -> None:
+def test_products_have_queries_in_all_three_roles() -> None:
     cell = cells("product")["product-1shot"]
     roles = [c.truth["roles"][c.gold] for c in cell.cases]
-    assert {r: roles.count(r) > 5 for r in ("A", "B", "neither")} == {"A": True, "B": True, "neither": True}
+    assert set(roles) == {"A", "B", "neither"}
+    assert min(roles.count(role) for role in ("A", "B", "neither")) > 5
     for case in cell.cases:
         assert case.episode is not None
         assert case.truth["roles"][case.episode.support[0].label] == "A"
 
 
-def test_patch_distance_finds_what_is_in_no_reference(pocket_tiny: Path) -> None:
-    """A query that is one of its references is at distance 0; any other is farther."""
+def test_patch_distance_is_larger_for_what_no_reference_shows(pocket_tiny: Path) -> None:
+    """A query that is one of its references has distance 0; a photo with a defect has a larger one."""
     from dataclasses import replace
 
     cell = cells("mvtec")["mvtec-2ref"]
@@ -145,7 +150,7 @@ def test_patch_distance_finds_what_is_in_no_reference(pocket_tiny: Path) -> None
     assert near < 0.05 < far
 
 
-def test_a_users_own_folder_is_a_suite_in_three_lines(tmp_path: Path) -> None:
+def test_a_suite_of_own_photos_needs_three_lines(tmp_path: Path) -> None:
     for name in ("good", "dented"):
         for k in range(5):
             paint(tmp_path / "photos" / name / f"{k}.png", (9 * k, 20, 90))
@@ -200,60 +205,84 @@ def test_a_suite_by_name_is_measured_over_data_root(tmp_path: Path, pocket_tiny:
     rows = json.loads(result.stdout)["suites"]
     assert [r["name"] for r in rows][:2] == ["isekai-10-1shot", "isekai-10-2shot"]
     assert rows[0]["published"] == [{"who": "OpenFlamingo", "value": 0.46}, {"who": "LCL mix", "value": 0.68}]
-    assert not (run / "report.json").exists(), "a part never takes the whole's place"
+    assert not (run / "report.json").exists(), "a partial report never replaces the complete one"
     wrong = CliRunner().invoke(main, ["eval", str(run), "--suite", "isekia-10"])
     assert wrong.exit_code == 2
     assert "did you mean 'isekai-10'?" in wrong.stderr
 
 
-def test_the_gate_fails_loudly_and_keeps_the_best_that_passes(tmp_path: Path, pocket_tiny: Path) -> None:
-    """A random base reads POPE at chance; an allowance of minus 101 points cannot be met, one of 101 always is."""
+def test_the_retention_gate_fails_with_exit_code_3_and_saves_the_best_that_passes(tmp_path: Path, pocket_tiny: Path) -> None:
+    """An allowance of -101 points can never be met, one of 101 always is."""
     parts = {**SUITES["mvtec"], "source": {**SOURCES["mvtec"], "split": "held_out", "held_out": ["screw"]}, "references": [1]}
     for allowed, code in ((-101.0, 3), (101.0, 0)):
         run = tmp_path / f"run{code}"
-        made = small(pocket_tiny, run, {"pope": SUITES["pope"], "parts": parts}, keep={"pope": allowed}, every=2, during=["parts"], during_limit=6)
+        made = small(
+            pocket_tiny, run, {"pope": SUITES["pope"], "parts": parts}, retention={"pope": allowed}, every=2, during=["parts"], during_limit=6
+        )
         recipes.save(made, tmp_path / "mine.yaml")
         result = CliRunner().invoke(main, ["train", str(tmp_path / "mine.yaml"), "--json"])
         assert result.exit_code == code, result.output
-        told = json.loads((run / "watched.json").read_text())
-        assert [s["step"] for s in told["steps"]] == [2, 4]
-        assert set(told["steps"][0]["figures"]) == {"pope", "parts-1ref"}
-        assert [s["kept"] for s in told["steps"]] == [code == 0] * 2
+        watched = json.loads((run / "watched.json").read_text())
+        assert [s["step"] for s in watched["steps"]] == [2, 4]
+        assert set(watched["steps"][0]["figures"]) == {"pope", "parts-1ref"}
+        assert [s["kept"] for s in watched["steps"]] == [code == 0] * 2
         assert (run / "best" / "lcl_adapter.json").exists() == (code == 0)
         assert ("THE RETENTION GATE DOES NOT PASS" in result.stderr) == (code == 3)
-        assert json.loads(result.stdout)["kept"] == (code == 0)
+        report = json.loads(result.stdout)
+        assert report["retained"] == (code == 0)
+        assert [(row["suite"], row["allowed"], row["retained"]) for row in report["retention"]] == [("pope", allowed, code == 0)]
+        assert ("NOT RETAINED" in (run / "report.html").read_text()) == (code == 3)
     best = CliRunner().invoke(main, ["eval", str(tmp_path / "run0" / "best"), "--suite", "pope", "--json"])
     assert best.exit_code == 0, best.output
 
 
-def test_watching_changes_nothing_of_the_training(tmp_path: Path, pocket_tiny: Path) -> None:
-    from lcl_adapter.training.during import Watch
+def test_measuring_during_training_does_not_change_the_training(tmp_path: Path, pocket_tiny: Path) -> None:
+    from lcl_adapter.training.during import MeasureDuring
 
-    plain, watched = (small(pocket_tiny, tmp_path / n, {"pope": SUITES["pope"]}, keep={"pope": 5}, every=1) for n in ("plain", "watched"))
+    plain, watched = (small(pocket_tiny, tmp_path / n, {"pope": SUITES["pope"]}, retention={"pope": 5}, every=1) for n in ("plain", "watched"))
     trainer.train(plain)
-    trainer.train(watched, watching=lambda base, save: Watch(watched, base, save))
-    one, two = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("plain", "watched"))
-    assert one == two
+    trainer.train(watched, make_callback=lambda base, save: MeasureDuring(watched, base, save))
+    assert [s["step"] for s in json.loads((tmp_path / "watched" / "watched.json").read_text())["steps"]] == [1, 2, 3, 4]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "watched")]
+    assert weights[0] == weights[1]
 
 
-def test_the_page_shows_curves_confusion_and_mistakes(tmp_path: Path, pocket_tiny: Path) -> None:
+def test_the_report_page_shows_curves_confusion_and_wrong_answers(tmp_path: Path, pocket_tiny: Path) -> None:
     from lcl_adapter.cli import commands
 
     run = tmp_path / "run"
     suites = {"product": SUITES["product"], "parts": {**SUITES["mvtec"], "source": {**SOURCES["mvtec"], "split": "held_out", "held_out": ["screw"]}}}
     trainer.train(small(pocket_tiny, run, suites))
-    found = commands.evaluate(run)
+    report = commands.evaluate(run)
     page = (run / "report.html").read_text()
-    for words in ("Which answer for which", "Inspection by category", "balanced accuracy", "published", "WinCLIP", "Wrong answers"):
+    for words in ("Given and right answers", "Inspection by category", "WinCLIP+ 0.93", *(row["name"] for row in report["suites"])):
         assert words in page
     assert (run / "roc.png").stat().st_size > 5000
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    scored = [line for line in lines if line["kind"] == "inspection"]
-    assert all(0 <= defect_score(line, "adapter") <= 1 for line in scored)
+    assert page.count('<div class="wrong">') == len(wrong_answers(lines)) > 0
+    for row in report["suites"]:
+        if row["kind"] == "inspection":  # the scores of the ROC curves give the reported AUROC
+            own = [line for line in lines if line["cell"] == row["name"]]
+            for name, figures in row["adapter"]["by_category"].items():
+                category = [line for line in own if line["class"] == name]
+                truth, scores = [line["defect"] is not None for line in category], [defect_score(line, "adapter") for line in category]
+                assert ranking(truth, scores)["auroc"] == pytest.approx(figures["auroc"], abs=0.001)
     card = (run / "README.md").read_text()
     assert "| source | share asked | realised | of the tokens |" in card
     assert "Published by others" in card
     tokens = json.loads((run / "lcl_adapter.json").read_text())["tokens"]
     assert tokens["lcl"]["rows"] + tokens["parts"]["rows"] == 12
     assert 0 < tokens["parts"]["learned"] < tokens["parts"]["tokens"]
-    assert {r["metric"] for r in found["suites"]} == {"balanced accuracy", "AUROC"}
+    assert {r["metric"] for r in report["suites"]} == {"balanced accuracy", "AUROC"}
+
+
+def test_a_report_of_an_earlier_version_still_makes_a_page(tmp_path: Path) -> None:
+    """Version 0.4 called the key of a retention row ``kept``."""
+    from lcl_adapter.report import write_report_page
+
+    rows = [{"suite": name, "fell": fell, "allowed": 1.0, "kept": fell <= 1} for name, fell in (("vqa", 0.5), ("pope", 3.0))]
+    (tmp_path / "report.json").write_text(json.dumps({"suites": [], "retention": rows}))
+    (tmp_path / "predictions.jsonl").write_text("")
+    page = " ".join(write_report_page(tmp_path).read_text().split())
+    assert "vqa: -0.5 points against the base, 1.0 may be lost: retained." in page
+    assert "pope: -3.0 points against the base, 1.0 may be lost: NOT RETAINED." in page

@@ -92,8 +92,8 @@ def _parse_weighted_run(text: str) -> tuple[Path, float]:
 )
 @json_option
 def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as: str | None, verify: str, as_json: bool) -> None:
-    """Write the base SOURCE in the other layout into OUT, shard by shard, and verify every tensor. A stopped conversion
-    continues.
+    """Write the base SOURCE in the other layout into OUT. Works shard by shard, and verifies every tensor. A stopped
+    conversion continues.
 
     \b
     lcl-adapter convert /models/llava-v1.5-7b llava-1.5-7b-hf
@@ -114,7 +114,7 @@ def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as:
 @base_options("--base", "The base in the layout to export for, if the run was trained on the same base in the other layout.")
 @json_option
 def export(run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base: BaseRef, as_json: bool) -> None:
-    """Write RUN's adapter for upstream LLaVA, with a script that asks it; or for vLLM, with a script that serves it.
+    """Write RUN's adapter for upstream LLaVA, or for vLLM. A script to ask it, or to serve it, is written beside it.
 
     \b
     lcl-adapter export runs/mix --to original -o llava-lora-mix
@@ -136,7 +136,7 @@ def export(run_folder: Path, out: Path, to: str | None, engine: str | None, name
 @base_options("--base", "The base it was trained on, in either layout [default: the one that its adapter_config.json names].")
 @json_option
 def import_(adapter: Path, out: Path, base: BaseRef, as_json: bool) -> None:
-    """Import an ADAPTER that was trained by upstream LLaVA or plain PEFT as a run, which eval, ask and merge accept.
+    """Import an ADAPTER of upstream LLaVA or plain PEFT as a run. eval, ask and merge accept the run.
 
     An adapter of a bare Vicuna brings its own projector. With the Vicuna as --base, a LLaVA is assembled in OUT/base.
 
@@ -152,7 +152,7 @@ def import_(adapter: Path, out: Path, base: BaseRef, as_json: bool) -> None:
 @base_options("PATH")
 @json_option
 def inspect(base: BaseRef, as_json: bool) -> None:
-    """Describe PATH, a base, an adapter or a run: its layout, family, prompt, parameters, data types and hash.
+    """Describe PATH, a base, an adapter or a run. Prints its layout, family, prompt, parameters, data types and hash.
 
     \b
     lcl-adapter inspect /models/llava-v1.5-7b

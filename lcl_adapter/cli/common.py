@@ -102,8 +102,8 @@ def main() -> None:
     """Teach the LLaVA you already run new visual concepts from a few photos.
 
     \b
-    lcl-adapter train recipes/pocket.yaml                 train an adapter on the shipped base
-    lcl-adapter eval runs/pocket                          compare base and adapter on held-out classes
+    lcl-adapter train recipes/pocket.yaml                      train an adapter on the shipped base
+    lcl-adapter eval runs/pocket                               compare base and adapter on held-out classes
     lcl-adapter ask photos/ query.png --adapter runs/pocket    classify a photo by labelled photos
     """
     _quiet()

@@ -130,7 +130,7 @@ def support() -> None:
 @namespace_option
 @json_option
 def add(name: str, photos: Path, shots: int | None, question: str | None, expected: int | None, store: Path, namespace: str, as_json: bool) -> None:
-    """Store PHOTOS, which holds a folder of photos for each class, as a new version of the set NAME.
+    """Store PHOTOS as a new version of the set NAME. PHOTOS holds a folder of photos for each class.
 
     \b
     lcl-adapter support add scratches photos/

@@ -66,7 +66,7 @@ def evaluate(
     pad: bool,
     as_json: bool,
 ) -> None:
-    """Compare base and adapter on RUN's suites: the same questions, in one run. OVERRIDES are key=value.
+    """Compare base and adapter on RUN's suites. Both get the same questions. OVERRIDES are key=value.
 
     \b
     lcl-adapter eval runs/pocket --suite 2way --limit 200
@@ -110,7 +110,7 @@ def ask(
     support: Path, queries: tuple[Path, ...], adapter: Path | None, base: BaseRef, shots: int | None, question: str | None,
     endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Classify QUERIES by labelled photos: SUPPORT holds a folder of photos for each class.
+    """Classify QUERIES by labelled photos. SUPPORT holds a folder of photos for each class.
 
     \b
     lcl-adapter ask photos/ query.png --adapter runs/pocket
@@ -148,8 +148,7 @@ def ask(
 @click.option("--probe", is_flag=True, help="Also load the base and time three training steps.")
 @json_option
 def plan(recipe: str, overrides: tuple[str, ...], memory: int | None, device: str | None, probe: bool, as_json: bool) -> None:
-    """Forecast RECIPE's memory without loading weights, and suggest changes if it is too much. Exits with 1 if it does
-    not fit.
+    """Forecast RECIPE's memory without loading weights. Suggests changes, and exits with 1, if it does not fit.
 
     \b
     lcl-adapter plan recipes/mix.yaml base=/models/llava-v1.5-7b data.root=/data --memory 16GB
