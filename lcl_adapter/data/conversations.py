@@ -22,7 +22,8 @@ from lcl_adapter.recipe.wording import Wording
 class Turn:
     """One message. The image is before the text, as in LLaVA's training. ``learn`` marks a trained answer.
 
-    further: more pictures of the same message. Then each ``<image>`` in the text marks the place of one picture, the first included.
+    further: more pictures of the same message. Then each ``<image>`` in the text marks the place of one picture, the
+    first included.
     """
 
     role: str  # "user" or "assistant"
@@ -38,7 +39,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that are ready to be rendered. ``shared`` is empty for plain questions; ``origin`` names the sample in errors."""
+    """Turns that are ready to be rendered.
+
+    ``shared`` is empty for plain questions; ``origin`` names the sample in errors.
+    """
 
     shared: tuple[Turn, ...]
     branches: tuple[tuple[Turn, ...], ...]

@@ -1,7 +1,7 @@
 """Shares -> a deterministic schedule: the source of each row, and which draw of that source it is.
 
-Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in an
-order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
+Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in
+an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
 between blocks only: where the recipe's curriculum changes them, and where a source has reached its cap or its end.
 """
 
@@ -40,7 +40,8 @@ class Slot:
 class Segment:
     """Consecutive blocks with the same number of rows from each source.
 
-    first_block: where it begins. counts: rows of each source in a block. drawn_before: rows of each source before this segment.
+    first_block: where it begins. counts: rows of each source in a block. drawn_before: rows of each source before this
+    segment.
     """
 
     first_block: int
@@ -70,7 +71,10 @@ class Mixture:
             raise RecipeError([f"sources {', '.join(unused)}: so small a share would never be drawn, a block has {BLOCK} rows; raise or remove it"])
 
     def _plan(self, phases: list[tuple[float, dict[str, float]]]) -> list[Segment]:
-        """The segments of a run. A source that reaches its limit gives its remaining rows in a block of its own counts."""
+        """The segments of a run.
+
+        A source that reaches its limit gives its remaining rows in a block of its own counts.
+        """
         blocks = -(-self.total // BLOCK)
         starts = [int(part * blocks) for part, _ in phases]
         if len(set(starts)) < len(phases):
@@ -133,7 +137,10 @@ class Mixture:
         return Slot(source, before + names[:place].count(source))
 
     def draw(self, index: int, attempt: int = 0) -> Episode | tuple[Dialogue, ...]:
-        """An episode, or the dialogues that share a row. ``attempt`` > 0 draws another of the same source, after a bad picture."""
+        """An episode, or the dialogues that share a row.
+
+        ``attempt`` > 0 draws another of the same source, after a bad picture.
+        """
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
         ordinal = slot.ordinal + attempt * RETRY
@@ -162,7 +169,10 @@ class Mixture:
         return passes
 
     def hashes(self) -> dict[str, str]:
-        """A hash of each source: its classes or records, with the names and sizes of their pictures. The folder's own path is left out."""
+        """A hash of each source: its classes or records, with the names and sizes of their pictures.
+
+        The folder's own path is left out.
+        """
         hashes = {}
         for name, pool in self.pools.items():
             entries = _fingerprint(pool)
@@ -231,7 +241,10 @@ def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int
 
 
 def _limit(options: SourceOptions, pool: Pool) -> int | None:
-    """The largest number of rows that a source gives: its cap or, if it may not repeat, all its rows. None for no limit."""
+    """The largest number of rows that a source gives: its cap or, if it may not repeat, all its rows.
+
+    None for no limit.
+    """
     limits = [options.cap] if options.cap else []
     if isinstance(options, QuestionOptions) and options.at_end == "end":
         limits.append(-(-len(pool) // options.packed))
@@ -274,7 +287,10 @@ def _open_all(sources: Mapping[str, SourceOptions]) -> dict[str, Pool]:
 
 
 def open_options(name: str, options: SourceOptions) -> Pool:
-    """Open a training source. A class of the user's needs pictures for the longest episode; a shipped class for the shortest."""
+    """Open a training source.
+
+    A class of the user's needs pictures for the longest episode; a shipped class for the shortest.
+    """
     assert isinstance(options, Reader)
     if isinstance(options, ClassReader) and isinstance(options, EpisodeOptions):
         shots = min(options.shots) if options.shipped else max(options.shots)

@@ -1,4 +1,4 @@
-"""YAML, ``extends`` and ``key.sub=value`` overrides -> :class:`Recipe`, or one error that lists every fault with its place."""
+"""YAML, ``extends`` and ``key.sub=value`` overrides -> :class:`Recipe`, or one error with every fault and its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ PACKAGED = "pocket:"  # a path with this prefix is a file of the shipped data
 def load(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> Recipe:
     """Read a recipe file (or a shipped recipe by its name), apply overrides, and check everything.
 
-    resolved: the file is a run's saved recipe, whose paths are absolute. Paths below its ``data.root`` follow an overridden root.
+    resolved: the file is a run's saved recipe, whose paths are absolute. Paths below its ``data.root`` follow an
+    overridden root.
     Raises RecipeError that lists all faults together.
     """
     places: Places = {}
@@ -197,7 +198,10 @@ def _discriminator(fault: Any) -> str:
 
 
 def _keys_of(location: Location) -> Key:
-    """A pydantic location as keys of the file. Pydantic adds the tag of the chosen union member; the file has no such key."""
+    """A pydantic location as keys of the file.
+
+    Pydantic adds the tag of the chosen union member; the file has no such key.
+    """
     keys: list[str] = []
     parent: Any = Recipe
     for part in location:
@@ -268,7 +272,10 @@ def _relative_to_root(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths: those of sources and suites start at ``data.root``, the base folder's at the working folder."""
+    """The recipe with absolute paths.
+
+    Paths of sources and suites are relative to ``data.root``, the base's to the working folder.
+    """
     root = recipe.data.root.expanduser().resolve()
 
     def visit(value: Any) -> Any:

@@ -19,7 +19,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Options(BaseModel):
     """Base of every part of a recipe: unknown keys are refused, values cannot be changed after reading.
 
-    Each model's validator is built when it is first used, because the sources register themselves after this package is imported.
+    Each model's validator is built when it is first used, because the sources register themselves after this package is
+    imported.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)

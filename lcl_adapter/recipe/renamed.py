@@ -1,4 +1,7 @@
-"""Keys of a recipe that have another name now. The old name is still read, and a note on the terminal gives the new one."""
+"""Keys of a recipe that have another name now.
+
+The old name is still read, and a note on the terminal gives the new one.
+"""
 
 from __future__ import annotations
 

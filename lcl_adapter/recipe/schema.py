@@ -28,7 +28,10 @@ def _amount(text: str) -> str:
 
 
 class DataOptions(Options):
-    """Where relative paths start, and what happens at a bad picture. ``root`` itself is relative to the working folder."""
+    """Where relative paths start, and what happens at a bad picture.
+
+    ``root`` itself is relative to the working folder.
+    """
 
     root: Path = Path()
     on_fault: Literal["skip", "refuse"] = Field("skip", description="at a bad picture: replace its row and count it, or stop")
@@ -53,8 +56,8 @@ class AdapterOptions(Options):
 
 
 class TrainOptions(Options):
-    """SFTConfig's own names, and these that it does not have: ``projector_learning_rate``, ``feature_noise``, ``bucket``,
-    ``feature_cache`` and ``threads``.
+    """SFTConfig's own names, and these that it does not have: ``projector_learning_rate``, ``feature_noise``,
+    ``bucket``, ``feature_cache`` and ``threads``.
     """
 
     max_steps: int = Field(300, ge=1)
@@ -80,7 +83,10 @@ class TrainOptions(Options):
 
 
 class EvaluateOptions(Options):
-    """What is measured at the end of a run, base and adapter side by side. With ``every``, suites are measured during the run too."""
+    """What is measured at the end of a run, base and adapter side by side.
+
+    With ``every``, suites are measured during the run too.
+    """
 
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(fill_presets)] = {}
     retention: dict[str, float] = Field({}, description="points that a suite may fall below the base before the run fails")
@@ -144,14 +150,20 @@ class Recipe(Options):
         return self
 
     def phases(self) -> list[tuple[float, dict[str, float]]]:
-        """(start, shares) of each phase; ``start`` is a part of the run, 0 to 1. The sources' own shares hold until the first change."""
+        """(start, shares) of each phase; ``start`` is a part of the run, 0 to 1.
+
+        The sources' own shares hold until the first change.
+        """
         own = {n: s.share for n, s in self.sources.items()}
         phases = [(start, {**own, **shares}) for start, shares in sorted(self.shares.items())]
         return phases if phases and phases[0][0] == 0 else [(0.0, own), *phases]
 
 
 def register_sources(readers: tuple[type[Reader], ...]) -> None:
-    """Make these readers the types that ``sources:`` and the suites accept. ``lcl_adapter.data.sources`` calls this with its table."""
+    """Make these readers the types that ``sources:`` and the suites accept.
+
+    ``lcl_adapter.data.sources`` calls this with its table.
+    """
     set_readers(readers)
     for model in (*get_args(SuiteOptions), EvaluateOptions, Recipe):
         if model.__pydantic_complete__:  # built with another table

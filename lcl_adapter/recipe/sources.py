@@ -1,8 +1,8 @@
-"""What a source's options are made of: a reader (what is read), a policy (what is made of it) and a share of the mixture.
+"""The three parts of a source's options: a reader (what is read), a policy (what is made of it), a share of the mixture.
 
-The reader classes themselves are in ``lcl_adapter.data.sources``, one file a kind of source. That package registers them
-here (:func:`lcl_adapter.recipe.schema.register_sources`), because this room does not import it. A reader is used by
-``sources:`` and by suites, so that training and evaluation read the same way.
+The reader classes themselves are in ``lcl_adapter.data.sources``, one file a kind of source. That package registers
+them here (:func:`lcl_adapter.recipe.schema.register_sources`), because this room does not import it. ``sources:`` and
+suites use the same readers, so that training and evaluation read the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Words(Options):
 
 
 class EpisodeOptions(Words):
-    """How episodes are drawn from a pool of classes. ``shots`` is per class, so a 2-way 2-shot support set has 4 images."""
+    """How episodes are drawn from a pool of classes.
+
+    ``shots`` is per class, so a 2-way 2-shot support set has 4 images.
+    """
 
     POLICIES_OF: ClassVar[dict[str, tuple[str, ...]]] = {
         "neither": ("product",),
@@ -86,7 +89,10 @@ class EpisodeOptions(Words):
 
 
 class InspectionOptions(Words):
-    """How parts are shown and asked about. ``shots`` are reference photos; with labelled defects, photos of each label."""
+    """How parts are shown and asked about.
+
+    ``shots`` are reference photos; with labelled defects, photos of each label.
+    """
 
     policy: InspectionPolicy = "inspection"
     forms: dict[InspectionForm, Weight] = Field({"one-class": 1.0}, min_length=1, description="what is asked, and how often")
@@ -184,7 +190,10 @@ _readers: list[type[Reader]] = []
 
 
 def set_readers(readers: tuple[type[Reader], ...]) -> None:
-    """Replace the table of readers. Use :func:`lcl_adapter.recipe.schema.register_sources`, which updates the schema too."""
+    """Replace the table of readers.
+
+    Use :func:`lcl_adapter.recipe.schema.register_sources`, which updates the schema too.
+    """
     _readers[:] = readers
 
 
@@ -217,7 +226,10 @@ class Registered:
     as_source: bool = False
 
     def union(self) -> Any:
-        """The field's type: a union of models with a discriminator, or one model. Raises RuntimeError where none is registered."""
+        """The field's type: a union of models with a discriminator, or one model.
+
+        Raises RuntimeError where none is registered.
+        """
         readers = [r for r in _readers if issubclass(r, self.kinds) and self.tag in {None, tag_of(r)}]
         if not readers:
             raise RuntimeError("no source is registered: import lcl_adapter.data.sources before a recipe is read")

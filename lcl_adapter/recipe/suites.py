@@ -28,7 +28,10 @@ Control = Literal["shuffled-names", "no-support"]
 
 
 class LclSuite(Options):
-    """Episodes on held-out classes: one line of the report for each number of shots and kind of neighbours. Chance is 1 / ways."""
+    """Episodes on held-out classes: one line of the report for each number of shots and kind of neighbours.
+
+    Chance is 1 / ways.
+    """
 
     kind: Literal["lcl"]
     source: TaggedClasses
@@ -51,7 +54,10 @@ class ControlSuite(LclSuite):
 
 
 class ImageNet100Suite(Options):
-    """LCL's test on ImageNet-100: classes 2k and 2k + 1 are compared. ``shots`` is per class; the paper's n is twice that."""
+    """LCL's test on ImageNet-100: classes 2k and 2k + 1 are compared.
+
+    ``shots`` is per class; the paper's n is twice that.
+    """
 
     kind: Literal["imagenet-100"]
     pairs: Path
@@ -61,7 +67,10 @@ class ImageNet100Suite(Options):
 
 
 class IsekaiSuite(Options):
-    """LCL's test on unreal concepts and their real counterparts. ``shots`` is per concept; the paper's n is twice that."""
+    """LCL's test on unreal concepts and their real counterparts.
+
+    ``shots`` is per concept; the paper's n is twice that.
+    """
 
     kind: Literal["isekai"]
     source: IsekaiClasses
@@ -70,9 +79,12 @@ class IsekaiSuite(Options):
 
 
 class InspectionSuite(Words):
-    """Good or defective, on categories that were not trained on. With 0 references the question is asked without a support set.
+    """Good or defective, on categories that were not trained on.
 
-    also: further forms. ``naming`` asks what is wrong (labelled defects are shown, the list is closed), ``localise`` where (a box).
+    With 0 references the question is asked without a support set.
+
+    also: further forms. ``naming`` asks what is wrong (labelled defects are shown, the list is closed), ``localise``
+    where (a box).
     """
 
     kind: Literal["inspection"]
@@ -128,7 +140,10 @@ class RecSuite(Options):
 
 
 class LocateSuite(Words):
-    """Few-shot detection: boxes of an object are shown, and its box in the query is asked for. Correct if the IoU is over 0.5."""
+    """Few-shot detection: boxes of an object are shown, and its box in the query is asked for.
+
+    Correct if the IoU is over 0.5.
+    """
 
     kind: Literal["locate"]
     source: TaggedBoxes

@@ -1,7 +1,7 @@
 """Pools -> episodes. One policy a file. Every draw is a pure function of (seed, epoch, index).
 
-A new policy is a function of (pool, options, rng, origin) in a file of its own, its name in ``recipe/sources.py``, and a
-line in ``POLICIES`` or ``PART_POLICIES``.
+A new policy is a function of (pool, options, rng, origin) in a file of its own, its name in ``recipe/sources.py``, and
+a line in ``POLICIES`` or ``PART_POLICIES``.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,9 @@ def draw(pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionO
 
 
 def pictures_needed(options: EpisodeOptions, shots: int) -> int:
-    """How many pictures a class needs for an episode: one for the query, and enough for ``shots``, with further views counted."""
+    """How many pictures a class needs for an episode: one for the query, and enough for ``shots``, with further views
+    counted.
+    """
     if options.policy == "jigsaw":
         return 1
     return 1 + -(-shots // (options.further_views + 1))

@@ -1,4 +1,4 @@
-"""What an episode is, and what all policies share: random draws, names, support pictures by other artists than the query's."""
+"""What an episode is, and what all policies share: random draws, names, pictures by different artists."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def split_pictures(
 ) -> list[ClassPictures]:
     """Query and support pictures of each class. ``queries`` and ``shots`` say how many.
 
-    No query picture is in the support set. If artists are known and ``other_artists`` is set, no *artist* of a query is in
-    the support set of any class. Otherwise the class without the query's style could be ruled out by style alone.
+    No query picture is in the support set. If artists are known and ``other_artists`` is set, no *artist* of a query is
+    in the support set of any class. Otherwise the class without the query's style could be ruled out by style alone.
 
     Raises EpisodeError if a class has too few pictures.
     """

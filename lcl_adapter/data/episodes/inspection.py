@@ -74,7 +74,10 @@ def inspection(pool: InspectionPool, options: InspectionOptions, rng: Rng, origi
 
 
 def inspection_episode(part: PartCategory, index: int, references: Sequence[Picture], queries: Sequence[Specimen], words: Wording) -> Episode:
-    """Good references (none in the plain form), and queries that are good or defective. Training and suites use the same."""
+    """Good references (none in the plain form), and queries that are good or defective.
+
+    Training and suites use the same.
+    """
     support = tuple(Example(p, words.good, index) for p in references)
     labelled = tuple(_good_or_bad(s, index, words) for s in queries)
     return Episode(support, labelled, (words.good, words.bad), LearnedAnswers.QUERY, part.name, words)

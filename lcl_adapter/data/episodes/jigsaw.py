@@ -1,6 +1,6 @@
-"""``jigsaw`` (the published LCL code): the shuffled pieces of one image, then the whole image. The answer is the place of each piece.
+"""``jigsaw`` (the published LCL code): the shuffled pieces of one image, then the whole image.
 
-The published code shuffles the places again before it makes the answer, so that the answer cannot be known. Here the
+The answer is the place of each piece. The published code shuffles the places again before it makes the answer, so that the answer cannot be known. Here the
 answer has the true places.
 """
 

@@ -1,6 +1,8 @@
-"""``locate``: few-shot detection. The support set shows an object with its box as text; the query asks for the box of the same object.
+"""``locate``: few-shot detection.
 
-Boxes come from class folders with ``boxes.jsonl``, from lists with a box column, from referring expressions, or from the masks of defects.
+The support set shows an object with its box as text; the query asks for the box of the same object.
+Boxes come from class folders with ``boxes.jsonl``, from lists with a box column, from referring expressions, or from
+the masks of defects.
 """
 
 from __future__ import annotations

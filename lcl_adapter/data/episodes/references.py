@@ -18,7 +18,10 @@ FEWEST = 3  # shots per class in the published code; fewer if the recipe's `shot
 
 
 def two_way_ref(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
-    """From 3 shots to the recipe's largest number. The answer is the names of the query's class, in the order they were shown."""
+    """From 3 shots to the recipe's largest number.
+
+    The answer is the names of the query's class, in the order they were shown.
+    """
     most = max(options.shots)
     shots = int(rng.integers(min(FEWEST, most), most + 1))
     words = phrase("references", options.templates, rng, options.languages)

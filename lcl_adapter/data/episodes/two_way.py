@@ -23,7 +23,10 @@ def draw_by_rank(rng: Rng, ranked: Sequence[int]) -> int:
 
 
 def draw_pair(pool: ClassPool, rng: Rng) -> list[int]:
-    """A class under test and a neighbour; near neighbours are more frequent. Raises EpisodeError for a pool of one class."""
+    """A class under test and a neighbour; near neighbours are more frequent.
+
+    Raises EpisodeError for a pool of one class.
+    """
     if len(pool) < 2:
         raise EpisodeError(f"{pool.name}: {len(pool)} classes, 2 ways are asked: add classes.")
     under_test = int(rng.integers(len(pool)))
@@ -48,7 +51,9 @@ def two_way_weight(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: s
 
 
 def two_way_random_shot(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str) -> Episode:
-    """From 1 shot to the recipe's largest number; i + 1 shots have weight e^((i + 1) / 2), so that many shots are more frequent."""
+    """From 1 shot to the recipe's largest number; i + 1 shots have weight e^((i + 1) / 2), so that many shots are more
+    frequent.
+    """
     most = max(options.shots)
     weights = np.exp((np.arange(most) + 1) / 2)
     return _two_way(pool, options, rng, origin, 1 + int(rng.choice(most, p=weights / weights.sum())))

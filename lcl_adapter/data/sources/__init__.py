@@ -93,7 +93,9 @@ def open_reader(name: str, reader: QuestionReader, min_pictures: int = 1) -> Que
 @overload
 def open_reader(name: str, reader: Reader, min_pictures: int = 1) -> Pool: ...
 def open_reader(name: str, reader: Reader, min_pictures: int = 1) -> Pool:
-    """Read the pool of a recipe's source or suite. Its paths are absolute (``recipe.load`` resolves them), or ``pocket:NAME``.
+    """Read the pool of a recipe's source or suite.
+
+    Its paths are absolute (``recipe.load`` resolves them), or ``pocket:NAME``.
 
     min_pictures: how many pictures a class needs: the largest number of shots, and one for the query.
     """

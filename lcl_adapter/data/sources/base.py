@@ -20,7 +20,10 @@ MAX_LISTED = 10  # faults listed in one error; `data check` lists all
 
 
 class Fault(NamedTuple):
-    """One thing wrong in a source. Faults are counted by ``kind``; ``message`` has the file, the line and what to do."""
+    """One thing wrong in a source.
+
+    Faults are counted by ``kind``; ``message`` has the file, the line and what to do.
+    """
 
     kind: str
     message: str
@@ -36,7 +39,8 @@ class Picture:
     path: the file, or the zip archive that holds it.
     member: the name inside the archive, None for a plain file.
     artist: who drew or photographed it, if known. An episode shows support pictures by other artists than the query's.
-    view: 0 is the image as it is; k > 0 is its k-th further view (other background, scale, rotation, light), computed when it is read.
+    view: 0 is the image as it is; k > 0 is its k-th further view (other background, scale, rotation, light), computed
+    when it is read.
     turned: quarter turns counter-clockwise, applied first.
     tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
     data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
@@ -102,10 +106,11 @@ class Region:
 class PictureClass:
     """One visual concept: its name, its pictures, and which classes are near it.
 
-    groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"). Classes with the same first group are
-    *hard* neighbours.
+    groups: from the narrowest to the widest, for instance ("animal-mammal", "nature"). Classes with the same first
+    group are *hard* neighbours.
     hard: whether the class may be used as a hard neighbour at all.
-    boxes: where the object is in each picture, in pixels; None where that is not known. Empty for a class without boxes.
+    boxes: where the object is in each picture, in pixels; None where that is not known. Empty for a class without
+    boxes.
     ranked: names of the nearest classes, from near to far, if a list ranks them.
     """
 
@@ -146,7 +151,9 @@ class ClassPool:
         return {c.name: index for index, c in enumerate(self.classes)}
 
     def neighbours(self, index: int) -> Sequence[int]:
-        """Indices of other classes, from near to far: the ranked list if there is one; else all others, by narrowest common group."""
+        """Indices of other classes, from near to far: the ranked list if there is one; else all others, by narrowest
+        common group.
+        """
         listed = [self._by_name[n] for n in self.classes[index].ranked if self._by_name.get(n, index) != index]
         if listed:
             return listed
@@ -168,7 +175,9 @@ class ClassPool:
         return {c.name: _boxed(c) for c in self.classes if any(c.boxes)}
 
     def siblings(self, index: int) -> Sequence[int]:
-        """The eight nearest classes of the ranked list, or the classes of the narrowest group; empty if neither is known."""
+        """The eight nearest classes of the ranked list, or the classes of the narrowest group; empty if neither is
+        known.
+        """
         picture_class = self.classes[index]
         if picture_class.ranked:
             return [self._by_name[n] for n in picture_class.ranked[:NEAREST] if n in self._by_name and n != picture_class.name]
@@ -186,7 +195,10 @@ def _boxed(picture_class: PictureClass) -> tuple[Region, ...]:
 
 @dataclass(frozen=True)
 class Specimen:
-    """One test photo of a part. ``defect`` is the kind of defect, None for a good part; ``mask`` shows where the defect is."""
+    """One test photo of a part.
+
+    ``defect`` is the kind of defect, None for a good part; ``mask`` shows where the defect is.
+    """
 
     picture: Picture
     defect: str | None = None
@@ -253,7 +265,8 @@ class Exchange:
 
     further: more pictures of the same question. Then each ``<image>`` in the question marks the place of one picture.
     answers: all answers that people gave, if a suite scores against several.
-    region: if the answer is a box, the region of that box; ``answer`` is then empty, because the picture's size is not read yet.
+    region: if the answer is a box, the region of that box; ``answer`` is then empty, because the picture's size is not
+    read yet.
     """
 
     question: str
@@ -281,7 +294,8 @@ class QuestionPool:
     """Plain questions, one dialogue a record.
 
     dialogues: may read a dialogue from its file each time it is used. fingerprint: a hash of the file's contents.
-    shard_sizes: the number of dialogues in each shard, if they are in shards. shards_at_once: how many shards a pass mixes.
+    shard_sizes: the number of dialogues in each shard, if they are in shards. shards_at_once: how many shards a pass
+    mixes.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Boxes: from pixels or masks to text and back. Coordinates are relative to the square that the picture is padded to.
 
-The text has Shikra's form (arXiv 2306.15195, and its published code): three decimals, no spaces, ``[0.123,0.456,0.789,0.987]``.
+The text has Shikra's form (arXiv 2306.15195, and its published code): three decimals, no spaces,
+``[0.123,0.456,0.789,0.987]``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def parse(text: str) -> Box | None:
 
 
 def on_square(box: PixelBox, size: tuple[int, int]) -> Box:
-    """A pixel box of a picture of ``size`` (width, height), on the padded square. The picture is in the middle of the square."""
+    """A pixel box of a picture of ``size`` (width, height), on the padded square.
+
+    The picture is in the middle of the square.
+    """
     width, height = size
     side = max(size)
     left, top = (side - width) / 2, (side - height) / 2
@@ -76,7 +80,10 @@ def region_box(region: Region) -> Box:
 
 @lru_cache(maxsize=65536)
 def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, from the file's header. Raises DataError for a file that is no image."""
+    """Width and height after the EXIF rotation, from the file's header.
+
+    Raises DataError for a file that is no image.
+    """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as opened:
             warnings.simplefilter("ignore")
@@ -90,7 +97,10 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 
 @lru_cache(maxsize=65536)
 def mask_box(mask: Picture, size: tuple[int, int]) -> PixelBox:
-    """The smallest box around all pixels of a mask that are not black. Raises DataError for an empty mask or another size."""
+    """The smallest box around all pixels of a mask that are not black.
+
+    Raises DataError for an empty mask or another size.
+    """
     image = ImageOps.grayscale(read(mask))
     if image.size != size:
         raise DataError(f"{mask}: the mask is {image.width} x {image.height} pixels, its picture {size[0]} x {size[1]}.")

@@ -18,7 +18,10 @@ BOXES = "boxes.jsonl"
 
 
 class ClassFolders(ClassReader, HeldOut):
-    """``type: class-folder``. A user's ``photos/<class>/*.jpg``, a folder or a zip archive; ``boxes.jsonl`` in it may give boxes."""
+    """``type: class-folder``.
+
+    A user's ``photos/<class>/*.jpg``, a folder or a zip archive; ``boxes.jsonl`` in it may give boxes.
+    """
 
     type: Literal["class-folder"]
     path: Path
@@ -30,15 +33,19 @@ class ClassFolders(ClassReader, HeldOut):
 def read_class_folders(
     root: Path, name: str = "", min_pictures: int = 1, split: str = "all", hold_out: float = 0.0, on_fault: str = "refuse"
 ) -> ClassPool:
-    """Every sub-folder is a class, sorted by name. Hidden files are ignored; other files that are no images are counted as skipped.
+    """Every sub-folder is a class, sorted by name.
+
+    Hidden files are ignored; other files that are no images are counted as skipped.
 
     root: a folder or a zip archive.
     min_pictures: how many pictures a class needs (shots + 1 query); a class with fewer is a fault.
     split: only the classes of this split, see :func:`~lcl_adapter.data.sources.held_out.in_split`.
     ``neighbours.json`` beside the folders may group classes, ``{"group": ["class", ...]}``, or rank them,
-    ``{"ranked": {"class": ["nearest", ...]}}``. ``boxes.jsonl`` may give boxes: ``{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}``.
+    ``{"ranked": {"class": ["nearest", ...]}}``. ``boxes.jsonl`` may give boxes:
+    ``{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}``.
 
-    Raises DataError: no such folder, no class folders, and, unless ``on_fault`` is "skip", a class with no or too few pictures.
+    Raises DataError: no such folder, no class folders, and, unless ``on_fault`` is "skip", a class with no or too few
+    pictures.
     """
     if not root.exists():
         raise DataError(f"{root}: no such folder. A class folder holds one folder of photos a class: photos/<class>/*.jpg.")
@@ -81,7 +88,10 @@ def read_class_folders(
 
 
 def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """class -> its groups, and class -> its nearest classes, from ``neighbours.json``. Raises DataError for another form."""
+    """class -> its groups, and class -> its nearest classes, from ``neighbours.json``.
+
+    Raises DataError for another form.
+    """
     if NEIGHBOURS not in tree:
         return {}, {}
     where = f"{tree.root}: {NEIGHBOURS}"

@@ -1,4 +1,5 @@
-"""ImageNet as LCL pairs it: ``train900_pairs.jsonl``, and ``test100_pairs.jsonl``, whose consecutive classes form pairs.
+"""ImageNet as LCL pairs it: ``train900_pairs.jsonl``, and ``test100_pairs.jsonl``, whose consecutive classes form
+pairs.
 
 The formats are those of isekai-portal/Link-Context-Learning. Image names are relative to ImageNet's own folder,
 ``train/n02119789/….JPEG`` and ``val/….JPEG``; that may be a folder or a zip archive.
@@ -18,7 +19,10 @@ from lcl_adapter.recipe.sources import ClassReader, FileReader
 
 
 class ImageNetLcl(ClassReader, FileReader):
-    """``type: imagenet-lcl``. LCL's ``train900_pairs.jsonl`` over ImageNet's folder or archive; the file ranks the neighbours."""
+    """``type: imagenet-lcl``.
+
+    LCL's ``train900_pairs.jsonl`` over ImageNet's folder or archive; the file ranks the neighbours.
+    """
 
     type: Literal["imagenet-lcl"]
     pairs: Path
@@ -64,7 +68,10 @@ class ClassPair:
 
 
 def read_test_pairs(file: Path, images: Path) -> tuple[ClassPair, ...]:
-    """Lines 2k and 2k + 1 form a pair. Raises DataError for a fault, and for the published copy of the training file."""
+    """Lines 2k and 2k + 1 form a pair.
+
+    Raises DataError for a fault, and for the published copy of the training file.
+    """
     tree = Tree(images)
     faults: list[Fault] = []
     names: list[str] = []

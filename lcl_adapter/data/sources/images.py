@@ -61,7 +61,10 @@ def read(picture: Picture) -> Image.Image:
 
 
 def read_bytes(picture: Picture) -> bytes:
-    """The bytes of the file, of the archive's member, or of the row in a saved Hugging Face dataset. Raises DataError."""
+    """The bytes of the file, of the archive's member, or of the row in a saved Hugging Face dataset.
+
+    Raises DataError.
+    """
     try:
         if picture.data is not None:
             data = picture.data
@@ -99,7 +102,9 @@ def _row(folder: Path, member: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def saved_dataset(folder: Path) -> Any:
-    """A dataset that ``datasets`` saved to disk, with images not decoded. It is memory-mapped and uses no memory of its own.
+    """A dataset that ``datasets`` saved to disk, with images not decoded.
+
+    It is memory-mapped and uses no memory of its own.
 
     Raises DataError if the folder is no saved dataset, or has several splits.
     """

@@ -60,7 +60,9 @@ class Visa(Parts):
 
 
 def categories_of_split(categories: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:
-    """The categories of a split. ``held_out`` names those that are held out; if it is empty, :func:`is_held_out` decides.
+    """The categories of a split.
+
+    ``held_out`` names those that are held out; if it is empty, :func:`is_held_out` decides.
 
     Raises DataError for a name that is no category, or if the split is empty.
     """
@@ -81,9 +83,12 @@ def categories_of_split(categories: Sequence[str], split: str, held_out: Sequenc
 def read_mvtec(
     root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
 ) -> InspectionPool:
-    """Every folder with a ``test`` folder is a category. ``root`` may be a zip archive. An underscore in a name is a space.
+    """Every folder with a ``test`` folder is a category.
 
-    Raises DataError for no category or an unknown held-out one and, unless ``on_fault`` is "skip", for a missing mask or an empty folder.
+    ``root`` may be a zip archive. An underscore in a name is a space.
+
+    Raises DataError for no category or an unknown held-out one and, unless ``on_fault`` is "skip", for a missing mask
+    or an empty folder.
     """
     tree = Tree(root)
     faults: list[Fault] = []

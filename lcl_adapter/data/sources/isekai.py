@@ -1,7 +1,10 @@
-"""ISEKAI-10 and ISEKAI-pair (isekai-portal/Link-Context-Learning, CC BY-NC 2.0). The files are JSON Lines, though named ``.json``.
+"""ISEKAI-10 and ISEKAI-pair (isekai-portal/Link-Context-Learning, CC BY-NC 2.0).
 
-A line is one question. ``image_name`` is the query. ``positive_list`` and ``negative_list`` are the support pictures; their
-names are ``positive_promt`` and ``negative_promt`` (this is their spelling). ``label_name`` is the correct one of the two names.
+The files are JSON Lines, though named ``.json``.
+
+A line is one question. ``image_name`` is the query. ``positive_list`` and ``negative_list`` are the support pictures;
+their names are ``positive_promt`` and ``negative_promt`` (this is their spelling). ``label_name`` is the correct one of
+the two names.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ def read_isekai_questions(file: Path, images: Path, name: str = "", on_fault: st
 
 
 def read_isekai(file: Path, images: Path, name: str = "", on_fault: str = "refuse", min_pictures: int = 1) -> ClassPool:
-    """The concepts as classes. A concept and its counterpart have the same group, so they are hard neighbours of each other."""
+    """The concepts as classes.
+
+    A concept and its counterpart have the same group, so they are hard neighbours of each other.
+    """
     questions, faults = _questions(file, images)
     pictures: dict[str, dict[Picture, None]] = {}
     groups: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,5 @@
-"""LLaVA's training JSON, as a list or as JSON Lines: ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}]}``.
+"""LLaVA's training JSON, as a list or as JSON Lines:
+``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}]}``.
 
 There is one ``<image>`` for each image, in order. If a turn has one ``<image>``, it is moved to the front, as upstream
 does. If a turn has several, each stays at its place in the text.
@@ -87,6 +88,9 @@ def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...
 
 
 def record_name(records: Records, number: int, record: Any) -> str:
-    """The sample's name: file, line or record, and its id. Unlike ``describe_record``, it does not count lines, which is slow."""
+    """The sample's name: file, line or record, and its id.
+
+    Unlike ``describe_record``, it does not count lines, which is slow.
+    """
     identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
     return f"{records.file}{records.place(number)}{identity}"

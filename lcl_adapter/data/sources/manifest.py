@@ -75,11 +75,13 @@ def read_manifest(
 ) -> ClassPool:
     """The classes of a list. ``files`` may contain ``*``; ``images`` is a folder or a zip archive.
 
-    columns: ``image`` (several columns are allowed, and lists in them; every value is used) and ``class``; optionally ``group``
-    (near classes), ``artist`` (who photographed it), ``box`` ("x0 y0 x1 y1").
-    where: only rows with this value in this column. lookup: a CSV with ``image_id`` and ``path``, if ``image`` is an id.
+    columns: ``image`` (several columns are allowed, and lists in them; every value is used) and ``class``; optionally
+    ``group`` (near classes), ``artist`` (who photographed it), ``box`` ("x0 y0 x1 y1").
+    where: only rows with this value in this column. lookup: a CSV with ``image_id`` and ``path``, if ``image`` is an
+    id.
 
-    Raises DataError for a missing column (with a list of the columns), a missing file and, unless ``on_fault`` is "skip", a bad row.
+    Raises DataError for a missing column (with a list of the columns), a missing file and, unless ``on_fault`` is
+    "skip", a bad row.
     """
     tree = Tree(images)
     paths = _lookup(lookup) if lookup else None

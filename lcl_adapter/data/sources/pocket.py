@@ -1,4 +1,4 @@
-"""The emoji that ship with the package: classes by split, drawn by several artists, in one archive that is read on demand."""
+"""The emoji that ship with the package: classes by split, drawn by several artists, read on demand from one archive."""
 
 from __future__ import annotations
 

@@ -27,7 +27,10 @@ TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]|"', re.DOTALL)  # strings, br
 
 
 class Records:
-    """The records of ``file``: its lines, or the elements of its list. With ``key``, the file is an object and the list is under that key."""
+    """The records of ``file``: its lines, or the elements of its list.
+
+    With ``key``, the file is an object and the list is under that key.
+    """
 
     def __init__(self, file: Path, key: str | None = None) -> None:
         self.file = file
@@ -192,7 +195,10 @@ Parse = Callable[[Any, int], Dialogue]
 
 
 class Dialogues(Sequence[Dialogue]):
-    """Dialogues that are parsed from their records each time they are used. ``numbers``: the records without a fault."""
+    """Dialogues that are parsed from their records each time they are used.
+
+    ``numbers``: the records without a fault.
+    """
 
     def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range) -> None:
         self.records, self.parse, self.numbers = records, parse, numbers
@@ -236,10 +242,12 @@ def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
 def read_dialogues(
     records: Records, parse: Parse, identify: Callable[[Any], object] | None = None, limit: int | None = None
 ) -> tuple[Dialogues, list[Fault]]:
-    """Parse every record once. Records that parse are remembered by number; each of the others is a fault with its line.
+    """Parse every record once.
 
-    identify: gives a record's id; a second record with the same id is a fault. By default, a second record with the same
-    bytes is a fault. limit: read only this many records, from the start.
+    Records that parse are remembered by number; each of the others is a fault with its line.
+
+    identify: gives a record's id; a second record with the same id is a fault. By default, a second record with the
+    same bytes is a fault. limit: read only this many records, from the start.
     """
     faults: list[Fault] = []
     count = min(len(records), limit or len(records))

@@ -1,9 +1,11 @@
-"""Questions in WebDataset shards: tar archives of ``key.json`` and ``key.jpg``, in a local folder or anywhere that fsspec reads.
+"""Questions in WebDataset shards: tar archives of ``key.json`` and ``key.jpg``, in a local folder or anywhere that
+fsspec reads.
 
-A sample's JSON is LLaVA's (``conversations``; its pictures are the sample's, in the order of their names) or ``{"question", "answer"}``.
-Remote shards are fetched whole, one at a time, into a folder of bounded size. The schedule mixes a few shards at a time
-(``mixed``), so that each shard is fetched once in a pass. The seed and the row's number alone decide which sample a row
-has. So a stopped run continues with the same samples, and each of several processes reads the samples of its own rows.
+A sample's JSON is LLaVA's (``conversations``; its pictures are the sample's, in the order of their names) or
+``{"question", "answer"}``. Remote shards are fetched whole, one at a time, into a folder of bounded size. The schedule
+mixes a few shards at a time (``mixed``), so that each shard is fetched once in a pass. The seed and the row's number
+alone decide which sample a row has. So a stopped run continues with the same samples, and each of several processes
+reads the samples of its own rows.
 """
 
 from __future__ import annotations
@@ -52,9 +54,7 @@ class Shards(QuestionReader):
     type: Literal["shards"]
     path: Path | None = Field(None, description="a folder of *.tar")
     urls: str = Field("", description="or the shards' addresses: https://host/llava-{000000..000663}.tar")
-    index: Path | None = Field(
-        None, description="the samples of each shard, a file that WebDataset's `widsindex create` writes; needed with `urls`"
-    )
+    index: Path | None = Field(None, description="the samples of each shard, a file that WebDataset's `widsindex create` writes; needed with `urls`")
     cache: Path = Field(Path("shards-cache"), description="with `urls`: the folder that shards are fetched into")
     cache_size: str = Field("20GB", description="with `urls`: how many bytes of shards the folder may hold")
     mixed: int = Field(4, ge=1, description="shards whose samples are mixed; each is fetched once a pass if `cache_size` holds this many")
@@ -86,7 +86,10 @@ class Member(NamedTuple):
 
 
 class Cache:
-    """A folder of fetched shards with at most ``size`` bytes. The shard that was used longest ago is removed first, the newest never."""
+    """A folder of fetched shards with at most ``size`` bytes.
+
+    The shard that was used longest ago is removed first, the newest never.
+    """
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
@@ -194,7 +197,9 @@ class ShardDialogues(Sequence[Dialogue]):
         return self._sample(self.urls[shard], key, members[key])
 
     def longest(self, count: int) -> list[int]:
-        """The first samples that can be read. The longest are unknown, because for that all shards would have to be fetched.
+        """The first samples that can be read.
+
+        The longest are unknown, because for that all shards would have to be fetched.
 
         A sample that is too long is reported when its row is read.
         """
@@ -259,7 +264,10 @@ def suffix_of(name: str) -> str:
 
 
 def members_of(file: BinaryIO, name: str) -> dict[str, list[Member]]:
-    """Sample's key -> its members, in the shard's order. Only headers are read. Raises DataError for a broken or incomplete tar."""
+    """Sample's key -> its members, in the shard's order.
+
+    Only headers are read. Raises DataError for a broken or incomplete tar.
+    """
     members_by_key: dict[str, list[Member]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -297,7 +305,9 @@ def expanded(pattern: str) -> list[str]:
 def read_shards(
     path: Path | None, urls: str, index: Path | None, cache: Path, cache_size: int, mixed: int, name: str = "", limit: int | None = None
 ) -> QuestionPool:
-    """Shards of a folder, or at ``urls``. ``index`` is a file as WebDataset's ``widsindex create`` writes it; ``urls`` need one.
+    """Shards of a folder, or at ``urls``.
+
+    ``index`` is a file as WebDataset's ``widsindex create`` writes it; ``urls`` need one.
 
     limit: use only the first shards, until they hold this many samples. Raises DataError.
     """

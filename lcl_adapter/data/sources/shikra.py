@@ -64,7 +64,10 @@ class ShikraBoxes(ClassReader, FileReader):
 def read_shikra(
     file: Path, images: Path, kind: str, name: str = "", on_fault: str = "refuse", limit: int | None = None, templates: Path | None = None
 ) -> QuestionPool:
-    """One question a record. A box becomes text later, when the picture's size is read; a box that can never be valid is a fault."""
+    """One question a record.
+
+    A box becomes text later, when the picture's size is read; a box that can never be valid is a fault.
+    """
     records = Records(file)
     archive = images.suffix.lower() == ".zip"
     parse = partial(_parse, records=records, images=images, archive=archive, kind=kind, templates=templates)

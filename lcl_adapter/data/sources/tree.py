@@ -28,7 +28,10 @@ class Tree:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """Every file's name, sorted, without hidden files. Raises DataError for a name that leads out, or for a circle of links."""
+        """Every file's name, sorted, without hidden files.
+
+        Raises DataError for a name that leads out, or for a circle of links.
+        """
         names = self._members() if self.archive else self._walk(self.root, "", frozenset())
         for name in names:
             if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):

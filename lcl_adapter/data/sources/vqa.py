@@ -47,7 +47,8 @@ class LlavaQuestions(QuestionReader):
 class VqaV2(QuestionReader):
     """``type: vqav2``. VQAv2's questions and annotations.
 
-    image_name: a pattern for the images' names, by default ``COCO_val2014_{image_id:012}.jpg`` or the same of train2014.
+    image_name: a pattern for the images' names, by default ``COCO_val2014_{image_id:012}.jpg`` or the same of
+    train2014.
     """
 
     type: Literal["vqav2"]
@@ -76,7 +77,10 @@ class Pope(QuestionReader):
 def read_llava_questions(
     file: Path, answers: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None, closed: tuple[str, ...] = ()
 ) -> QuestionPool:
-    """LLaVA's questions, joined with their answers by ``question_id``. ``closed``: the only answers that are allowed."""
+    """LLaVA's questions, joined with their answers by ``question_id``.
+
+    ``closed``: the only answers that are allowed.
+    """
     records = Records(file)
     answer_of, answer_faults = _answers_by_id(answers)
     archive = images.suffix.lower() == ".zip"

@@ -1,6 +1,6 @@
-"""How tasks are put into words: a template file with several phrasings for each task and language. A user may replace it.
+"""How tasks are put into words: a template file with several phrasings for each task and language.
 
-``phrases.yaml`` beside this file is the shipped one. Each episode draws one of its task's phrasings with its own random
+``phrases.yaml`` beside this file is the shipped one; a user may replace it. Each episode draws one of its task's phrasings with its own random
 generator, so that the model learns the task and not a single sentence.
 """
 
@@ -25,7 +25,9 @@ PLACEHOLDERS = frozenset({"name", "thing", "labels", "a", "b"})
 
 @dataclass(frozen=True)
 class Wording:
-    """The sentences of an episode. ``{name}`` stands for the label; queries and support set use the same form of answer.
+    """The sentences of an episode.
+
+    ``{name}`` stands for the label; queries and support set use the same form of answer.
 
     good, bad, neither: the words for these answers in this language.
     """
