@@ -35,12 +35,12 @@ def read(options: dict[str, Any], **changes: object):  # type: ignore[no-untyped
     return open_reader("mine", TypeAdapter(TaggedSource).validate_python({**options, **changes}))
 
 
-def refused(options: dict[str, Any], *said: str, skipped: dict[str, int] | None = None, **changes: object) -> None:
-    """Refused with these words; with ``on_fault: skip``, left out and counted."""
+def refused(options: dict[str, Any], *messages: str, skipped: dict[str, int] | None = None, **changes: object) -> None:
+    """Refused with these messages; with ``on_fault: skip``, left out and counted."""
     with pytest.raises(DataError) as caught:
         read(options, **changes)
-    for words in said:
-        assert words in str(caught.value), str(caught.value)
+    for message in messages:
+        assert message in str(caught.value), str(caught.value)
     if skipped is not None:
         assert read(options, on_fault="skip", **changes).skipped == skipped
 
@@ -101,7 +101,7 @@ def test_a_line_that_is_not_utf_8(questions: Path) -> None:
     refused(SOURCES["pope"], "line 13: not UTF-8", file=file, skipped={"broken line": 1})
 
 
-def test_a_byte_order_mark_and_blank_lines_are_read_over(questions: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_are_ignored(questions: Path) -> None:
     file = questions / "coco_pope_random.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\n\n"))
     assert len(read(SOURCES["pope"], file=file)) == 12
@@ -114,18 +114,18 @@ def test_a_duplicate_id(questions: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "text", "said"),
+    ("image", "text", "message"),
     [
         (["a.jpg", "b.jpg"], "<image>\nWhat?", "2 images, 1 <image>"),
         ("a.jpg", "What?", "1 images, 0 <image>"),
         ("a.jpg", "<image> and <image>", "more <image> than its 1 images"),
     ],
 )
-def test_more_or_fewer_images_than_marks(questions: Path, image: object, text: str, said: str) -> None:
+def test_more_or_fewer_images_than_image_tags(questions: Path, image: object, text: str, message: str) -> None:
     records = json.loads((questions / "instruct.json").read_text())
     records.append({"id": "bad", "image": image, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]})
     (questions / "instruct.json").write_text(json.dumps(records))
-    refused(SOURCES["llava-json"], "record 15 (id 'bad')", said, file=questions / "instruct.json", skipped={"bad record": 1})
+    refused(SOURCES["llava-json"], "record 15 (id 'bad')", message, file=questions / "instruct.json", skipped={"bad record": 1})
 
 
 def test_a_missing_column_lists_those_there_are() -> None:
@@ -150,7 +150,7 @@ def test_an_answer_that_is_not_in_the_closed_list(questions: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("sources: {a: {type: pocket, share: -1}}", "greater than or equal to 0"),
         ("sources: {a: {type: pocket, share: 0}}", "all shares are 0"),
@@ -160,11 +160,11 @@ def test_an_answer_that_is_not_in_the_closed_list(questions: Path) -> None:
         ("sources: {a: {type: pocket}}\nshares: {1.5: {a: 1}}", "less than or equal to 1"),
     ],
 )
-def test_shares_that_cannot_be(tmp_path: Path, line: str, said: str) -> None:
+def test_impossible_shares(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(f"base: pocket\n{line}\n")
     with pytest.raises(RecipeError) as caught:
         recipe.load(tmp_path / "mine.yaml")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_an_archive_member_that_climbs_out(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_record_that_climbs_out(questions: Path, tmp_path: Path, name: str) ->
     refused(SOURCES["manifest-csv"], "leads out of it", file=file, skipped={"path that climbs out": 1})
 
 
-def test_a_circle_of_links(tmp_path: Path) -> None:
+def test_circular_links(tmp_path: Path) -> None:
     paint(tmp_path / "photos" / "good" / "0.png", (1, 2, 3))
     (tmp_path / "photos" / "good" / "again").symlink_to(tmp_path / "photos")
     refused({"type": "class-folder", "path": tmp_path / "photos"}, "a link that leads back to a folder above it")
@@ -216,11 +216,11 @@ def test_the_test_file_that_is_a_copy_of_the_training_file(tmp_path: Path) -> No
     pairs = FIXTURES / "imagenet-lcl" / "train900_pairs.jsonl"
     suite = {"kind": "imagenet-100", "pairs": pairs, "images": FIXTURES / "imagenet-lcl" / "images"}
     made = Recipe.model_validate({"base": "pocket", "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"imagenet-100": suite}}})
-    found = check(made)
-    assert any("copy of train900_pairs.jsonl" in f["message"] for f in found["faults"])
+    report = check(made)
+    assert any("copy of train900_pairs.jsonl" in f["message"] for f in report["faults"])
 
 
-def test_fifty_planted_faults_of_twelve_kinds_are_all_found(tmp_path: Path) -> None:
+def test_fifty_planted_faults_of_twelve_kinds_are_all_reported(tmp_path: Path) -> None:
     """10,000 images in four layouts; every fault is named, and nothing else."""
     rng = np.random.default_rng(0)
     flat = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]
@@ -297,11 +297,11 @@ def test_fifty_planted_faults_of_twelve_kinds_are_all_found(tmp_path: Path) -> N
             "rec": {"type": "shikra", "file": tmp_path / "rec.jsonl", "images": files},
         },
     }
-    found = check(Recipe.model_validate(made))
-    assert Counter(f["kind"] for f in found["faults"]) == planted
-    assert len({f["message"] for f in found["faults"]}) == 50, "each with its own place"
-    assert all(str(tmp_path) in f["message"] for f in found["faults"])
-    listed = [f["message"] for f in found["faults"] if f["kind"] == "missing image"]
+    report = check(Recipe.model_validate(made))
+    assert Counter(f["kind"] for f in report["faults"]) == planted
+    assert len({f["message"] for f in report["faults"]}) == 50, "each with its own place"
+    assert all(str(tmp_path) in f["message"] for f in report["faults"])
+    listed = [f["message"] for f in report["faults"] if f["kind"] == "missing image"]
     assert all("pope.jsonl, line 1" in message for message in listed), "the record that names the picture"
 
 
@@ -309,9 +309,9 @@ def test_data_check_on_the_command_line(tmp_path: Path, photos: Path, pocket_tin
     (tmp_path / "mine.yaml").write_text(f"base: {pocket_tiny}\nsources: {{photos: {{type: class-folder, path: {photos}, shots: 1}}}}\n")
     clean = CliRunner().invoke(main, ["data", "check", str(tmp_path / "mine.yaml"), "--json"])
     assert clean.exit_code == 0, clean.output
-    told = json.loads(clean.stdout)
-    assert told["sources"]["photos"] == {"entries": 3, "pictures": 12, "left_out": {}}
-    assert told["rows"]["longest"]["photos"] > 20
+    result = json.loads(clean.stdout)
+    assert result["sources"]["photos"] == {"entries": 3, "pictures": 12, "left_out": {}}
+    assert result["rows"]["longest"]["photos"] > 20
     (photos / "good" / "0.png").write_bytes(b"")
     faulty = CliRunner().invoke(main, ["data", "check", str(tmp_path / "mine.yaml"), "--json"])
     assert faulty.exit_code == 1
@@ -319,7 +319,7 @@ def test_data_check_on_the_command_line(tmp_path: Path, photos: Path, pocket_tin
     assert "good/0.png" in faulty.stderr.replace("\n", "")
 
 
-def test_parts_without_any_mask_are_judged_and_not_located(parts: Path, pocket_tiny: Path) -> None:
+def test_parts_without_any_mask_are_inspected_and_not_located(parts: Path, pocket_tiny: Path) -> None:
     for category in parts.iterdir():
         shutil.rmtree(category / "ground_truth")
     pool = read(SOURCES["mvtec"], path=parts)
@@ -331,7 +331,7 @@ def test_parts_without_any_mask_are_judged_and_not_located(parts: Path, pocket_t
         episodes.draw(pool, InspectionOptions(forms={"localise": 1}), 0, 0, 0)
 
 
-def test_parts_with_one_side_alone_teach_nothing(parts: Path) -> None:
+def test_parts_without_good_photos_are_refused(parts: Path) -> None:
     for category in parts.iterdir():
         shutil.rmtree(category / "test" / "good")
     with pytest.raises(EpisodeError, match=r"no category has both good and defective photos \(0 good and 18 defective"):
@@ -387,15 +387,15 @@ def test_a_later_measurement_of_trained_classes_is_refused(pocket_tiny: Path, tm
     assert "metal nut, tile are trained on too" in result.stderr
 
 
-@pytest.mark.parametrize(("kind", "said"), [("encrypted", "cannot be read"), ("nested", "its only folder 'photos' holds folders itself")])
-def test_odd_archives(tmp_path: Path, kind: str, said: str) -> None:
+@pytest.mark.parametrize(("kind", "message"), [("encrypted", "cannot be read"), ("nested", "its only folder 'photos' holds folders itself")])
+def test_archives_that_cannot_be_used(tmp_path: Path, kind: str, message: str) -> None:
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("bolt", "nut"):
             for k in range(2):
                 archive.write(P / "images" / "ring" / f"{k}.png", f"{'photos/' if kind == 'nested' else ''}{name}/{k}.png")
     if kind == "nested":
-        refused({"type": "class-folder", "path": path}, said)
+        refused({"type": "class-folder", "path": path}, message)
         return
     raw = bytearray(path.read_bytes())
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the bit that says a member has a password
@@ -404,8 +404,8 @@ def test_odd_archives(tmp_path: Path, kind: str, said: str) -> None:
             raw[start + place] |= 1
             start = raw.find(mark, start + 4)
     path.write_bytes(bytes(raw))
-    found = check(Recipe.model_validate({"base": "pocket", "sources": {"a": {"type": "class-folder", "path": path, "shots": 1}}}))
-    assert any("encrypted" in f["message"] for f in found["faults"])
+    report = check(Recipe.model_validate({"base": "pocket", "sources": {"a": {"type": "class-folder", "path": path, "shots": 1}}}))
+    assert any("encrypted" in f["message"] for f in report["faults"])
 
 
 def test_a_quote_that_is_not_closed_is_named_where_it_begins(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_a_huge_picture_with_a_box(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suites", "said"),
+    ("suites", "message"),
     [
         ("{mvtec: {preset: mvtec, source: plant}}", "`source` is a mapping of keys"),
         ("{mvtec: {preset: [mvtec]}}", "no suite named ['mvtec']"),
@@ -456,11 +456,11 @@ def test_a_huge_picture_with_a_box(tmp_path: Path) -> None:
         ("{'[/b] x': {preset: mvtec}}", "may hold letters, digits"),
     ],
 )
-def test_suites_that_cannot_be(tmp_path: Path, suites: str, said: str) -> None:
+def test_impossible_suites(tmp_path: Path, suites: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(f"base: pocket\nsources: {{a: {{type: pocket}}}}\nevaluate: {{suites: {suites}}}\n")
     with pytest.raises(RecipeError) as caught:
         recipe.load(tmp_path / "mine.yaml")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_broken_test_picture_is_left_out_of_the_measurement(pocket_tiny: Path, parts: Path) -> None:
@@ -484,14 +484,14 @@ def test_a_folder_that_is_changed_is_another_folder(tmp_path: Path) -> None:
     made = Recipe.model_validate(
         {"base": "pocket", "sources": {"a": {"type": "class-folder", "path": folder, "policy": "locate", "shots": 1, "templates": own}}}
     )
-    seen = {Mixture(made).hashes()["a"]}
+    hashes = {Mixture(made).hashes()["a"]}
     appended(folder / "boxes.jsonl", '{"image": "circle/0.png", "bbox": [1, 1, 9, 9]}')
-    seen.add(Mixture(made).hashes()["a"])
+    hashes.add(Mixture(made).hashes()["a"])
     (folder / "neighbours.json").write_text('{"round": ["circle"]}')
-    seen.add(Mixture(made).hashes()["a"])
+    hashes.add(Mixture(made).hashes()["a"])
     own.write_text('locate: {en: [{question: "Where?", query: "Where now?"}]}')
-    seen.add(Mixture(made).hashes()["a"])
-    assert len(seen) == 4
+    hashes.add(Mixture(made).hashes()["a"])
+    assert len(hashes) == 4
 
 
 def test_a_suite_passes_over_masks_that_cannot_be_used(parts: Path, pocket_tiny: Path) -> None:
@@ -531,13 +531,13 @@ def test_yes_and_no_are_words(questions: Path) -> None:
     ]
 
 
-def test_an_alias_that_holds_itself(tmp_path: Path) -> None:
+def test_an_alias_that_contains_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: pocket\nsources: &s {a: *s}\n")
     with pytest.raises(RecipeError, match="a YAML alias that contains itself"):
         recipe.load(tmp_path / "mine.yaml")
 
 
-def test_data_check_tells_of_what_is_too_long(pocket_tiny: Path, questions: Path) -> None:
+def test_data_check_reports_what_is_too_long(pocket_tiny: Path, questions: Path) -> None:
     records = json.loads((questions / "instruct.json").read_text())
     records[2]["conversations"][1]["value"] = "long " * 3000
     (questions / "instruct.json").write_text(json.dumps(records))
@@ -601,8 +601,8 @@ def test_a_broken_picture_does_not_end_a_watched_training(pocket_tiny: Path, tmp
         "evaluate": {"every": 1, "suites": {"m": {"kind": "inspection", "source": {**held, "split": "held_out"}, "references": 1}}},
     })  # fmt: skip
     train(made, make_callback=lambda base, save: MeasureDuring(made, base, save))
-    told = json.loads((tmp_path / "run" / "watched.json").read_text())
-    assert [s["step"] for s in told["steps"]] == [1, 2]
+    result = json.loads((tmp_path / "run" / "watched.json").read_text())
+    assert [s["step"] for s in result["steps"]] == [1, 2]
 
 
 def test_phrasings_in_one_language_of_two(pocket_tiny: Path, tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_phrasings_in_one_language_of_two(pocket_tiny: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_records_are_found_whatever_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_records_are_the_same_for_every_chunk_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Strings that hold brackets, commas, quotes and backslashes, cut anywhere."""
     from lcl_adapter.data.sources import records
 
@@ -625,12 +625,12 @@ def test_records_are_found_whatever_the_chunk(tmp_path: Path, monkeypatch: pytes
         ("lines.jsonl", "\r\n".join(json.dumps(v, ensure_ascii=False) for v in values) + "\n\n", None),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
-        found = records.Records(tmp_path / name, key)
-        assert [found[i] for i in range(len(found))] == values
-        assert [json.loads(raw) for raw in found.scan(len(found))] == values
+        read = records.Records(tmp_path / name, key)
+        assert [read[i] for i in range(len(read))] == values
+        assert [json.loads(raw) for raw in read.scan(len(read))] == values
 
 
-def test_every_source_that_cannot_be_read_is_told_at_once(tmp_path: Path) -> None:
+def test_all_sources_that_cannot_be_read_are_in_one_error(tmp_path: Path) -> None:
     made = recipe.load("mix", [f"data.root={tmp_path}", "base=pocket"])
     with pytest.raises(DataError) as caught:
         Mixture(made)

@@ -1,4 +1,4 @@
-"""Batches: who sees whom, and that K queries in one row are K separate episodes, in loss and gradients."""
+"""Batches: which tokens attend to which, and that K queries in one row are K separate episodes, in loss and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.training.collate import BucketedOrder, Collator, attention, collate
+from lcl_adapter.training.collate import BucketedOrder, Collator, attention_mask, collate
 from tests.conftest import paint
 
 
@@ -28,9 +28,9 @@ def recipe(**changes: object) -> Recipe:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12).map(sorted), st.integers(0, 4))
 @settings(max_examples=100, deadline=None)
-def test_who_sees_whom(branch: list[int], padding: int) -> None:
+def test_which_tokens_attend_to_which(branch: list[int], padding: int) -> None:
     real = torch.tensor([[True] * len(branch) + [False] * padding])
-    mask = attention(torch.tensor([branch + [0] * padding]), real)[0, 0]
+    mask = attention_mask(torch.tensor([branch + [0] * padding]), real)[0, 0]
     for i in range(len(branch)):
         for j in range(len(branch) + padding):
             expected = j <= i and j < len(branch) and branch[j] in (0, branch[i])
@@ -38,7 +38,7 @@ def test_who_sees_whom(branch: list[int], padding: int) -> None:
     assert bool(mask.any(1).all()), "no softmax over nothing"
 
 
-def spoken(index: int, **changes: object) -> Conversation:
+def conversation_of(index: int, **changes: object) -> Conversation:
     return to_conversation(Mixture(recipe(**changes)).draw(index), WORDINGS["short"])
 
 
@@ -52,7 +52,7 @@ def loss_of(base: Base, rows: list[Conversation], vision: VisionFeatures) -> tor
     encoder = base.encoder()
     batch = collate([encoder.conversation(c) for c in rows], encoder.pad)
     labels = batch.pop("labels")
-    outputs = base.model(**{k: v for k, v in batch.items() if k != "pictures"}, mm_encoder_outputs=vision.projected(batch["pictures"]))
+    outputs = base.model(**{k: v for k, v in batch.items() if k != "pictures"}, mm_encoder_outputs=vision.projected_features(batch["pictures"]))
     return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -63,7 +63,7 @@ def test_shared_support_equals_separate_episodes(tiny_base: Base) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     vision = VisionFeatures(base)
-    together = [spoken(i) for i in range(4)]
+    together = [conversation_of(i) for i in range(4)]
     trained = [p for p in base.model.parameters() if p.requires_grad]
     one = loss_of(base, together, vision)
     one_grads = torch.autograd.grad(one, trained)
@@ -77,8 +77,8 @@ def test_shared_support_equals_separate_episodes(tiny_base: Base) -> None:
 
 def test_a_query_is_blind_to_the_others(tiny_base: Base) -> None:
     """Changing one query's picture changes its own logits and no other's."""
-    conversation = spoken(0, queries=2)
-    other = spoken(5, queries=2).pictures[0]
+    conversation = conversation_of(0, queries=2)
+    other = conversation_of(5, queries=2).pictures[0]
     first, second = conversation.branches
     changed = Conversation(conversation.shared, ((Turn("user", first[0].text, other), first[1]), second), "changed")
     encoder, vision = tiny_base.encoder(), VisionFeatures(tiny_base)
@@ -91,7 +91,7 @@ def test_a_query_is_blind_to_the_others(tiny_base: Base) -> None:
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                     position_ids=batch["position_ids"],
-                    mm_encoder_outputs=vision.projected(batch["pictures"]),
+                    mm_encoder_outputs=vision.projected_features(batch["pictures"]),
                 ).logits[0]
             )
     branch = torch.tensor(encoder.conversation(conversation).branch)
@@ -104,7 +104,7 @@ def test_nothing_is_cut(tiny_base: Base) -> None:
     encoder = tiny_base.encoder()
     encoder.context = 60
     with pytest.raises(EpisodeError, match=r"lcl episode 0: \d+ tokens .* do not fit the context of 60. Lower `shots`"):
-        encoder.conversation(spoken(0, shots=[4], ways=[3]))
+        encoder.conversation(conversation_of(0, shots=[4], ways=[3]))
 
 
 def test_a_row_with_nothing_learned_is_an_error(tiny_base: Base) -> None:
@@ -114,7 +114,7 @@ def test_a_row_with_nothing_learned_is_an_error(tiny_base: Base) -> None:
 
 
 def test_positions_restart_behind_the_support_set(tiny_base: Base) -> None:
-    encoded = tiny_base.encoder().conversation(spoken(1))
+    encoded = tiny_base.encoder().conversation(conversation_of(1))
     shared = encoded.branch.count(0)
     for number in (1, 2, 3):
         own = [p for p, b in zip(encoded.positions, encoded.branch, strict=True) if b == number]

@@ -21,14 +21,14 @@ from lcl_adapter.recipe.sources import EpisodeOptions
 QUICK = settings(max_examples=150, deadline=None)
 
 
-def made_pool(classes: int, pictures: int, hands: int) -> ClassPool:
-    """Classes of ``pictures`` each, by ``hands`` hands (0: unknown), in groups of three."""
+def made_pool(classes: int, pictures: int, artists: int) -> ClassPool:
+    """Classes of ``pictures`` each, by ``artists`` artists (0: unknown), in groups of three."""
     return ClassPool(
         "made",
         tuple(
             PictureClass(
                 f"thing {n}",
-                tuple(Picture(Path(f"{n}-{i}.png"), artist=f"hand{i % hands}" if hands else None) for i in range(pictures)),
+                tuple(Picture(Path(f"{n}-{i}.png"), artist=f"artist{i % artists}" if artists else None) for i in range(pictures)),
                 (f"group{n // 3}",),
             )
             for n in range(classes)
@@ -37,13 +37,13 @@ def made_pool(classes: int, pictures: int, hands: int) -> ClassPool:
 
 
 @st.composite
-def asked(draw: st.DrawFn) -> tuple[ClassPool, EpisodeOptions]:
+def cases(draw: st.DrawFn) -> tuple[ClassPool, EpisodeOptions]:
     policy = draw(st.sampled_from(["n-way", "2way-weight", "2way-random-shot"]))
     ways = draw(st.integers(2, 4)) if policy == "n-way" else 2
     shots = draw(st.integers(1, 4))
     queries = draw(st.integers(1, 5))
-    hands = draw(st.sampled_from([0, 0, shots + 1, shots + 3]))
-    pool = made_pool(draw(st.integers(ways + 3, 14)), hands or draw(st.integers(shots + 1, shots + 5)), hands)
+    artists = draw(st.sampled_from([0, 0, shots + 1, shots + 3]))
+    pool = made_pool(draw(st.integers(ways + 3, 14)), artists or draw(st.integers(shots + 1, shots + 5)), artists)
     options = EpisodeOptions(
         policy=policy,
         ways=[ways],
@@ -61,7 +61,7 @@ def key(picture: Picture) -> tuple[Path, str | None]:
 
 
 @QUICK
-@given(asked(), st.integers(0, 2**31), st.integers(0, 5), st.integers(0, 10**6))
+@given(cases(), st.integers(0, 2**31), st.integers(0, 5), st.integers(0, 10**6))
 def test_every_episode(case: tuple[ClassPool, EpisodeOptions], seed: int, epoch: int, index: int) -> None:
     pool, options = case
     episode = episodes.draw(pool, options, seed, epoch, index)
@@ -82,8 +82,8 @@ def test_every_episode(case: tuple[ClassPool, EpisodeOptions], seed: int, epoch:
         assert by_label[example.label] == example.class_index, "a label is one class, also for the query"
         assert example.picture in pool.classes[example.class_index].pictures
     assert not any(clash(a, b) for a in episode.labels for b in episode.labels if a != b)
-    hands = {q.picture.artist for q in episode.queries if q.picture.artist}
-    assert not hands & {e.picture.artist for e in episode.support}, "no hand of a query in any class's support"
+    artists = {q.picture.artist for q in episode.queries if q.picture.artist}
+    assert not artists & {e.picture.artist for e in episode.support}, "no artist of a query in any class's support"
 
 
 def many(options: EpisodeOptions, count: int = 4000) -> list[Episode]:
@@ -91,17 +91,17 @@ def many(options: EpisodeOptions, count: int = 4000) -> list[Episode]:
     return [episodes.draw(pool, options, 3, 0, i) for i in range(count)]
 
 
-def test_no_answer_from_position() -> None:
+def test_positions_do_not_give_the_answer_away() -> None:
     """The query's label is as often the first shown, the last shown, or the first listed, as any other."""
     drawn = many(EpisodeOptions(ways=[2], shots=[2], queries=1))
-    for told in (
+    for guess in (
         lambda e: e.support[0].label,
         lambda e: e.support[-1].label,
         lambda e: e.labels[0],
         lambda e: min(e.labels, key=len),
         lambda e: min(e.labels),
     ):
-        share = np.mean([told(e) == e.queries[0].label for e in drawn])
+        share = np.mean([guess(e) == e.queries[0].label for e in drawn])
         assert abs(share - 0.5) < 4 * 0.5 / len(drawn) ** 0.5, share
 
 
@@ -145,13 +145,13 @@ def test_held_out_classes_are_never_drawn() -> None:
         assert not held & {key(e.picture) for e in (*episode.support, *episode.queries)}
 
 
-def test_zero_shots_has_queries_alone() -> None:
+def test_zero_shots_has_no_support_set() -> None:
     episode = episodes.draw(made_pool(6, 3, 0), EpisodeOptions(shots=[0], queries=2), 0, 0, 0)
     assert not episode.support
     assert len(episode.queries) == 2
 
 
-def test_eight_shots_from_five_drawings_take_further_views() -> None:
+def test_eight_shots_from_five_drawings_use_further_views() -> None:
     pool = read_pocket("held_out", min_pictures=5)
     for index in range(100):
         episode = episodes.draw(pool, EpisodeOptions(shots=[8], further_views=2), 0, 0, index)
@@ -170,13 +170,13 @@ def test_without_groups_every_class_comes_as_often(policy: str) -> None:
     assert max(tally.values()) < 1.5 * min(tally.values())
 
 
-def test_one_class_alone_is_refused() -> None:
+def test_a_single_class_is_refused() -> None:
     for policy in ("n-way", "2way-weight", "2way-random-shot"):
         with pytest.raises(EpisodeError, match="1 classes, 2 ways"):
             episodes.draw(made_pool(1, 4, 0), EpisodeOptions(policy=policy, shots=[1]), 0, 0, 0)
 
 
-def test_what_cannot_be_drawn_is_said() -> None:
+def test_what_cannot_be_drawn_is_an_error() -> None:
     with pytest.raises(EpisodeError, match="2 classes, 3 ways"):
         episodes.draw(made_pool(2, 3, 0), EpisodeOptions(ways=[3]), 0, 0, 0)
     with pytest.raises(EpisodeError, match=r"has 2 pictures, 2 besides the query"):

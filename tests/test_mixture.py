@@ -35,7 +35,7 @@ def mixture(shares: dict[str, float], seed: int = 0, packed: int = 1) -> Mixture
 
 @given(st.lists(st.floats(0.2, 5), min_size=1, max_size=4), st.integers(0, 999), st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
-def test_shares_are_exact_in_every_block_and_any_index_stands_alone(shares: list[float], seed: int, start: int) -> None:
+def test_shares_are_exact_in_every_block_and_any_index_can_be_computed_alone(shares: list[float], seed: int, start: int) -> None:
     named = {f"s{i}": share for i, share in enumerate(shares)}
     one, other = mixture(named, seed), mixture(named, seed)
     block = start // BLOCK * BLOCK
@@ -50,21 +50,21 @@ def test_shares_are_exact_in_every_block_and_any_index_stands_alone(shares: list
     assert other.draw(start) == one.draw(start)
 
 
-def test_questions_are_gone_through_before_any_repeats() -> None:
+def test_every_question_comes_once_before_any_repeats() -> None:
     made = mixture({"lcl": 0.5, "vqa": 0.5}, packed=2)
-    seen: list[str] = []
+    answers: list[str] = []
     index = 0
-    while len(seen) < 14:
+    while len(answers) < 14:
         drawn = made.draw(index)
         if isinstance(drawn, tuple):
             assert len(drawn) == 2
-            seen += [dialogue.exchanges[0].answer for dialogue in drawn]
+            answers += [dialogue.exchanges[0].answer for dialogue in drawn]
         index += 1
-    assert sorted(seen[:7]) == sorted(seen[7:14]) == [f"a{i}" for i in range(7)]
-    assert seen[:7] != seen[7:14], "another order in the next pass"
+    assert sorted(answers[:7]) == sorted(answers[7:14]) == [f"a{i}" for i in range(7)]
+    assert answers[:7] != answers[7:14], "another order in the next pass"
 
 
-def test_a_share_too_small_to_be_drawn_is_said() -> None:
+def test_a_share_too_small_to_be_drawn_is_an_error() -> None:
     with pytest.raises(RecipeError, match="would never be drawn"):
         mixture({"a": 1.0, "b": 0.001})
 
@@ -94,16 +94,16 @@ def scheduled(total: int, shares: object = None, **sources: dict[str, object]) -
     st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_caps_are_kept_and_no_draw_is_skipped(total: int, sources: list[tuple[float, int | None]], curriculum: bool) -> None:
+def test_no_cap_is_exceeded_and_no_draw_is_skipped(total: int, sources: list[tuple[float, int | None]], curriculum: bool) -> None:
     named = {f"s{i}": {"share": share, "cap": cap} for i, (share, cap) in enumerate(sources)}
     named["rest"] = {"share": 1.0}
     shares = {0.5: {"rest": 2.0, "s0": 0.5}} if curriculum and total > 200 else None
     made = scheduled(total, shares, **named)
     slots = [made.slot(i) for i in range(total)]
     tally = Counter(s.source for s in slots)
-    for name, one in named.items():
-        if one.get("cap"):
-            assert tally[name] <= one["cap"]  # type: ignore[operator]
+    for name, options in named.items():
+        if options.get("cap"):
+            assert tally[name] <= options["cap"]  # type: ignore[operator]
         assert [s.ordinal for s in slots if s.source == name] == list(range(tally[name])), "every draw once, in order"
     assert scheduled(total, shares, **named).slot(total - 1) == slots[-1], "computed alone"
 
@@ -124,7 +124,7 @@ def test_a_source_that_ends_gives_every_question_once() -> None:
     assert made.repeats(300)["b"] == pytest.approx(293 / 7)
 
 
-def test_when_all_have_ended_it_is_said_before_training() -> None:
+def test_sources_that_all_end_too_early_are_an_error() -> None:
     with pytest.raises(RecipeError, match=r"a, b: all that have a share end, after 14 rows of 300"):
         scheduled(300, a={"share": 0.5, "at_end": "end"}, b={"share": 0.5, "at_end": "end"})
 

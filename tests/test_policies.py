@@ -1,4 +1,4 @@
-"""Policies of inspection, products, places and LCL's further ones: hand-made cases, and what holds for every draw."""
+"""Policies of inspection, products, places and LCL's other ones: small examples, and what holds for every draw."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_every_inspection(form: str, seed: int, index: int) -> None:
     episode = episodes.draw(PARTS, options(form), seed, 0, index)
     assert episode == episodes.draw(PARTS, options(form), seed, 0, index)
     part = PARTS.categories[episode.queries[0].class_index]
-    truth = {s.picture: s.defect for s in part.good} | {s.picture: s.defect for found in part.defects.values() for s in found}
+    truth = {s.picture: s.defect for s in part.good} | {s.picture: s.defect for photos in part.defects.values() for s in photos}
     shown = [e.picture for e in episode.support]
     assert len(shown) == len(set(shown))
     assert all(e.class_index == episode.queries[0].class_index for e in (*episode.support, *episode.queries)), "one part an episode"
     assert not set(shown) & {q.picture for q in episode.queries}
     for query in episode.queries:
-        assert query.picture in truth, "references are never asked about"
+        assert query.picture in truth, "no query asks about a reference"
         defect = truth[query.picture]
         expected = defect if form == "naming" and defect else "defective" if defect else "good"
         assert query.label == expected
@@ -80,21 +80,21 @@ def test_every_inspection(form: str, seed: int, index: int) -> None:
 
 
 def test_half_of_the_queries_are_defective_and_every_kind_comes_as_often() -> None:
-    asked = [q for i in range(800) for q in episodes.draw(PARTS, options("one-class"), 0, 0, i).queries]
-    share = np.mean([q.label == "defective" for q in asked])
+    queries = [q for i in range(800) for q in episodes.draw(PARTS, options("one-class"), 0, 0, i).queries]
+    share = np.mean([q.label == "defective" for q in queries])
     assert abs(share - 0.5) < 0.05
-    kinds = Counter(q.picture.path.parts[1] for q in asked if q.label == "defective")
+    kinds = Counter(q.picture.path.parts[1] for q in queries if q.label == "defective")
     assert max(kinds.values()) < 1.3 * min(kinds.values())
     first = [episodes.draw(PARTS, options("two-way"), 0, 0, i).labels[0] for i in range(400)]
-    assert 140 < first.count("good") < 260, "the order of labels tells nothing"
+    assert 140 < first.count("good") < 260, "the order of labels has no information"
 
 
-def test_random_names_take_the_labels_place_everywhere() -> None:
+def test_random_names_replace_every_label() -> None:
     for index in range(50):
         episode = episodes.draw(PARTS, options("naming", random_names=1.0), 0, 0, index)
-        said = {e.label for e in (*episode.support, *episode.queries)}
-        assert said <= set(episode.labels)
-        assert not said & {"good", "scratch", "hole", "stain"}
+        labels = {e.label for e in (*episode.support, *episode.queries)}
+        assert labels <= set(episode.labels)
+        assert not labels & {"good", "scratch", "hole", "stain"}
         assert episode.wording is not None
         for word in ("scratch", "hole", "stain"):
             assert word not in episode.wording.query
@@ -102,10 +102,10 @@ def test_random_names_take_the_labels_place_everywhere() -> None:
             assert all(label in episode.wording.query for label in episode.labels)
 
 
-def test_japanese_is_drawn_where_it_is_asked_for() -> None:
-    said = Counter(episodes.draw(PARTS, options("one-class", languages=["en", "ja"]), 0, 0, i).support[0].label for i in range(300))
-    assert set(said) == {"good", "良品"}
-    assert 60 < said["良品"] < 240
+def test_japanese_is_drawn_if_the_options_list_it() -> None:
+    tally = Counter(episodes.draw(PARTS, options("one-class", languages=["en", "ja"]), 0, 0, i).support[0].label for i in range(300))
+    assert set(tally) == {"good", "良品"}
+    assert 60 < tally["良品"] < 240
 
 
 def test_names_that_hold_each_other_are_renamed_whole() -> None:
@@ -113,13 +113,13 @@ def test_names_that_hold_each_other_are_renamed_whole() -> None:
     for index in range(40):
         episode = episodes.draw(pool, options("naming", random_names=1.0), 0, 0, index)
         assert episode.wording is not None
-        asked = episode.wording.query
-        assert "\0" not in asked
-        assert "cut" not in asked
-        assert all(label in asked for label in episode.labels)
+        question = episode.wording.query
+        assert "\0" not in question
+        assert "cut" not in question
+        assert all(label in question for label in episode.labels)
 
 
-def test_what_an_inspection_lacks_is_said() -> None:
+def test_an_inspection_without_enough_photos_is_an_error() -> None:
     bare = InspectionPool("bare", (made_part("nut", 1, 1, {"hole": 1}),))
     with pytest.raises(EpisodeError, match="'nut' has 1 references, 2 are needed"):
         episodes.draw(bare, options("one-class", shots=[2]), 0, 0, 0)
@@ -132,16 +132,16 @@ def test_a_defect_is_located_by_its_mask() -> None:
     for index in range(20):
         episode = episodes.draw(pool, options("localise", shots=[2]), 0, 0, index)
         part = pool.categories[episode.queries[0].class_index]
-        masks = {s.picture: s for found in part.defects.values() for s in found}
+        masks = {s.picture: s for photos in part.defects.values() for s in photos}
         for query in episode.queries:
             specimen = masks[query.picture]
-            region = next(r for found in pool.regions.values() for r in found if r.picture == query.picture)
+            region = next(r for regions in pool.regions.values() for r in regions if r.picture == query.picture)
             assert query.label == region_box(region).text()
             assert specimen.defect is not None
 
 
 @pytest.mark.parametrize("name", ["class-folder-boxes", "manifest-coco", "mvtec"])
-def test_places_are_shown_and_asked(name: str) -> None:
+def test_support_and_queries_have_the_true_boxes(name: str) -> None:
     pool = opened(name)
     kind = InspectionOptions if isinstance(pool, InspectionPool) else EpisodeOptions
     for index in range(20):
@@ -157,7 +157,7 @@ def test_places_are_shown_and_asked(name: str) -> None:
         assert thing in episode.wording.instruction or thing in from_episode(episode, WORDINGS["short"]).shared[0].text
 
 
-def test_nothing_to_locate_is_said() -> None:
+def test_nothing_to_locate_is_an_error() -> None:
     with pytest.raises(EpisodeError, match="nothing has boxes in 2 pictures"):
         episodes.draw(made_pool(3, 4, 0), EpisodeOptions(policy="locate", shots=[1]), 0, 0, 0)
 
@@ -168,8 +168,8 @@ def product(**more: object) -> EpisodeOptions:
 
 @QUICK
 @given(st.integers(0, 999), INDEX, st.sampled_from(["random", "real", "mixed"]), st.integers(0, 3))
-def test_every_product_episode(seed: int, index: int, names: str, hands: int) -> None:
-    pool = made_pool(9, 8, 0 if hands < 2 else 6)
+def test_every_product_episode(seed: int, index: int, names: str, artists: int) -> None:
+    pool = made_pool(9, 8, 0 if artists < 2 else 6)
     episode = episodes.draw(pool, product(names=names), seed, 0, index)
     assert episode == episodes.draw(pool, product(names=names), seed, 0, index)
     by_label = {e.label: e.class_index for e in episode.support}
@@ -189,12 +189,12 @@ def test_every_product_episode(seed: int, index: int, names: str, hands: int) ->
 def test_neither_is_half_and_near_as_often_as_far() -> None:
     pool = made_pool(30, 4, 0)
     drawn = [episodes.draw(pool, product(shots=[1], near_neither=0.5), 0, 0, i) for i in range(500)]
-    asked = [(e, q) for e in drawn for q in e.queries]
-    neither = [(e, q) for e, q in asked if q.label == "neither"]
-    assert abs(len(neither) / len(asked) - 0.5) < 0.05
+    pairs = [(e, q) for e in drawn for q in e.queries]
+    neither = [(e, q) for e, q in pairs if q.label == "neither"]
+    assert abs(len(neither) / len(pairs) - 0.5) < 0.05
     near = [q.class_index in {i for s in e.support for i in pool.siblings(s.class_index)} for e, q in neither]
     assert 0.4 < np.mean(near) < 0.65
-    first = Counter(e.support[0].label == q.label for e, q in asked if q.label != "neither")
+    first = Counter(e.support[0].label == q.label for e, q in pairs if q.label != "neither")
     assert abs(first[True] / first.total() - 0.5) < 0.06, "the product shown first is no likelier"
 
 
@@ -278,7 +278,7 @@ def test_a_users_own_phrasings(tmp_path: Path) -> None:
     episode = episodes.draw(PARTS, options("one-class", templates=own), 0, 0, 0)
     assert set(episode.labels) == {"fine", "cracked"}
     assert phrase("product.plain", own, 0).query == "Which product is this?", "the other tasks stay as they ship"
-    for text, said in (
+    for text, message in (
         ("inspektion.plain: {en: [{query: x}]}", "did you mean 'inspection.plain'"),
         ("inspection.plain: {en: [{question: x}]}", "needs a `query`"),
         ("inspection.plain: {en: [{query: x, ansver: y}]}", "did you mean 'answer'"),
@@ -289,7 +289,7 @@ def test_a_users_own_phrasings(tmp_path: Path) -> None:
     ):
         other = tmp_path / f"{abs(hash(text))}.yaml"
         other.write_text(text)
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             phrase("inspection.plain", other, 0)
     with pytest.raises(RecipeError, match="no phrasing in ja"):
         phrase("inspection.one-class", own, 0, ["ja"])

@@ -38,9 +38,9 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         "base: pocket\nprecison: fp32\nadapter: {rnk: 8, dropout: 2.0}\nsources:\n  lcl:\n    type: pocket\n    shtos: 2\n    shots: many\n"
         "train:\n  max_steps: -1\n  learning_rat: 1e-3\n",
     )
-    found = faults(path)
-    assert len(found) == 7
-    together = "\n".join(found)
+    messages = faults(path)
+    assert len(messages) == 7
+    together = "\n".join(messages)
     for place, part in [
         ("line 2", "'precison' (did you mean 'precision'?)"),
         ("line 3", "'adapter.rnk' (did you mean 'rank'?)"),
@@ -50,11 +50,11 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         ("line 10", "'train.max_steps'"),
         ("line 11", "'train.learning_rat' (did you mean 'learning_rate'?)"),
     ]:
-        assert any(f"{path}, {place}:" in fault and part in fault for fault in found), together
+        assert any(f"{path}, {place}:" in fault and part in fault for fault in messages), together
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("sources: {lcl: {type: pocket}}", "key 'base' is missing"),
         ("base: pocket\nsources: {}", "sources"),
@@ -72,8 +72,8 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
         ("base: pocket\nsources: {a: {type: pocket}}\nevaluate: {retention: {vqa: 1}}", "no suite; there are none"),
     ],
 )
-def test_each_kind_of_fault(tmp_path: Path, text: str, said: str) -> None:
-    assert said in "\n".join(faults(write(tmp_path, text)))
+def test_each_kind_of_fault(tmp_path: Path, text: str, message: str) -> None:
+    assert message in "\n".join(faults(write(tmp_path, text)))
 
 
 def test_a_recipe_that_is_not_utf8(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert "no keys below it" in faults(path, "base.x=1")[0]
 
 
-def test_extends_merges_and_keeps_places(tmp_path: Path) -> None:
+def test_extends_merges_values_and_remembers_places(tmp_path: Path) -> None:
     write(tmp_path, GOOD, "under.yaml")
     over = write(tmp_path, "extends: under.yaml\ntrain: {max_steps: 9}\n", "over.yaml")
     read = recipe.load(over)

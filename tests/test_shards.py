@@ -1,4 +1,4 @@
-"""WebDataset shards: every sample once a pass, a few shards at a time, no more on disk than is kept; broken ones are told of."""
+"""WebDataset shards: every sample once a pass, a few shards at a time, a bounded cache, broken shards and samples."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def elsewhere(folder: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def remote_shards(folder: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The same shards where only fsspec reads them, and their index."""
     memory = fsspec.filesystem("memory")
     listed = []
@@ -99,19 +99,19 @@ def test_every_sample_is_read_by_its_number(folder: Path) -> None:
     assert answers(read_shards(folder, "", None, Path("none"), 1, 4, limit=7)) == [f"answer {n}" for n in range(2 * SAMPLES)]
 
 
-def test_elsewhere_is_the_same_with_a_bounded_part_on_disk(folder: Path, elsewhere: tuple[str, Path], tmp_path: Path) -> None:
-    urls, index = elsewhere
-    here = read_shards(folder, "", None, Path("none"), 1, 2)
+def test_remote_shards_are_the_same_in_a_bounded_cache(folder: Path, remote_shards: tuple[str, Path], tmp_path: Path) -> None:
+    urls, index = remote_shards
+    local = read_shards(folder, "", None, Path("none"), 1, 2)
     size = max(file.stat().st_size for file in folder.glob("*.tar"))
     cache = tmp_path / "cache"
-    there = read_shards(None, urls, index, cache, 2 * size, 2)
-    assert there.fingerprint == here.fingerprint  # wherever they lie
+    remote = read_shards(None, urls, index, cache, 2 * size, 2)
+    assert remote.fingerprint == local.fingerprint
     for order in (range(30), reversed(range(30)), [3, 29, 3, 15]):
         for number in order:
-            assert there.dialogues[number].exchanges == here.dialogues[number].exchanges or there.dialogues[number].pictures
-            assert there.dialogues[number].exchanges[0].answer == f"answer {number}"
-            kept = list(cache.glob("*.tar"))
-            assert sum(file.stat().st_size for file in kept) <= 2 * size
+            assert remote.dialogues[number].exchanges == local.dialogues[number].exchanges or remote.dialogues[number].pictures
+            assert remote.dialogues[number].exchanges[0].answer == f"answer {number}"
+            cached = list(cache.glob("*.tar"))
+            assert sum(file.stat().st_size for file in cached) <= 2 * size
     assert not list(cache.glob("*.part"))
 
 
@@ -120,18 +120,18 @@ def test_a_pass_has_every_sample_once_and_few_shards_at_a_time(counts: list[int]
     order = _order(5, 0, epoch, sum(counts), tuple(counts), mixed)
     assert sorted(order.tolist()) == list(range(sum(counts)))
     owner = np.repeat(np.arange(len(counts)), counts)[order]
-    seen: list[int] = []
-    for one in owner.tolist():
-        if one not in seen:
-            seen.append(one)
+    owners: list[int] = []
+    for shard in owner.tolist():
+        if shard not in owners:
+            owners.append(shard)
     for start in range(0, len(counts), mixed):  # a group is done before the next begins
-        group = set(seen[start : start + mixed])
-        places = [i for i, one in enumerate(owner.tolist()) if one in group]
+        group = set(owners[start : start + mixed])
+        places = [i for i, shard in enumerate(owner.tolist()) if shard in group]
         assert places == list(range(places[0], places[0] + len(places)))
 
 
-def test_each_shard_is_fetched_once_a_pass(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    urls, index = elsewhere
+def test_each_shard_is_fetched_once_a_pass(remote_shards: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = remote_shards
     fetched: list[str] = []
     real = fsspec.open
     monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or real(url, mode))
@@ -164,21 +164,21 @@ def test_processes_share_one_copy(folder: Path, tmp_path: Path) -> None:
 
 def test_a_members_suffix_begins_at_its_first_dot(tmp_path: Path) -> None:
     """A key that is in its own suffix, and what a Mac puts beside each file."""
-    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+    with tarfile.open(tmp_path / "unusual.tar", "w") as archive:
         for name, data in (("0.0.png", png(1)), ("0.1.png", png(2)), ("._0.0.png", b"mac"), (".DS_Store", b"mac")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-        told = json.dumps({"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "two"}]}).encode()
+        record = json.dumps({"conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "two"}]}).encode()
         info = tarfile.TarInfo("0.json")
-        info.size = len(told)
-        archive.addfile(info, io.BytesIO(told))
+        info.size = len(record)
+        archive.addfile(info, io.BytesIO(record))
     (dialogue,) = read_shards(tmp_path, "", None, Path("none"), 1, 4).dialogues
     assert [np.asarray(read_image(p))[0, 0, 0] for p in dialogue.pictures] == [1, 2]
 
 
-def test_a_network_that_fails_now_and_then(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    urls, index = elsewhere
+def test_a_network_that_fails_sometimes(remote_shards: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = remote_shards
     real, tries = fsspec.open, []
 
     def flaky(url: str, mode: str) -> Any:
@@ -200,7 +200,7 @@ def test_a_network_that_fails_now_and_then(elsewhere: tuple[str, Path], tmp_path
         read_shards(None, urls, index, tmp_path / "other", 10**9, 4).dialogues[0]
 
 
-def test_what_a_killed_process_left_is_removed(folder: Path, tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_process_are_removed(folder: Path, tmp_path: Path) -> None:
     url = f"file://{folder / 'set-000.tar'}"
     cache = Cache(tmp_path / "cache", 10**9)
     target = cache.fetch(url)
@@ -217,9 +217,9 @@ def recipe_of(base: Path, output: Path, **source: Any) -> Recipe:
     return Recipe.model_validate(made)
 
 
-def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, elsewhere: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_with_the_same_samples(pocket_tiny: Path, remote_shards: tuple[str, Path], tmp_path: Path) -> None:
     """Without its cache, which another machine would not have."""
-    urls, index = elsewhere
+    urls, index = remote_shards
     source = {"urls": urls, "index": str(index), "cache": str(tmp_path / "cache"), "cache_size": "1MB"}
     whole = recipe_of(pocket_tiny, tmp_path / "whole", **source)
     trainer.train(whole)
@@ -249,8 +249,8 @@ def test_a_bad_sample_is_left_out_and_counted(pocket_tiny: Path, folder: Path, t
     for number in (1, 2, 3):
         (folder / f"set-{number:03d}.tar").write_bytes(shard(number * SAMPLES, broken=range(100)))
     made = recipe_of(pocket_tiny, tmp_path / "run", path=str(folder))
-    found = trainer.train(made)
-    assert any(re.search(r"set-00[123].tar: sample", fault) for fault in found["bad_pictures"])
+    facts = trainer.train(made)
+    assert any(re.search(r"set-00[123].tar: sample", fault) for fault in facts["bad_pictures"])
     strict = recipe_of(pocket_tiny, tmp_path / "strict", path=str(folder), on_fault="refuse")
     with pytest.raises(DataError, match=r"set-00[123]\.tar"):
         trainer.train(strict)
@@ -265,7 +265,7 @@ def cut(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (cut, "set-002.tar"),
         (lambda f: (f / "set-000.tar").write_bytes(b"<html>no tar</html>" * 100), "set-000.tar: not a tar"),
@@ -273,28 +273,28 @@ def cut(folder: Path) -> None:
         (lambda f: [file.write_bytes(shard(0, 0)) for file in f.glob("*.tar")], "no sample in any shard"),
     ],
 )
-def test_broken_shards_are_named(folder: Path, spoil: Any, told: str) -> None:
+def test_broken_shards_are_named(folder: Path, spoil: Any, message: str) -> None:
     spoil(folder)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         answers(read_shards(folder, "", None, Path("none"), 1, 4))
 
 
-def test_a_pattern_that_counts_down_is_told_of(tmp_path: Path) -> None:
+def test_a_pattern_that_counts_down_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="counts down"):
         expanded("a-{5..2}.tar")
     assert expanded("a-{1..2}-{08..09}.tar") == ["a-1-08.tar", "a-1-09.tar", "a-2-08.tar", "a-2-09.tar"]
 
 
-def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    urls, index = elsewhere
+def test_remote_shards_that_cannot_be_read(remote_shards: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls, index = remote_shards
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match="widsindex create"):
         read_shards(None, urls, None, cache, 1, 4)
     with pytest.raises(DataError, match=r"has no entry for set-005.tar"):
         read_shards(None, urls.replace("004", "005"), index, cache, 1, 4)
-    told = json.loads(index.read_text())
-    told["shardlist"][1]["nsamples"] = 7
-    index.write_text(json.dumps(told))
+    raw = json.loads(index.read_text())
+    raw["shardlist"][1]["nsamples"] = 7
+    index.write_text(json.dumps(raw))
     with pytest.raises(DataError, match=r"has 6 samples, its index says 7"):
         answers(read_shards(None, urls, index, cache, 10**9, 4))
     fsspec.filesystem("memory").rm("/bucket/set-000.tar")
@@ -311,15 +311,15 @@ def test_what_is_elsewhere_and_wrong(elsewhere: tuple[str, Path], tmp_path: Path
         Cache(tmp_path / "full", 1).fetch("memory://bucket/set-001.tar")
 
 
-def test_a_recipe_says_where_shards_are(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_recipe_must_say_where_shards_are(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"base: {pocket_tiny}\noutput: {tmp_path / 'run'}\nsources:\n  a: {{type: shards}}\n  b: {{type: shards, path: {folder}, cache_size: much}}\n"
     )
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as caught:
         load(file)
-    assert "give `path`" in str(told.value)
-    assert "no amount of memory" in str(told.value)
+    assert "give `path`" in str(caught.value)
+    assert "no amount of memory" in str(caught.value)
 
 
 def test_the_mixture_draws_from_them(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources: pools by reference, and every way a file can be bad."""
+"""Sources: pools by reference, and every kind of bad file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lcl_adapter.recipe.sources import ClassReader, Registered
 from tests.conftest import paint
 
 
-def broken(path: Path, make: Callable[[Path], object], said: str) -> None:
+def broken(path: Path, make: Callable[[Path], object], message: str) -> None:
     make(path)
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_image(Picture(path))
     assert path.name in str(caught.value)
 
@@ -51,7 +51,7 @@ def truncated(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "said"),
+    ("name", "make", "message"),
     [
         ("empty.png", lambda p: p.write_bytes(b""), "is empty"),
         ("text.jpg", lambda p: p.write_text("<html>not an image</html>"), "not an image"),
@@ -61,11 +61,11 @@ def truncated(path: Path) -> None:
         ("missing.png", lambda p: None, "no such file"),
     ],
 )
-def test_bad_images_are_named(tmp_path: Path, name: str, make: Callable[[Path], object], said: str) -> None:
-    broken(tmp_path / name, make, said)
+def test_bad_images_are_named(tmp_path: Path, name: str, make: Callable[[Path], object], message: str) -> None:
+    broken(tmp_path / name, make, message)
 
 
-def test_odd_images_are_read_as_rgb(tmp_path: Path) -> None:
+def test_images_of_unusual_modes_are_read_as_rgb(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 400).reshape(20, 20)
     made = {
         "cmyk.jpg": Image.new("CMYK", (20, 20), (0, 255, 255, 0)),
@@ -117,7 +117,7 @@ def test_class_folders(photos: Path) -> None:
     assert pool.skipped == {"not an image file": 1}
 
 
-def test_odd_names_are_kept(tmp_path: Path) -> None:
+def test_unusual_class_names_stay_as_they_are(tmp_path: Path) -> None:
     names = ["with space", "日本語", "🙂 face", 'quo"ted', "it's"]
     for number, name in enumerate(names):
         paint(tmp_path / name / "same.png", (number * 40, 90, 90))
@@ -136,7 +136,7 @@ def test_faulty_folders(tmp_path: Path, photos: Path) -> None:
     assert str(caught.value).count("has 4 images, 5 are needed") == 3, "all faults at once"
 
 
-def test_hold_out_is_by_name_alone(tmp_path: Path) -> None:
+def test_only_the_name_decides_what_is_held_out(tmp_path: Path) -> None:
     for number in range(20):
         paint(tmp_path / f"class{number}" / "0.png", (number, 0, 0))
     train = {c.name for c in read_class_folders(tmp_path, split="train", hold_out=0.3).classes}
@@ -155,9 +155,9 @@ def test_shipped_data_is_split_by_class_and_licensed() -> None:
     assert not pictures[1] & pictures[2]
     assert len(pools["held_out"]) > 250
     assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 15_000_000
-    hands = {p.artist for pool in pools.values() for c in pool.classes for p in c.pictures}
+    artists = {p.artist for pool in pools.values() for c in pool.classes for p in c.pictures}
     attribution = (DATA / "ATTRIBUTION.md").read_text()
-    assert all(f"| {hand} " in attribution for hand in hands)
+    assert all(f"| {artist} " in attribution for artist in artists)
     for licence in ("Apache-2.0", "CC-BY-4.0", "MIT"):
         assert (DATA / "LICENSES" / f"{licence}.txt").stat().st_size > 900
         assert licence in attribution
@@ -208,7 +208,7 @@ def test_llava_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"image": ["a.png", "b.png"]}, "2 images, 1 <image>"),
         ({"image": []}, "more <image> than its 0 images"),
@@ -218,9 +218,9 @@ def test_llava_json(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]}, "not of the form"),
     ],
 )
-def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = written(tmp_path, [RECORD, {**RECORD, "id": "bad", **change}])
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_llava_json(path, tmp_path)
     assert "record 2 (id 'bad')" in str(caught.value)
     skipped = read_llava_json(path, tmp_path, on_fault="skip")
@@ -228,13 +228,13 @@ def test_bad_records_are_named(tmp_path: Path, change: dict[str, object], said: 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"[{]", "line 1: not JSON"), ('["é"]'.encode("latin-1"), "not UTF-8"), (b"{}", "line 1: no key 'conversations'"), (b"[]", "nothing of use")],
 )
-def test_bad_json_files(tmp_path: Path, content: bytes, said: str) -> None:
+def test_bad_json_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_llava_json(path, tmp_path)
 
 

@@ -57,45 +57,45 @@ def conversations() -> dict[str, Conversation]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_golden_tasks(family: str) -> None:
     """Set GOLDEN=write to write the files anew, then read the difference."""
-    found = {}
-    for name, spoken in conversations().items():
-        rendered = FAMILIES[family].render([*spoken.shared, *spoken.branches[0]])
-        found[name] = {"text": rendered.text, "learned": [rendered.text[a:b] for a, b in rendered.learned]}
-        assert rendered.text.count("<image>") == sum(len(t.pictures) for t in (*spoken.shared, *spoken.branches[0]))
+    rendered_tasks = {}
+    for name, conversation in conversations().items():
+        rendered = FAMILIES[family].render([*conversation.shared, *conversation.branches[0]])
+        rendered_tasks[name] = {"text": rendered.text, "learned": [rendered.text[a:b] for a, b in rendered.learned]}
+        assert rendered.text.count("<image>") == sum(len(t.pictures) for t in (*conversation.shared, *conversation.branches[0]))
     path = GOLDEN / f"{family}-tasks.json"
     if os.environ.get("GOLDEN") == "write":
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    assert found == json.loads(path.read_text())
+        path.write_text(json.dumps(rendered_tasks, indent=2, ensure_ascii=False) + "\n")
+    assert rendered_tasks == json.loads(path.read_text())
 
 
 def test_training_ids_are_inference_ids_for_every_task(tiny_base: Base) -> None:
     encoder = tiny_base.encoder()
-    for name, spoken in conversations().items():
-        check_alignment(encoder, spoken)
-        encoded = encoder.conversation(spoken)
+    for name, conversation in conversations().items():
+        check_alignment(encoder, conversation)
+        encoded = encoder.conversation(conversation)
         images = sum(t == encoder.image_token_id for t in encoded.ids)
-        assert images == len(spoken.pictures) * encoder.tokens_an_image, name
+        assert images == len(conversation.pictures) * encoder.tokens_an_image, name
         learned = [t for t in encoded.labels if t != IGNORED]
-        assert encoder.tokenizer.decode(learned[:-1]).strip().startswith(spoken.branches[0][-1].text[:3]), name
+        assert encoder.tokenizer.decode(learned[:-1]).strip().startswith(conversation.branches[0][-1].text[:3]), name
 
 
 def test_two_images_of_one_turn_are_both_read(tiny_base: Base) -> None:
     """Replacing either of them changes what the model says."""
     from dataclasses import replace
 
-    spoken = conversations()["two-images"]
-    query = spoken.branches[0][0]
+    conversation = conversations()["two-images"]
+    query = conversation.branches[0][0]
     other = opened("pope").dialogues[4].pictures[0]
     predictor = Predictor(tiny_base)
 
     def likelihoods(turn) -> tuple[float, ...]:  # type: ignore[no-untyped-def]
         return predictor.run([((), turn, ("No.", "Yes."))], generate=False)[0].log_likelihoods
 
-    said = likelihoods(query)
+    original = likelihoods(query)
     for changed in (replace(query, picture=other), replace(query, further=(other,))):
-        assert max(abs(a - b) for a, b in zip(said, likelihoods(changed), strict=True)) > 1e-4
-    with pytest.raises(DataError, match="has 1 <image>, there are 2 images"):
-        tiny_base.family.render([replace(query, text="one <image> only")])
+        assert max(abs(a - b) for a, b in zip(original, likelihoods(changed), strict=True)) > 1e-4
+    with pytest.raises(DataError, match="has 1 <image>, its turn has 2 images"):
+        tiny_base.encoder().turns([replace(query, text="one <image> only")])
 
 
 def test_a_picture_is_padded_to_a_square_and_not_cut(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_picture_is_padded_to_a_square_and_not_cut(tmp_path: Path) -> None:
         page = squared(wide, (0.5, 0.5, 0.5))
     assert page.size == (60, 60)
     assert page.getpixel((30, 2)) == (127, 127, 127)
-    assert page.getpixel((1, 30))[0] > 150, "the pair are still there"
+    assert page.getpixel((1, 30))[0] > 150, "the sides are still there"
     assert page.getpixel((58, 30))[0] > 150
 
 

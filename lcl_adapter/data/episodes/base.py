@@ -159,7 +159,7 @@ def draw_classes(rng: Rng, pool: ClassPool, ways: int, hard: bool) -> list[int]:
     If a class has too few hard neighbours, another first class is drawn; after 50 attempts, any classes are drawn.
     """
     if len(pool) < ways:
-        raise EpisodeError(f"{pool.name}: {len(pool)} classes, {ways} ways are asked: add classes or lower `ways`.")
+        raise EpisodeError(f"{pool.name}: {len(pool)} classes, {ways} ways are needed: add classes or lower `ways`.")
     for _ in range(ATTEMPTS):
         first = int(rng.integers(len(pool)))
         near = pool.hard_neighbours(first)

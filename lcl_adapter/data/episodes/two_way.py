@@ -28,7 +28,7 @@ def draw_pair(pool: ClassPool, rng: Rng) -> list[int]:
     Raises EpisodeError for a pool of one class.
     """
     if len(pool) < 2:
-        raise EpisodeError(f"{pool.name}: {len(pool)} classes, 2 ways are asked: add classes.")
+        raise EpisodeError(f"{pool.name}: {len(pool)} classes, 2 ways are needed: add classes.")
     under_test = int(rng.integers(len(pool)))
     neighbours = pool.neighbours(under_test)
     if not pool.grouped:  # nothing is known about nearness
