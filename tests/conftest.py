@@ -17,7 +17,7 @@ from PIL import Image
 from lcl_adapter.base.model import Base, load_base
 from tests.tiny import save_tiny
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", 2)))
 FAMILIES = ("pocket", "llava-1.5")
 EVERY = (
     "pocket", "llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision", "llava-interleave",
