@@ -1,7 +1,7 @@
 """``jigsaw`` (the published LCL code): the shuffled pieces of one image, then the whole image.
 
-The answer is the place of each piece. The published code shuffles the places again before it makes the answer, so that the answer cannot be known. Here the
-answer has the true places.
+The answer is the place of each piece. The published code shuffles the places again before it makes the answer, so that
+the answer cannot be known. Here the answer has the true places.
 """
 
 from __future__ import annotations
