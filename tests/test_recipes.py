@@ -104,31 +104,57 @@ def data_root(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["mix", "lcl-mix", "mvtec"])
+MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
+MIX += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.mvtec.references=[0, 1]"]
+# What each recipe needs on a few fixtures and a tiny base; the shipped bf16 stays, nf4 becomes fp32.
+BIG = {
+    "mix": ["precision=fp32", "wording=short", *MIX],
+    "mix-24gb": ["evaluate.suites.imagenet-100.shots=1", "evaluate.suites.isekai-10.shots=1", "evaluate.suites.mvtec.limit=1", *MIX],
+    "lcl-mix": ["precision=fp32", "wording=short", "evaluate.suites.imagenet-100.queries=1"],
+    "lcl-2way-weight": ["evaluate.suites.imagenet-100.shots=[0, 1]", "evaluate.suites.imagenet-100.queries=1", "evaluate.suites.isekai-pair.shots=1"],
+    "mvtec": [
+        "precision=fp32", "wording=short", "evaluate.suites.mvtec.references=[0, 1]", "evaluate.suites.visa.references=1",
+        "evaluate.suites.locate.episodes=4",
+    ],
+    "products": [
+        "precision=fp32", "sources.products.hold_out=0.4", "evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.product.episodes=6",
+    ],
+    "vqa": ["precision=fp32"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIG)
 def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
     """Checked, trained for two steps and measured on every suite, as they stand but for base, precision, steps and counts."""
-    base = tiny_folder("llava-1.5")
-    changes = [f"data.root={data_root}", f"base={base}", "precision=fp32", "wording=short"]
-    if name == "mix":
-        changes += ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
-        changes += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.mvtec.references=[0, 1]"]
-    if name == "lcl-mix":
-        changes += ["evaluate.suites.imagenet-100.queries=1"]
-    if name == "mvtec":
-        changes += ["evaluate.suites.mvtec.references=[0, 1]", "evaluate.suites.visa.references=1", "evaluate.suites.locate.episodes=4"]
+    shipped = recipe.load(name)
+    changes = [f"data.root={data_root}", f"base={tiny_folder('llava-1.5')}", *BIG[name]]
     checked = CliRunner().invoke(main, ["data", "check", f"recipes/{name}.yaml", *changes, "--json"])
     assert checked.exit_code == 0, checked.output
     rows = json.loads(checked.stdout)["rows"]
-    assert set(rows["longest"]) == set(recipe.load(name).sources)
+    assert set(rows["longest"]) == set(shipped.sources)
     changes += [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.gradient_accumulation_steps=8", "train.logging_steps=1"]
     changes += ["train.dataloader_num_workers=0", "evaluate.every=1", "evaluate.during_limit=4"]
-    changes += [f"evaluate.retention.{s}=101" for s in recipe.load(name).evaluate.retention]
+    changes += [f"evaluate.retention.{s}=101" for s in shipped.evaluate.retention]
     result = CliRunner().invoke(main, ["train", f"recipes/{name}.yaml", *changes, "--json"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert {r["suite"] for r in told["suites"]} == set(recipe.load(name).evaluate.suites)
-    assert all(r["published"] for r in told["suites"] if r["suite"] == "mvtec" and r["shots"] in {0, 1, 4})
+    report = json.loads(result.stdout)
+    assert {row["suite"] for row in report["suites"]} == set(shipped.evaluate.suites)
+    assert all(row["published"] for row in report["suites"] if row["suite"] == "mvtec" and row["shots"] in {0, 1, 4})
     assert (tmp_path / "run" / "best" / "lcl_adapter.json").exists()
+    manifest = read_manifest(tmp_path / "run")
+    assert sum(counts["rows"] for counts in manifest["tokens"].values()) == 16
+    assert manifest["precision"] == ("fp32" if "precision=fp32" in changes else shipped.precision)
+
+
+def test_the_four_bit_recipe_runs(tmp_path: Path) -> None:
+    """pocket-qlora as it stands, on the shipped base, for two steps and a few questions: trained in nf4, and measured."""
+    few = [f"evaluate.suites.{s}.episodes=2" for s in ("2way", "2way-more", "5way", "shuffled-names", "no-support")]
+    few += [f"evaluate.suites.{s}.source.limit=4" for s in ("captions", "vqa")] + ["evaluate.retention={}"]
+    steps = [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
+    result = CliRunner().invoke(main, ["train", "recipes/pocket-qlora.yaml", *steps, *few, "--json"])
+    assert result.exit_code == 0, result.output
+    assert {row["suite"] for row in json.loads(result.stdout)["suites"]} == set(recipe.load("pocket-qlora").evaluate.suites)
+    assert read_manifest(tmp_path / "run")["precision"] == "nf4"
 
 
 def commands_of(path: Path) -> list[list[str]]:
@@ -140,14 +166,14 @@ def commands_of(path: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_the_headers_commands_are_understood(path: Path) -> None:
-    """Parsed by click itself, and every override of a command on a recipe taken by that recipe."""
+    """Parsed by click itself, and every override of a command on a recipe is a key of that recipe."""
     commands = commands_of(path)
     assert commands
     for words in commands:
-        here, rest = main, words[1:]
-        while rest and rest[0] in getattr(here, "commands", {}):
-            here, rest = here.commands[rest[0]], rest[1:]  # type: ignore[attr-defined, assignment]
-        context = here.make_context("lcl-adapter", list(rest), resilient_parsing=False)
+        command, rest = main, words[1:]
+        while rest and rest[0] in getattr(command, "commands", {}):
+            command, rest = command.commands[rest[0]], rest[1:]  # type: ignore[attr-defined, assignment]
+        context = command.make_context("lcl-adapter", list(rest), resilient_parsing=False)
         if "recipe" in context.params:
             overrides = [o for o in context.params["overrides"] if not o.startswith("resume=")]
             assert recipe.load(context.params["recipe"], overrides).sources, words
