@@ -1,4 +1,4 @@
-"""The three parts of a source's options: a reader (what is read), a policy (what is made of it), a share of the mixture.
+"""A source's options in three parts: a reader (what is read), a policy (what is made of it), a share of the mixture.
 
 The reader classes themselves are in ``lcl_adapter.data.sources``, one file a kind of source. That package registers
 them here (:func:`lcl_adapter.recipe.schema.register_sources`), because this room does not import it. ``sources:`` and

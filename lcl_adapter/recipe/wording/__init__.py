@@ -1,7 +1,7 @@
 """How tasks are put into words: a template file with several phrasings for each task and language.
 
-``phrases.yaml`` beside this file is the shipped one; a user may replace it. Each episode draws one of its task's phrasings with its own random
-generator, so that the model learns the task and not a single sentence.
+``phrases.yaml`` beside this file is the shipped one; a user may replace it. Each episode draws one of its task's
+phrasings with its own random generator, so that the model learns the task and not a single sentence.
 """
 
 from __future__ import annotations
