@@ -264,8 +264,8 @@ def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my-lora", "this needs 'llava' in it; for instance llava-lora-mine"),
-        ("llava-mine", "this needs 'lora' in it; for instance llava-lora-mine"),
+        ("my-lora", "this one needs 'llava' in it; for instance llava-lora-mine"),
+        ("llava-mine", "this one needs 'lora' in it; for instance llava-lora-mine"),
         ("checkpoint-5", "upstream uses the parent's name for a folder called checkpoint-"),
         ("llava-lora-mpt", "'mpt' in its name would make upstream load it as something else"),
     ],

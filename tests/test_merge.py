@@ -343,7 +343,7 @@ def test_a_base_that_was_changed_since_is_refused(runs: Callable[..., Path], bas
     state = load_file(changed / SINGLE)
     state["language_model.model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(state, changed / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match=r"or that was changed since \(the hashes of the weights differ"):
+    with pytest.raises(AdapterError, match=r"or that one was changed since \(the hashes of the weights differ"):
         merge(runs(), tmp_path / "two", BaseRef(str(changed)))
 
 
