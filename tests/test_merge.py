@@ -24,11 +24,12 @@ from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.layouts import tensors as weights
 from lcl_adapter.base.layouts.tensors import SINGLE, PlannedTensor
 from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.precision import nf4_round_trip
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.checkpoints import deltas
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
-from lcl_adapter.checkpoints.merge import merge, nf4_round_trip
+from lcl_adapter.checkpoints.merge import merge
 from lcl_adapter.checkpoints.probe import Answers, probe, probe_turns
 from lcl_adapter.errors import AdapterError, MergeError, RunError
 from lcl_adapter.recipe.schema import AdapterOptions

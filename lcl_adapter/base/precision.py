@@ -81,3 +81,11 @@ def quantised_weights(model: nn.Module) -> frozenset[str]:
     """The names of the weights that nf4 and int8 replace: the linear layers of the language model."""
     inside = f"{language_path(model)}."
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(inside))
+
+
+def nf4_round_trip(weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """A weight quantised to nf4 with double quantisation and back, in fp32: what a QLoRA adapter was trained on."""
+    from bitsandbytes import functional as bnb
+
+    quantised, state = bnb.quantize_4bit(weight.to(compute_dtype).contiguous(), quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(quantised, state).reshape(weight.shape).float()

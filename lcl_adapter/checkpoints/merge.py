@@ -33,7 +33,7 @@ from lcl_adapter.base.layouts.keys import skeleton
 from lcl_adapter.base.layouts.tensors import row_blocks, tensors_in_folder
 from lcl_adapter.base.layouts.writing import Change
 from lcl_adapter.base.model import Base, family_of, load_base
-from lcl_adapter.base.precision import TYPES, quantised_weights
+from lcl_adapter.base.precision import TYPES, nf4_round_trip, quantised_weights
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, ExpectedOutputs, blended_weight, check_combinable, check_fits, merged_rows
 from lcl_adapter.checkpoints.probe import LARGE_MODEL, Answers, Probes, memory_for_probes, probe, probe_turns, probes_within_context
@@ -192,14 +192,6 @@ def _check_adapters(adapters: Sequence[Adapter], manifest: dict[str, Any], check
     check_fits(adapters, {name: stored.shape for name, stored in checkpoint.weights.items()})
     if onto == "trained" and manifest["precision"] != "nf4":
         raise AdapterError(f"{run}: trained in {manifest['precision']}, so what it was trained on is the base itself; leave --onto trained out.")
-
-
-def nf4_round_trip(weight: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
-    """A weight quantised to nf4 with double quantisation and back, in fp32: what a QLoRA adapter was trained on."""
-    from bitsandbytes import functional as bnb
-
-    quantised, state = bnb.quantize_4bit(weight.to(compute_dtype).contiguous(), quant_type="nf4", compress_statistics=True)
-    return bnb.dequantize_4bit(quantised, state).reshape(weight.shape).float()
 
 
 def _dtype_names(writer: CheckpointWriter) -> str:
