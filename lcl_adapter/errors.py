@@ -37,6 +37,10 @@ class RecipeError(UserError):
         count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "1 fault"
         super().__init__("\n".join([f"the recipe has {count}:", *(f"  {fault}" for fault in self.faults)]))
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[str, ...]]]:
+        """By its faults: an error of one training process is sent to the others."""
+        return type(self), (self.faults,)
+
 
 class DataError(UserError):
     """A file, image, record or class that cannot be used."""

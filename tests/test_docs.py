@@ -237,13 +237,15 @@ def server(tiny_folder: Callable[[str], Path], run_folder: Path, tmp_path_factor
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=named)
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # an example leaves its client open
 def test_the_python_runs(document: Path, folder: Path, server: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A document's blocks in order, as one program, on the base they name; a server they name is a live one."""
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(document, "python"):
         program = "\n" * block.line + block.text.replace("http://127.0.0.1:8000", server)
         exec(compile(program, str(document), "exec"), names)
+    for value in names.values():
+        if not isinstance(value, type) and callable(close := getattr(value, "close", None)):
+            close()  # an example leaves its client open
     printed = [ast.literal_eval(written) for written in re.findall(r"\{[^{}]*\}", capsys.readouterr().out)]
     probabilities = [values for values in printed if set(values) == {"good", "scratched"}]
     assert probabilities, "by label"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_all_faults_together_with_file_and_line(tmp_path: Path) -> None:
 )
 def test_each_kind_of_fault(tmp_path: Path, text: str, message: str) -> None:
     assert message in "\n".join(faults(write(tmp_path, text)))
+
+
+def test_the_error_can_be_sent_to_another_process() -> None:
+    error = pickle.loads(pickle.dumps(RecipeError(["line 1: this", "line 2: that"])))
+    assert error.faults == ("line 1: this", "line 2: that")
+    assert str(error) == str(RecipeError(error.faults))
 
 
 def test_a_recipe_that_is_not_utf8(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def tensors_in_file(file: Path) -> dict[str, StoredTensor]:
 
 
 # The last one that was read, with its time of modification
-_OPEN_PICKLE: dict[Path, tuple[float, dict[str, torch.Tensor]]] = {}
+_OPEN_PICKLE: dict[Path, tuple[tuple[int, ...], dict[str, torch.Tensor]]] = {}
 
 
 def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -194,8 +194,9 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     The last file stays open. Raises ModelError where it holds anything else.
     """
-    modified = file.stat().st_mtime
-    if _OPEN_PICKLE.get(file, (None,))[0] != modified:
+    status = file.stat()
+    version = (status.st_ino, status.st_size, status.st_mtime_ns)  # a clock ticks too slowly to tell two files apart by time alone
+    if _OPEN_PICKLE.get(file, (None,))[0] != version:
         _OPEN_PICKLE.clear()
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -206,7 +207,7 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
         others = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else ["all of it"]
         if others:
             raise ModelError(f"{file}: {others[0]} is no tensor. A checkpoint holds tensors only.")
-        _OPEN_PICKLE[file] = (modified, {k: v.detach() for k, v in state.items()})
+        _OPEN_PICKLE[file] = (version, {k: v.detach() for k, v in state.items()})
     return _OPEN_PICKLE[file][1]
 
 
