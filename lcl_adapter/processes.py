@@ -10,6 +10,7 @@ import os
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import distributed
 
@@ -47,6 +48,11 @@ def join() -> None:
 def default_device() -> Literal["cuda", "cpu"]:
     """The device that is used where none is named: the GPU where the machine has one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Free bytes of this machine's GPU, or of its main memory for "cpu"."""
+    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
 
 
 def sharded() -> bool:

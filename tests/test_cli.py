@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner, Result
 
 from lcl_adapter.cli import main
+from lcl_adapter.cli.common import PRECISION
 from lcl_adapter.pocket import DATA
+from lcl_adapter.recipe.schema import Precision
 from tests.conftest import paint
 
 
@@ -169,3 +172,7 @@ def test_shipped_questions_name_shipped_pictures() -> None:
     members = set(zipfile.ZipFile(DATA / "drawings.zip").namelist())
     for name in ("vqa_train", "vqa_eval", "captions_eval"):
         assert {r["image"] for r in json.loads((DATA / f"{name}.json").read_text())} <= members
+
+
+def test_the_option_offers_every_precision_of_a_recipe() -> None:
+    assert tuple(PRECISION.choices) == get_args(Precision)

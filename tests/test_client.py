@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import httpx2
 import numpy as np
 import pytest
-import uvicorn
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,11 +38,8 @@ from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError
 from lcl_adapter.evaluate import ServedModels, build_cells, evaluate
-from lcl_adapter.serve import api
-from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.service import Service
-from lcl_adapter.serve.store import Store
 from tests.conftest import paint
+from tests.live import serving
 from tests.test_evaluate import with_suites
 from tests.test_merge import adapter_on
 
@@ -327,18 +323,8 @@ def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def own(tiny_folder: Callable[[str], Path], run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    engine = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
-    engine.load_adapter("parts", run_folder)
-    engine.start()
-    service = Service(engine, Store(tmp_path_factory.mktemp("client-store") / "store"), timeout=60)
-    running = uvicorn.Server(uvicorn.Config(api.make_app(service), port=0, log_level="error"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    running.should_exit = True
-    thread.join(20)
+    with serving(tiny_folder("pocket"), tmp_path_factory.mktemp("client-store") / "store", parts=run_folder) as url:
+        yield url
 
 
 def test_a_served_model_gives_the_same_texts(own: str, pocket_tiny: Path, tmp_path: Path) -> None:

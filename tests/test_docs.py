@@ -6,22 +6,18 @@ import ast
 import importlib.util
 import re
 import shlex
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import uvicorn
 import yaml
 from click.testing import CliRunner
 
 from lcl_adapter import recipe
-from lcl_adapter.base.model import load_base
-from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
 from tests.conftest import paint
+from tests.live import serving
 from tests.test_merge import adapter_on
 from tests.tiny import save_original
 
@@ -217,23 +213,8 @@ def test_enough_commands_run() -> None:
 @pytest.fixture(scope="module")
 def server(tiny_folder: Callable[[str], Path], run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``lcl-adapter serve pocket --adapter lcl=runs/pocket`` on a tiny base."""
-    from lcl_adapter.serve import api
-    from lcl_adapter.serve.engine import Engine
-    from lcl_adapter.serve.service import Service
-    from lcl_adapter.serve.store import Store
-
-    engine = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
-    engine.load_adapter("lcl", run_folder)
-    engine.start()
-    service = Service(engine, Store(tmp_path_factory.mktemp("docs-store") / "store"), timeout=60)
-    running = uvicorn.Server(uvicorn.Config(api.make_app(service), port=0, log_level="error"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    running.should_exit = True
-    thread.join(20)
+    with serving(tiny_folder("pocket"), tmp_path_factory.mktemp("docs-store") / "store", lcl=run_folder) as url:
+        yield url
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=named)

@@ -11,16 +11,15 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -40,6 +39,7 @@ from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from tests import live
 from tests.test_merge import adapter_on
 
 SHOTS = Path(__file__).parent.parent / "build" / "screenshots"
@@ -66,11 +66,8 @@ class Running:
         service = Service(self.engine, self.store, timeout=60)
         service.chat, service.classify = self._delayed(service.chat), self._delayed(service.classify)  # type: ignore[method-assign]
         app = with_page(service, read_keys(keys) if keys else None, self.url, scratch)
-        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
+        self.server = ExitStack()
+        self.server.enter_context(live.running(app, port, timeout_graceful_shutdown=1))
 
     def _delayed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Both methods run in a thread of their own, so the rest of the server goes on."""
@@ -82,8 +79,7 @@ class Running:
         return delayed
 
     def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
+        self.server.close()
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_training_that_does_not_fit_is_refused(pocket_tiny: Path, tmp_path: Path
     made = small(pocket_tiny, tmp_path / "run")
     path = tmp_path / "recipe.yaml"
     recipe.save(made, path)
-    monkeypatch.setattr(plan, "available", lambda device: 10**6)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 10**6)
     with pytest.raises(RunError, match="free memory"):
         run.train(str(path))
     assert not made.output.exists()

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -47,6 +45,7 @@ from lcl_adapter.serve.jobs import BusyError, Job, Task
 from lcl_adapter.serve.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from tests.live import running
 from tests.test_merge import adapter_on
 
 KEYS = {"plant-a": "key-of-plant-a-0123456789", "plant-b": "key-of-plant-b-0123456789", "ops": "key-of-ops-0123456789-xyz"}
@@ -102,18 +101,8 @@ def client(service: Service) -> TestClient:
 @pytest.fixture
 def live(service: Service) -> Iterator[str]:
     """A server on a real socket, for what a test client cannot do, such as to disconnect."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = api.make_app(service)
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    running.should_exit = True
-    thread.join(20)
+    with running(api.make_app(service), lifespan="off") as url:
+        yield url
 
 
 def put(client: Any, name: str = "parts-set", **body: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, read_config
-from lcl_adapter.base.layouts.checkpoint import POCKET
 from lcl_adapter.base.layouts.configs import LLAVA_TYPES
 from lcl_adapter.base.layouts.keys import PROJECTOR, TOWER
 from lcl_adapter.base.layouts.tensors import tensors_in_file
@@ -19,6 +18,7 @@ from lcl_adapter.base.model import family_of, load_encoder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import ModelError
+from lcl_adapter.pocket import NAME as POCKET
 
 
 def describe(base: BaseRef | str) -> dict[str, Any]:

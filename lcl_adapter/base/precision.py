@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lcl_adapter.base.layouts.keys import language_path, skeleton
 from lcl_adapter.errors import ModelError
+from lcl_adapter.processes import free_memory
 from lcl_adapter.recipe.schema import Precision
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,11 +23,10 @@ def choose_precision(config: Any, device: str, memory: int | None = None) -> tup
     On a CPU that is fp32 where it fits. memory: bytes; the free memory of the device where None.
     """
     count = sum(p.numel() for p in skeleton(config).parameters())
+    free = memory or free_memory(device)
     if device == "cpu":
-        free = memory or psutil.virtual_memory().available
         fits = 1.3 * 4 * count < free
         return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
-    free = memory or torch.cuda.mem_get_info()[0]
     old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     half: Precision = "fp16" if old else "bf16"
     if 1.35 * 2 * count < free:

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lcl_adapter import processes
 from lcl_adapter.base.families.chat_template import preprocess
+from lcl_adapter.base.layouts.configs import NEXT, TILED_TYPES
 from lcl_adapter.base.model import Base, side_of
 from lcl_adapter.data.sources import Picture, read_image
 
@@ -101,7 +102,7 @@ class VisionFeatures:
         processor, config = self.base.image_processor, self.base.llava.config
         if not self.base.own_projector:
             arguments = {k: v for k, v in preprocess(processor, images).items() if isinstance(v, torch.Tensor)}
-        elif config.model_type == "llava":
+        elif config.model_type not in TILED_TYPES:
             arguments = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
         else:
             side = side_of(config)
@@ -192,7 +193,7 @@ class VisionFeatures:
             return features_NSPD[:, 0]
         side = side_of(llava.config) * 2
         sizes_N2 = torch.tensor([[side, side]] * len(features_NSPD))
-        strategy = {"vision_feature_select_strategy": llava.config.vision_feature_select_strategy} if llava.config.model_type == "llava_next" else {}
+        strategy = {"vision_feature_select_strategy": llava.config.vision_feature_select_strategy} if llava.config.model_type == NEXT else {}
         features, _ = llava.model.pack_image_features(list(features_NSPD), sizes_N2, image_newline=newline, **strategy)
         return torch.stack(features)
 

@@ -36,7 +36,16 @@ from lcl_adapter.base.model import Base, family_of, load_base
 from lcl_adapter.base.precision import TYPES, nf4_round_trip, quantised_weights
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, ExpectedOutputs, blended_weight, check_combinable, check_fits, merged_rows
-from lcl_adapter.checkpoints.probe import LARGE_MODEL, Answers, Probes, memory_for_probes, probe, probe_turns, probes_within_context
+from lcl_adapter.checkpoints.probe import (
+    BYTES_PER_PARAMETER,
+    LARGE_MODEL,
+    Answers,
+    Probes,
+    memory_for_probes,
+    probe,
+    probe_turns,
+    probes_within_context,
+)
 from lcl_adapter.errors import AdapterError, MergeError
 from lcl_adapter.files import resumable_folder
 from lcl_adapter.recipe import load
@@ -246,7 +255,7 @@ def _reason_to_skip_probes(job: MergeJob, verify: Verify, written: BaseRef | Non
     if verify == "full":
         return ""
     if needed > LARGE_MODEL:
-        return f"not run: a CPU would need hours for {needed / 5e9:.0f} B parameters; --verify full runs them anyway"
+        return f"not run: a CPU would need hours for {needed / BYTES_PER_PARAMETER / 1e9:.0f} B parameters; --verify full runs them anyway"
     if not fits:
         return f"not run: they need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; --verify full runs them anyway"
     return ""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from lcl_adapter.answering.predict import Predictor
@@ -20,6 +19,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.data.sources import read_pocket
+from lcl_adapter.processes import free_memory
 from lcl_adapter.recipe.sources import EpisodeOptions
 
 PROBE_COUNT = 8
@@ -86,5 +86,5 @@ def probe(base: Base, probes: Probes) -> Answers:
 def memory_for_probes(checkpoint: Checkpoint) -> tuple[bool, int, int]:
     """Whether the whole model fits into free memory in fp32; the bytes it needs; the bytes that are free."""
     needed = BYTES_PER_PARAMETER * sum(math.prod(weight.shape) for weight in checkpoint.weights.values())
-    free = int(psutil.virtual_memory().available)
+    free = free_memory("cpu")
     return needed < free, needed, free

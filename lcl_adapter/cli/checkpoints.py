@@ -60,7 +60,7 @@ def merge(
     \b
     lcl-adapter merge runs/pocket --out merged/
     lcl-adapter merge runs/mix --out llava-merged/ --to original --dtype bf16
-    lcl-adapter merge runs/a --out both/ --weight 0.5 --add runs/b=0.5
+    lcl-adapter merge runs/a --out both/ --to hf --weight 0.5 --add runs/b=0.5
     """  # fmt: skip
     from lcl_adapter.cli import commands
 

@@ -147,7 +147,7 @@ def _kind_auroc(kind: str, cases: Sequence[Case], values: np.ndarray, groups: Se
         members = [i for i, c in enumerate(cases) if groups[i] == category and c.truth["defect"] in {None, kind}]
         truth = [cases[i].truth["defect"] is not None for i in members]
         if 0 < sum(truth) < len(truth):
-            aurocs.append(metrics.ranking(truth, values[members])["auroc"])
+            aurocs.append(metrics.auroc(truth, values[members]))
     return mean(aurocs)
 
 

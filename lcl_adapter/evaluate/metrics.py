@@ -44,10 +44,15 @@ def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.nda
     precision, recall, _ = sk.precision_recall_curve(truth, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return {
-        "auroc": float(sk.roc_auc_score(truth, scores)),
+        "auroc": auroc(truth, scores),
         "ap": float(sk.average_precision_score(truth, scores)),
         "f1_max": float(f1.max()),
     }
+
+
+def auroc(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
+    """The area under the ROC curve. truth: true for a defect. scores: higher for a defect."""
+    return float(sk.roc_auc_score(truth, scores))
 
 
 def decisions(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:

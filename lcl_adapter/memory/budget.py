@@ -19,7 +19,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import QUESTIONS_PER_PASS
 from lcl_adapter.base.encoder import IGNORED, Encoded
 from lcl_adapter.base.layouts.keys import language_path, skeleton
-from lcl_adapter.base.model import PROJECTOR
+from lcl_adapter.base.model import PROJECTOR, side_of
 from lcl_adapter.base.precision import TYPES, quantised_weights
 from lcl_adapter.base.vision import BATCH
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
@@ -67,7 +67,7 @@ def shape_of(config: Any) -> Shape:
     text, vision = config.text_config, config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     patch = vision.patch_size
-    side = getattr(vision, "image_size", None) or 448
+    side = side_of(config)
     return Shape(
         d=text.hidden_size,
         f=text.intermediate_size,

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -28,7 +27,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
 from lcl_adapter.memory import budget
-from lcl_adapter.processes import default_device
+from lcl_adapter.processes import default_device, free_memory
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import QUANTISED, Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
@@ -98,13 +97,6 @@ class Plan:
         return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, QUESTIONS_PER_PASS * question, 8)
 
 
-def available(device: str) -> int:
-    """Free bytes of this machine's device."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
-
-
 def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
     """Forecasts for training, evaluation and serving; whether training fits into ``memory``; remedies where not.
 
@@ -114,7 +106,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
     device = device or default_device()
     if device == "cuda" and memory is None and not torch.cuda.is_available():
         raise RecipeError(["this machine has no GPU whose memory could be read: give its memory with --memory, for instance --memory 16GB"])
-    memory = memory or available(device)
+    memory = memory or free_memory(device)
     plan = Plan(recipe, device, mixture or Mixture(recipe), memory)
     forecasts = {"training": plan.training(), "evaluation": plan.evaluation(), "serving": plan.serving()}
     forecasts_json = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}

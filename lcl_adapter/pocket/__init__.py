@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+NAME = "pocket"  # of the base, in the place of a folder
 BASE = Path(__file__).parent / "base"
 DATA = Path(__file__).parent / "data"
 DRAWN = ("inspection-train.zip", "inspection-held-out.zip", "products.zip", "products.csv")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.files import write_text
+from lcl_adapter.pocket import NAME as POCKET
 from lcl_adapter.pocket import shipped
 from lcl_adapter.recipe.renamed import Key, Places, both_given, new_key, rename_keys
 from lcl_adapter.recipe.schema import Recipe
@@ -293,7 +294,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     base = Path(recipe.base).expanduser()
     return recipe.model_copy(
         update={
-            "base": str(base.resolve()) if base.is_dir() and recipe.base != "pocket" else recipe.base,
+            "base": str(base.resolve()) if base.is_dir() and recipe.base != POCKET else recipe.base,
             "sources": visit(recipe.sources),
             "evaluate": visit(recipe.evaluate),
             "data": recipe.data.model_copy(update={"root": root}),

@@ -31,7 +31,7 @@ Languages = Annotated[list[Language], BeforeValidator(as_list), Field(min_length
 class Words(Options):
     """Which phrasings are used: the user's own template file, and the languages."""
 
-    templates: Path | None = Field(None, description="a file like templates/phrases.yaml; the tasks in it replace the shipped ones")
+    templates: Path | None = Field(None, description="a file like lcl_adapter/recipe/wording/phrases.yaml; the tasks in it replace the shipped ones")
     languages: Languages = ["en"]
 
 

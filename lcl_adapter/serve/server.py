@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +17,7 @@ from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import RunError
+from lcl_adapter.processes import free_memory
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import Keys, read_keys
@@ -140,8 +140,7 @@ def _cache_budget(memory: int | None, weights: int, device: torch.device) -> int
     Raises RunError if the weights alone need more than ``memory``.
     """
     if memory is None:
-        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-        return free // 2
+        return free_memory(device.type) // 2
     if memory <= weights:
         raise RunError(f"--memory {memory / 1e6:,.0f}MB: the weights alone need {weights / 1e6:,.0f} MB. Give more.")
     return memory - weights

@@ -112,9 +112,8 @@ class Collator:
                 return conversation, self.encoder.conversation(conversation)
             except DataError as error:
                 options = self.mixture.options[self.mixture.slot(index).source]
-                strict = (
-                    isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
-                )  # samples of shards were not read before
+                # Samples of shards are read here for the first time
+                strict = isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
                 if self.on_fault == "refuse" or strict:
                     raise
                 last = str(error)

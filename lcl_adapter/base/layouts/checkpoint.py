@@ -30,9 +30,9 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
 from lcl_adapter.pocket import BASE as POCKET_BASE
+from lcl_adapter.pocket import NAME as POCKET
 
 Layout = Literal["hf", "original"]
-POCKET = "pocket"  # the name of the base that ships
 V1_IMAGE_TOKENS = "<im_patch>", "<im_start>", "<im_end>"  # in the order upstream adds them
 FLOAT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 

@@ -11,9 +11,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from lcl_adapter.errors import ModelError
 
-LLAVA_TYPES = ("llava", "llava_next", "llava_onevision")  # transformers' model types of LLaVA
-TILED_TYPES = ("llava_next", "llava_onevision")  # those that can read a picture in tiles, with line breaks between
-UPSTREAM_TYPES = ("llava", "llava_next")  # those that upstream has classes for
+NEXT = "llava_next"  # LLaVA-1.6
+LLAVA_TYPES = ("llava", NEXT, "llava_onevision")  # transformers' model types of LLaVA
+TILED_TYPES = (NEXT, "llava_onevision")  # those that can read a picture in tiles, with line breaks between
+UPSTREAM_TYPES = ("llava", NEXT)  # those that upstream has classes for
 LANGUAGE_TYPES = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 PROJECTORS = {"linear": "linear", "mlp2x_gelu": "gelu"}  # upstream's name -> Hugging Face's activation
 FEATURES = {"patch": "default", "cls_patch": "full"}
@@ -108,7 +109,7 @@ def to_original(config: Any, tower: str, rows: int, family: str) -> dict[str, An
         "tie_word_embeddings": False,
         "use_cache": True,
     }
-    if config.model_type == "llava_next":
+    if config.model_type == NEXT:
         raw |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",

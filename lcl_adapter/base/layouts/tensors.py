@@ -185,7 +185,7 @@ def tensors_in_file(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-# The last one that was read, with its time of modification
+# The last one that was read, with its version on disk
 _OPEN_PICKLE: dict[Path, tuple[tuple[int, ...], dict[str, torch.Tensor]]] = {}
 
 
@@ -195,7 +195,8 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
     The last file stays open. Raises ModelError where it holds anything else.
     """
     status = file.stat()
-    version = (status.st_ino, status.st_size, status.st_mtime_ns)  # a clock ticks too slowly to tell two files apart by time alone
+    # A clock ticks too slowly to tell two files apart by time alone
+    version = (status.st_ino, status.st_size, status.st_mtime_ns)
     if _OPEN_PICKLE.get(file, (None,))[0] != version:
         _OPEN_PICKLE.clear()
         try:

@@ -221,7 +221,7 @@ class CheckpointWriter:
         if self.dtype is not None:
             config.dtype = self.dtype
         config.save_pretrained(folder)
-        processor_class = LlavaNextProcessor if config.model_type == "llava_next" else LlavaProcessor
+        processor_class = LlavaNextProcessor if config.model_type == configs.NEXT else LlavaProcessor
         processor_class(
             source.image_processor,
             source.tokenizer,
@@ -266,7 +266,7 @@ class CheckpointWriter:
 
     @property
     def _is_next(self) -> bool:
-        return bool(self.source.config.model_type == "llava_next")
+        return bool(self.source.config.model_type == configs.NEXT)
 
     @property
     def _embedding_rows(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.layouts import Checkpoint, check_folder_name
+from lcl_adapter.base.layouts.configs import NEXT
 from lcl_adapter.base.model import family_of
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
@@ -126,7 +127,7 @@ def _script_settings(run: Path, manifest: dict[str, Any], checkpoint: Checkpoint
         "question": wording.support_question(first=False),
         "query": wording.query,
         "said": wording.answer,
-        "next": checkpoint.config.model_type == "llava_next",
+        "next": checkpoint.config.model_type == NEXT,
         "tiles": manifest["tiles"],
         "side": checkpoint.config.vision_config.image_size,
     }

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint
-from lcl_adapter.base.layouts.configs import UPSTREAM_TYPES
+from lcl_adapter.base.layouts.configs import NEXT, UPSTREAM_TYPES
 from lcl_adapter.base.model import family_of, load_encoder
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
@@ -122,7 +122,7 @@ def _check_supported(run: Path, adapter: Adapter, checkpoint: Checkpoint, tiles:
     ):
         if present:
             raise AdapterError(f"{run}: it has {feature}, which vLLM does not support in an adapter. {instead}")
-    if model_type == "llava_next" and not tiles:
+    if model_type == NEXT and not tiles:
         raise AdapterError(
             f"{run}: trained without tiles, and vLLM always splits a LLaVA-NeXT's pictures into tiles. Use `lcl-adapter serve`, which does not."
         )

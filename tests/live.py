@@ -1,0 +1,46 @@
+"""Servers on real sockets of 127.0.0.1."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
+
+
+@contextmanager
+def running(app: FastAPI, port: int = 0, **options: Any) -> Iterator[str]:
+    """The address of a server of ``app``, which stops at the end. port: 0 is a free one. options: uvicorn's."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextmanager
+def serving(base: Path, store: Path, **adapters: Path) -> Iterator[str]:
+    """The address of what ``lcl-adapter serve BASE --adapter NAME=RUN`` starts, with its support sets in ``store``."""
+    engine = Engine(load_base(BaseRef(str(base), device="cpu")), memory=10**8, queue=64)
+    for name, run in adapters.items():
+        engine.load_adapter(name, run)
+    engine.start()
+    with running(make_app(Service(engine, Store(store), timeout=60))) as url:
+        yield url
