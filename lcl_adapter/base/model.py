@@ -24,8 +24,8 @@ from lcl_adapter.base.layouts.configs import LLAVA_TYPES, TILED_TYPES
 from lcl_adapter.base.layouts.keys import DROPPED, language_path, skeleton
 from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision, compute_type, quantisation
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.devices import default_device
 from lcl_adapter.errors import ModelError
-from lcl_adapter.processes import default_device
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision
 from lcl_adapter.terminal import console
 
@@ -171,6 +171,8 @@ def load_base(base: BaseRef | str) -> Base:
     _ = checkpoint.image_processor  # a fault in it is reported before any weight is read
     if config.model_type in LLAVA_TYPES:
         _ = checkpoint.weights  # and so is a missing or incomplete shard, or one of another checkpoint
+    if precision in QUANTISED and device == "mps":
+        raise ModelError(f"precision {precision} is not available on Apple's GPUs: use fp16 (`--precision fp16`).")
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)

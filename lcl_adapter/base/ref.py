@@ -15,7 +15,7 @@ class BaseRef:
 
     name: ``pocket`` (the default), a folder in either layout, or a name in the local Hugging Face cache.
     precision: fp32 by default; nf4 and int8 quantise the linear layers of the language model only; ``auto`` chooses.
-    device: "cuda" or "cpu"; the GPU by default, where the machine has one.
+    device: "cuda", "mps" or "cpu"; the GPU by default, where the machine has one.
     tower: the vision tower's folder, where the one in an original config is not on this machine.
     tiles: for LLaVA-NeXT and OneVision, reads pictures at twice the size in tiles; off by default.
     """

@@ -20,6 +20,7 @@ import numpy as np
 from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
+from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
@@ -152,6 +153,11 @@ class Mixture:
         if options.at_end == "end" and not attempt:
             last = min(last, len(pool))  # the last row may have fewer
         return tuple(pool.dialogues[self._shuffled(slot.source, pool, n)] for n in range(first, last))
+
+    @property
+    def pictures(self) -> int:
+        """At most so many distinct pictures. A question counts as one, because its source may not be read yet."""
+        return sum(len(pool) if isinstance(pool, QuestionPool) else len(set(pictures_of(pool))) for pool in self.pools.values())
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""

@@ -34,6 +34,7 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
+from lcl_adapter.devices import training_device
 from lcl_adapter.errors import RunError
 from lcl_adapter.files import disk_is_full, write_json
 from lcl_adapter.recipe import Recipe, load
@@ -67,7 +68,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         disable_tqdm=True,
         # Otherwise the base is in its precision and the adapter in fp32, without autocast
         **sharding.mixed_precision(recipe.precision),
-        use_cpu=processes.default_device() == "cpu",
+        use_cpu=training_device() == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
     )
@@ -219,7 +220,7 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     total = mixture.total
     # Before any weight is loaded.
     rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
-    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else None)), recipe.adapter)
+    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else training_device())), recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lcl_adapter.recipe.wording import Wording
 
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 
+DRAWN = 4  # cases of a cell whose lengths are measured before training
 LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
@@ -146,13 +148,44 @@ def _overlap_message(name: str, common: Sequence[str]) -> str:
     return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
 
 
+@dataclass(frozen=True)
+class LongestCase:
+    """Lengths in tokens of a case: its support set, its question with the answers to score, and what may be generated.
+
+    places: tokens whose logits are computed. pictures: distinct ones.
+    """
+
+    support: int
+    question: int
+    places: int
+    new_tokens: int
+    pictures: int
+
+    @property
+    def total(self) -> int:
+        return self.support + self.question + self.new_tokens
+
+
+def longest_case(recipe: Recipe, encoder: Encoder) -> LongestCase | None:
+    """The longest of a few cases of each cell. None without suites. Raises RecipeError, DataError."""
+    cases = []
+    for cell in build_cells(recipe, limit=DRAWN):
+        for case in cell.cases:
+            support = len(encoder.turns(case.support)[0]) if case.support else 0
+            prompt = len(encoder.turns([case.query], opened=True)[0])
+            scored = sum(len(encoder.turns([case.query, Turn("assistant", answer)])[0]) - prompt - 1 for answer in case.answers)
+            pictures = {picture for turn in (*case.support, case.query) for picture in turn.pictures}
+            cases.append(LongestCase(support, prompt + scored, 1 + scored, cell.new_tokens or 0, len(pictures)))
+    return max(cases, key=lambda case: case.total, default=None)
+
+
 def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     """Draw a few cases of every cell, and the longest questions of every question suite, so that faults show before
     training.
 
     Raises RecipeError, DataError; EpisodeError if a question does not fit the context.
     """
-    for cell in build_cells(recipe, limit=4):
+    for cell in build_cells(recipe, limit=DRAWN):
         for case in cell.cases:
             _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():
