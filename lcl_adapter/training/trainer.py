@@ -25,7 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import processes
+from lcl_adapter import devices, processes
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.encoder import IGNORED
@@ -34,7 +34,6 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.devices import training_device
 from lcl_adapter.errors import RunError
 from lcl_adapter.files import disk_is_full, write_json
 from lcl_adapter.recipe import Recipe, load
@@ -57,7 +56,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
     options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = processes.split_step(
         options["per_device_train_batch_size"], options["gradient_accumulation_steps"], processes.count()
     )
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
         **options,
         max_length=None,  # SFTConfig's default of 1024 would cut rows; the collator never does
@@ -68,10 +67,20 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         disable_tqdm=True,
         # Otherwise the base is in its precision and the adapter in fp32, without autocast
         **sharding.mixed_precision(recipe.precision),
-        use_cpu=training_device() == "cpu",
+        use_cpu=devices.training_device() == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,
     )
+    if processes.count() == 1 and config.n_gpu > 1:
+        # Otherwise Trainer wraps the model in DataParallel, which a LLaVA's hooks and a quantised base do not stand
+        console.print(
+            f"{config.n_gpu} GPUs are visible, and this process trains on one of them. To use all: "
+            f"torchrun --nproc_per_node {config.n_gpu} -m lcl_adapter train RECIPE",
+            style="yellow",
+            highlight=False,
+        )
+        config._n_gpu = 1
+    return config
 
 
 class LclTrainer(SFTTrainer):
@@ -203,8 +212,17 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     make_callback: creates a callback that measures during the run, from the base and a function that saves the current
     adapter. mixture: the recipe's, where the caller has opened it.
 
+    The model is released at the end, so that an evaluation can load another.
+
     Raises RecipeError, DataError, EpisodeError, ModelError before training starts; RunError for the folder.
     """
+    try:
+        return _train(recipe, resume, make_callback, mixture)
+    finally:
+        devices.release_memory()  # the trainer's hooks in the model form a cycle with it
+
+
+def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, mixture: Mixture | None) -> dict[str, Any]:
     output, options = recipe.output, recipe.train
     sharding.refuse_unsupported(recipe)
     processes.join()
@@ -220,7 +238,7 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     total = mixture.total
     # Before any weight is loaded.
     rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
-    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else training_device())), recipe.adapter)
+    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device())), recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())
@@ -239,7 +257,7 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     trainer.add_callback(bar)
     # DeepSpeed's backward belongs to its engine, which would accumulate the gradients of this trial
     if not processes.uses_deepspeed():
-        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss))
+        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
     longest = max(length for lengths in rows.lengths.values() for length in lengths)
