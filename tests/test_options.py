@@ -147,7 +147,7 @@ def test_transformers_own_name_of_checkpointing(tmp_path: Path, capsys: pytest.C
     one = recipe.load(write(tmp_path, GOOD + "  activation_checkpointing: true\n"))
     assert one == recipe.load(write(tmp_path, GOOD + "  gradient_checkpointing: true\n"))
     assert not capsys.readouterr().err, "both names are in use, so no note"
-    with pytest.raises(RecipeError, match="another name of `train.gradient_checkpointing`, and both are given"):
+    with pytest.raises(RecipeError, match=r"another name of `train\.gradient_checkpointing`, and both are given"):
         recipe.load(write(tmp_path, GOOD + "  activation_checkpointing: true\n  gradient_checkpointing: true\n"))
 
 
@@ -167,6 +167,8 @@ def test_optimizers_that_this_machine_has(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
+        ({"activation_offloading": True}, "train.activation_offloading: activations leave a GPU"),
+        ({"tf32": True}, "train: --tf32 requires"),
         ({"optim": "grokadamw"}, "train.optim: grokadamw cannot be used here (Please install grokadamw"),
         ({"optim": "adamw_torch_8bit"}, "torchao"),
         ({"optim": "rmsprop", "optim_args": "momentum=much"}, "train.optim"),
@@ -188,7 +190,7 @@ def test_a_bitsandbytes_optimizer_without_bitsandbytes(tmp_path: Path, monkeypat
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(RecipeError, match="adamw_bnb_8bit cannot be used here .*bitsandbytes"):
+    with pytest.raises(RecipeError, match=r"adamw_bnb_8bit cannot be used here .*bitsandbytes"):
         checked(tmp_path, optim="adamw_bnb_8bit")
 
 

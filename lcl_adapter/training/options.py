@@ -29,6 +29,8 @@ def check_options(make_config: Callable[[], SFTConfig]) -> None:
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError([f"train: {error}"]) from error
     faults: list[str] = []
+    if config.activation_offloading and default_device() == "cpu":
+        faults.append("train.activation_offloading: activations leave a GPU for the host's memory, and this machine has no GPU; remove it")
     optimizer: torch.optim.Optimizer | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the trial; the training gives them again

@@ -26,8 +26,7 @@ from lcl_adapter.recipe import Recipe
 TENSORBOARD = "tensorboard"  # the folder of its files in a run
 OWN_EXTRA = {"tensorboard", "trackio"}  # installed by lcl-adapter[track]
 EVENTS = (
-    "on_epoch_begin", "on_epoch_end", "on_step_begin", "on_step_end", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_log",
-    "on_save",
+    "on_epoch_begin", "on_epoch_end", "on_step_begin", "on_step_end", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_save",
 )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ class Trackers(TrainerCallback):
         """Log the figures of an evaluation: the rows of its report."""
         if self.arguments is not None:
             figures = figures_of("test", {r["name"]: r["base"]["value"] for r in rows}, {r["name"]: r["adapter"]["value"] for r in rows})
-            self.on_log(*self.arguments, logs=figures)  # type: ignore[attr-defined]
+            self.on_log(*self.arguments, logs=figures)
 
     def close(self) -> None:
         """End the trackers' runs. Does nothing before a training and the second time."""
@@ -82,6 +81,11 @@ class Trackers(TrainerCallback):
                 purge = {"purge_step": state.global_step + 1} if state.global_step else {}
                 callback.tb_writer = callback._SummaryWriter(log_dir=str(folder), **purge)
         _call(self.callbacks, "on_train_begin", args, state, control, **more)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        """Without Trainer's ``epoch``, which is the part of the run that is done and no epoch of the sources."""
+        shown = {name: value for name, value in (logs or {}).items() if name != "epoch"}
+        _call(self.callbacks, "on_log", args, state, control, logs=shown, **more)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Only W&B ends with the training: it may save the model then, and its run stays open."""

@@ -172,6 +172,12 @@ class LclTrainer(SFTTrainer):
             logs = {**logs, **self.tally.progress()}
         super().log(logs, start_time)
 
+    def log_figures(self, figures: dict[str, float]) -> None:
+        """Log what a callback measured. The step's own log, which Trainer would then take as done, still follows."""
+        should_log = self.control.should_log
+        self.log(figures)
+        self.control.should_log = should_log
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer as Trainer creates it, with a separate learning rate for the projector."""
         if getattr(self, "optimizer", None) is None:
@@ -289,7 +295,7 @@ def train(
         processes.barrier()
 
     if make_callback is not None:
-        trainer.add_callback(make_callback(base, Running(save_now, trainer.log)))
+        trainer.add_callback(make_callback(base, Running(save_now, trainer.log_figures)))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
