@@ -49,6 +49,12 @@ def test_every_field_of_sft_config_is_accepted_or_refused() -> None:
     assert all(reason and not reason.endswith(".") for reason in REFUSED.values())
 
 
+def test_the_document_lists_every_accepted_option() -> None:
+    section = (Path(__file__).parent.parent / "docs/recipes.md").read_text(encoding="utf-8").split("## Training options")[1].split("## Trackers")[0]
+    table = {name for line in section.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line)}
+    assert table - {"activation_checkpointing", "_kwargs"} == set(TrainOptions.model_fields) - {"gradient_checkpointing_kwargs"}
+
+
 def plain_types(annotation: Any) -> set[Any]:
     """The classes that an annotation allows, without None and without constraints; a Literal's are those of its values."""
     if get_origin(annotation) in {Union, types.UnionType}:
