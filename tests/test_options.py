@@ -165,9 +165,12 @@ def checked(tmp_path: Path, **train: Any) -> None:
     check_options(lambda: sft_config(made, 6))
 
 
-@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "adafactor", "sgd"])
 def test_optimizers_that_this_machine_has(tmp_path: Path, name: str) -> None:
+    """The trial draws no random number: the seed of the training is set before it."""
+    before = torch.get_rng_state()
     checked(tmp_path, optim=name)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

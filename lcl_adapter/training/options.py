@@ -73,7 +73,7 @@ def _without_effect(config: SFTConfig) -> list[str]:
 
 def _class_and_options(config: SFTConfig, optim_args: str | None = None) -> Any:
     changed = config if optim_args is None else replace(config, optim_args=optim_args or None)
-    return Trainer.get_optimizer_cls_and_kwargs(changed, nn.Linear(1, 1))
+    return Trainer.get_optimizer_cls_and_kwargs(changed, nn.Identity())  # without random weights: the seed is set already
 
 
 def _first_line(error: Exception) -> str:
