@@ -130,7 +130,7 @@ def trained(base: Base, recipe: Recipe) -> Result:
     device = base.device.type
     forecast = Plan(recipe, device, Mixture(recipe), 10**12).training().total
     peak = Peak()
-    trainer = LclTrainer(base, recipe, Collator(Mixture(recipe), base.encoder()), VisionFeatures(base), recipe.train.max_steps)
+    trainer = LclTrainer(base, recipe, Collator(Mixture(recipe), base.encoder()), VisionFeatures(base), Mixture(recipe).steps)
     figures = _run(trainer)
     measured = peak.allocated + peak.outside
     return {**figures, "forecast": forecast, "peak": measured, "error": forecast / measured - 1}

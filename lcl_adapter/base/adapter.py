@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
@@ -139,13 +140,21 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     folder = Path(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
-    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], device=base.device, tiles=manifest["tiles"]))
+    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation}
+    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
     model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
     check_adapted(model)
     model.eval()
     return loaded.with_model(model), manifest
+
+
+def load_weights(base: Base, folder: Path) -> None:
+    """Give a model with an adapter the weights of another adapter of the same shape. Raises AdapterError as load_adapter."""
+    read_manifest(folder)
+    result = set_peft_model_state_dict(base.model, load_file(folder / FILES[1]))
+    assert not result.unexpected_keys, result.unexpected_keys[:1]
 
 
 def checkpoint_of(folder: Path, manifest: Mapping[str, Any], base: BaseRef = NOT_GIVEN) -> Checkpoint:

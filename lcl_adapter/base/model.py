@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from lcl_adapter.amounts import release_large_blocks
+from lcl_adapter.base.attention import check_available, read_masks
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision,
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import ModelError
-from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision
+from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision
 from lcl_adapter.terminal import console
 
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
@@ -160,8 +161,9 @@ def load_base(base: BaseRef | str) -> Base:
 
     Raises ModelError: no such base, no image-text model, weights that do not fit their config.
     """
-    ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False)
+    ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False, attn_implementation="sdpa")
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
+    attention = cast(Attention, ref.attn_implementation)
     checkpoint = open_checkpoint(ref)
     config, family = checkpoint.config, family_of(checkpoint)
     if tiles and config.model_type not in TILED_TYPES:
@@ -179,7 +181,8 @@ def load_base(base: BaseRef | str) -> Base:
     if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
         release_large_blocks()
     dtype = TYPES.get(precision) or compute_type(device)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
+    check_available(attention, device, dtype)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "config": config}
     if precision in QUANTISED:
         options["quantization_config"] = quantisation(precision, dtype, config)
         options["device_map"] = {"": device}
@@ -207,6 +210,7 @@ def load_base(base: BaseRef | str) -> Base:
         check_quantised(model, precision)
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
+    read_masks(model, attention)
     return Base(model, checkpoint, family, precision, tiles)
 
 

@@ -3,6 +3,9 @@
 Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in
 an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
 between blocks only: where the recipe's curriculum changes them, and where a source has reached its cap or its end.
+
+An epoch has as many rows as the sources with a share have together (:func:`rows_of_a_pass`). Shares decide which source
+they come from, so one epoch can read a small source more than once.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
+from lcl_adapter.recipe.training import TrainOptions
 
 BLOCK = 100
 RETRY = 10_000_000  # after a bad picture, an index is drawn again as index + attempt * RETRY
@@ -56,13 +60,13 @@ class Mixture:
     def __init__(self, recipe: Recipe, pools: Mapping[str, Pool] | None = None) -> None:
         self.recipe = recipe
         self.seed = recipe.train.seed
-        train = recipe.train
-        self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
         used = {name for _, shares in recipe.phases() for name, share in shares.items() if share > 0}
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
         self.pools = _open_all(self.options) if pools is None else {n: pools[n] for n in self.options}
         phases = [(start, {n: s for n, s in shares.items() if n in used}) for start, shares in recipe.phases()]
         self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
+        self.epoch = sum(rows_of_a_pass(s, self.pools[n]) for n, s in self.options.items())
+        self.steps, self.total = _steps_and_rows(recipe.train, self.epoch)
         self.ended: dict[str, str] = {}  # source -> "cap" or "end": why it gives no more rows
         self.segments = self._plan(phases)
         self._first_blocks = [s.first_block for s in self.segments]
@@ -101,6 +105,11 @@ class Mixture:
                 for name in remaining:
                     self.ended[name] = "cap" if self.options[name].cap == self.limits[name] else "end"
                 if not counts:
+                    spare = sum(remaining.values()) - (self.total - block * BLOCK)
+                    if spare >= 0:  # they suffice for the last block, which is shorter
+                        self.ended = {n: reason for n, reason in self.ended.items() if not spare or n not in remaining}
+                        segments.append(Segment(block, remaining, dict(drawn)))
+                        return segments
                     continue
                 length = 1
             segments.append(Segment(block, counts, dict(drawn)))
@@ -196,7 +205,7 @@ class Mixture:
         """The sources of a block's rows, in order."""
         counts = self._segment(block).counts
         names = [name for name in self.options for _ in range(counts.get(name, 0))]
-        return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(BLOCK))
+        return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(len(names)))
 
     def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
         """The dialogue of a source's ``ordinal``-th draw."""
@@ -244,6 +253,26 @@ def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int
         members = [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[start : start + shards_at_once]]
         groups.append(rng.permutation(np.concatenate(members)))
     return np.concatenate(groups)
+
+
+def rows_of_a_pass(options: SourceOptions, pool: Pool) -> int:
+    """The rows in which a source's questions, or photos to ask about, would each be used once; at most its cap."""
+    if isinstance(pool, QuestionPool):
+        assert isinstance(options, QuestionOptions)
+        entries, per_row = len(pool), options.packed
+    else:
+        assert isinstance(options, EpisodeOptions | InspectionOptions)
+        photos = (len(c.pictures) for c in pool.classes) if isinstance(pool, ClassPool) else (len(c.specimens) for c in pool.categories)
+        entries, per_row = sum(photos), options.queries
+    rows = max(1, -(-entries // per_row))
+    return min(rows, options.cap or rows)
+
+
+def _steps_and_rows(train: TrainOptions, epoch: int) -> tuple[int, int]:
+    """Steps of a training and their rows. Epochs are rounded down to whole steps, so that no source has to repeat."""
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    steps = train.max_steps or max(1, int((train.num_train_epochs or 1.0) * epoch / batch))
+    return steps, steps * batch
 
 
 def _limit(options: SourceOptions, pool: Pool) -> int | None:

@@ -84,10 +84,13 @@ def _training(manifest: dict[str, Any]) -> str:
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     images = manifest["images"]
     faults = "".join(f"\n- {count} x {fault}" for fault, count in manifest["bad_pictures"].items())
+    stop, best = manifest.get("early_stop"), manifest.get("best_step")
+    ended = f"Stopped at step {stop['step']:,} of {stop['of']:,}: {stop['reason']}. " if stop else ""
+    ended = "\n\n" + ended + (f"The adapter is that of step {best:,}, the best that was measured." if best else "") if stop or best else ""
     hashes = "\n".join(f"- `{name}`: `{digest[:16]}`" for name, digest in manifest["data"].items())
     return (
         f"## Training\n\n{manifest['training_seconds']:.0f} s; rows of up to {manifest['longest_row']} tokens; {images['shown']:,} images shown, "
-        f"{images['through_the_tower']:,} passed the vision tower.\n\n| part | parameters | trained |\n|---|---|---|\n{parts}\n\n"
+        f"{images['through_the_tower']:,} passed the vision tower.{ended}\n\n| part | parameters | trained |\n|---|---|---|\n{parts}\n\n"
         f"{head}\n{shares}\n\nData:\n\n{hashes}"
         + (f"\n\nConversations replaced because of a bad picture:\n{faults}" if faults else "")
         + "\n\n![loss](loss.png)"

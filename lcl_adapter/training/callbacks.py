@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import write_text
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import collate
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a callback may ask of the training that it is a part of. Every process has to ask the same.
+
+    save: writes the current adapter into a folder, with further facts of its manifest. log: logs figures as Trainer's
+    own.
+    """
+
+    save: Callable[[Path, Mapping[str, Any]], None]
+    log: Callable[[dict[str, float]], None]
 
 
 class MetricsCallback(TrainerCallback):

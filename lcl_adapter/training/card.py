@@ -25,12 +25,18 @@ class Tally:
     """Counts of the whole run, which continue when it is resumed.
 
     earlier: the counts of the run before it was resumed. sources: rows, tokens and learned tokens of each source.
+    paused: seconds since the last :meth:`progress` in which nothing was trained.
     """
 
     earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
     faults: Counter[str] = field(default_factory=Counter)
     sources: dict[str, list[int]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    paused: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._logged_at: float | None = None
+        self._logged_tokens = sum(tokens for _, tokens, _ in self.sources.values())
 
     @classmethod
     def resumed(cls, checkpoint: Path) -> Tally:
@@ -44,10 +50,27 @@ class Tally:
 
     def add_rows(self, rows: Sequence[tuple[str, int, int]]) -> None:
         """Count rows: (source, tokens, learned tokens) of each."""
+        self._logged_at = self._logged_at or time.monotonic()  # the clock of `progress` starts with the first batch
         for source, tokens, learned in rows:
             counts = self.sources.setdefault(source, [0, 0, 0])
             for column, value in enumerate((1, tokens, learned)):
                 counts[column] += value
+
+    def progress(self) -> dict[str, float]:
+        """Each source's share of the rows so far, and the tokens a second since the last call, of all processes together.
+
+        Every process has to call it.
+        """
+        counted: Counter[str] = Counter()
+        tokens = 0
+        for sources in processes.gather(self.sources):
+            counted.update({source: rows for source, (rows, _, _) in sources.items()})
+            tokens += sum(count for _, count, _ in sources.values())
+        now = time.monotonic()
+        seconds = now - (self._logged_at or now) - self.paused
+        speed = {"tokens_per_second": (tokens - self._logged_tokens) / seconds} if seconds > 0 else {}
+        self._logged_at, self._logged_tokens, self.paused = now, tokens, 0.0
+        return {f"shares/{source}": rows / counted.total() for source, rows in counted.items()} | speed
 
     def totals(self, vision: VisionFeatures) -> dict[str, Any]:
         """The counts of all processes together. Every process has to call it."""
@@ -67,12 +90,12 @@ class Tally:
         }
 
 
-def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
+def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int, drawn: int) -> dict[str, Any]:
     """The facts of a training for the manifest and the run card.
 
     totals: of :meth:`Tally.totals`. parts: parameters of each part of the model. longest: the longest row, in tokens.
+    drawn: rows that were trained on.
     """
-    drawn = mixture.total
     return {
         "parameters": parts,
         "shares": {"requested": mixture.requested, "realised": mixture.realised(range(drawn))},
