@@ -185,6 +185,33 @@ def test_a_merge_that_loses_an_effect_is_not_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lost_projector_of_v1_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original layout has one layer, the product of the two that were trained."""
+    run = adapter_on(save_original(tmp_path / "llava-v1", "v1"), tmp_path / "run", projector=True)
+    result = merging.merge(run, tmp_path / "llava-out", dtype="bf16", weight=0.3, verify="layers")
+    assert result["weights_checked"] == LAYERS + 2
+    assert result["smallest_recovered_share"] > 0.8
+    monkeypatch.setattr(merging, "blended_weight", lambda name, adapters, weight: weight.float())
+    with pytest.raises(MergeError, match=r"projector\.linear_1\.weight is not the base plus.*2 of 16 changed weights are wrong"):
+        merging.merge(run, tmp_path / "llava-lost", dtype="bf16", weight=0.3, verify="layers")
+
+
+@pytest.mark.parametrize("dtype", TYPES.values())
+def test_an_adapter_that_starts_from_the_weight_is_checked(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PiSSA as PEFT saves it without conversion: its start is subtracted from the base. That is a part of the change."""
+    value = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)).half()
+    [adapter] = random_adapters(tmp_path, "lora", 1, 48, 64, 4, 0.01, 0, init_lora_weights="pissa")
+    weight = Weight(torch.float16, (48, 64), value.clone)
+    for merged, passes in ((torch.cat(list(merged_rows("layer", [value], [adapter]))), True), (value, False), (value + product(adapter), False)):
+        save_file({"layer.weight": merged.to(dtype)}, tmp_path / "written.safetensors")
+        [check] = check_weights([adapter], {"layer.weight": weight}, lambda _, w: w.blocks(), tensors_in_file(tmp_path / "written.safetensors"))
+        assert check.passes == passes
+
+
+def product(adapter: Adapter) -> torch.Tensor:
+    return adapter.scaling * adapter.layers["layer"]["B"] @ adapter.layers["layer"]["A"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "projector"])
 def test_an_honest_merge_at_a_small_weight_is_saved(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
     """With the probes: rounding to bf16 is then more than a tenth of the adapter's effect, which is reported."""
@@ -218,13 +245,15 @@ def test_a_value_that_the_type_cannot_hold_is_reported(runs: dict[str, Path], tm
     merging.merge(large, tmp_path / "llava-out", dtype="bf16", verify="layers")
 
 
-def random_adapters(folder: Path, kind: str, count: int, rows: int, columns: int, rank: int, size: float, seed: int) -> list[Adapter]:
+def random_adapters(folder: Path, kind: str, count: int, rows: int, columns: int, rank: int, size: float, seed: int, **more: Any) -> list[Adapter]:
     """Adapters of one layer; ``size`` is about that of an element of a product."""
     random = torch.Generator().manual_seed(seed)
     adapters = []
     for number in range(count):
         place = folder / str(number)
-        LoraConfig(r=rank, lora_alpha=2 * rank, use_rslora=kind == "rslora", use_dora=kind == "dora", target_modules=["layer"]).save_pretrained(place)
+        LoraConfig(
+            r=rank, lora_alpha=2 * rank, use_rslora=kind == "rslora", use_dora=kind == "dora", target_modules=["layer"], **more
+        ).save_pretrained(place)
         parts = {"lora_A.weight": torch.randn(rank, columns, generator=random), "lora_B.weight": torch.randn(rows, rank, generator=random) * size}
         if kind == "dora":
             parts["lora_magnitude_vector"] = torch.rand(rows, generator=random) + 0.5
