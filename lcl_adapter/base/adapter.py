@@ -41,13 +41,15 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     model's own are sharded among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
+    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
+        # Of these files, and not of those that another writer may put into the folder meanwhile
+        manifest = manifest_of(partial, base.checkpoint, base.family, name, {**own, **facts})
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
-    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
-    write_json(folder / MANIFEST, manifest_of(folder, base.checkpoint, base.family, name, {**own, **facts}))
+    write_json(folder / MANIFEST, manifest)
 
 
 def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
