@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -128,6 +129,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
             raise AdapterError(f"{folder / file}: not the file that was saved (its hash differs); copy the folder again.")
     return manifest
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, ``checkpoint-<step>``, by step. Any other file or folder is ignored."""
+    steps = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
