@@ -78,8 +78,14 @@ def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Pat
     half = tmp_path / "cut" / "checkpoints" / "checkpoint-5"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
+    others = [half.with_name(name) for name in ("checkpoint-x", "checkpoint-", "checkpoint-4-copy", "checkpoint-best")]
+    for other in others:
+        other.mkdir()
+    others.append(half.with_name("checkpoint-7"))
+    others[-1].write_text("a file")
     trainer.train(small(pocket_tiny, tmp_path / "cut"), resume=True)
     assert not half.exists()
+    assert sorted(path.name for path in half.parent.glob("checkpoint-*")) == sorted(["checkpoint-4", "checkpoint-6", *(other.name for other in others)])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -42,13 +43,15 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     model's own are sharded among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
+    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
+        # Of these files, and not of those that another writer may put into the folder meanwhile
+        manifest = manifest_of(partial, base.checkpoint, base.family, name, {**own, **facts})
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
-    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
-    write_json(folder / MANIFEST, manifest_of(folder, base.checkpoint, base.family, name, {**own, **facts}))
+    write_json(folder / MANIFEST, manifest)
 
 
 def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +130,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
             raise AdapterError(f"{folder / file}: not the file that was saved (its hash differs); copy the folder again.")
     return manifest
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, ``checkpoint-<step>``, by step. Any other file or folder is ignored."""
+    steps = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:

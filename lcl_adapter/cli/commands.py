@@ -143,8 +143,26 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     result = merging.merge(run, out, **options)
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
     console.print(f"{out}: {written}", highlight=False)
-    gap, effect = result["largest_layer_difference"], result["largest_layer_effect"]
-    console.print(f"{result['layers']} layers: at most {gap:.2g} from the adapter's; the adapter itself changes up to {effect:.2g}", highlight=False)
+    share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
+    console.print(
+        f"{result['weights_checked']} changed weights: no element is further than rounding from base plus adapter; "
+        f"at least {share:.1%} of the effect arrived ({place})",
+        highlight=False,
+    )
+    if result["rounded_away"]:
+        console.print(
+            f"THE ADAPTER'S EFFECT IS MOSTLY LOST IN ROUNDING in {result['rounded_away']} of them: "
+            f"it is below the steps of {result['dtype']}. Write more bits (--dtype fp32), or raise the weight.",
+            style="bold yellow",
+            highlight=False,
+        )
+    elif not result.get("mostly_adapter", True):
+        console.print(
+            f"rounding to {result['dtype']} moves the answers by {result['largest_logit_difference']:.2g}, the adapter by "
+            f"{result['adapter_effect']:.2g}; --dtype fp32 rounds less",
+            style="yellow",
+            highlight=False,
+        )
     _print_probes(result)
     if "from_4_bit" in result:
         cost = result["from_4_bit"]

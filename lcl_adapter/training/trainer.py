@@ -207,19 +207,27 @@ class LclTrainer(SFTTrainer):
         return BucketedOrder(self.collator, len(self.train_dataset), batch, self.recipe.train.bucket, self.args.seed)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Writes a checkpoint, and marks it as complete once every process has written its part."""
-        super()._save_checkpoint(*args, **kwargs)
+        """Writes a checkpoint, and marks it as complete once every process has written its part. Then removes old ones."""
+        # transformers would count and remove every folder called checkpoint-…, a user's copies too.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         totals = self.tally.totals(self.vision)  # waits for all processes
         if processes.is_first():
             write_json(folder / PROGRESS, totals)
             (folder / COMPLETE).touch()
+            for old in adapter.checkpoints_in(folder.parent)[: -limit if limit else 0]:
+                if str(old) != self.state.best_model_checkpoint:
+                    shutil.rmtree(old, ignore_errors=True)
         processes.barrier()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint. Incomplete ones, which a killed run left, are removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = adapter.checkpoints_in(folder)
     for path in checkpoints:
         if not (path / COMPLETE).exists():
             console.print(f"removing {path.name}: it was not written completely", style="yellow")
