@@ -24,6 +24,7 @@ from tools.gpu import wheels
 ROOT = Path(__file__).parent.parent
 GPU = ROOT / "tools/gpu"
 EXTRAS = ("bnb", "serve")  # of the project, that the tests on a GPU use
+FOR_TESTS = {"sentencepiece"}  # new enough on the machine to be used, and packed for what the tests do with it
 
 
 def listed(file: Path) -> dict[str, str | None]:
@@ -91,7 +92,7 @@ def test_nothing_is_packed_that_the_machine_has() -> None:
     """A package is packed because it is needed, and the machine lacks it, has it too old, or has it in an unknown version."""
     _, reached = unmet(project(), MACHINE, PACKED)
     assert not PACKED.keys() - reached
-    for name in PACKED.keys() & {name for name, version in MACHINE.items() if version}:
+    for name in PACKED.keys() & {name for name, version in MACHINE.items() if version} - FOR_TESTS:
         wrong, _ = unmet(project(), MACHINE, {k: v for k, v in PACKED.items() if k != name})
         assert wrong, f"{name} {MACHINE[name]} on the machine is new enough"
 
@@ -177,12 +178,12 @@ def test_a_damaged_wheel_is_refused(made_up: Callable[..., Path]) -> None:
 
 
 def test_the_limit_is_on_what_is_left(made_up: Callable[..., Path]) -> None:
-    wheel = made_up()
+    wheel = made_up(size=20_000)
     other = wheel.with_name("other-1.0-py3-none-any.whl")
-    other.write_bytes(bytes(30_000))
-    assert wheels.pack(wheel.parent, limit=60_000) < 60_000 < wheel.stat().st_size * 2 + 30_000
-    other.write_bytes(bytes(50_000))
-    with pytest.raises(wheels.PackError, match=r"MB of wheels, more than 0\. The largest: other-1\.0"):
+    other.write_bytes(bytes(10_000))
+    assert wheel.stat().st_size > 60_000 > wheels.pack(wheel.parent, limit=60_000)
+    other.write_bytes(bytes(20_000))
+    with pytest.raises(wheels.PackError, match=r"MB of wheels, more than 0\. The largest: bitsandbytes-1\.0"):
         wheels.pack(wheel.parent, limit=60_000)
 
 

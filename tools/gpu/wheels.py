@@ -90,7 +90,8 @@ def main() -> None:
         total = pack(folder)
     except PackError as error:
         raise SystemExit(str(error)) from error
-    print(f"{len(list(folder.glob('*.whl')))} wheels, {total / 1e6:.1f} MB, in {folder}. On the CUDA machine, in the repository's folder:", file=sys.stderr)
+    count = len(list(folder.glob("*.whl")))
+    print(f"{folder}: {count} wheels, {total / 1e6:.1f} MB. On the CUDA machine, in the repository's folder:", file=sys.stderr)
     print(command(folder))
 
 
