@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -159,7 +161,8 @@ def load_base(base: BaseRef | str) -> Base:
 
     nf4 and int8 quantise only the linear layers of the language model, nf4 with double quantisation. ``auto`` chooses.
 
-    Raises ModelError: no such base, no image-text model, weights that do not fit their config.
+    Raises ModelError: no such base, no image-text model, weights that do not fit their config, a model without
+    ``mm_encoder_outputs``.
     """
     ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False, attn_implementation="sdpa")
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
@@ -206,6 +209,11 @@ def load_base(base: BaseRef | str) -> Base:
         keys = sorted(key for key in map(str, report.get(fault) or ()) if not DROPPED.search(key))
         if keys:
             raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {keys[0]}.")
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:  # it would be ignored, and the pictures with it
+        raise ModelError(
+            f"base {checkpoint.folder}: {type(model).__name__} of transformers {transformers.__version__} accepts no picture features "
+            "(`mm_encoder_outputs`). Use another base; for a LLaVA, install transformers 5.23 or newer."
+        )
     if precision in QUANTISED:
         check_quantised(model, precision)
     model = model if precision in QUANTISED else model.to(device)
