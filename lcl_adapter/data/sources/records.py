@@ -1,7 +1,7 @@
 """Records of a JSON Lines file or of a JSON list, read one at a time from their place in the file.
 
 Memory holds twelve bytes for each record: its start and its size. Reading uses ``pread``, because forked workers would
-share a file position.
+share a file position. Workers that are not forked receive the places and open the file by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,19 +36,12 @@ class Records:
     def __init__(self, file: Path, key: str | None = None) -> None:
         self.file = file
         self.blank: list[int] = []
-        try:
-            self._file = os.open(file, os.O_RDONLY)
-            if file.is_dir():
-                raise DataError(f"{file}: a folder; the file with the records is expected.")
-        except FileNotFoundError as error:
-            raise DataError(f"{file}: no such file.") from error
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+        self._version: tuple[int, int] | None = None  # time and size of the file, once it is indexed
         head = os.pread(self._file, 4096, 0)
         self._start = len(BOM) if head.startswith(BOM) else 0
         self.is_list = key is not None or head[self._start :].lstrip()[:1] == b"["
-        stat = os.fstat(self._file)
-        version = (file, key, stat.st_mtime_ns, stat.st_size)
+        self._version = _version(self._file)
+        version = (file, key, *self._version)
         if version not in INDEXES:
             starts, ends = self._index_list(key) if self.is_list else self._index_lines()
             if len(INDEXES) >= MAX_INDEXES:
@@ -55,8 +49,29 @@ class Records:
             INDEXES[version] = (starts, (ends - starts).astype(np.uint32), self.blank)
         self._starts, self.sizes, self.blank = INDEXES[version]
 
+    @cached_property
+    def _file(self) -> int:
+        """The open file. Raises DataError if it cannot be opened, or has changed since its records were indexed."""
+        try:
+            opened = os.open(self.file, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.file}: no such file.") from error
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error.strerror}).") from error
+        fault = "a folder; the file with the records is expected" if self.file.is_dir() else ""
+        if self._version not in {None, _version(opened)}:
+            fault = "has changed since it was opened; start again"
+        if fault:
+            os.close(opened)
+            raise DataError(f"{self.file}: {fault}.")
+        return opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file: the process that receives it opens its own."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if "_file" in vars(self):
             os.close(self._file)
 
     def __len__(self) -> int:
@@ -191,7 +206,13 @@ class Records:
         return DataError(f"{self.file}: not a JSON list.")
 
 
-Parse = Callable[[Any, int], Dialogue]
+def _version(file: int) -> tuple[int, int]:
+    """Time of the last change and size of an open file."""
+    stat = os.fstat(file)
+    return stat.st_mtime_ns, stat.st_size
+
+
+Parse = Callable[[Any, int], Dialogue]  # picklable: a function of a module, or a partial of one
 
 
 class Dialogues(Sequence[Dialogue]):

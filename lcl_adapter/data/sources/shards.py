@@ -181,6 +181,10 @@ class ShardDialogues(Sequence[Dialogue]):
         self._ends = list(accumulate(counts))
         self._members = lru_cache(maxsize=8)(self._read_members)
 
+    def __reduce__(self) -> tuple[type[ShardDialogues], tuple[Any, ...]]:
+        """Without the cache of listed shards, which another process fills by itself."""
+        return type(self), (self.urls, self.counts, self.cache)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
