@@ -135,21 +135,22 @@ class Collator:
                     for picture in conversation.pictures:
                         self.check(picture)
                 return conversation, self.encoder.conversation(conversation)
-            except DataError as error:
-                options = self.mixture.options[self.mixture.slot(index).source]
-                # Samples of shards are read here for the first time
-                strict = isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
-                if self.on_fault == "refuse" or strict:
-                    raise
-                last = str(error)
-            except EpisodeError as error:
-                options = self.mixture.options[self.mixture.slot(index).source]
-                if not isinstance(options, QuestionReader) or options.on_fault == "refuse":
+            except (DataError, EpisodeError) as error:
+                if self.refuses(self.mixture.slot(index).source, error):
                     raise
                 last = str(error)
             if faults is not None:
                 faults.append(last)
         raise DataError(f"{ATTEMPTS} conversations in a row had a bad picture or text; the last: {last}")
+
+    def refuses(self, source: str, error: UserError) -> bool:
+        """Whether an error of one conversation ends the run. If not, the conversation is left out and counted."""
+        options = self.mixture.options[source]
+        strict = not isinstance(options, QuestionReader) or options.on_fault == "refuse"
+        if isinstance(error, EpisodeError):
+            return strict
+        # Samples of shards are read for the first time when their row is made
+        return self.on_fault == "refuse" or (strict and getattr(options, "reads_late", False))
 
 
 class BucketedOrder(Sampler[int]):

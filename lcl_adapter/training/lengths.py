@@ -51,17 +51,19 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
         options = mixture.options[name]
         if isinstance(pool, QuestionPool):
             assert isinstance(options, QuestionReader)
-            for dialogue in longest_dialogues(pool, LONGEST):
+            if options.reads_late:  # other shards than those of the first rows would be fetched
+                continue
+            for index in longest_dialogues(pool, LONGEST):
                 try:
-                    rows.add(encoder.conversation(to_conversation((dialogue,), wording)))
-                except DataError:
-                    if collator.on_fault == "refuse":
+                    rows.add(encoder.conversation(to_conversation((pool.dialogues[index],), wording)))
+                except DataError as error:
+                    if collator.refuses(name, error):
                         raise
                 except EpisodeError as error:
                     if too_long is not None:
                         too_long.append(str(error))
                         continue
-                    if options.on_fault == "refuse":
+                    if collator.refuses(name, error):
                         raise
                     console.print(f"left out: {error}", style="yellow", markup=False, highlight=False)
             continue

@@ -251,13 +251,15 @@ class ReadOnDemand(Protocol):
     def __getitem__(self, index: int) -> Dialogue: ...
 
 
-def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
-    """The ``count`` dialogues with the most text. If they are read on demand, the size of their record decides."""
+def longest_dialogues(pool: QuestionPool, count: int) -> list[int]:
+    """Indices of the ``count`` dialogues with the most text.
+
+    If they are read on demand, the size of their record decides. A sample of a shard may be unreadable.
+    """
     if isinstance(pool.dialogues, ReadOnDemand):
-        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
-    if len(pool) <= count:
-        return list(pool.dialogues)
-    return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
+        return pool.dialogues.longest(count)
+    sizes = [-sum(len(e.question) + len(e.answer) for e in d.exchanges) for d in pool.dialogues]
+    return [int(i) for i in np.argsort(sizes, kind="stable")[:count]]
 
 
 def read_dialogues(
