@@ -102,6 +102,10 @@ class Encoder:
     def tokens_an_image(self) -> int:
         return len(self.image)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has. The texts contain no image."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
     def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
         """Each token's position, and the position of the next token.
 

@@ -222,6 +222,6 @@ def _lengths(recipe: Recipe, mixture: Mixture, faults: Faults) -> dict[str, Any]
     """
     collator = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault="skip")
     too_long: list[str] = []
-    source_lengths = check_rows(collator, too_long).lengths
+    lengths = check_rows(collator, too_long)
     faults += [("recipe", Fault("does not fit", message)) for message in too_long]
-    return {"longest": {name: max(lengths) for name, lengths in source_lengths.items() if lengths}, "context": collator.encoder.context}
+    return {"longest": {name: most for name in lengths.lengths if (most := lengths.most(name))}, "context": collator.encoder.context}

@@ -229,7 +229,8 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
         write_json(output / DATA, mixture.hashes())
         save_recipe(recipe, output / "recipe.yaml")  # last: a folder with this file can be resumed
     parts = parameters_by_part(base.model)
-    print_start(mixture, parts, rows.lengths, total)
+    print_start(mixture, parts, rows, total)
+    rows.show_left_out()
 
     trainer = LclTrainer(base, recipe, collator, vision, total)
     trainer.remove_callback(PrinterCallback)
@@ -242,7 +243,7 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
         trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
-    longest = max(length for lengths in rows.lengths.values() for length in lengths)
+    longest = max(rows.most(name) for name in rows.lengths)
 
     def facts_now() -> dict[str, Any]:
         return facts_of(mixture, trainer.tally.totals(vision), parts, longest)

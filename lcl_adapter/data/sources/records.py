@@ -1,6 +1,6 @@
 """Records of a JSON Lines file or of a JSON list, read one at a time from their place in the file.
 
-Memory holds twelve bytes for each record: its start and its size. Reading uses ``pread``, because forked workers would
+Memory holds 24 bytes for each record: its start, its size, and the sizes of its text. Reading uses ``pread``, because forked workers would
 share a file position. Workers that are not forked receive the places and open the file by themselves.
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -218,11 +218,11 @@ Parse = Callable[[Any, int], Dialogue]  # picklable: a function of a module, or 
 class Dialogues(Sequence[Dialogue]):
     """Dialogues that are parsed from their records each time they are used.
 
-    ``numbers``: the records without a fault.
+    ``numbers``: the records without a fault. ``sizes``: :func:`size_of` each of them, int32 [N, 3].
     """
 
-    def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range) -> None:
-        self.records, self.parse, self.numbers = records, parse, numbers
+    def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range, sizes: np.ndarray) -> None:
+        self.records, self.parse, self.numbers, self.sizes = records, parse, numbers, sizes
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -233,33 +233,34 @@ class Dialogues(Sequence[Dialogue]):
         number = int(self.numbers[index])
         return self.parse(self.records[number], number)
 
-    def longest(self, count: int) -> list[int]:
-        """Indices of the ``count`` longest records, by bytes."""
-        sizes = self.records.sizes[np.asarray(self.numbers)].astype(np.int64)
-        return [int(i) for i in np.argsort(-sizes, kind="stable")[:count]]
-
     def __iter__(self) -> Iterator[Dialogue]:
         return (self[i] for i in range(len(self)))
 
 
-@runtime_checkable
-class ReadOnDemand(Protocol):
-    """Dialogues that are read one at a time. They know which are long without reading all."""
+BOX_BYTES = len("[0.123,0.456,0.789,0.987]")
 
-    def longest(self, count: int) -> list[int]: ...
 
-    def __getitem__(self, index: int) -> Dialogue: ...
+def size_of(dialogue: Dialogue) -> tuple[int, int, int]:
+    """Bytes of a dialogue's questions and answers, its exchanges, and its pictures."""
+    text = sum(len(e.question.encode()) + (BOX_BYTES if e.region else len(e.answer.encode())) for e in dialogue.exchanges)
+    return text, len(dialogue.exchanges), len(dialogue.pictures)
+
+
+def sizes_of(pool: QuestionPool) -> np.ndarray | None:
+    """:func:`size_of` every dialogue, int32 [N, 3]. None for shards, whose samples are not read before they are used."""
+    if pool.shard_sizes:
+        return None
+    if isinstance(pool.dialogues, Dialogues):
+        return pool.dialogues.sizes
+    return np.array([size_of(dialogue) for dialogue in pool.dialogues], dtype=np.int32).reshape(-1, 3)
 
 
 def longest_dialogues(pool: QuestionPool, count: int) -> list[int]:
-    """Indices of the ``count`` dialogues with the most text.
-
-    If they are read on demand, the size of their record decides. A sample of a shard may be unreadable.
-    """
-    if isinstance(pool.dialogues, ReadOnDemand):
-        return pool.dialogues.longest(count)
-    sizes = [-sum(len(e.question) + len(e.answer) for e in d.exchanges) for d in pool.dialogues]
-    return [int(i) for i in np.argsort(sizes, kind="stable")[:count]]
+    """Indices of the ``count`` dialogues with the most text; of shards, the first samples, which may be unreadable."""
+    sizes = sizes_of(pool)
+    if sizes is None:  # for the longest, all shards would have to be fetched
+        return list(range(min(count, pool.shard_sizes[0])))
+    return [int(i) for i in np.argsort(-sizes[:, 0], kind="stable")[:count]]
 
 
 def read_dialogues(
@@ -276,10 +277,11 @@ def read_dialogues(
     count = min(len(records), limit or len(records))
     faulty: list[int] = []
     ids = np.zeros(count, dtype=np.int64)
+    sizes = np.zeros((count, 3), dtype=np.int32)
     for number, raw in enumerate(records.scan(count)):
         try:
             record = records.read(number, raw)
-            parse(record, number)
+            sizes[number] = size_of(parse(record, number))
             ids[number] = hash(raw.strip() if identify is None else identify(record))
             continue
         except DataError as error:
@@ -299,7 +301,7 @@ def read_dialogues(
         faults.append(Fault(kind, f"{describe_record(records, number)}: {reason}"))
         faulty.append(number)
     numbers = np.delete(np.arange(count), faulty) if faulty else range(count)
-    return Dialogues(records, parse, numbers), faults
+    return Dialogues(records, parse, numbers, np.delete(sizes, faulty, 0)), faults
 
 
 def unreadable(records: Records, number: int, error: DataError) -> Fault:

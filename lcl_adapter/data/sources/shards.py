@@ -206,13 +206,6 @@ class ShardDialogues(Sequence[Dialogue]):
         key = list(members)[index - (self._ends[shard - 1] if shard else 0)]
         return self._sample(self.urls[shard], key, members[key])
 
-    def longest(self, count: int) -> list[int]:
-        """The first samples, of the first shard only.
-
-        The longest are unknown, because for that all shards would have to be fetched.
-        """
-        return list(range(min(count, self.counts[0])))
-
     def _local_path(self, url: str) -> Path:
         return Path(url) if self.cache is None else self.cache.fetch(url)
 
