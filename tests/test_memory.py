@@ -260,7 +260,7 @@ def test_one_process_takes_one_gpu(pocket_tiny: Path, tmp_path: Path, monkeypatc
     """Trainer would wrap the model in DataParallel, and double the batch."""
     made = small(pocket_tiny, tmp_path)
     monkeypatch.setattr(trainer.SFTConfig, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 1)))
-    alone = trainer.sft_config(made)
+    alone = trainer.sft_config(made, 2)
     init = trainer.SFTConfig.__init__
 
     def two_gpus(self: Any, *args: Any, **options: Any) -> None:
@@ -268,7 +268,7 @@ def test_one_process_takes_one_gpu(pocket_tiny: Path, tmp_path: Path, monkeypatc
         self._n_gpu = 2
 
     monkeypatch.setattr(trainer.SFTConfig, "__init__", two_gpus)
-    config = trainer.sft_config(made)
+    config = trainer.sft_config(made, 2)
     assert config.n_gpu == 1
     assert config.train_batch_size == alone.train_batch_size
     assert "2 GPUs are visible" in capsys.readouterr().err

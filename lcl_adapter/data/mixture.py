@@ -31,6 +31,7 @@ from lcl_adapter.recipe.training import TrainOptions
 
 BLOCK = 100
 RETRY = 10_000_000  # after a bad picture, an index is drawn again as index + attempt * RETRY
+NEAR = 20  # attempts to replace a sample of a shard by one of the shards that are mixed with it; another shard is fetched whole
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,16 @@ class Mixture:
         """
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
-        ordinal = slot.ordinal + attempt * RETRY
+        near = attempt if isinstance(pool, QuestionPool) and pool.shard_sizes and attempt <= NEAR else 0
+        ordinal = slot.ordinal + (0 if near else attempt) * RETRY
         if not isinstance(pool, QuestionPool):
             assert isinstance(options, EpisodeOptions | InspectionOptions)
             return episodes.draw(pool, options, self.seed, 0, ordinal)
         assert isinstance(options, QuestionOptions)
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
-        if options.at_end == "end" and not attempt:
+        if options.at_end == "end" and attempt == near:
             last = min(last, len(pool))  # the last row may have fewer
-        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n)] for n in range(first, last))
+        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, near * options.packed)] for n in range(first, last))
 
     @property
     def pictures(self) -> int:
@@ -207,11 +209,17 @@ class Mixture:
         names = [name for name in self.options for _ in range(counts.get(name, 0))]
         return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(len(names)))
 
-    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
-        """The dialogue of a source's ``ordinal``-th draw."""
+    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, shift: int = 0) -> int:
+        """The dialogue of a source's ``ordinal``-th draw, or the one ``shift`` places on among the shards mixed with it."""
         epoch, place = divmod(ordinal, len(pool))
         number = list(self.options).index(source)
-        return int(_order(self.seed, number, epoch, len(pool), pool.shard_sizes, pool.shards_at_once)[place])
+        key = self.seed, number, epoch, len(pool), pool.shard_sizes, pool.shards_at_once
+        if shift:
+            ends = _group_ends(*key)
+            group = bisect_right(ends, place)
+            start = ends[group - 1] if group else 0
+            place = start + (place - start + shift) % (ends[group] - start)
+        return int(_order(*key)[place])
 
 
 def _fingerprint(pool: Pool) -> list[list[object]]:
@@ -253,6 +261,15 @@ def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int
         members = [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[start : start + shards_at_once]]
         groups.append(rng.permutation(np.concatenate(members)))
     return np.concatenate(groups)
+
+
+@lru_cache(maxsize=16)
+def _group_ends(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int, ...], shards_at_once: int) -> list[int]:
+    """Where each group of shards that are mixed ends in the order of a pass."""
+    owners = np.searchsorted(np.cumsum(shard_sizes), _order(seed, source, epoch, size, shard_sizes, shards_at_once), side="right")
+    shards, first = np.unique(owners, return_index=True)
+    sizes = np.array(shard_sizes)[shards[np.argsort(first)]]
+    return [int(end) for end in np.cumsum([sizes[i : i + shards_at_once].sum() for i in range(0, len(sizes), shards_at_once)])]
 
 
 def rows_of_a_pass(options: SourceOptions, pool: Pool) -> int:

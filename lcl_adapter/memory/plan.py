@@ -79,7 +79,7 @@ class Plan:
     @cached_property
     def row(self) -> Encoded:
         """The longest row."""
-        return check_rows(self.collator, []).longest
+        return check_rows(self.collator).longest
 
     @cached_property
     def case(self) -> LongestCase:
@@ -225,7 +225,7 @@ def _longest_row(plan: Plan, recipe: Recipe) -> Encoded:
     mixture = copy.copy(plan.mixture)
     mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
     mixture.recipe = recipe
-    return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault), []).longest
+    return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault)).longest
 
 
 def apply_changes(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:

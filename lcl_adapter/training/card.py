@@ -16,6 +16,7 @@ from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import InspectionPool
 from lcl_adapter.data.sources.base import names_of
 from lcl_adapter.terminal import console
+from lcl_adapter.training.lengths import Rows
 
 PROGRESS = "progress.json"
 
@@ -112,21 +113,21 @@ def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[
     }
 
 
-def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
+def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], rows: Rows, total: int) -> None:
     """Print parameters, shares and row lengths before a training of ``total`` rows starts."""
     for part, count in parts.items():
         console.print(f"{part:>15}: {count['total']:>12,} parameters, {count['trained']:>10,} trained", highlight=False)
     realised = mixture.realised(range(total))
     passes = mixture.repeats(total)
     for name in mixture.options:
-        pool, source_lengths = mixture.pools[name], lengths[name]
+        pool, source_lengths = mixture.pools[name], rows.lengths[name]
         photos = f" ({pool.photos})" if isinstance(pool, InspectionPool) else ""
-        average = ""
-        if source_lengths:
-            average = f", {sum(source_lengths) / len(source_lengths):.0f} tokens a row, up to {max(source_lengths)}"
+        average = f", {sum(source_lengths) / len(source_lengths):.0f} tokens a row" if source_lengths else ""
+        average += f", up to {rows.most(name)}" if rows.most(name) else ""
         repeats = f", used {passes[name]:.1f} times" if name in passes else ""
         ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
         share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
         console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{repeats}{ended}{average}", highlight=False)
-    measured = [length for source_lengths in lengths.values() for length in source_lengths]
-    console.print(f"{'rows':>15}: {total:,} of {min(measured)} to {max(measured)} tokens", highlight=False)
+    shortest = min(length for source_lengths in rows.lengths.values() for length in source_lengths)
+    longest = max(rows.most(name) for name in rows.lengths)
+    console.print(f"{'rows':>15}: {total:,} of {shortest} to {longest} tokens", highlight=False)

@@ -33,7 +33,6 @@ from lcl_adapter.base.model import PROJECTOR, Base, attach, load_base, load_enco
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import RunError
 from lcl_adapter.files import disk_is_full, write_json
 from lcl_adapter.recipe import Recipe, load
@@ -42,7 +41,7 @@ from lcl_adapter.terminal import console
 from lcl_adapter.training import sharding
 from lcl_adapter.training.callbacks import BarCallback, LongestFirst, MetricsCallback, Running
 from lcl_adapter.training.card import PROGRESS, Tally, facts_of, print_start
-from lcl_adapter.training.collate import BucketedOrder, Collator
+from lcl_adapter.training.collate import BucketedOrder, Collator, Readable
 from lcl_adapter.training.during import use_best
 from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.options import check_options
@@ -135,6 +134,8 @@ class LclTrainer(SFTTrainer):
         num_items_in_batch: learned tokens of the whole step, in all processes.
         """
         inputs = dict(inputs)
+        if "error" in inputs:  # of a process that loads data
+            raise inputs["error"]
         labels_BT, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
         self.tally.add_rows(inputs.pop("counts", ()))
@@ -288,12 +289,13 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())
-    collator = Collator(mixture, base.encoder(), _check_picture(vision), recipe.data.on_fault)
+    collator = Collator(mixture, base.encoder(), Readable(), recipe.data.on_fault)
     if processes.is_first():
         write_json(output / DATA, mixture.hashes())
         save_recipe(recipe, output / "recipe.yaml")  # last: a folder with this file can be resumed
     parts = parameters_by_part(base.model)
-    print_start(mixture, parts, rows.lengths, total)
+    print_start(mixture, parts, rows, total)
+    rows.show_left_out()
 
     trainer = LclTrainer(base, recipe, collator, vision, total)
     trainer.remove_callback(PrinterCallback)
@@ -307,7 +309,7 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
-    longest = max(length for lengths in rows.lengths.values() for length in lengths)
+    longest = max(rows.most(name) for name in rows.lengths)
 
     def facts_now() -> dict[str, Any]:
         rows = trainer.state.global_step * options.per_device_train_batch_size * options.gradient_accumulation_steps
@@ -377,15 +379,3 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
     if changed_sources:
         names = ", ".join(changed_sources)
         raise RunError(f"{recipe.output}: the data of {names} changed since the run started; start a new run with another output=….")
-
-
-def _check_picture(vision: VisionFeatures) -> Any:
-    """A check that opens each picture once. A picture whose features are cached is known to be readable."""
-    readable: set[Picture] = set()
-
-    def check(picture: Picture) -> None:
-        if picture not in readable and picture not in vision.cache:
-            read_image(picture)
-            readable.add(picture)
-
-    return check

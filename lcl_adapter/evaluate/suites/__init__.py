@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoder
@@ -13,6 +12,7 @@ from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
 from lcl_adapter.data.sources.base import names_of, pictures_of
 from lcl_adapter.data.sources.records import longest_dialogues
+from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
@@ -88,13 +88,16 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     picture.
 
     Plain questions may be about training classes, because they measure retention. For them, the same file in training
-    and evaluation is refused. Raises RecipeError with everything in common.
+    and evaluation is refused. Samples of shards are not read for this: their pictures are inside the shard, and no class
+    is read from there. Raises RecipeError with everything in common.
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
-    for source, trained in mixture.pools.items():
-        names |= {(mixture.options[source].type, n) for n in names_of(trained)}
-        pictures |= {_picture_key(p) for p in pictures_of(trained)}
+    if any(isinstance(options, CLASS_SUITES) for options in recipe.evaluate.suites.values()):
+        for source, trained in mixture.pools.items():
+            names |= {(mixture.options[source].type, n) for n in names_of(trained)}
+            if not getattr(mixture.options[source], "reads_late", False):
+                pictures |= {_picture_key(p) for p in pictures_of(trained)}
     faults = []
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, CLASS_SUITES):
@@ -125,8 +128,11 @@ def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: t
         raise RecipeError(faults)
 
 
-def _files(options: Any) -> set[Path]:
-    return {file for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
+def _files(options: Any) -> set[str]:
+    """The files of questions that a reader reads."""
+    if isinstance(options, Shards):
+        return options.shards()
+    return {str(file) for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
 
 
 def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
@@ -192,9 +198,9 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
         if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
             pool = open_reader(name, options.source)
             new_tokens = options.new_tokens if isinstance(options, InstructSuite) else boxes.BOX_TOKENS
-            for dialogue in longest_dialogues(pool, LONGEST):
+            for index in longest_dialogues(pool, LONGEST):
                 try:
-                    turns = from_dialogues((dialogue,)).branches[0][:-1]
+                    turns = from_dialogues((pool.dialogues[index],)).branches[0][:-1]
                 except DataError:
                     if options.source.on_fault == "refuse":
                         raise
