@@ -53,7 +53,7 @@ from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.trainer import LclTrainer
-from tests.tiny import vicuna_tokenizer
+from tests.tiny import sentencepiece_model, vicuna_tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ BENCHMARK = "python -m benchmarks.gpu"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
     "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
-    "{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 Result = dict[str, Any]
 
 
 def base_folder(shape: str, folder: Path) -> Path:
-    return random_llava(
-        folder / "base", SHAPES[shape].size, torch.float16, shards=5 if shape == "7b" else 1, tokenizer=vicuna_tokenizer(), template=None
-    )
+    size, shards = SHAPES[shape].size, 5 if shape == "7b" else 1
+    made = random_llava(folder / "base", size, torch.float16, shards, vicuna_tokenizer(), template=None)
+    (made / "tokenizer.model").write_bytes(sentencepiece_model())  # the original layout has one
+    return made
 
 
 def recipe_of(base: Path, precision: str, output: str, steps: int, queries: int) -> Recipe:
@@ -331,8 +332,13 @@ def _versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("LCL_COMMIT", "unknown")
+    """This checkout's; without git, what ``LCL_COMMIT`` says."""
+    if given := os.environ.get("LCL_COMMIT"):
+        return given
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main(arguments: list[str] | None = None) -> Result:
