@@ -299,7 +299,8 @@ def test_every_honest_merge_passes(
 ) -> None:
     """Of any shape, type and size of the effect.
 
-    If the effect is lost and that changes more than a few written elements, the check fails.
+    If the effect is lost, and it is larger than fp32's errors and changes more than a few written elements, the check
+    fails.
     """
     folder = tmp_path_factory.mktemp("merge")
     rows, columns, rank = shape
@@ -318,5 +319,6 @@ def test_every_honest_merge_passes(
     honest = check(merged)
     assert honest.passes, honest
     lost = value.float().to(written)
-    if (lost != merged.to(written)).float().mean() > 0.1:
+    beyond_fp32 = honest.effect > 64 * torch.finfo(torch.float32).eps * float(value.abs().max())
+    if beyond_fp32 and (lost != merged.to(written)).float().mean() > 0.1:
         assert not check(value.float()).passes, honest
