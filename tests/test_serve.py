@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -29,6 +30,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.client import Endpoint
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
@@ -36,9 +38,10 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
 from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.errors import AdapterError, RunError
+from lcl_adapter.errors import AdapterError, RequestError, RunError
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import api, server
+from lcl_adapter.serve import engine as serving_engine
 from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import BusyError, Job, Task
@@ -722,7 +725,6 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(client: TestClie
     before = {name: answer(name) for name in ("base", "parts")}
     assert answer("second") is None
     assert client.put("/v1/adapters/second").json()["id"] == "second"
-    assert error_of(client.put("/v1/adapters/second"))["message"] == "a model 'second' exists already. Unload it first, or give another name."
     assert answer("second") not in before.values()
     assert {name: answer(name) for name in before} == before
     assert client.delete("/v1/adapters/second").status_code == 204
@@ -730,6 +732,55 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(client: TestClie
     assert {name: answer(name) for name in before} == before
     assert client.delete("/v1/adapters/second").status_code == 404
     assert client.delete("/v1/adapters/base").status_code == 400
+
+
+def test_the_same_adapter_may_be_loaded_again(client: TestClient, engine: Engine, tiny_folder: Callable[[str], Path], run_folder: Path) -> None:
+    """It is loaded once and answered as before. Other weights, another wording, or the base's name are refused."""
+    folder = adapter_on(tiny_folder("pocket"), run_folder.parent / "again", seed=6)
+    first = client.put("/v1/adapters/again")
+    loaded = engine.models["again"]
+    assert client.put("/v1/adapters/again").json() == first.json()
+    assert engine.models["again"] is loaded
+    refusal = "a model 'again' with other weights or another wording exists already. Unload it first, or give another name."
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("wording: short", "wording: lcl"))
+    response = client.put("/v1/adapters/again")
+    assert (response.status_code, error_of(response)["message"]) == (400, refusal)
+    (folder / "recipe.yaml").write_text(recipe)
+    assert client.put("/v1/adapters/again").json() == first.json()
+    adapter_on(tiny_folder("pocket"), folder, seed=7)
+    response = client.put("/v1/adapters/again")
+    assert (response.status_code, error_of(response)["message"]) == (400, refusal)
+    assert engine.models["again"] is loaded
+    assert client.delete("/v1/adapters/again").status_code == 204
+    assert client.put("/v1/adapters/again").status_code == 200, "the new weights"
+    assert engine.models["again"].identity != loaded.identity
+    shutil.copytree(folder, run_folder.parent / "base")
+    assert "a model 'base'" in error_of(client.put("/v1/adapters/base"))["message"]
+
+
+def test_a_slow_load_is_retried_and_done_once(
+    live: str, service: Service, engine: Engine, tiny_folder: Callable[[str], Path], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's time limit ends the first requests, not the load. The client asks until it is done."""
+    adapter_on(tiny_folder("pocket"), run_folder.parent / "slow", seed=9)
+    own, loads = serving_engine.check_effect, []
+
+    def slow(*arguments: Any) -> None:
+        loads.append(arguments)
+        time.sleep(1.5)
+        own(*arguments)
+
+    monkeypatch.setattr(serving_engine, "check_effect", slow)
+    monkeypatch.setattr(service, "timeout", 0.4)
+    assert httpx2.put(f"{live}/v1/adapters/slow", trust_env=False).status_code == 504
+    with Endpoint(live, patience=0.5) as endpoint:
+        endpoint.load_adapter("slow")
+        endpoint.load_adapter("slow")
+        assert "slow" in endpoint.models()
+        with pytest.raises(RequestError, match="no name for an adapter"):
+            endpoint.load_adapter("../slow")
+    assert len(loads) == 1
 
 
 def test_an_adapter_that_changes_nothing_or_is_for_another_base_is_refused(

@@ -182,8 +182,10 @@ def _layer_blocks_on(module: str, rows: Iterable[torch.Tensor], start: torch.Ten
             value_OI = start_OI + delta_OI
             length_O1 = value_OI.norm(dim=1, keepdim=True)
             delta_OI = value_OI.mul_(magnitude_O1 / length_O1).sub_(start_OI)
-            # A length is wrong by the error of its own sum, and by sqrt(I) times an element's at most.
+            # A length is wrong by the error of its own sum, and by sqrt(I) times an element's at most. The differences
+            # from the base, here and in the comparison, are rounded too.
             allowance_O1 = (allowance_O1 * (magnitude_O1 / length_O1).abs()) * (1 + width)
+            allowance_O1 += 2 * EPS * delta_OI.abs().amax(1, keepdim=True)
             roundings += 8 + 2 * width
         if start is not None:
             delta_OI += start_OI - base_OI

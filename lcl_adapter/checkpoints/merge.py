@@ -128,8 +128,9 @@ def merge(
 ) -> dict[str, Any]:
     """Merge into ``out``. An interrupted merge is resumed.
 
-    Returns a report: how far the merged layers and the probes' answers are from the adapter's, and for a QLoRA adapter
-    how far the answers are from those of the 4-bit model that was trained.
+    Returns a report: how far the changed weights and the probes' answers are from the adapter's, the smallest share of
+    its effect that a weight recovered, and for a QLoRA adapter how far the answers are from those of the 4-bit model
+    that was trained.
 
     dtype: type of the written weights; "base" leaves every weight in its stored type.
     to: layout to write; by default the base's own.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "layers", "full"]),
     default="auto",
     show_default=True,
-    help="Compare answers to whole episodes: if memory allows, never, or always. Layers are always compared.",
+    help="Compare answers to whole episodes: if memory allows, never, or always. Every changed weight is always compared.",
 )
 @shard_option
 @tower_as_option

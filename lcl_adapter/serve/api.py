@@ -180,7 +180,10 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
 
     @app.put("/v1/adapters/{name}")
     def load_adapter(name: api_types.Name, _: Admin) -> dict[str, Any]:
-        """Load a run of the server's adapter folder. It is refused if it changes none of the base's answers."""
+        """Load a run of the server's adapter folder. It is refused if it changes none of the base's answers.
+
+        The request may be repeated: an adapter that is loaded already, with the same weights, is answered again.
+        """
         service.load_adapter(name)
         return model_card(name)
 

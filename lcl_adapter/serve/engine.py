@@ -372,14 +372,18 @@ class Engine:
     def load_adapter(self, name: str, folder: Path) -> Model:
         """Load an adapter under a name of its own, on the engine's thread. If it fails, other models stay as they were.
 
-        Raises AdapterError if the name is in use, or the adapter is for another base or prompt, is broken, or changes
-        no answer.
+        The same adapter under the same name is loaded once: a client whose request took too long sends it again.
+        Raises AdapterError if the name is in use for another model, or the adapter is for another base or prompt, is
+        broken, or changes no answer.
         """
-        if name in self.models:
-            raise AdapterError(f"a model {name!r} exists already. Unload it first, or give another name.")
-        manifest = matching_manifest(folder, self.base)
+        identity = identity_of(matching_manifest(folder, self.base))
         recipe = folder / "recipe.yaml"
         wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
+        existing = self.models.get(name)
+        if existing is not None:
+            if existing.folder is not None and (existing.identity, existing.wording) == (identity, wording):
+                return existing
+            raise AdapterError(f"a model {name!r} with other weights or another wording exists already. Unload it first, or give another name.")
         self._adapters_loaded += 1
         peft_name = f"adapter{self._adapters_loaded}"
         try:
@@ -395,7 +399,7 @@ class Engine:
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
-        self.models[name] = Model(name, wording, folder, peft_name, identity_of(manifest))
+        self.models[name] = Model(name, wording, folder, peft_name, identity)
         self._predictor = self._new_predictor(self.base)
         return self.models[name]
 

@@ -258,7 +258,7 @@ class Service:
     # Adapters
 
     def load_adapter(self, name: str) -> Model:
-        """Load a run of the adapter folder by its name.
+        """Load a run of the adapter folder by its name. If it is loaded already, nothing changes.
 
         Raises MissingError; AdapterError, without a path in its message.
         """

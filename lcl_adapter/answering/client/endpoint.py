@@ -148,14 +148,22 @@ class Endpoint:
     def remove_set(self, name: str) -> None:
         self._send("DELETE", _set_path(name))
 
+    def load_adapter(self, name: str) -> None:
+        """Load a run of the server's adapter folder. A server that needs longer than its time limit is asked again."""
+        self._send("PUT", _path_of("adapters", name, "an adapter"), repeatable=True)
+
     def _read(self, kind: type[Answer], content: Any) -> Answer:
         try:
             return kind.model_validate(content)
         except ValidationError as error:
             raise EndpointError(f"{self.url}: its answer is not that of lcl-adapter's server in this version.") from error
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, query: dict[str, str] | None = None) -> Any:
-        """The JSON of the response; retries while the server is busy."""
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, query: dict[str, str] | None = None, repeatable: bool = False) -> Any:
+        """The JSON of the response; retries while the server is busy.
+
+        repeatable: a PUT with the same effect and answer when it is sent again, also after the server's time limit.
+        """
+        busy = BUSY | {504} if repeatable else BUSY
         for attempt in range(TRIES):
             last = attempt == TRIES - 1
             try:
@@ -165,12 +173,12 @@ class Endpoint:
             except httpx2.TransportError as error:
                 # A PUT or DELETE may have been done before the connection broke. Sent again, it would end in a
                 # conflict.
-                may_be_done = not isinstance(error, httpx2.ConnectError) and method not in {"GET", "POST"}
+                may_be_done = not isinstance(error, httpx2.ConnectError) and method not in {"GET", "POST"} and not repeatable
                 if last or may_be_done:
                     raise EndpointError(f"{self.url} cannot be reached ({error}). Is the server running?") from error
                 time.sleep(self.patience * 2**attempt / 8)
                 continue
-            if response.status_code in BUSY and not last:
+            if response.status_code in busy and not last:
                 retry_after = response.headers.get("Retry-After", "")
                 time.sleep(self.patience * (min(60, int(retry_after)) if retry_after.isdigit() else 2**attempt / 2))
                 continue
@@ -198,10 +206,14 @@ class Endpoint:
 
 
 def _set_path(name: str) -> str:
+    return _path_of("support-sets", name, "a support set")
+
+
+def _path_of(kind: str, name: str, noun: str) -> str:
     """Raises RequestError for an invalid name: a slash or a question mark in it would lead to another route."""
     if not re.fullmatch(api_types.SET_NAME, name):
-        raise RequestError(f"{name!r} is no name for a support set: use at most 64 letters, digits, dots, dashes and underscores.")
-    return f"/v1/support-sets/{name}"
+        raise RequestError(f"{name!r} is no name for {noun}: use at most 64 letters, digits, dots, dashes and underscores.")
+    return f"/v1/{kind}/{name}"
 
 
 def _error_message(response: httpx2.Response) -> str:
