@@ -230,8 +230,8 @@ class Predictor:
             row.longest = max(row.longest, len(prompt))
             answers = []
             for answer in question.answers:
-                whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=first)[0]
-                ids = whole[len(prompt) :]  # the prompt is a prefix: check_alignment makes sure of it
+                whole = self.encoder.answered(question.turn, answer, prompt, first)
+                ids = whole[len(prompt) :]
                 start = row.add(ids[:-1], segment, self.encoder.positions(ids[:-1], next_position)[0])
                 answers.append(PackedAnswer(ids, [last, *range(start, start + len(ids) - 1)]))
                 row.longest = max(row.longest, len(whole) - 1)
