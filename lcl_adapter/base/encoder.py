@@ -51,17 +51,26 @@ class Encoder:
     The text is split at ``<image>`` and each part is tokenised, as in upstream LLaVA.
 
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
-    grid: rows and columns of an image's features, for models whose positions count them.
+    grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
+    window, which limits a row if it is shorter than the context.
     """
 
     def __init__(
-        self, family: Family, tokenizer: Any, image_token_id: int, image: Sequence[int], context: int, grid: tuple[int, int] | None = None
+        self,
+        family: Family,
+        tokenizer: Any,
+        image_token_id: int,
+        image: Sequence[int],
+        context: int,
+        grid: tuple[int, int] | None = None,
+        window: int | None = None,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image = list(image)
-        self.context = context
+        self.context = min(context, window or context)
+        self.window = window
         self.grid = grid
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: int = tokenizer.convert_tokens_to_ids(family.end)
@@ -98,6 +107,11 @@ class Encoder:
         token = self.special_token_in(turn.text.replace(IMAGE, " ") if turn.further else turn.text)
         if token is not None:
             raise DataError(f"the text {turn.text!r} holds {token!r}, a special token of this model: change it.")
+
+    @property
+    def limit(self) -> str:
+        """What a row must fit, for messages."""
+        return f"sliding window of {self.context} tokens" if self.context == self.window else f"context of {self.context}"
 
     @property
     def tokens_an_image(self) -> int:
@@ -163,7 +177,7 @@ class Encoder:
             positions += self.positions(more_ids, next_position)[0]
         longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
         if longest > self.context:
-            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the context of {self.context}"
+            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the {self.limit}"
             remedy = (
                 "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else "Shorten it, or set `on_fault: skip` for its source."
             )
