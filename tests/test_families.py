@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from lcl_adapter.base.encoder import IGNORED, check_alignment
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.encoder import IGNORED, Encoder, check_alignment
 from lcl_adapter.base.families import FAMILIES, chat_template
 from lcl_adapter.base.model import Base, load_base, load_encoder, tokens_an_image
 from lcl_adapter.base.ref import BaseRef
@@ -27,6 +29,7 @@ from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, ModelError
 from tests.conftest import EVERY, paint
+from tests.tiny import tokenizer_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,8 +48,6 @@ EPISODE = Episode(
 
 
 def conversation(wording: str, learned: LearnedAnswers = LearnedAnswers.REPEATED) -> Conversation:
-    from dataclasses import replace
-
     return from_episode(replace(EPISODE, learned=learned), WORDINGS[wording])
 
 
@@ -202,6 +203,80 @@ def test_every_family_is_recognised_and_its_prompt_is_consistent(family: str, ti
         assert label in part, "each image is in the turn whose answer names it"
     learned = encoder.tokenizer.decode([label for label in labels if label != IGNORED])
     assert learned.replace(" ", "") == "".join(f"{answer}{base.family.end}" for answer in ("qxv", "good", "qxv"))
+
+
+@pytest.fixture
+def joining(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A base whose tokenizer has one token for the end of a prompt and the beginning of answers with a q."""
+    folder = tmp_path / "joining"
+    shutil.copytree(tiny_folder("llava-1.5"), folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    model, separate = raw["model"], isinstance(raw["model"]["merges"][0], list)
+    for first, second in (("▁", "q"), ("▁ASSISTANT:", "▁q")):
+        model["merges"].append([first, second] if separate else f"{first} {second}")
+        model["vocab"].setdefault(first + second, len(model["vocab"]) + 10)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_every_answer_is_checked_against_its_prompt(joining: Path) -> None:
+    """In training and in prediction, and not only the first one."""
+    base = load_base(str(joining))
+    encoder = base.encoder()
+    sample = conversation("short")
+    good = Conversation(sample.shared, sample.branches[1:], "good sample")
+    assert sample.branches[1][-1].text == "good"
+    quiet = tuple(replace(turn, learn=False) for turn in good.shared)
+    encoder.conversation(replace(good, shared=quiet))
+    with pytest.raises(DataError, match=r"bad sample: this tokenizer joins the beginning of the answer ' ?qxv' to the text before it"):
+        encoder.conversation(Conversation(quiet, sample.branches, "bad sample"))
+    with pytest.raises(DataError, match=r"joins the beginning of the answer ' ?qxv'"):
+        encoder.conversation(good)  # a label of the support set that is learned
+    with pytest.raises(DataError, match="joins the beginning of the answer 'qxv' to its question"):
+        Predictor(base).run([((), Turn("user", "What is this?"), ("good", "qxv"))])
+    assert Predictor(base).run([((), Turn("user", "What is this?"), ("good", "bad"))], generate=False)
+
+
+def test_a_later_turn_is_checked_against_the_answer_before_it() -> None:
+    """A tokenizer that joins the end token to what follows it."""
+
+    class Joining:
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            encoded = self.tokenizer(text, **options)
+            if "yes</s>" in text:
+                encoded["input_ids"] = encoded["input_ids"][:-1]
+                encoded["offset_mapping"] = [*encoded["offset_mapping"][:-2], encoded["offset_mapping"][-1]]
+            return encoded
+
+    tokenizer = tokenizer_of("llava-1.5")
+    encoder = Encoder(FAMILIES["llava-1.5"], Joining(tokenizer), 3, [3], 1000)
+
+    def dialogue(answer: str) -> Conversation:
+        turns = (Turn("user", "a"), Turn("assistant", answer, learn=True), Turn("user", "b"), Turn("assistant", "no", learn=True))
+        return Conversation((), (turns,), "record 7")
+
+    encoder.conversation(dialogue("no"))
+    with pytest.raises(DataError, match=r"record 7: this tokenizer joins the (end|beginning) of the answer"):
+        encoder.conversation(dialogue("yes"))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_whole_row_is_the_prompt_of_each_of_its_answers(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    """Of every learned answer of a dialogue: its ids follow those of the prompt that prediction reads."""
+    encoder = load_encoder(str(tiny_folder(family)))
+    turns = [Turn(*turn, learn=turn[0] == "assistant") for turn in (("user", "a?"), ("assistant", "x, y."), ("user", "\nb"), ("assistant", "\nz"))]
+    row = encoder.conversation(Conversation((), (tuple(turns),), "record"))
+    for number in (1, 3):
+        prompt = encoder.turns(turns[:number], opened=True)[0]
+        assert row.ids[: len(prompt)] == prompt
+    earlier = encoder.turns(turns[:2])[0]
+    assert row.ids == earlier + encoder.turns(turns[2:], first=False)[0], "the next question is read behind the answer"
 
 
 @pytest.mark.parametrize("tiles", [False, True])

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from lcl_adapter.answering.predict import Predictor, Question, Reply
-from lcl_adapter.base.model import Base, load_base
+from lcl_adapter.base.model import Base, attention_window, load_base, load_encoder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.data.sources import read_pocket
-from lcl_adapter.errors import EpisodeError
+from lcl_adapter.errors import EpisodeError, ModelError
+from lcl_adapter.memory.plan import make_plan
+from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.recipe.sources import EpisodeOptions
+from lcl_adapter.training import trainer
 from tests.conftest import EVERY, FAMILIES
+from tests.test_trainer import small
 
 SHORT = WORDINGS["short"]
 Request = tuple[tuple[Turn, ...], Turn, tuple[str, ...]]
@@ -106,6 +115,63 @@ def test_a_support_set_beyond_the_context_is_refused(tiny_base: Base) -> None:
     predictor.encoder.context = 30
     with pytest.raises(EpisodeError, match="does not fit the context of 30"):
         predictor.prefill([requests(1, [3])[0][0]])
+
+
+def with_window(folder: Path, target: Path, **language: Any) -> Path:
+    """The same base with other fields of its language model's config."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config["text_config"] |= language
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("llava-next-mistral", {}), ("llava-interleave", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None})],
+)
+def test_a_sliding_window_is_exact_within_and_refused_beyond(
+    family: str, layers: dict[str, Any], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Against transformers' own model with its window. Within the window, full attention is the same."""
+    batch = requests(2, [1, 2], 4)
+    tiles = family.startswith("llava-next")  # which transformers always reads
+    plain = load_encoder(BaseRef(str(tiny_folder(family)), tiles=tiles))
+    longest = max(len(plain.turns([*s, q, Turn("assistant", max(answers, key=len))])[0]) for s, q, answers in batch)
+    window = longest + 24
+    folder = with_window(tiny_folder(family), tmp_path / "windowed", sliding_window=window, **layers)
+    base = load_base(BaseRef(str(folder), tiles=tiles))
+    assert base.checkpoint.config.text_config.sliding_window == window, "a merged checkpoint keeps it"
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    assert theirs.config.text_config.sliding_window == window
+    for request, reply in zip(batch, Predictor(base, pack=4).run(batch), strict=True):
+        expected = reply_without_cache(base.with_model(theirs), request)
+        assert reply.log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-3)
+        assert reply.text == expected.text
+    support, query, _ = batch[0]
+    long = (tuple(turn for _ in range(6) for turn in support), query, ())
+    with pytest.raises(EpisodeError, match=f"the context is {window}|context of {window}"):
+        Predictor(base).run([long])
+    made = small(folder, tmp_path / "run", max_steps=2)
+    many = {"lcl": made.sources["lcl"].model_copy(update={"shots": [3]}), "vqa": made.sources["vqa"]}
+    made = made.model_copy(update={"sources": many, "adapter": AdapterOptions(rank=2), "tiles": tiles})
+    with pytest.raises(EpisodeError, match=rf"\d+ tokens .* do not fit the sliding window of {window} tokens"):
+        trainer.train(made)
+    with pytest.raises(EpisodeError, match=f"sliding window of {window} tokens"):
+        make_plan(made, memory=10**12, device="cpu")
+
+
+def test_windows_that_cannot_be_replaced_are_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Gemma 3's layers with a window also have other positions."""
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    config = SimpleNamespace(sliding_window=64, layer_types=["sliding_attention", "full_attention"], rope_parameters=rope)
+    with pytest.raises(ModelError, match="layers with a sliding window have positions of their own"):
+        attention_window(config)
+    assert attention_window(SimpleNamespace(sliding_window=64, layer_types=["full_attention"])) is None
+    assert attention_window(SimpleNamespace(sliding_window=None)) is None
+    assert load_encoder(str(tiny_folder("llava-next-mistral"))).window is None
+    shorter = with_window(tiny_folder("llava-next-mistral"), tmp_path / "longer", sliding_window=4096)
+    assert load_encoder(str(shorter)).context == 1024, "a window beyond the context changes nothing"
 
 
 @pytest.mark.parametrize("family", [f for f in EVERY if f not in FAMILIES])

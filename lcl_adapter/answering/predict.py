@@ -248,8 +248,7 @@ class Predictor:
         positions, next_position = self.encoder.positions(prompt)
         encoded = []
         for answer in answers:
-            whole = self.encoder.turns([turn, Turn("assistant", answer)], first=first)[0]
-            ids = whole[len(prompt) :]  # the prompt is a prefix: check_alignment makes sure of it
+            ids = self.encoder.answered(turn, answer, prompt, first)[len(prompt) :]
             encoded.append((ids, self.encoder.positions(ids[:-1], next_position)[0]))
         return EncodedQuestion(turn, prompt, positions, next_position, tuple(encoded))
 

@@ -23,6 +23,7 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
 
 IGNORED = -100
+NOT_AS_PREDICTED = "Training would not match prediction: change the answer."
 # An index, or (time, row, column) for models with rotary embeddings of images in three dimensions
 Position = int | tuple[int, int, int]
 
@@ -50,17 +51,26 @@ class Encoder:
     The text is split at ``<image>`` and each part is tokenised, as in upstream LLaVA.
 
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
-    grid: rows and columns of an image's features, for models whose positions count them.
+    grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
+    window, which limits a row if it is shorter than the context.
     """
 
     def __init__(
-        self, family: Family, tokenizer: Any, image_token_id: int, image: Sequence[int], context: int, grid: tuple[int, int] | None = None
+        self,
+        family: Family,
+        tokenizer: Any,
+        image_token_id: int,
+        image: Sequence[int],
+        context: int,
+        grid: tuple[int, int] | None = None,
+        window: int | None = None,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image = list(image)
-        self.context = context
+        self.context = min(context, window or context)
+        self.window = window
         self.grid = grid
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: int = tokenizer.convert_tokens_to_ids(family.end)
@@ -99,6 +109,11 @@ class Encoder:
             raise DataError(f"the text {turn.text!r} holds {token!r}, a special token of this model: change it.")
 
     @property
+    def limit(self) -> str:
+        """What a row must fit, for messages."""
+        return f"sliding window of {self.context} tokens" if self.context == self.window else f"context of {self.context}"
+
+    @property
     def tokens_an_image(self) -> int:
         return len(self.image)
 
@@ -130,7 +145,7 @@ class Encoder:
     def turns(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of turns. ``opened`` and ``first`` are those of :meth:`Family.render`.
 
-        Raises DataError where a text contains a special token.
+        Raises DataError where a text contains a special token, or where a learned answer shares a token with its question.
         """
         for turn in turns:
             self._refuse_special_tokens(turn)
@@ -151,18 +166,18 @@ class Encoder:
         Raises EpisodeError where it does not fit the context, or where nothing in it is learned.
         """
         first = not conversation.shared
-        ids, labels = ([], []) if first else self.turns(conversation.shared)
+        ids, labels = ([], []) if first else self._turns_of(conversation, conversation.shared)
         shared = len(ids)
         branch = [0] * shared
         positions, next_position = self.positions(ids)
         for number, turns in enumerate(conversation.branches, 1):
-            more_ids, more_labels = self.turns(turns, first=first)
+            more_ids, more_labels = self._turns_of(conversation, turns, first)
             ids, labels = ids + more_ids, labels + more_labels
             branch += [number] * len(more_ids)
             positions += self.positions(more_ids, next_position)[0]
         longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
         if longest > self.context:
-            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the context of {self.context}"
+            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the {self.limit}"
             remedy = (
                 "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else "Shorten it, or set `on_fault: skip` for its source."
             )
@@ -171,8 +186,18 @@ class Encoder:
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
         return Encoded(ids, labels, branch, positions, conversation.pictures)
 
+    def _turns_of(self, conversation: Conversation, turns: Sequence[Turn], first: bool = True) -> tuple[list[int], list[int]]:
+        """As :meth:`turns`. The error names the conversation."""
+        try:
+            return self.turns(turns, first=first)
+        except DataError as error:
+            raise DataError(f"{conversation.origin}: {error}") from error
+
     def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
-        """Ids and labels of a rendered text. A token is learned where its last character is in a learned part."""
+        """Ids and labels of a rendered text. A token is learned where its last character is in a learned part.
+
+        Raises DataError where a learned part begins or ends inside a token.
+        """
         ids: list[int] = []
         labels: list[int] = []
         start = 0  # of the current part, in characters
@@ -182,12 +207,40 @@ class Encoder:
                 labels += [IGNORED] * len(self.image)
                 start += len(IMAGE)
             part_ids, ends = self._part(part)
+            for a, b in rendered.learned:
+                if start <= a < start + len(part):
+                    self._check_answer(part, part_ids, ends, a - start, b - start)
             ids += part_ids
             labels += [
                 token if any(a < start + end <= b for a, b in rendered.learned) else IGNORED for token, end in zip(part_ids, ends, strict=True)
             ]
             start += len(part)
         return ids, labels
+
+    def _check_answer(self, part: str, ids: list[int], ends: list[int], begin: int, end: int) -> None:
+        """Raises DataError unless the answer ``part[begin:end]`` has tokens of its own, as in prediction.
+
+        There, the text before it is tokenised alone, and so is a turn that follows it.
+        """
+        answer = part[begin:end].removesuffix(self.family.end)
+        prompt = self._part(part[:begin])[0]
+        if ids[: len(prompt)] != prompt:
+            raise DataError(f"this tokenizer joins the beginning of the answer {answer!r} to the text before it. {NOT_AS_PREDICTED}")
+        following = part[end:]
+        if following:
+            rest = self._part(self.family.end + following)[0][1:]
+            if end not in ends or ids[ends.index(end) + 1 :] != rest:
+                raise DataError(f"this tokenizer joins the end of the answer {answer!r} to the next turn. {NOT_AS_PREDICTED}")
+
+    def answered(self, question: Turn, answer: str, prompt: Sequence[int], first: bool) -> list[int]:
+        """Ids of a question with its answer. prompt: the ids of the question alone, opened for an answer.
+
+        Raises DataError unless they begin with the prompt: the answer's likelihood would be one of other tokens.
+        """
+        ids = self.turns([question, Turn("assistant", answer)], first=first)[0]
+        if ids[: len(prompt)] != list(prompt):
+            raise DataError(f"this tokenizer joins the beginning of the answer {answer!r} to its question. Use another name.")
+        return ids
 
     def _tokenise(self, part: str) -> tuple[list[int], list[int]]:
         """Ids, and where each token ends in the text."""
@@ -198,7 +251,8 @@ class Encoder:
 def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
     """Raises EpisodeError unless training ids begin with those of inference, and the parts of a row equal the whole.
 
-    They differ where a tokenizer joins the text before an answer and the answer into one token.
+    They differ where a tokenizer joins turns that other software tokenises together. Each answer's own tokens are checked
+    whenever a row is encoded.
     """
     encoded = encoder.conversation(conversation)
     branch = conversation.branches[0]

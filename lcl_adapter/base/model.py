@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -133,6 +134,35 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return chat_template.read_family(checkpoint, side_of(checkpoint.config))
 
 
+def attention_window(language: Any) -> int | None:
+    """How many tokens a token attends to in a language model with a sliding window, itself included; None for all.
+
+    language: its config. Raises ModelError where the layers with a window differ from the others in more than that.
+    """
+    window, layer_types = getattr(language, "sliding_window", None), getattr(language, "layer_types", None)
+    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    if "sliding_attention" in (getattr(language, "rope_parameters", None) or {}):
+        raise ModelError("a base whose layers with a sliding window have positions of their own is not supported.")
+    return int(window)
+
+
+def with_full_attention(config: Any) -> Any:
+    """The config without a sliding window. Within the window this is the same model, and :func:`load_encoder` limits every
+    row to it.
+
+    So several questions can stand behind one support set: together they are longer than the window, each alone is not.
+    """
+    if attention_window(config.get_text_config()) is None:
+        return config
+    config = copy.deepcopy(config)
+    language = config.get_text_config()
+    language.sliding_window = None
+    if getattr(language, "layer_types", None) is not None:
+        language.layer_types = ["full_attention" if t == "sliding_attention" else t for t in language.layer_types]
+    return config
+
+
 def load_encoder(base: BaseRef | str) -> Encoder:
     """The encoder of a base, without loading its weights: for lengths, masks and previews.
 
@@ -153,7 +183,9 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
             grid = (side, side)
     else:
         image = [config.image_token_id] * tokens_an_image(config, tiles)
-    return Encoder(family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid)
+    return Encoder(
+        family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid, attention_window(config.get_text_config())
+    )
 
 
 def load_base(base: BaseRef | str) -> Base:
@@ -168,7 +200,7 @@ def load_base(base: BaseRef | str) -> Base:
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
     attention = cast(Attention, ref.attn_implementation)
     checkpoint = open_checkpoint(ref)
-    config, family = checkpoint.config, family_of(checkpoint)
+    config, family = with_full_attention(checkpoint.config), family_of(checkpoint)
     if tiles and config.model_type not in TILED_TYPES:
         raise ModelError(
             f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Remove it."

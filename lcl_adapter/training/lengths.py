@@ -185,7 +185,7 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
 
 def _too_long(episode: Episode, conversation: Conversation, needed: int, encoder: Encoder, ruler: Ruler, wording: Wording) -> str:
     count = len(conversation.pictures)
-    fault = f"{needed} tokens ({count} images of {encoder.tokens_an_image}) do not fit the context of {encoder.context}"
+    fault = f"{needed} tokens ({count} images of {encoder.tokens_an_image}) do not fit the {encoder.limit}"
     short = [tuple(replace(example, label="a") for example in examples) for examples in (episode.support, episode.queries)]
     with_short_names = from_episode(replace(episode, support=short[0], queries=short[1]), wording)
     fits = ruler.lengths(with_short_names, encoder.tokens_an_image)[0] <= encoder.context

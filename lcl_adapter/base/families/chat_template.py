@@ -1,8 +1,7 @@
 """A family for any image-text model of transformers whose checkpoint has a chat template: that template is the prompt.
 
 The template must accept one ``{"type": "image"}`` part in a turn and write an end token behind every answer. The text
-of a conversation must begin with the text of its first turns. ``encoder.check_alignment`` refuses a template that
-differs.
+of a conversation must begin with the text of its first turns. A conversation with another text is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from lcl_adapter.base.families.base import IMAGE, Family, Rendered
 from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.data.conversations import Turn
-from lcl_adapter.errors import ModelError
+from lcl_adapter.errors import DataError, ModelError
 
 QUESTION = Turn("user", "q")
 ANSWER = Turn("assistant", "a")
@@ -63,12 +62,13 @@ class ChatTemplate(Family):
         before = [] if first else [QUESTION, ANSWER]
         cut = len(self._closed(before)) if before else 0
         learned = []
+        text = self._text([*before, *turns], opened=True) if opened else self._closed([*before, *turns])
         for number, turn in enumerate(turns, 1):
             if turn.role == "assistant" and turn.learn:
-                start = len(self._text([*before, *turns[: number - 1]], opened=True))
-                end = len(self._closed([*before, *turns[:number]]))
-                learned.append((start - cut, end - cut))
-        text = self._text([*before, *turns], opened=True) if opened else self._closed([*before, *turns])
+                prompt, answered = self._text([*before, *turns[: number - 1]], opened=True), self._closed([*before, *turns[:number]])
+                if not (text.startswith(answered) and answered.startswith(prompt)):
+                    raise DataError(f"the chat template changes the text before the answer {turn.text!r}, so training would not match prediction.")
+                learned.append((len(prompt) - cut, len(answered) - cut))
         return Rendered(text[cut:], tuple(learned))
 
     def _text(self, turns: Sequence[Turn], opened: bool = False) -> str:

@@ -211,9 +211,7 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
 def _check_length(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
     length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
     if length > encoder.context:
-        raise EpisodeError(
-            f"evaluate.suites.{suite}: {length} tokens do not fit the context of {encoder.context}; lower its `shots`, or shorten the question."
-        )
+        raise EpisodeError(f"evaluate.suites.{suite}: {length} tokens do not fit the {encoder.limit}; lower its `shots`, or shorten the question.")
 
 
 def _picture_key(picture: Picture) -> tuple[str, str | None]:
