@@ -117,7 +117,7 @@ def test_remote_shards_are_the_same_in_a_bounded_cache(folder: Path, remote_shar
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 3))
 def test_a_pass_has_every_sample_once_and_few_shards_at_a_time(counts: list[int], mixed: int, epoch: int) -> None:
-    order = _order(5, 0, epoch, sum(counts), tuple(counts), mixed)
+    order = _order(5, "s", epoch, sum(counts), tuple(counts), mixed)
     assert sorted(order.tolist()) == list(range(sum(counts)))
     owner = np.repeat(np.arange(len(counts)), counts)[order]
     owners: list[int] = []
@@ -136,7 +136,7 @@ def test_each_shard_is_fetched_once_a_pass(remote_shards: tuple[str, Path], tmp_
     real = fsspec.open
     monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or real(url, mode))
     pool = read_shards(None, urls, index, tmp_path / "cache", 2 * 10240 + 20480, 2)
-    for number in _order(1, 0, 0, len(pool), pool.shard_sizes, pool.shards_at_once):
+    for number in _order(1, "s", 0, len(pool), pool.shard_sizes, pool.shards_at_once):
         pool.dialogues[int(number)]
     assert sorted(fetched) == expanded(urls)
 

@@ -1,8 +1,9 @@
 """Shares -> a deterministic schedule: the source of each row, and which draw of that source it is.
 
 Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in
-an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
-between blocks only: where the recipe's curriculum changes them, and where a source has reached its cap or its end.
+an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Each source
+has random streams of its own, by its name. Shares change between blocks only: where the recipe's curriculum changes
+them, and where a source has reached its cap or its end.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.randomness import generator
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
 
 BLOCK = 100
-RETRY = 10_000_000  # after a bad picture, an index is drawn again as index + attempt * RETRY
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,15 @@ class Mixture:
         """
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
-        ordinal = slot.ordinal + attempt * RETRY
+        ordinal = slot.ordinal
         if not isinstance(pool, QuestionPool):
             assert isinstance(options, EpisodeOptions | InspectionOptions)
-            return episodes.draw(pool, options, self.seed, 0, ordinal)
+            return episodes.draw(pool, options, self.seed, attempt, ordinal, "training", slot.source)
         assert isinstance(options, QuestionOptions)
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
         if options.at_end == "end" and not attempt:
             last = min(last, len(pool))  # the last row may have fewer
-        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n)] for n in range(first, last))
+        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, attempt)] for n in range(first, last))
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""
@@ -190,13 +191,12 @@ class Mixture:
         """The sources of a block's rows, in order."""
         counts = self._segment(block).counts
         names = [name for name in self.options for _ in range(counts.get(name, 0))]
-        return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(BLOCK))
+        return tuple(names[i] for i in generator("schedule", self.seed, block).permutation(BLOCK))
 
-    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int) -> int:
-        """The dialogue of a source's ``ordinal``-th draw."""
+    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, attempt: int) -> int:
+        """The dialogue of a source's ``ordinal``-th draw; each ``attempt`` has another order."""
         epoch, place = divmod(ordinal, len(pool))
-        number = list(self.options).index(source)
-        return int(_order(self.seed, number, epoch, len(pool), pool.shard_sizes, pool.shards_at_once)[place])
+        return int(_order(self.seed, source, epoch, len(pool), pool.shard_sizes, pool.shards_at_once, attempt)[place])
 
 
 def _fingerprint(pool: Pool) -> list[list[object]]:
@@ -223,12 +223,12 @@ def _name_and_size(picture: Picture | None) -> str:
 
 
 @lru_cache(maxsize=16)
-def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int, ...] = (), shards_at_once: int = 1) -> np.ndarray:
+def _order(seed: int, source: str, epoch: int, size: int, shard_sizes: tuple[int, ...] = (), shards_at_once: int = 1, attempt: int = 0) -> np.ndarray:
     """The order of a source's dialogues in one pass.
 
     With shards, the order goes through groups of ``shards_at_once`` random shards, and is random within a group.
     """
-    rng = np.random.default_rng([seed, source, epoch, 11])
+    rng = generator("question order", source, seed, attempt, epoch)
     if not shard_sizes:
         return rng.permutation(size)
     ends = np.cumsum(shard_sizes)

@@ -71,9 +71,9 @@ class Cell:
 
 
 def draw_episodes(
-    pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, count: int, on_fault: str
+    pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, count: int, on_fault: str, *stream: str
 ) -> list[Episode]:
-    """The first ``count`` episodes. With ``on_fault="skip"``, those with an unusable mask or box are left out.
+    """The first ``count`` episodes of a stream. With ``on_fault="skip"``, those with an unusable mask or box are left out.
 
     Raises DataError for the first such episode with "refuse", and if nearly all are unusable.
     """
@@ -82,7 +82,7 @@ def draw_episodes(
         if len(drawn) == count:
             return drawn
         try:
-            drawn.append(episodes.draw(pool, options, seed, epoch, index))
+            drawn.append(episodes.draw(pool, options, seed, 0, index, *stream))
         except DataError:
             if on_fault == "refuse" or index == 4 * count + 19:
                 raise

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn import metrics as sk
 
+from lcl_adapter.randomness import generator
+
 RESAMPLES = 2000
 
 
@@ -20,7 +22,7 @@ def class_bootstrap(right: Sequence[bool | float], groups: Sequence[str], seed: 
     values = np.asarray(right, dtype=float)
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(member, values), np.bincount(member)
-    draws = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
+    draws = generator("interval", seed).integers(0, len(names), (RESAMPLES, len(names)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
@@ -30,7 +32,7 @@ def resampled(figure: Callable[[np.ndarray], float], groups: Sequence[str], resa
     """95 % interval of any figure, resampling whole classes. figure: the indices of some cases -> its value on them."""
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     cases = [np.flatnonzero(member == i) for i in range(len(names))]
-    rng = np.random.default_rng(seed)
+    rng = generator("interval", seed)
     values = [figure(np.concatenate([cases[i] for i in rng.integers(0, len(names), len(names))])) for _ in range(resamples)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -31,7 +31,7 @@ def locate(name: str, options: LocateSuite, wording: Wording, seed: int, limit: 
     for shots in options.shots:
         kind = InspectionOptions if isinstance(pool, InspectionPool) else EpisodeOptions
         episode_options = kind(policy="locate", shots=[shots], templates=options.templates, languages=options.languages)
-        drawn = draw_episodes(pool, episode_options, seed, 4, count, getattr(options.source, "on_fault", "refuse"))
+        drawn = draw_episodes(pool, episode_options, seed, count, getattr(options.source, "on_fault", "refuse"), "evaluation", name)
         names = list(pool.regions)
         cases = tuple(case_of(e, wording, names[e.queries[0].class_index], 0, parse(e.queries[0].label)) for e in drawn)
         yield Cell(

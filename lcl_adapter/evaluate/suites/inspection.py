@@ -36,7 +36,7 @@ def _drawn_cell(
     """Name or locate the defect: episodes on these categories, drawn as in training."""
     episode_options = InspectionOptions(forms={form: 1.0}, shots=[shots], templates=options.templates, languages=options.languages[:1])
     count = min(options.episodes, limit or options.episodes)
-    drawn = draw_episodes(pool, episode_options, seed, 5, count, options.source.on_fault)
+    drawn = draw_episodes(pool, episode_options, seed, count, options.source.on_fault, "evaluation", name, form)
     groups = [pool.categories[e.queries[0].class_index].name for e in drawn]
     if form == "localise":
         cases = tuple(case_of(e, wording, g, 0, parse(e.queries[0].label)) for e, g in zip(drawn, groups, strict=True))

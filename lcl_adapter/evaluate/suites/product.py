@@ -28,7 +28,7 @@ def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: 
             languages=options.languages,
         )
         count = min(options.episodes, limit or options.episodes)
-        drawn = [episodes.draw(pool, episode_options, seed, 3, index) for index in range(count)]
+        drawn = [episodes.draw(pool, episode_options, seed, 0, index, "evaluation", name) for index in range(count)]
         yield Cell(
             suite=name,
             name=f"{name}-{shots}shot",
