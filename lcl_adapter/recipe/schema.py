@@ -89,7 +89,9 @@ class EvaluateOptions(Options):
     """
 
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(fill_presets)] = {}
-    retention: dict[str, float] = Field({}, description="points that a suite may fall below the base before the run fails")
+    retention: dict[str, float] = Field(
+        {}, description="points that a suite may fall below the base; the run fails if the interval of its fall is above"
+    )
     every: int | None = Field(None, ge=1, description="steps between the measurements during the run")
     during: list[str] = Field([], description="suites to measure during the run, beside those under `retention`; all if neither names any")
     during_limit: int = Field(200, ge=1, description="number of queries for each line of the report, during the run")

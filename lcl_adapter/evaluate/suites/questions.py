@@ -9,13 +9,13 @@ from lcl_adapter.data.conversations import from_dialogues
 from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
-from lcl_adapter.evaluate.cases import Case, Cell
+from lcl_adapter.evaluate.cases import Case, Cell, Selection
 from lcl_adapter.recipe.sources import QuestionReader
 from lcl_adapter.recipe.suites import InstructSuite, PopeSuite, VqaSuite
 
 
-def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
-    cases = question_cases(name, options.source, limit)
+def vqa(name: str, options: VqaSuite, selection: Selection) -> Cell:
+    cases = question_cases(name, options.source, selection)
     if options.rule == "vqav2":
         incomplete = next((c for c in cases if not c.truth), None)
         if incomplete is not None:
@@ -29,21 +29,21 @@ def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
     )
 
 
-def pope(name: str, options: PopeSuite, limit: int | None) -> Cell:
-    return Cell(name, name, "pope", "accuracy", 0.5, question_cases(name, options.source, limit), judges.pope_figures, published=published.POPE)
+def pope(name: str, options: PopeSuite, selection: Selection) -> Cell:
+    return Cell(name, name, "pope", "accuracy", 0.5, question_cases(name, options.source, selection), judges.pope_figures, published=published.POPE)
 
 
-def instruct(name: str, options: InstructSuite, limit: int | None) -> Cell:
+def instruct(name: str, options: InstructSuite, selection: Selection) -> Cell:
     return Cell(
-        name, name, "instruct", "ROUGE-L", 0.0, question_cases(name, options.source, limit), judges.rouge_figures, new_tokens=options.new_tokens
+        name, name, "instruct", "ROUGE-L", 0.0, question_cases(name, options.source, selection), judges.rouge_figures, new_tokens=options.new_tokens
     )
 
 
-def question_cases(name: str, reader: QuestionReader, limit: int | None) -> tuple[Case, ...]:
+def question_cases(name: str, reader: QuestionReader, selection: Selection) -> tuple[Case, ...]:
     """The last question of each record, after the record's earlier turns. Raises DataError if no record is usable."""
     pool = open_reader(name, reader)
     cases = []
-    for dialogue in (pool.dialogues[i] for i in range(min(len(pool), limit or len(pool)))):
+    for dialogue in (pool.dialogues[i] for i in selection.of_list([""] * len(pool))[: selection.limit]):
         try:
             turns = from_dialogues((dialogue,)).branches[0]
         except DataError:  # an impossible box: its picture is broken, or too small for it
