@@ -236,6 +236,12 @@ def test_what_chooses_a_checkpoint_is_not_in_the_report(name: str) -> None:
     assert asked(list(build_cells(made, added=[name]))) == everything, "a suite that was added for one evaluation is asked in full"
 
 
+def test_a_published_test_of_one_query_a_class_is_divided_by_classes() -> None:
+    made = recipe(suites={"imagenet-100": {**SUITES["imagenet-100"], "queries": 1}}, retention={}, every=1, during_limit=4)
+    sizes = [len(cell.cases) for during in (False, True) for cell in build_cells(made, during=during)]
+    assert sizes == [2, 2, 2, 2, 2, 2]
+
+
 def test_both_halves_of_an_inspection_have_good_and_defective_photos() -> None:
     made = recipe(suites={"mvtec": SUITES["mvtec"]}, retention={}, every=1, during_limit=4)
     for cells in (build_cells(made), build_cells(made, 4, during=True)):

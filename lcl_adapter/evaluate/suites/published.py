@@ -63,7 +63,9 @@ def _case(
 
 
 def _cell(name: str, shots: int, cases: list[Case], selection: Selection, kind: str, figures: published.Figures) -> Cell:
-    cases, limit = [cases[i] for i in selection.of_list([case.group for case in cases])], selection.limit
+    classes = [case.group for case in cases]
+    several = len(set(classes)) < len(classes)  # then some of each class are set aside, else some classes
+    cases, limit = [cases[i] for i in selection.of_list(classes if several else [""] * len(cases))], selection.limit
     chosen = cases if limit is None else cases[:: max(1, len(cases) // limit)][:limit]
     return Cell(
         suite=name,
