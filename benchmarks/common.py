@@ -46,10 +46,11 @@ class Size:
     heads: int
     pixels: int = 112
     tied: bool = False
+    context: int = 8192
 
-    def config(self) -> LlavaConfig:
-        """Transformers' config. The vocabulary has 32,000 words; the pocket base's tokenizer uses some of them."""
-        tokenizer = AutoTokenizer.from_pretrained(BASE)
+    def config(self, tokenizer: Any = None) -> LlavaConfig:
+        """Transformers' config. The vocabulary has 32,000 words; the tokenizer, by default pocket's, uses some of them."""
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(BASE)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
         if self.pixels == 336:
@@ -58,23 +59,27 @@ class Size:
             vision_config=CLIPVisionConfig(**tower, image_size=self.pixels, patch_size=14),
             text_config=LlamaConfig(
                 vocab_size=32_000, hidden_size=self.width, intermediate_size=self.mlp, num_hidden_layers=self.layers,
-                num_attention_heads=self.heads, num_key_value_heads=self.heads, max_position_embeddings=8192, tie_word_embeddings=self.tied, **ids,
+                num_attention_heads=self.heads, num_key_value_heads=self.heads, max_position_embeddings=self.context,
+                tie_word_embeddings=self.tied, **ids,
             ),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
             image_seq_length=(self.pixels // 14) ** 2, tie_word_embeddings=self.tied,
         )  # fmt: skip
 
 
-def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
+def random_llava(
+    folder: Path, size: Size, dtype: torch.dtype = torch.float32, shards: int = 1, tokenizer: Any = None, template: str | None = CHAT_TEMPLATE
+) -> Path:
     """Write a random LLaVA to ``folder`` in this type, in about ``shards`` shards.
 
-    A complete folder is not written again.
+    A complete folder is not written again. tokenizer and chat template: pocket's by default.
     """
     if (folder / "done").exists():
         return folder
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    model = LlavaForConditionalGeneration(size.config())
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws 7 billion numbers in a second
+        model = LlavaForConditionalGeneration(size.config(tokenizer))
     torch.set_default_dtype(torch.float32)
     print(f"made a random LLaVA of {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters", file=sys.stderr)
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -82,11 +87,11 @@ def random_llava(folder: Path, size: Size, dtype: torch.dtype = torch.float32, s
     side = {"height": size.pixels, "width": size.pixels}
     LlavaProcessor(
         CLIPImageProcessorPil(size=side, crop_size=side),
-        AutoTokenizer.from_pretrained(BASE),
+        tokenizer or AutoTokenizer.from_pretrained(BASE),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     ).save_pretrained(folder)
     (folder / "done").touch()
     return folder

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import THREADS, Size, child, finish, random_llava
+from lcl_adapter import devices
 from lcl_adapter.base import model
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
@@ -125,6 +126,20 @@ def measure(name: str, plain: bool = False) -> dict[str, float]:
         trainer.train()
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"started": started, "loaded": loaded, "peak": peak(), "gpu": gpu}
+
+
+def measured_here(name: str) -> dict[str, float]:
+    """Forecast and peak of one training in this process: allocations on a GPU, resident memory on a CPU."""
+    case = CASES[name]
+    model_of(case.size)
+    device = devices.training_device()
+    total = forecast(case, device).total
+    devices.release_memory()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    peaks = measure(name)
+    measured = peaks["gpu"] + budget.RUNTIME["cuda"] if device == "cuda" else peaks["peak"]
+    return {"forecast": total, "peak": measured, "error": total / measured - 1}
 
 
 def main(names: Sequence[str]) -> None:

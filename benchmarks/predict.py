@@ -38,12 +38,12 @@ def plain(base: Base, support: tuple[Turn, ...], queries: list[Turn]) -> tuple[l
     texts = []
     began = time.perf_counter()
     for query in queries:
-        ids = torch.tensor([encoder.turns([*support, query], opened=True)[0]])
+        ids = torch.tensor([encoder.turns([*support, query], opened=True)[0]], device=base.device)
         images = pixels([t.picture for t in (*support, query) if t.picture is not None])
         new_ids = base.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=images,
+            **images,
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
             eos_token_id=encoder.eos,

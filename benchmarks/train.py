@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.common import THREADS, child, finish, random_model
-from lcl_adapter.base.model import attach, load_base
+from lcl_adapter.base.model import Base, attach, load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
 from lcl_adapter.data.mixture import Mixture
@@ -42,6 +42,8 @@ class Clock(TrainerCallback):
     """Seconds from the end of the first step to the end of the last."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         if state.global_step == 1:
             self.began = time.perf_counter()
         self.seconds = time.perf_counter() - self.began
@@ -89,40 +91,46 @@ def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
     return {"prompt": messages[:-1], "completion": messages[-1:], "images": images}
 
 
-def stock(name: str) -> dict[str, float]:
+def stock_trainer(base: Base, settings: Recipe, queries: int, processor: Any = None) -> Any:
+    """TRL's trainer on a recipe's episodes, a row for each of an episode's queries."""
     from transformers import AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
     from datasets import Dataset
 
+    mixture, train = Mixture(settings), settings.train
+    gpu = torch.cuda.is_available()
+
+    def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        stock_rows = [stock_row(to_conversation(mixture.draw(i // queries), WORDINGS[settings.wording]), i % queries) for i in batch["index"]]
+        return {key: [row[key] for row in stock_rows] for key in stock_rows[0]}
+
+    config = SFTConfig(
+        output_dir=str(settings.output),
+        max_steps=train.max_steps,
+        per_device_train_batch_size=train.per_device_train_batch_size * queries,
+        learning_rate=train.learning_rate,
+        max_length=None,
+        gradient_checkpointing=train.gradient_checkpointing,
+        remove_unused_columns=False,
+        logging_steps=train.logging_steps,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not gpu,
+        bf16=gpu,
+        save_strategy="no",
+    )
+    data = Dataset.from_dict({"index": range(mixture.total * queries)}).with_transform(rows)
+    return SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=processor or AutoProcessor.from_pretrained(base.path))
+
+
+def stock(name: str) -> dict[str, float]:
     episodes, steps = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
         settings = recipe(base_of(name), episodes, steps, folder)
         base = attach(load_base(settings.base), settings.adapter)
         loaded = peak()
-        mixture = Mixture(settings)
-
-        def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-            stock_rows = [stock_row(to_conversation(mixture.draw(i // QUERIES), WORDINGS["short"]), i % QUERIES) for i in batch["index"]]
-            return {key: [row[key] for row in stock_rows] for key in stock_rows[0]}
-
-        config = SFTConfig(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=episodes * QUERIES,
-            learning_rate=settings.train.learning_rate,
-            max_length=None,
-            gradient_checkpointing=False,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-        )
-        data = Dataset.from_dict({"index": range(episodes * QUERIES * steps)}).with_transform(rows)
-        trainer = SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=AutoProcessor.from_pretrained(base.path))
-        return measured(trainer, loaded, episodes * QUERIES * (steps - 1))
+        return measured(stock_trainer(base, settings, QUERIES), loaded, episodes * QUERIES * (steps - 1))
 
 
 def base_of(name: str) -> str:

@@ -1,32 +1,84 @@
-"""Atomic writes: a file or folder is written under a partial name beside its target, then renamed."""
+"""Atomic writes: a file or folder is written under a partial name beside its target, then renamed.
+
+Every writer has a partial name of its own, so that two writers of one target do not mix their bytes: the last one to
+finish wins. A folder that a stopped run goes on with has one name, and one writer at a time.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
+STALE = 24 * 3600  # seconds after which a partial of an unknown machine's process is removed
+LONGEST = 40  # characters of the target's name in a partial's; a file system allows 255 bytes
+
+
+def _machine() -> str:
+    """Identifies where this process's number means something: the machine, and the container."""
+    try:
+        container = str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:  # no Linux
+        container = ""
+    return hashlib.sha256(f"{socket.gethostname()} {container}".encode()).hexdigest()[:8]
+
+
+def _partial_of(path: Path) -> Path:
+    """A partial name for ``path`` that no other writer has: NAME.MACHINE-PROCESS-RANDOM.partial."""
+    return path.with_name(f"{path.name[:LONGEST]}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it."""
+    try:
+        partials = [other for other in path.parent.iterdir() if other.name.startswith(path.name[:LONGEST] + ".") and other.name.endswith(PARTIAL)]
+    except OSError:
+        return
+    for partial in partials:
+        writer = partial.name.removeprefix(path.name[:LONGEST] + ".").removesuffix(PARTIAL).split("-")
+        if len(writer) != 3 or not writer[1].isdecimal():
+            continue  # another target's, or a folder that can be resumed
+        with suppress(OSError):  # another process removed it
+            dead = writer[0] == _machine() and not psutil.pid_exists(int(writer[1]))
+            if dead or time.time() - partial.stat().st_mtime > STALE:
+                _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a partial path to write. It is renamed to ``path`` when the block succeeds, and removed when it raises.
 
-    Raises RunError where the disk is full or the path cannot be written.
+    Several writers of one path do not disturb each other. Raises RunError where the disk is full or the path cannot be
+    written.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = _partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
         yield partial
         os.replace(partial, path)
     except OSError as error:
@@ -42,10 +94,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
     Raises RunError as :func:`whole_file`.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = _partial_of(path)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        _remove_stale(path)
         yield partial
     except (OSError, SafetensorError) as error:
         raise _write_error(path, error) from error
@@ -77,32 +129,66 @@ def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[
     """Yields a partial folder that is renamed to ``path`` when the block succeeds. A stopped run's is used again.
 
     plan: describes the content; a partial folder with another plan is emptied first. needed: bytes that must be free.
-    Raises RunError: ``path`` exists, the disk is too small or full, the path cannot be written.
+    Raises RunError: ``path`` exists, another process writes it, the disk is too small or full, the path cannot be
+    written.
     """
-    if path.exists():
-        raise RunError(f"{path}: exists already; nothing is overwritten. Give another path.")
     partial = path.with_name(path.name + PARTIAL)
-    try:
-        if _saved_plan(partial) != plan:
+    with _single_writer(path):
+        if path.exists():
+            raise RunError(f"{path}: exists already; nothing is overwritten. Give another path.")
+        try:
+            if _saved_plan(partial) != plan:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+            for left in list(partial.rglob(f"*{PARTIAL}")):  # by a killed process: this is the only writer
+                _remove(left)
+            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            free = shutil.disk_usage(partial).free
+            if needed - written > free:
+                if not written:
+                    partial.rmdir()
+                raise RunError(f"{path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some space or give another path.")
+            write_json(partial / PLAN, plan)
+            yield partial
+            (partial / PLAN).unlink()
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:  # the partial folder stays, so that the command can be resumed
+            raise _write_error(path, error) from error
+        except RunError:  # a full disk, reported by a writer inside the block: the partial folder stays
+            raise
+        except LclError:  # the content is wrong
             shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        free = shutil.disk_usage(partial).free
-        if needed - written > free:
-            if not written:
-                partial.rmdir()
-            raise RunError(f"{path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some space or give another path.")
-        write_json(partial / PLAN, plan)
-        yield partial
-        (partial / PLAN).unlink()
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # the partial folder stays, so that the command can be resumed
+            raise
+
+
+@contextmanager
+def _single_writer(path: Path) -> Iterator[None]:
+    """Lock ``path`` by a file beside it. The system releases the lock of a killed process.
+
+    Raises RunError where another writer has the lock, or the file cannot be written.
+    """
+    lock = path.with_name(path.name + PARTIAL + ".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("a")
+    except OSError as error:
         raise _write_error(path, error) from error
-    except RunError:  # a full disk, reported by a writer inside the block: the partial folder stays
-        raise
-    except LclError:  # the content is wrong
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = lock.exists() and os.path.samestat(os.fstat(opened.fileno()), lock.stat())
+        except BlockingIOError:
+            current = False
+        except OSError as error:
+            if error.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:
+                raise _write_error(path, error) from error
+            current = True  # a file system without locks
+        if not current:
+            raise RunError(f"{path}: another command is writing it. Wait until it ends, or give another path.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

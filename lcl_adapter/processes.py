@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
-import psutil
-import torch
 from torch import distributed
 
+from lcl_adapter.devices import training_device
 from lcl_adapter.errors import RecipeError, RunError
 
 
@@ -42,17 +41,7 @@ def join() -> None:
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=default_device() == "cpu")
-
-
-def default_device() -> Literal["cuda", "cpu"]:
-    """The device that is used where none is named: the GPU where the machine has one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def free_memory(device: str) -> int:
-    """Free bytes of this machine's GPU, or of its main memory for "cpu"."""
-    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
+        PartialState(cpu=training_device() == "cpu")
 
 
 def sharded() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -28,6 +29,23 @@ EVERY = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The two files that train for minutes run first, one in each process, so that none runs alone at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_pocket"))
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test but those of the devices runs on a CPU, also where there is a GPU."""
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The tests of the devices are never skipped silently."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "test_cuda.py" in report.nodeid]
+    if skipped:
+        terminalreporter.write_line(
+            f"tests/test_cuda.py: {len(skipped)} tests NOT RUN: {skipped[0].longrepr[2].removeprefix('Skipped: ')}", yellow=True
+        )
 
 
 @pytest.fixture(scope="session")

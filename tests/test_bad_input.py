@@ -200,7 +200,7 @@ def test_what_does_not_fit_the_context_is_refused_by_name(pocket_tiny: Path, tmp
     source = {**SOURCES["mvtec"], "shots": [4], "queries": 32, "forms": {"one-class": 1}}
     big = {"type": "pocket", "ways": [16], "shots": [2], "policy": "n-way", "further_views": 16}
     made = Recipe.model_validate({"base": str(pocket_tiny), "output": tmp_path / "run", "sources": {"big": big, "parts": source}})
-    with pytest.raises(EpisodeError, match=r"big episode \d+: \d+ tokens .* do not fit the context of 1024"):
+    with pytest.raises(EpisodeError, match=r"big: its longest episode, 16 ways of 8 shots, .*: \d+ tokens .* do not fit the context of 1024"):
         train(Recipe.model_validate({**made.model_dump(), "sources": {"big": {**big, "shots": [8]}, "parts": source}}))
 
 

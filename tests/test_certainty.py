@@ -325,7 +325,7 @@ def test_best_is_a_step_that_passes_and_rather_one_within_the_allowance(tmp_path
     callback = object.__new__(during.MeasureDuring)
     callback.recipe, callback.folder, callback.cells, callback.predictor = recipe(every=1), tmp_path, [vqa, lcl], None  # type: ignore[list-item, assignment]
     callback.base_estimates, callback.results = {}, {"base": {}, "best": None, "steps": []}
-    callback.save = lambda folder, facts: saved.append(facts["step"])
+    callback.running = SimpleNamespace(save=lambda folder, facts: saved.append(facts["step"]), log=lambda figures: None)  # type: ignore[assignment]
     model = SimpleNamespace(eval=lambda: None, train=lambda: None)
     for step in range(1, 6):
         callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=5), None, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -99,6 +100,8 @@ def check(words: list[str]) -> None:
         assert all((ROOT / word.partition("::")[0]).exists() for word in rest if not word.startswith("-")), words
     elif program in WRITTEN_BY_EXPORT:
         assert (ROOT / "lcl_adapter/checkpoints/exchange").is_dir()
+    elif program.startswith("tools/"):
+        assert os.access(ROOT / program, os.X_OK), f"no script {program} that can be run"
     else:
         assert program in OTHERS, f"{program} is no known program: a typo, or an entry that OTHERS needs"
         files = [word for word in rest if word.startswith(("launch/", "recipes/"))]
@@ -136,6 +139,7 @@ def test_a_command_in_a_sentence_is_understood(words: list[str], monkeypatch: py
         ("make quickstarts", "quickstarts"),
         ("python -m benchmarks.nothing", "no module"),
         (".venv/bin/pytest tests/test_nothing.py", "test_nothing"),
+        ("tools/gpu/pak.sh", "no script"),
         ("dokcer compose up", "no known program"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from lcl_adapter.base.encoder import IGNORED, check_alignment
 from lcl_adapter.base.families import FAMILIES, chat_template
@@ -271,3 +272,13 @@ def test_a_base_of_no_family_is_refused(tiny_folder: Callable[[str], Path], tmp_
     (bare / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}")
     with pytest.raises(ModelError, match="answered question does not begin"):
         load_base(str(bare))
+
+
+def test_a_model_that_would_ignore_the_pictures_is_refused(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 has no ``mm_encoder_outputs``, accepts any other argument, and answers without pictures."""
+
+    def forward(self: Any, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
+    with pytest.raises(ModelError, match=r"LlavaForConditionalGeneration of transformers .* accepts no picture .* install transformers 5\.23"):
+        load_base(str(tiny_folder("llava-1.5")))

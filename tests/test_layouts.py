@@ -510,7 +510,7 @@ def test_a_stopped_conversion_is_resumed(originals: dict[str, Path], stopped: Pa
     assert not stopped.exists()
     done = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in partial.glob("model-*.safetensors")}
     assert len(done) == 2
-    assert not list(partial.glob("*.safetensors.partial"))
+    assert not list(partial.rglob("*.partial"))
     result = convert(str(originals["v1.5"]), stopped, shard_size=60_000)
     assert not partial.exists()
     assert {name: ((stopped / name).stat().st_ino, (stopped / name).stat().st_mtime_ns) for name in done} == done

@@ -26,7 +26,7 @@ from lcl_adapter.base.layouts.tensors import SINGLE, PlannedTensor
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.precision import nf4_round_trip
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.checkpoints import deltas
+from lcl_adapter.checkpoints import effect
 from lcl_adapter.checkpoints.convert import convert
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.merge import merge
@@ -158,17 +158,17 @@ def test_weights_are_merged_and_checked_in_blocks_of_rows(
     """
     monkeypatch.setattr(weights, "BLOCK", 2048)
     checked: list[tuple[str, int]] = []
-    own = deltas._outputs_before_merging
+    own = effect.WeightCheck.add
 
-    def counted(module: str, layer: Any) -> Any:
-        checked.append((module, layer.out_features))
-        return own(module, layer)
+    def counted(check: effect.WeightCheck, block: effect.Block, stored: torch.Tensor) -> None:
+        checked.append((check.name, len(stored)))
+        own(check, block, stored)
 
-    monkeypatch.setattr(deltas, "_outputs_before_merging", counted)
+    monkeypatch.setattr(effect.WeightCheck, "add", counted)
     merge(runs(kind), tmp_path / "llava-out", BaseRef(str(bases["v1.5", "hf"])), "fp32", verify="layers")
     assert differing(by_peft(runs(kind), bases["v1.5", "hf"]), weights_in(tmp_path / "llava-out")) == []
     for module, parts in Adapter(runs(kind)).layers.items():
-        rows = [count for name, count in checked if name == module]
+        rows = [count for name, count in checked if name == f"{module}.weight"]
         assert sum(rows) == parts["B"].shape[0]
         assert len(rows) > 1
 
@@ -423,7 +423,7 @@ def test_a_pissa_recipe_trains_loads_and_merges(bases: dict[tuple[str, str], Pat
     assert ranks == {8} == {config["r"]}
     adapted, _ = load_adapter(tmp_path / "run", BaseRef(precision="fp32", device="cpu"))
     result = merge(tmp_path / "run", tmp_path / "llava-out", dtype="fp32")
-    assert result["largest_layer_effect"] > 0
+    assert result["largest_effect"] > 0
     assert answers_of(tmp_path / "llava-out").distance(probe(adapted, probe_turns("short"))) < 1e-4
 
 
@@ -443,10 +443,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", r"merged layer .*layers\.1\.mlp\.up_proj differs from the adapter's"),
+        ("model.layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj\.weight is not the base plus the adapter's effect"),
         ("model.layers.1.input_layernorm.weight", r"layers\.1\.input_layernorm\.weight"),
         ("lm_head.weight", r"lm_head\.weight"),
-        ("model.mm_projector.0.weight", r"mm_projector\.0\.weight"),
+        ("model.mm_projector.0.weight", r"projector\.linear_1\.weight is not the base plus the adapter's effect"),
     ],
 )
 def test_a_tensor_that_was_written_otherwise_is_caught(

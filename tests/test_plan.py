@@ -133,7 +133,7 @@ def test_a_plan_has_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> None:
     assert not made_plan["remedies"]
     row = check_rows(Collator(Mixture(made), load_base(str(pocket_tiny)).encoder())).longest
     assert (made_plan["longest_row"], made_plan["images_in_it"]) == (len(row), len(row.pictures))
-    assert set(made_plan["forecasts"]) == {"training", "evaluation", "serving"}
+    assert set(made_plan["forecasts"]) == {"training", "serving"}
     json.dumps(made_plan)
 
 

@@ -146,7 +146,7 @@ def zero3_on_cpus() -> None:
     DeepSpeedPlugin.__post_init__ = begun  # type: ignore[method-assign]
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     sys.modules[f"{deepspeed.comm.__name__}.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # it would be compiled
-    processes.default_device = lambda: "cuda"  # accelerate's CPU mode excludes DeepSpeed
+    processes.training_device = lambda: "cuda"  # accelerate's CPU mode excludes DeepSpeed
 
 
 def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:

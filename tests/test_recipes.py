@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from lcl_adapter import recipe
 from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
+from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.recipe.shipped import recipes_folder
-from tests.conftest import paint
+from lcl_adapter.training.collate import Collator, Readable
+from tests.conftest import EVERY, paint
 from tests.test_formats import FIXTURES
 
 SHIPPED = sorted(recipes_folder().glob("*.yaml"))
@@ -102,6 +110,54 @@ def data_root(tmp_path: Path) -> Path:
     (root / "shikra" / "REC_ref3_train.jsonl").write_text(rec.replace("val2014", "train2014"))
     (root / "shikra" / "REC_refcoco_unc_val.jsonl").write_text(rec.replace("val2014", "train2014"))
     return root
+
+
+@pytest.fixture
+def all_data(data_root: Path) -> Path:
+    """Also the user's photos and questions of own-photos.yaml."""
+    for number in range(14):
+        for index in range(4):
+            paint(data_root / "photos" / f"part {number}" / f"{index}.png", (17 * number, 90, 250 - 17 * number), seed=100 * number + index)
+    shutil.copy(FIXTURES / "questions" / "instruct.json", data_root / "vqa.json")
+    shutil.copytree(FIXTURES / "questions" / "images", data_root / "images")
+    return data_root
+
+
+class NoTensors(pickle.Pickler):
+    """Pickles anything but tensors and models."""
+
+    def reducer_override(self, value: object) -> object:
+        assert not isinstance(value, torch.Tensor | torch.nn.Module), type(value)
+        return NotImplemented
+
+
+UNPICKLE = """
+import pickle, sys
+for name in sys.argv[1:]:
+    collator = pickle.load(open(name, "rb"))
+    print([len(collator.row(index)) for index in range(3)])
+"""
+
+
+def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """To one that is not forked, without the model: it reads the same rows from files that it opens itself."""
+    lengths, files = [], []
+    for number, path in enumerate(SHIPPED):
+        family = EVERY[number % len(EVERY)]
+        changes = [f"data.root={all_data}", f"base={tiny_folder(family)}"]
+        changes += [
+            f"sources.{name}.hold_out=0.4" for name in ("products", "photos") if name in recipe.load(path).sources and path.stem != "mix-pocket"
+        ]
+        made = recipe.load(path, changes)
+        encoder = load_encoder(BaseRef.of(made))
+        encoder.context = 10**6
+        collator = Collator(Mixture(made), encoder, Readable())
+        lengths.append(str([len(collator.row(index)) for index in range(3)]))
+        files.append(tmp_path / f"{path.stem}.pickle")
+        with files[-1].open("wb") as file:
+            NoTensors(file).dump(collator)
+    done = subprocess.run([sys.executable, "-c", UNPICKLE, *map(str, files)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == lengths, done.stderr
 
 
 MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lcl_adapter.base.adapter import read_manifest
-from lcl_adapter.data.mixture import Mixture, _order
-from lcl_adapter.data.sources import read_image, shards
+from lcl_adapter.cli import commands
+from lcl_adapter.data.mixture import Mixture, _group_ends, _order
+from lcl_adapter.data.sources import QuestionPool, read_image, shards
 from lcl_adapter.data.sources.shards import Cache, expanded, members_of, read_shards
 from lcl_adapter.errors import DataError, RecipeError, RunError
+from lcl_adapter.evaluate import check_held_out
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.training import trainer
+from lcl_adapter.training import preflight, trainer
+from lcl_adapter.training.callbacks import BarCallback
 from tests.test_trainer import losses, small
 
 SAMPLES = 6
@@ -257,6 +261,125 @@ def test_a_bad_sample_is_left_out_and_counted(pocket_tiny: Path, folder: Path, t
     pool = read_shards(folder, "", None, Path("none"), 1, 4)
     with pytest.raises(DataError, match=r"set-001.tar: sample 'part/00007': .*are expected"):
         pool.dialogues[7]
+
+
+def many_shards(place: str, tmp_path: Path, broken: range, sizes: range = range(12)) -> dict[str, str]:
+    """Shards where only fsspec reads them: the options of a source."""
+    memory = fsspec.filesystem("memory")
+    listed = []
+    for number in sizes:
+        memory.pipe(f"/{place}/set-{number:03d}.tar", shard(number * SAMPLES, broken=broken))
+        listed.append({"url": f"set-{number:03d}.tar", "nsamples": SAMPLES})
+    index = tmp_path / f"{place}.json"
+    index.write_text(json.dumps({"wids_version": 1, "shardlist": listed}))
+    urls = f"memory://{place}/set-{{{sizes[0]:03d}..{sizes[-1]:03d}}}.tar"
+    return {"type": "shards", "urls": urls, "index": str(index), "cache": str(tmp_path / "cache")}
+
+
+def test_a_bad_sample_is_replaced_by_one_of_the_shards_that_are_mixed_with_it(pocket_tiny: Path, folder: Path, tmp_path: Path) -> None:
+    """Any other would have to be fetched, a whole shard for one sample. If all of them are bad, any other is used."""
+    (folder / "set-004.tar").write_bytes(shard(24, 3))
+    mixture = Mixture(recipe_of(pocket_tiny, tmp_path, path=str(folder), packed=2))
+    pool = mixture.pools["vqa"]
+    assert isinstance(pool, QuestionPool)
+    for epoch in range(2):
+        order = _order(0, "vqa", epoch, 27, pool.shard_sizes, 2)
+        owner = np.searchsorted(np.cumsum(pool.shard_sizes), order, side="right")
+        start = 0
+        for end in _group_ends(0, "vqa", epoch, 27, pool.shard_sizes, 2):
+            members = set(order[start:end].tolist())
+            assert len(set(owner[start:end])) <= 2
+            for place in range(start, end):
+                replaced = {mixture._shuffled("vqa", pool, 27 * epoch + place, shift) for shift in range(1, end - start)}
+                assert replaced == members - {int(order[place])}
+            start = end
+        assert start == 27
+    index = next(i for i in range(30) if mixture.slot(i).source == "vqa")
+    assert len({mixture.draw(index, attempt)[0].origin for attempt in range(40)}) > 2 * SAMPLES  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_command_fetches_what_it_needs_first_and_counts_bad_samples(
+    pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Two sources of shards, a suite of classes, a suite of shards, measured during and after the training."""
+    fetched: list[str] = []
+    before: list[str] = []
+    real = fsspec.open
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or real(url, mode))
+    begin = BarCallback.on_train_begin
+    monkeypatch.setattr(BarCallback, "on_train_begin", lambda *args, **options: before.extend(fetched) or begin(*args, **options))
+    made = small(pocket_tiny, tmp_path / "run", max_steps=4, dataloader_num_workers=workers).model_dump(mode="json", exclude_none=True)
+    sources = {name: {**many_shards(name, tmp_path, range(0, 72, 3)), "mixed": 2, "share": 0.4} for name in ("one", "two")}
+    made["sources"] = {"lcl": {**made["sources"]["lcl"], "split": "train", "share": 0.2}, **sources}
+    measured = many_shards("eval", tmp_path, range(0, 72, 5), range(2))
+    classes = {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": 1, "neighbours": "easy", "episodes": 2}
+    made["evaluate"] = {"suites": {"classes": classes, "vqa": {"kind": "vqa", "source": measured}}, "every": 4, "during": ["vqa"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    result = commands.train(str(tmp_path / "recipe.yaml"))
+    for name in ("one", "two"):
+        first = [url for url in before if f"//{name}/" in url]
+        assert 1 <= len(set(first)) == len(first) <= 2, "only the shards that are mixed first, each once"
+        assert len({url for url in fetched if f"//{name}/" in url}) <= 4
+    bad = read_manifest(tmp_path / "run")["bad_pictures"]
+    assert all(re.match(r"memory://(one|two)/set-\d+.tar: sample 'part/\d+': .*are expected", fault) for fault in bad)
+    assert bad
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert all(fault in card for fault in bad)
+    row = next(row for row in result["suites"] if row["name"] == "vqa")
+    assert (row["n"], row["left_out"]) == (5, 1), "6 of the 12 are measured during the training"
+    assert "5 (1 left out)" in card
+    assert "5 (1 left out)" in (tmp_path / "run" / "report.html").read_text()
+    made["output"] = str(tmp_path / "strict")
+    made["evaluate"]["suites"]["vqa"]["source"]["on_fault"] = "refuse"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    with pytest.raises(DataError, match=r"^memory://eval/set-000.tar: sample 'part/00000'"):
+        commands.train(str(tmp_path / "recipe.yaml"))
+    assert not (tmp_path / "strict").exists()
+
+
+def test_every_bad_sample_is_listed_and_memory_is_bounded(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data check` reads all shards. It holds the pictures of a few samples at a time."""
+    alive, most = 0, 0
+
+    class Counted(bytes):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    real = os.pread
+
+    def counted(file: int, size: int, offset: int) -> bytes:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return Counted(real(file, size, offset))
+
+    source = many_shards("check", tmp_path, range(0, 72, 7))
+    made = recipe_of(pocket_tiny, tmp_path / "run", **{k: v for k, v in source.items() if k != "type"})
+    monkeypatch.setattr(shards.os, "pread", counted)
+    monkeypatch.setattr(preflight, "TOGETHER", 8)
+    result = preflight.check(made)
+    bad = [fault["message"] for fault in result["faults"] if fault["kind"] == "bad sample"]
+    assert len(bad) == len(range(0, 72, 7)) == result["sources"]["vqa"]["left_out"]["bad sample"]
+    assert 8 <= most <= 8 * 4
+
+
+def test_a_shard_that_cannot_be_listed_is_left_out_or_refused(folder: Path) -> None:
+    cut(folder)
+    pool = read_shards(folder, "", None, Path("none"), 1, 4, on_fault="skip")
+    assert (len(pool), pool.skipped) == (4 * SAMPLES, {"broken shard": 1})
+    with pytest.raises(DataError, match=r"1 fault .*\n.*set-002.tar: not a tar archive"):
+        read_shards(folder, "", None, Path("none"), 1, 4, on_fault="refuse")
+
+
+def test_shards_that_are_trained_on_are_not_measured(pocket_tiny: Path, tmp_path: Path) -> None:
+    source = many_shards("same", tmp_path, range(0))
+    made = recipe_of(pocket_tiny, tmp_path / "run", **{k: v for k, v in source.items() if k != "type"}).model_dump(mode="json", exclude_none=True)
+    made["evaluate"]["suites"] = {"vqa": {"kind": "vqa", "source": {**source, "urls": "memory://same/set-{011..012}.tar"}}}
+    recipe = Recipe.model_validate(made)
+    with pytest.raises(RecipeError, match="source vqa trains on the same file"):
+        check_held_out(recipe, Mixture(recipe))
 
 
 def cut(folder: Path) -> None:

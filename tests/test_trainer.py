@@ -22,7 +22,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, to_conversation
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.errors import EpisodeError, RunError
+from lcl_adapter.errors import DataError, EpisodeError, RunError
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
 from lcl_adapter.training import trainer
@@ -78,8 +78,15 @@ def test_resume_gives_the_uninterrupted_runs_losses_and_weights(pocket_tiny: Pat
     half = tmp_path / "cut" / "checkpoints" / "checkpoint-5"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
+    others = [half.with_name(name) for name in ("checkpoint-x", "checkpoint-", "checkpoint-4-copy", "checkpoint-best")]
+    for other in others:
+        other.mkdir()
+    others.append(half.with_name("checkpoint-7"))
+    others[-1].write_text("a file")
     trainer.train(small(pocket_tiny, tmp_path / "cut"), resume=True)
     assert not half.exists()
+    left = {"checkpoint-4", "checkpoint-6", *(other.name for other in others)}
+    assert {path.name for path in half.parent.glob("checkpoint-*")} == left
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
@@ -147,6 +154,25 @@ def test_workers_draw_the_same_episodes(pocket_tiny: Path, tmp_path: Path) -> No
     trainer.train(small(pocket_tiny, tmp_path / "none", max_steps=3))
     trainer.train(small(pocket_tiny, tmp_path / "two", max_steps=3, dataloader_num_workers=2))
     assert losses(tmp_path / "none") == losses(tmp_path / "two")
+
+
+def test_a_worker_that_is_not_forked_draws_the_same_episodes(pocket_tiny: Path, photos: Path, tmp_path: Path) -> None:
+    """As on macOS. It counts the same bad pictures, and an error that ends the run arrives without its traceback."""
+    (photos / "good" / "0.png").write_bytes(b"no picture")
+
+    def made(name: str, **changes: Any) -> Recipe:
+        source = {"type": "class-folder", "path": str(photos), "shots": [1]}
+        raw = small(pocket_tiny, tmp_path / name, max_steps=2, seed=1, **changes).model_dump(mode="json", exclude_none=True)
+        return Recipe.model_validate({**raw, "sources": {"photos": source, **raw["sources"]}})
+
+    alone = trainer.train(made("none"))
+    facts = trainer.train(made("one", dataloader_num_workers=1, dataloader_multiprocessing_context="spawn"))
+    assert losses(tmp_path / "none") == losses(tmp_path / "one")
+    assert facts["bad_pictures"] == alone["bad_pictures"] != {}
+    strict = made("strict", dataloader_num_workers=1)
+    with pytest.raises(DataError) as caught:
+        trainer.train(strict.model_copy(update={"data": strict.data.model_copy(update={"on_fault": "refuse"})}))
+    assert str(caught.value).startswith(f"{photos}/good/0.png: not an image")
 
 
 def test_loss_is_the_models_own_on_the_same_rows(tiny_base: Base, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 ``prefill`` reads a support set once and leaves it in the model's cache. ``ask`` puts questions behind it, several in one
 row. The attention mask separates them: each question attends to the support set and to itself. The answers to score
 follow their question in the same way, and so do generated tokens. Thus the support set is neither read again nor
-copied. After each pass the cache is put back to the support set alone.
+copied. After each pass the cache is put back to the support set alone. ``run`` groups requests into batches that fit the
+free memory.
 
     predictor = Predictor(base)
     prefilled = predictor.prefill([support_turns])
@@ -19,21 +20,23 @@ Shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache
 
-from lcl_adapter.answering.cache import Prefilled
-from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, Ids, PackedAnswer, PackedQuestion, Row
+from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, Limits, SetOfRequests, room
+from lcl_adapter.answering.cache import Prefilled, new_cache
+from lcl_adapter.answering.room import widths_of
+from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row
 from lcl_adapter.base.encoder import position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EpisodeError
 
-QUESTIONS_PER_PASS = 8  # questions behind one support set that the model reads at a time
 SupportTurns = tuple[Turn, ...]
 Request = tuple[SupportTurns, Turn, tuple[str, ...]]  # support set, query, answers to score
 Place = tuple[int, int]  # a row and a token in it
@@ -84,7 +87,8 @@ class Reply:
 class Predictor:
     """Answers questions with one base: with its adapter, or without it inside ``base.without_adapter()``.
 
-    batch_size: support sets in a pass. pack: questions behind one support set in a pass.
+    batch_size: support sets in a pass, at most. pack: questions behind one support set in a pass, at most. ``run`` takes
+    fewer of both where the free memory asks for it.
     """
 
     base: Base
@@ -97,18 +101,21 @@ class Predictor:
         self.vision = self.vision or VisionFeatures(self.base)
         self.encoder = self.base.encoder()
         self.device = self.base.device
+        self.widths = widths_of(self.base.llava.config.get_text_config())
+        self.limits = Limits(self.widths, self.base.dtype.itemsize, self.device.type, self.batch_size, self.pack)
 
     @torch.inference_mode()
-    def prefill(self, supports: Sequence[Sequence[Turn]]) -> Prefilled:
+    def prefill(self, supports: Sequence[Sequence[Turn]], behind: int = 0) -> Prefilled:
         """Read each support set once. Either all sets have turns, or none has.
 
+        behind: tokens to reserve behind the longest set, so that questions which need no more are asked without a copy.
         Raises EpisodeError if a set leaves no room in the context; DataError for a broken picture.
         """
-        rows = [self.encoder.turns(turns)[0] if turns else [] for turns in supports]
+        rows = [self._support_ids(turns) for turns in supports]
         longest = max(len(row) for row in rows)
         if longest >= self.encoder.context:
             raise EpisodeError(f"a support set of {longest} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
-        cache = DynamicCache(config=self.base.llava.config.get_text_config())
+        cache = new_cache(self.widths.layers, longest + behind)
         next_positions = [0] * len(rows)
         mask_SP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
         if longest:
@@ -120,7 +127,6 @@ class Predictor:
             self._forward(ids_SP, mask_SP, position_SP, cache, turns, logits_at=1)
         return Prefilled(cache, mask_SP, torch.tensor(next_positions, device=self.device))
 
-    @torch.inference_mode()
     def ask(self, prefilled: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
         """Replies in the order of the questions. ``prefilled`` is unchanged afterwards.
 
@@ -130,12 +136,10 @@ class Predictor:
         queues: list[list[int]] = [[] for _ in range(prefilled.mask.shape[0])]
         for index, question in enumerate(questions):
             queues[question.support].append(index)
+        encoded = [[self._encoded(questions[i].turn, questions[i].answers, prefilled.empty) for i in queue] for queue in queues]
         replies: dict[int, Reply] = {}
-        for start in range(0, max(map(len, queues)), self.pack):
-            packs = [queue[start : start + self.pack] for queue in queues]
-            answered = self._ask_together(prefilled, [[questions[i] for i in pack] for pack in packs], generate)
-            for pack, own in zip(packs, answered, strict=True):
-                replies.update(zip(pack, own, strict=True))
+        for queue, own in zip(queues, self._ask_encoded(prefilled, encoded, generate, self.limits.pack), strict=True):
+            replies.update(zip(queue, own, strict=True))
         return [replies[i] for i in range(len(questions))]
 
     @torch.inference_mode()
@@ -145,12 +149,12 @@ class Predictor:
         choose: gets a turn's index and the logits [V] of its next token. It returns the token's id, or None to end this
         answer. It may raise. ``prefilled`` is unchanged afterwards in every case. Raises EpisodeError if there is no room.
         """
-        row = self._row([Question(0, turn) for turn in turns], prefilled.empty)
+        row = Row.of(self._encoded(turn, (), prefilled.empty) for turn in turns)
         longest = int(prefilled.mask.sum()) + row.longest + new_tokens
         if longest > self.encoder.context:
             raise EpisodeError(f"the turns and up to {new_tokens} new tokens are {longest} tokens, the context is {self.encoder.context}.")
         segment_ST = self._padded([row.segment], len(row.ids), PADDING)
-        with prefilled.restoring():
+        with prefilled.room_for(len(row.ids) + new_tokens * len(turns)):
             logits_KV, _ = self._read_rows(prefilled, [row], segment_ST, turns)
             read_tokens = self._token_reader(prefilled, [row], segment_ST)
             unfinished = list(range(len(turns)))
@@ -171,7 +175,9 @@ class Predictor:
         number of requests in it. new_tokens: how long a generated answer may be in this call.
         """
         if new_tokens is not None and new_tokens != self.max_new_tokens:
-            return replace(self, max_new_tokens=new_tokens).run(requests, generate, done)
+            other = replace(self, max_new_tokens=new_tokens)
+            other.limits = self.limits  # as memory has shown them to be
+            return other.run(requests, generate, done)
         groups: dict[SupportTurns, list[int]] = {}
         for index, (support, _, _) in enumerate(requests):
             if support:
@@ -179,33 +185,53 @@ class Predictor:
         by_length = sorted(groups.items(), key=lambda item: (len(item[0]), len(item[1]), sum(len(t.text) for t in item[0])))
         without_support = sorted((i for i, r in enumerate(requests) if not r[0]), key=lambda i: len(requests[i][1].text))
         replies: dict[int, Reply] = {}
-        for batch in (*self._batches(by_length), *self._batches([((), [i]) for i in without_support])):
-            prefilled = self.prefill([support for support, _ in batch])
-            indices = [i for _, members in batch for i in members]
-            supports = [number for number, (_, members) in enumerate(batch) for _ in members]
-            questions = [Question(support, requests[i][1], requests[i][2]) for i, support in zip(indices, supports, strict=True)]
-            replies.update(zip(indices, self.ask(prefilled, questions, generate), strict=True))
-            if done:
-                done(len(indices))
+        for same_kind in (by_length, [((), [i]) for i in without_support]):
+            sets = (
+                SetOfRequests(support, members, len(self._support_ids(support)), [self._encoded(*requests[i][1:], not support) for i in members])
+                for support, members in same_kind
+            )
+            for batch in self.limits.batches(sets, self.max_new_tokens if generate else 0):
+                for part in self.limits.parts_that_fit(batch, partial(self._answer, generate)):
+                    replies.update(part)
+                    if done:
+                        done(len(part))
         return [replies[i] for i in range(len(requests))]
 
-    def _batches(self, groups: Iterable[tuple[SupportTurns, list[int]]]) -> Iterator[list[tuple[SupportTurns, list[int]]]]:
-        listed = list(groups)
-        for start in range(0, len(listed), self.batch_size):
-            yield listed[start : start + self.batch_size]
+    @torch.inference_mode()
+    def _answer(self, generate: bool, sets: Sequence[SetOfRequests], pack: int) -> dict[int, Reply]:
+        """The replies about some support sets, ``pack`` questions at a time, by the indices of their requests."""
+        behind = max(room(one, pack, self.max_new_tokens if generate else 0) for one in sets)
+        prefilled = self.prefill([one.support for one in sets], behind)
+        answered = self._ask_encoded(prefilled, [one.questions for one in sets], generate, pack)
+        return {index: reply for one, own in zip(sets, answered, strict=True) for index, reply in zip(one.members, own, strict=True)}
 
-    def _ask_together(self, prefilled: Prefilled, packs: Sequence[Sequence[Question]], generate: bool) -> list[list[Reply]]:
+    def _support_ids(self, turns: Sequence[Turn]) -> Ids:
+        return self.encoder.turns(turns)[0] if turns else []
+
+    @torch.inference_mode()
+    def _ask_encoded(self, prefilled: Prefilled, questions: Sequence[Sequence[EncodedQuestion]], generate: bool, pack: int) -> list[list[Reply]]:
+        """Replies to the questions about each support set, ``pack`` at a time."""
+        replies: list[list[Reply]] = [[] for _ in questions]
+        for start in range(0, max(map(len, questions)), pack):
+            answered = self._ask_together(prefilled, [own[start : start + pack] for own in questions], generate)
+            for all_of_set, now in zip(replies, answered, strict=True):
+                all_of_set += now
+        return replies
+
+    def _ask_together(self, prefilled: Prefilled, packs: Sequence[Sequence[EncodedQuestion]], generate: bool) -> list[list[Reply]]:
         """Replies to up to ``pack`` questions behind each support set.
 
         One forward pass reads the questions and the answers to score. Each generated token needs one more.
         """
-        rows = [self._row(questions, prefilled.empty) for questions in packs]
+        rows = [Row.of(questions) for questions in packs]
         lengths_S = prefilled.mask.sum(1) + torch.tensor([row.longest for row in rows], device=self.device)
         longest = int(lengths_S.max())
         if longest + self.max_new_tokens > self.encoder.context:
             raise EpisodeError(f"support set and query are {longest} tokens, the context is {self.encoder.context}: show fewer photos.")
-        segment_ST = self._padded([row.segment for row in rows], max(len(row.ids) for row in rows), PADDING)
-        with prefilled.restoring():
+        length = max(len(row.ids) for row in rows)
+        segment_ST = self._padded([row.segment for row in rows], length, PADDING)
+        new_tokens = self.max_new_tokens * max(len(row.questions) for row in rows) if generate else 0
+        with prefilled.room_for(length + new_tokens):
             turns = [question.turn for questions in packs for question in questions]
             logits_NV, index_of = self._read_rows(prefilled, rows, segment_ST, turns)
             scores = self._scores(logits_NV, index_of, rows)
@@ -216,27 +242,16 @@ class Predictor:
                 texts = self._generate_greedily(prefilled, rows, segment_ST, first)
         return [[Reply(*pair) for pair in zip(*own, strict=True)] for own in zip(texts, scores, strict=True)]
 
-    def _row(self, questions: Sequence[Question], first: bool) -> Row:
-        """The questions of one support set, and their answers, as segments.
-
-        first: no support set stands before them.
-        """
-        row = Row()
-        for question in questions:
-            prompt = self.encoder.turns([question.turn], opened=True, first=first)[0]
-            positions, next_position = self.encoder.positions(prompt)
-            last = row.add(prompt, NO_SEGMENT, positions) + len(prompt) - 1
-            segment = row.segment[-1]
-            row.longest = max(row.longest, len(prompt))
-            answers = []
-            for answer in question.answers:
-                whole = self.encoder.turns([question.turn, Turn("assistant", answer)], first=first)[0]
-                ids = whole[len(prompt) :]  # the prompt is a prefix: check_alignment makes sure of it
-                start = row.add(ids[:-1], segment, self.encoder.positions(ids[:-1], next_position)[0])
-                answers.append(PackedAnswer(ids, [last, *range(start, start + len(ids) - 1)]))
-                row.longest = max(row.longest, len(whole) - 1)
-            row.questions.append(PackedQuestion(segment, last, next_position, tuple(answers)))
-        return row
+    def _encoded(self, turn: Turn, answers: Sequence[str], first: bool) -> EncodedQuestion:
+        """A question and its answers as tokens. first: no support set stands before it."""
+        prompt = self.encoder.turns([turn], opened=True, first=first)[0]
+        positions, next_position = self.encoder.positions(prompt)
+        encoded = []
+        for answer in answers:
+            whole = self.encoder.turns([turn, Turn("assistant", answer)], first=first)[0]
+            ids = whole[len(prompt) :]  # the prompt is a prefix: check_alignment makes sure of it
+            encoded.append((ids, self.encoder.positions(ids[:-1], next_position)[0]))
+        return EncodedQuestion(turn, prompt, positions, next_position, tuple(encoded))
 
     def _read_rows(
         self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor, turns: Sequence[Turn]
@@ -336,7 +351,7 @@ class Predictor:
         ids: torch.Tensor,
         mask: torch.Tensor,
         positions: torch.Tensor,
-        cache: DynamicCache,
+        cache: Cache,
         turns: Sequence[Turn],
         logits_at: int | torch.Tensor,
     ) -> torch.Tensor:

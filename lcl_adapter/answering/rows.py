@@ -5,14 +5,36 @@ Shapes: T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lcl_adapter.base.encoder import Position
+from lcl_adapter.data.conversations import Turn
 
 Ids = list[int]
 PADDING = -1  # the segment of a padding token
 NO_SEGMENT = -2  # matches no token's segment, not even padding's: the parent of a question
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question as tokens. Its ``answers`` are token ids, with the positions of all but the last of them."""
+
+    turn: Turn
+    prompt: Ids
+    positions: Sequence[Position]
+    next_position: int
+    answers: tuple[tuple[Ids, Sequence[Position]], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes in a row, with its answers. The last token of an answer is not read."""
+        return len(self.prompt) + sum(len(positions) for _, positions in self.answers)
+
+    @property
+    def places(self) -> int:
+        """Tokens whose logits are needed."""
+        return 1 + sum(len(positions) for _, positions in self.answers)
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,26 @@ class Row:
     questions: list[PackedQuestion] = field(default_factory=list)
     longest: int = 0
 
-    def add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
+    @classmethod
+    def of(cls, questions: Iterable[EncodedQuestion]) -> Row:
+        """The questions of one support set, and their answers, as segments."""
+        row = cls()
+        for question in questions:
+            row.add_question(question)
+        return row
+
+    def add_question(self, question: EncodedQuestion) -> None:
+        last = self._add(question.prompt, NO_SEGMENT, question.positions) + len(question.prompt) - 1
+        segment = self.segment[-1]
+        self.longest = max(self.longest, len(question.prompt))
+        answers = []
+        for ids, positions in question.answers:
+            start = self._add(ids[:-1], segment, positions)
+            answers.append(PackedAnswer(ids, [last, *range(start, start + len(ids) - 1)]))
+            self.longest = max(self.longest, len(question.prompt) + len(ids) - 1)
+        self.questions.append(PackedQuestion(segment, last, question.next_position, tuple(answers)))
+
+    def _add(self, ids: Ids, parent: int, positions: Sequence[Position]) -> int:
         """Append a segment. Returns the index of its first token."""
         start, number = len(self.ids), 1 + max(self.segment, default=PADDING)
         self.ids += ids

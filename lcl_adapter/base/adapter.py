@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
@@ -41,13 +43,15 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     model's own are sharded among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
+    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
+        # Of these files, and not of those that another writer may put into the folder meanwhile
+        manifest = manifest_of(partial, base.checkpoint, base.family, name, {**own, **facts})
         (folder / MANIFEST).unlink(missing_ok=True)
         for file in FILES:
             os.replace(partial / file, folder / file)
-    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
-    write_json(folder / MANIFEST, manifest_of(folder, base.checkpoint, base.family, name, {**own, **facts}))
+    write_json(folder / MANIFEST, manifest)
 
 
 def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +137,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, ``checkpoint-<step>``, by step. Any other file or folder is ignored."""
+    steps = {path: re.fullmatch(r"checkpoint-([0-9]+)", path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.name.partition("-")[2]))
+
+
 def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter attached, ready to predict; and the manifest.
 
@@ -144,13 +154,21 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     folder = Path(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
-    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], device=base.device, tiles=manifest["tiles"]))
+    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation}
+    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
     model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
     check_adapted(model)
     model.eval()
     return loaded.with_model(model), manifest
+
+
+def load_weights(base: Base, folder: Path) -> None:
+    """Give a model with an adapter the weights of another adapter of the same shape. Raises AdapterError as load_adapter."""
+    read_manifest(folder)
+    result = set_peft_model_state_dict(base.model, load_file(folder / FILES[1]))
+    assert not result.unexpected_keys, result.unexpected_keys[:1]
 
 
 def checkpoint_of(folder: Path, manifest: Mapping[str, Any], base: BaseRef = NOT_GIVEN) -> Checkpoint:

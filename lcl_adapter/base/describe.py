@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.base.adapter import MANIFEST, read_manifest
+from lcl_adapter.base.adapter import MANIFEST, checkpoints_in, read_manifest
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, read_config
 from lcl_adapter.base.layouts.configs import LLAVA_TYPES
@@ -32,7 +32,7 @@ def describe(base: BaseRef | str) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists():
         return _adapter(folder)
     if (folder / "recipe.yaml").exists():
-        return {"kind": "run without an adapter", "folder": str(folder), "checkpoints": len(list(folder.glob("checkpoints/checkpoint-*")))}
+        return {"kind": "run without an adapter", "folder": str(folder), "checkpoints": len(checkpoints_in(folder / "checkpoints"))}
     raw = read_config(folder)
     if "vision_config" not in raw and "mm_vision_tower" not in raw and "patch_size" in raw:
         return {

@@ -67,6 +67,14 @@ class Encoder:
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._part = lru_cache(maxsize=8192)(self._tokenise)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache of tokenised texts: a process that loads data fills its own."""
+        return {name: value for name, value in vars(self).items() if name != "_part"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._part = lru_cache(maxsize=8192)(self._tokenise)
+
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
         """Matches every text that the tokenizer or the prompt reads as a special token."""
@@ -93,6 +101,10 @@ class Encoder:
     @property
     def tokens_an_image(self) -> int:
         return len(self.image)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has. The texts contain no image."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
     def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
         """Each token's position, and the position of the next token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from lcl_adapter.amounts import release_large_blocks
+from lcl_adapter.base.attention import check_available, read_masks
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
@@ -24,9 +27,9 @@ from lcl_adapter.base.layouts.configs import LLAVA_TYPES, TILED_TYPES
 from lcl_adapter.base.layouts.keys import DROPPED, language_path, skeleton
 from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision, compute_type, quantisation
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.devices import default_device
 from lcl_adapter.errors import ModelError
-from lcl_adapter.processes import default_device
-from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision
+from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision
 from lcl_adapter.terminal import console
 
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
@@ -158,10 +161,12 @@ def load_base(base: BaseRef | str) -> Base:
 
     nf4 and int8 quantise only the linear layers of the language model, nf4 with double quantisation. ``auto`` chooses.
 
-    Raises ModelError: no such base, no image-text model, weights that do not fit their config.
+    Raises ModelError: no such base, no image-text model, weights that do not fit their config, a model without
+    ``mm_encoder_outputs``.
     """
-    ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False)
+    ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False, attn_implementation="sdpa")
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
+    attention = cast(Attention, ref.attn_implementation)
     checkpoint = open_checkpoint(ref)
     config, family = checkpoint.config, family_of(checkpoint)
     if tiles and config.model_type not in TILED_TYPES:
@@ -171,13 +176,16 @@ def load_base(base: BaseRef | str) -> Base:
     _ = checkpoint.image_processor  # a fault in it is reported before any weight is read
     if config.model_type in LLAVA_TYPES:
         _ = checkpoint.weights  # and so is a missing or incomplete shard, or one of another checkpoint
+    if precision in QUANTISED and device == "mps":
+        raise ModelError(f"precision {precision} is not available on Apple's GPUs: use fp16 (`--precision fp16`).")
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
     if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
         release_large_blocks()
     dtype = TYPES.get(precision) or compute_type(device)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "config": config}
+    check_available(attention, device, dtype)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "config": config}
     if precision in QUANTISED:
         options["quantization_config"] = quantisation(precision, dtype, config)
         options["device_map"] = {"": device}
@@ -201,10 +209,16 @@ def load_base(base: BaseRef | str) -> Base:
         keys = sorted(key for key in map(str, report.get(fault) or ()) if not DROPPED.search(key))
         if keys:
             raise ModelError(f"base {checkpoint.folder}: {fault.replace('_', ' ')} in the weights, for instance {keys[0]}.")
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:  # it would be ignored, and the pictures with it
+        raise ModelError(
+            f"base {checkpoint.folder}: {type(model).__name__} of transformers {transformers.__version__} accepts no picture features "
+            "(`mm_encoder_outputs`). Use another base; for a LLaVA, install transformers 5.23 or newer."
+        )
     if precision in QUANTISED:
         check_quantised(model, precision)
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
+    read_masks(model, attention)
     return Base(model, checkpoint, family, precision, tiles)
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lcl_adapter.base.layouts.keys import language_path, skeleton
+from lcl_adapter.devices import free_memory
 from lcl_adapter.errors import ModelError
-from lcl_adapter.processes import free_memory
 from lcl_adapter.recipe.schema import Precision
 
 TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +27,8 @@ def choose_precision(config: Any, device: str, memory: int | None = None) -> tup
     if device == "cpu":
         fits = 1.3 * 4 * count < free
         return ("fp32" if fits else "bf16"), f"{4 * count / 1e9:.1f} GB of weights in fp32, {free / 1e9:.1f} GB of memory free; CPUs are slow in less"
+    if device == "mps":
+        return "fp16", f"{2 * count / 1e9:.1f} GB of weights in 16 bits, which Apple's GPUs compute fastest in; {free / 1e9:.1f} GB free"
     old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     half: Precision = "fp16" if old else "bf16"
     if 1.35 * 2 * count < free:

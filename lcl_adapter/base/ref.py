@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.recipe.schema import Attention, Precision
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,10 @@ class BaseRef:
 
     name: ``pocket`` (the default), a folder in either layout, or a name in the local Hugging Face cache.
     precision: fp32 by default; nf4 and int8 quantise the linear layers of the language model only; ``auto`` chooses.
-    device: "cuda" or "cpu"; the GPU by default, where the machine has one.
+    device: "cuda", "mps" or "cpu"; the GPU by default, where the machine has one.
     tower: the vision tower's folder, where the one in an original config is not on this machine.
     tiles: for LLaVA-NeXT and OneVision, reads pictures at twice the size in tiles; off by default.
+    attn_implementation: how attention is computed; SDPA by default.
     """
 
     name: str | None = None
@@ -25,12 +26,13 @@ class BaseRef:
     device: str | None = None
     tower: str | None = None
     tiles: bool | None = None
+    attn_implementation: Attention | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
         """The reference of a base's name or of a recipe; a reference is returned unchanged."""
         if isinstance(base, Recipe):
-            return cls(base.base, base.precision, tower=base.vision_tower, tiles=base.tiles)
+            return cls(base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation)
         return cls(base) if isinstance(base, str) else base
 
     def defaulting_to(self, **values: Any) -> BaseRef:

@@ -76,6 +76,8 @@ class _ProjectorReachedError(Exception):
 class VisionFeatures:
     """Features of pictures, cached up to ``limit`` bytes. The least recently used picture is dropped first.
 
+    The cache is in main memory, pinned where the model is on CUDA, so that a GPU holds only the features in use.
+
     ``requested`` counts pictures that features were requested of, ``computed`` those that went through the tower.
     """
 
@@ -142,7 +144,7 @@ class VisionFeatures:
                 features.append(computed[picture])
             else:
                 self.cache.move_to_end(picture)
-                features.append(self.cache[picture])
+                features.append(self.cache[picture].to(self.base.device, non_blocking=True))
         for picture, features_SPC in computed.items():
             self._add_to_cache(picture, features_SPC)
         return torch.stack(features)
@@ -230,11 +232,23 @@ class VisionFeatures:
         return features_NPD[:, None]
 
     def _add_to_cache(self, picture: Picture, features_SPC: torch.Tensor) -> None:
-        size = features_SPC.numel() * features_SPC.element_size()
+        size = self._size(features_SPC)
         while self.cache and self.bytes + size > self.limit:
             _, dropped = self.cache.popitem(last=False)
-            self.bytes -= dropped.numel() * dropped.element_size()
+            self.bytes -= self._size(dropped)
         if size <= self.limit:
             # A key equal to the picture, without the file's bytes
-            self.cache[replace(picture, data=None)] = features_SPC.clone()
+            self.cache[replace(picture, data=None)] = self._in_main_memory(features_SPC)
             self.bytes += size
+
+    def _size(self, features_SPC: torch.Tensor) -> int:
+        """Bytes that a picture takes in the cache. torch rounds a pinned allocation up to a power of two."""
+        size = features_SPC.numel() * features_SPC.element_size()
+        return 1 << (size - 1).bit_length() if self.base.device.type == "cuda" else size
+
+    def _in_main_memory(self, features_SPC: torch.Tensor) -> torch.Tensor:
+        """A copy; of features on CUDA a pinned one, from which a copy back does not wait."""
+        if self.base.device.type != "cuda":
+            return features_SPC.detach().to("cpu", copy=True)
+        pinned = torch.empty(features_SPC.shape, dtype=features_SPC.dtype, pin_memory=True)
+        return pinned.copy_(features_SPC)

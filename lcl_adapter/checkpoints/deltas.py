@@ -3,17 +3,17 @@
 LoRA, rsLoRA, DoRA and starts such as PiSSA are therefore merged exactly as PEFT merges them. The whole model is never
 in memory.
 
-Shapes: O output width of a layer, I its input width, R rank of the adapter, N random inputs (INPUT_COUNT).
+Shapes: O output width of a layer, I its input width, R rank of the adapter.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,13 +23,11 @@ from peft.tuners.lora.layer import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 
 from lcl_adapter.base.layouts.tensors import tensors_in_file
 from lcl_adapter.errors import AdapterError
 
 PREFIX = "base_model.model."
-INPUT_COUNT = 4
 PART_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
 
 
@@ -96,11 +94,15 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The factor of B @ A: alpha / R for LoRA, alpha / sqrt(R) for rsLoRA (arXiv 2312.03732).
+        """The factor of B @ A where all layers have one rank, see :meth:`scaling_of`."""
+        return self._factor(self.config.r, self.config.lora_alpha)
 
-        It assumes one rank for all layers.
-        """
-        return float(self.config.lora_alpha) / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
+    def scaling_of(self, module: str) -> float:
+        """The factor of B @ A in ``module``: alpha / R for LoRA, alpha / sqrt(R) for rsLoRA (arXiv 2312.03732)."""
+        return self._factor(*self.rank_and_alpha(module))
+
+    def _factor(self, rank: int, alpha: float) -> float:
+        return float(alpha) / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     @property
     def starts_from_weight(self) -> bool:
@@ -126,25 +128,30 @@ def check_combinable(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(f"{trained[0].folder} and {trained[1].folder} have both trained {name} in full; only one may.")
 
 
-def merged_rows(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Generator[torch.Tensor, None, ExpectedOutputs]:
+def merged_rows(module: str, weight: Iterable[torch.Tensor], adapters: Sequence[Adapter]) -> Iterator[torch.Tensor]:
     """Merge adapters into a weight [O, I], given as consecutive blocks of rows. Yields the merged blocks in fp32.
 
-    Returns the outputs of PEFT's unmerged layer, to check the merged weight against. LoRA and DoRA can be merged block
-    by block because no row of the result depends on another row. Raises AdapterError if an adapter's outputs are not
-    finite.
+    LoRA and DoRA can be merged block by block because no row of the result depends on another row. Raises AdapterError
+    if the result is not finite.
     """
     if any(adapter.starts_from_weight for adapter in adapters if module in adapter.layers):
         weight = [torch.cat(list(weight))]
-    outputs, first = [], 0
+    first = 0
     for block_OI in weight:
         layer = _layer_with_adapters(module, block_OI.float(), adapters, slice(first, first + len(block_OI)))
-        outputs.append(_outputs_before_merging(module, layer))
         layer.merge()
         merged_OI = layer.get_base_layer().weight.data
         del layer.get_base_layer().weight  # PEFT's layers form a reference cycle, which would hold this memory until it is collected
+        if not all(edge.isfinite() for edge in torch.aminmax(merged_OI)):
+            raise AdapterError(f"{module}: the merged weight is not finite (NaN or infinity); the adapter is broken.")
         yield merged_OI
         first += len(block_OI)
-    return ExpectedOutputs(torch.cat([part.outputs for part in outputs], 1), max(part.effect for part in outputs))
+
+
+def weight_at_start(module: str, weight_OI: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+    """The weight that adapters are added to which were initialised from it, as PiSSA's: PEFT subtracts their start."""
+    start: torch.Tensor = _layer_with_adapters(module, weight_OI.float().clone(), adapters, slice(None)).get_base_layer().weight.data
+    return start
 
 
 def _layer_with_adapters(module: str, weight_OI: torch.Tensor, adapters: Sequence[Adapter], rows: slice) -> Linear:
@@ -169,43 +176,6 @@ def _layer_with_adapters(module: str, weight_OI: torch.Tensor, adapters: Sequenc
     layer.set_adapter(list(layer.lora_A.keys()))
     layer.requires_grad_(False)
     return layer.eval()
-
-
-@dataclass(frozen=True)
-class ExpectedOutputs:
-    """Outputs of a layer with its adapters, before merging, for the random inputs: [N, O].
-
-    ``effect`` is the largest difference from the outputs of the layer without adapters.
-    """
-
-    outputs: torch.Tensor
-    effect: float
-
-    def distance(self, merged: Iterable[torch.Tensor]) -> float:
-        """Largest difference from the outputs of a merged weight, given as blocks of rows.
-
-        Infinite if its outputs are not finite.
-        """
-        outputs_NO = torch.cat([functional.linear(random_inputs(block_OI.shape[1]), block_OI.float()) for block_OI in merged], 1)
-        return float((outputs_NO - self.outputs).abs().max()) if outputs_NO.isfinite().all() else math.inf
-
-
-@cache
-def random_inputs(width: int) -> torch.Tensor:
-    """The same random inputs for every call with this width, [N, I]."""
-    return torch.randn(INPUT_COUNT, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _outputs_before_merging(module: str, layer: Linear) -> ExpectedOutputs:
-    """Outputs of PEFT's layer with the adapters active. Raises AdapterError if they are not finite."""
-    base_outputs: list[torch.Tensor] = []
-    hook = layer.get_base_layer().register_forward_hook(lambda _, __, output: base_outputs.append(output.clone()))
-    outputs_NO = layer(random_inputs(layer.in_features))
-    hook.remove()
-    if not outputs_NO.isfinite().all():
-        raise AdapterError(f"{module}: the adapter's outputs are not finite (NaN or infinity); the adapter is broken.")
-    return ExpectedOutputs(outputs_NO, float((outputs_NO - base_outputs[0]).abs().max()))
 
 
 def blended_weight(name: str, adapters: Sequence[Adapter], base_weight: torch.Tensor) -> torch.Tensor:

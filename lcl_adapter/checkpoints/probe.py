@@ -19,7 +19,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.data.sources import read_pocket
-from lcl_adapter.processes import free_memory
+from lcl_adapter.devices import free_memory
 from lcl_adapter.recipe.sources import EpisodeOptions
 
 PROBE_COUNT = 8

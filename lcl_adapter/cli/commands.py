@@ -22,11 +22,12 @@ from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.memory import plan as planning
-from lcl_adapter.recipe import load
+from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.terminal import console
-from lcl_adapter.training import preflight, trainer
+from lcl_adapter.training import hub, preflight, trainer
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.during import BEST, MeasureDuring, best_of
+from lcl_adapter.training.trackers import Trackers
 
 
 def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
@@ -40,6 +41,11 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     """
     resume, recipe_overrides = _split_resume(overrides)
     recipe = load(recipe_path, recipe_overrides)
+    with Trackers(recipe) as trackers:
+        return _train(recipe_path, recipe, resume, force, trackers)
+
+
+def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers: Trackers) -> dict[str, Any]:
     processes.join()  # from here on, this process has a GPU of its own
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
@@ -52,8 +58,9 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
                 raise RunError(
                     f"{recipe_path}: the forecast exceeds this machine's free memory. Change what is shown above, or train all the same with --force."
                 )
-    make_callback = (lambda base, save: MeasureDuring(recipe, base, save)) if recipe.evaluate.watched else None
-    facts = trainer.train(recipe, resume, make_callback, mixture)
+    repository = hub.open_repository(recipe) if processes.is_first() else None
+    make_callback = (lambda base, running: MeasureDuring(recipe, base, running)) if recipe.evaluate.watched else None
+    facts = trainer.train(recipe, resume, make_callback, mixture, trackers)
     if not processes.is_first():
         processes.leave()
         return {"run": str(recipe.output), "retained": True}  # the first process writes the files and evaluates
@@ -66,13 +73,20 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
         "training_seconds": facts["training_seconds"],
         "shares": facts["shares"],
         "retained": True,
+        **{name: facts[name] for name in ("early_stop", "best_step") if name in facts},
     }
     if recipe.evaluate.suites:
         result |= evaluate(recipe.output)
+        trackers.log_report(result["suites"])
         result["retained"] = all(row["retained"] for row in result["retention"])
         if not result["retained"]:
             result["best"] = best_of(recipe.output)
             _print_retention_failure(recipe.output, result["best"])
+    if repository and result["retained"]:
+        result["pushed"] = hub.push(recipe, repository)
+        console.print(f"pushed to {result['pushed']}", highlight=False, markup=False)
+    elif repository:
+        console.print(f"not pushed to {repository}: the retention gate does not pass", style="yellow", highlight=False, markup=False)
     return result
 
 
@@ -130,8 +144,26 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     result = merging.merge(run, out, **options)
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
     console.print(f"{out}: {written}", highlight=False)
-    gap, effect = result["largest_layer_difference"], result["largest_layer_effect"]
-    console.print(f"{result['layers']} layers: at most {gap:.2g} from the adapter's; the adapter itself changes up to {effect:.2g}", highlight=False)
+    share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
+    console.print(
+        f"{result['weights_checked']} changed weights: no element is further than rounding from base plus adapter; "
+        f"at least {share:.1%} of the effect arrived ({place})",
+        highlight=False,
+    )
+    if result["rounded_away"]:
+        console.print(
+            f"THE ADAPTER'S EFFECT IS MOSTLY LOST IN ROUNDING in {result['rounded_away']} of them: "
+            f"it is below the steps of {result['dtype']}. Write more bits (--dtype fp32), or raise the weight.",
+            style="bold yellow",
+            highlight=False,
+        )
+    elif not result.get("mostly_adapter", True):
+        console.print(
+            f"rounding to {result['dtype']} moves the answers by {result['largest_logit_difference']:.2g}, the adapter by "
+            f"{result['adapter_effect']:.2g}; --dtype fp32 rounds less",
+            style="yellow",
+            highlight=False,
+        )
     _print_probes(result)
     if "from_4_bit" in result:
         cost = result["from_4_bit"]

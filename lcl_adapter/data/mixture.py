@@ -4,6 +4,9 @@ Indices are grouped into blocks of 100. Every block has each source as often as 
 an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Each source
 has random streams of its own, by its name. Shares change between blocks only: where the recipe's curriculum changes
 them, and where a source has reached its cap or its end.
+
+An epoch has as many rows as the sources with a share have together (:func:`rows_of_a_pass`). Shares decide which source
+they come from, so one epoch can read a small source more than once.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ import numpy as np
 from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
+from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.randomness import generator
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
+from lcl_adapter.recipe.training import TrainOptions
 
 BLOCK = 100
+NEAR = 20  # attempts to replace a sample of a shard by one of the shards that are mixed with it; another shard is fetched whole
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,13 @@ class Mixture:
     def __init__(self, recipe: Recipe, pools: Mapping[str, Pool] | None = None) -> None:
         self.recipe = recipe
         self.seed = recipe.train.seed
-        train = recipe.train
-        self.total = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
         used = {name for _, shares in recipe.phases() for name, share in shares.items() if share > 0}
         self.options: dict[str, SourceOptions] = {n: s for n, s in recipe.sources.items() if n in used}
         self.pools = _open_all(self.options) if pools is None else {n: pools[n] for n in self.options}
         phases = [(start, {n: s for n, s in shares.items() if n in used}) for start, shares in recipe.phases()]
         self.limits = {n: limit for n, s in self.options.items() if (limit := _limit(s, self.pools[n])) is not None}
+        self.epoch = sum(rows_of_a_pass(s, self.pools[n]) for n, s in self.options.items())
+        self.steps, self.total = _steps_and_rows(recipe.train, self.epoch)
         self.ended: dict[str, str] = {}  # source -> "cap" or "end": why it gives no more rows
         self.segments = self._plan(phases)
         self._first_blocks = [s.first_block for s in self.segments]
@@ -101,6 +107,11 @@ class Mixture:
                 for name in remaining:
                     self.ended[name] = "cap" if self.options[name].cap == self.limits[name] else "end"
                 if not counts:
+                    spare = sum(remaining.values()) - (self.total - block * BLOCK)
+                    if spare >= 0:  # they suffice for the last block, which is shorter
+                        self.ended = {n: reason for n, reason in self.ended.items() if not spare or n not in remaining}
+                        segments.append(Segment(block, remaining, dict(drawn)))
+                        return segments
                     continue
                 length = 1
             segments.append(Segment(block, counts, dict(drawn)))
@@ -144,15 +155,21 @@ class Mixture:
         """
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
+        near = attempt if isinstance(pool, QuestionPool) and pool.shard_sizes and attempt <= NEAR else 0
         ordinal = slot.ordinal
         if not isinstance(pool, QuestionPool):
             assert isinstance(options, EpisodeOptions | InspectionOptions)
             return episodes.draw(pool, options, self.seed, attempt, ordinal, "training", slot.source)
         assert isinstance(options, QuestionOptions)
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
-        if options.at_end == "end" and not attempt:
+        if options.at_end == "end" and attempt == near:
             last = min(last, len(pool))  # the last row may have fewer
-        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, attempt)] for n in range(first, last))
+        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, near * options.packed, 0 if near else attempt)] for n in range(first, last))
+
+    @property
+    def pictures(self) -> int:
+        """At most so many distinct pictures. A question counts as one, because its source may not be read yet."""
+        return sum(len(pool) if isinstance(pool, QuestionPool) else len(set(pictures_of(pool))) for pool in self.pools.values())
 
     def realised(self, indices: Iterable[int]) -> dict[str, float]:
         """The share of each source among ``indices``."""
@@ -191,12 +208,21 @@ class Mixture:
         """The sources of a block's rows, in order."""
         counts = self._segment(block).counts
         names = [name for name in self.options for _ in range(counts.get(name, 0))]
-        return tuple(names[i] for i in generator("schedule", self.seed, block).permutation(BLOCK))
+        return tuple(names[i] for i in generator("schedule", self.seed, block).permutation(len(names)))
 
-    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, attempt: int) -> int:
-        """The dialogue of a source's ``ordinal``-th draw; each ``attempt`` has another order."""
+    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, shift: int = 0, attempt: int = 0) -> int:
+        """The dialogue of a source's ``ordinal``-th draw, or the one ``shift`` places on among the shards mixed with it.
+
+        Each ``attempt`` has another order.
+        """
         epoch, place = divmod(ordinal, len(pool))
-        return int(_order(self.seed, source, epoch, len(pool), pool.shard_sizes, pool.shards_at_once, attempt)[place])
+        key = self.seed, source, epoch, len(pool), pool.shard_sizes, pool.shards_at_once, attempt
+        if shift:
+            ends = _group_ends(*key)
+            group = bisect_right(ends, place)
+            start = ends[group - 1] if group else 0
+            place = start + (place - start + shift) % (ends[group] - start)
+        return int(_order(*key)[place])
 
 
 def _fingerprint(pool: Pool) -> list[list[object]]:
@@ -238,6 +264,35 @@ def _order(seed: int, source: str, epoch: int, size: int, shard_sizes: tuple[int
         members = [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[start : start + shards_at_once]]
         groups.append(rng.permutation(np.concatenate(members)))
     return np.concatenate(groups)
+
+
+@lru_cache(maxsize=16)
+def _group_ends(seed: int, source: str, epoch: int, size: int, shard_sizes: tuple[int, ...], shards_at_once: int, attempt: int = 0) -> list[int]:
+    """Where each group of shards that are mixed ends in the order of a pass."""
+    owners = np.searchsorted(np.cumsum(shard_sizes), _order(seed, source, epoch, size, shard_sizes, shards_at_once, attempt), side="right")
+    shards, first = np.unique(owners, return_index=True)
+    sizes = np.array(shard_sizes)[shards[np.argsort(first)]]
+    return [int(end) for end in np.cumsum([sizes[i : i + shards_at_once].sum() for i in range(0, len(sizes), shards_at_once)])]
+
+
+def rows_of_a_pass(options: SourceOptions, pool: Pool) -> int:
+    """The rows in which a source's questions, or photos to ask about, would each be used once; at most its cap."""
+    if isinstance(pool, QuestionPool):
+        assert isinstance(options, QuestionOptions)
+        entries, per_row = len(pool), options.packed
+    else:
+        assert isinstance(options, EpisodeOptions | InspectionOptions)
+        photos = (len(c.pictures) for c in pool.classes) if isinstance(pool, ClassPool) else (len(c.specimens) for c in pool.categories)
+        entries, per_row = sum(photos), options.queries
+    rows = max(1, -(-entries // per_row))
+    return min(rows, options.cap or rows)
+
+
+def _steps_and_rows(train: TrainOptions, epoch: int) -> tuple[int, int]:
+    """Steps of a training and their rows. Epochs are rounded down to whole steps, so that no source has to repeat."""
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    steps = train.max_steps or max(1, int((train.num_train_epochs or 1.0) * epoch / batch))
+    return steps, steps * batch
 
 
 def _limit(options: SourceOptions, pool: Pool) -> int | None:

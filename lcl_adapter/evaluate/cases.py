@@ -61,6 +61,7 @@ class Cell:
 
     metric: the name of ``value``. judge: cases and replies -> figures with "value", "ci95", "greedy" and more. baseline: the method
     without training to compare with. published: (who, value) by the same protocol. new_tokens: the most generated tokens.
+    faults: what is wrong with the records that gave no case; they are counted as left out.
     """
 
     suite: str
@@ -78,6 +79,7 @@ class Cell:
     control: str | None = None
     published: tuple[tuple[str, float], ...] = ()
     new_tokens: int = 24
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

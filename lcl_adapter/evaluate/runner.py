@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +111,7 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
 
     Cases with a broken picture are left out, and counted. Raises DataError if no case remains.
     """
-    total = len(cell.cases)
+    total = len(cell.cases) + len(cell.faults)
     cell, _ = drop_unreadable(cell, pair.vision)
     cases = cell.cases
     requests = [(c.support, c.query, c.answers) for c in cases]
@@ -145,6 +145,8 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
 def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
     """The cell without the cases whose pictures cannot be read, and the messages about those pictures.
 
+    Prints what is left out, records without a case included.
+
     Raises DataError if no case remains.
     """
     messages: dict[Picture, str | None] = {}
@@ -161,7 +163,7 @@ def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, li
 
     readable = tuple(case for case in cell.cases if not any(is_broken(p) for turn in (*case.support, case.query) for p in turn.pictures))
     broken = [message for message in messages.values() if message]
-    for message in broken:
+    for message in (*cell.faults, *broken):
         console.print(f"{cell.name}: left out: {message}", style="yellow", markup=False, highlight=False)
     if not readable:
         reason = broken[0] if broken else "it is empty"
@@ -220,9 +222,14 @@ def _is_right(cell: Cell, case: Case, reply: Reply) -> bool:
     return bool(cell.judge([case], [reply]).estimate.value >= 0.3)
 
 
+def count_of(row: Mapping[str, Any]) -> str:
+    """How many cases a row of the report has, and how many were left out."""
+    return f"{row['n']} ({row['left_out']} left out)" if row.get("left_out") else str(row["n"])
+
+
 def _summary_line(row: dict[str, Any]) -> str:
     own = row["adapter"]
-    parts = [f"{row['name']:<26} n {row['n']:>5}", f"{row['metric']}", f"chance {row['chance']:.2f}"]
+    parts = [f"{row['name']:<26} n {count_of(row):>5}", f"{row['metric']}", f"chance {row['chance']:.2f}"]
     parts += [f"{row['baseline']['name']} {row['baseline']['value']:.3f}"] if row["baseline"] else []
     parts += [f"base {row['base']['value']:.3f}", f"adapter {own['value']:.3f} [{own['ci95'][0]:.3f}, {own['ci95'][1]:.3f}]"]
     parts += [f"text {own['greedy']:.3f}"] if own["greedy"] is not None else []

@@ -10,13 +10,14 @@ named otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from lcl_adapter.amounts import memory_bytes
-from lcl_adapter.answering.predict import QUESTIONS_PER_PASS
+from lcl_adapter.answering.room import FP32_BYTES, Load, Widths, keys_and_values, reading, widths_of
 from lcl_adapter.base.encoder import IGNORED, Encoded
 from lcl_adapter.base.layouts.keys import language_path, skeleton
 from lcl_adapter.base.model import PROJECTOR, side_of
@@ -25,20 +26,14 @@ from lcl_adapter.base.vision import BATCH
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
 from lcl_adapter.training.collate import pad_to
 
-FP32_BYTES = 4  # adapters, gradients and the optimiser are in fp32
 RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, CUDA's context
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Widths):
     """The sizes of a model that memory depends on."""
 
-    d: int
-    f: int
-    k: int
-    layers: int
     heads: int
-    words: int
     language: int  # parameters of the language model's linear layers, which quantisation shrinks
     rest: int  # parameters of the embedding, the head and the norms
     vision: int
@@ -65,16 +60,11 @@ def shape_of(config: Any) -> Shape:
         if name in linear:
             widest = max(widest, parameter.numel())
     text, vision = config.text_config, config.vision_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     patch = vision.patch_size
     side = side_of(config)
     return Shape(
-        d=text.hidden_size,
-        f=text.intermediate_size,
-        k=text.num_key_value_heads * head,
-        layers=text.num_hidden_layers,
+        **asdict(widths_of(text)),
         heads=text.num_attention_heads,
-        words=text.vocab_size,
         widest=widest,
         tower_width=getattr(vision, "hidden_size", 0),
         tower_mlp=getattr(vision, "intermediate_size", 0) or 4 * getattr(vision, "embed_dim", 0),
@@ -90,7 +80,8 @@ def shape_of(config: Any) -> Shape:
 class Work:
     """The work of one step.
 
-    Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture.
+    Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture. cached: distinct
+    pictures of the whole run, whose features stay in the cache.
     """
 
     rows: int
@@ -98,6 +89,7 @@ class Work:
     learned: int
     pictures: int
     tiles: int = 1
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,15 +170,15 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
     logits = 4 * work.learned * shape.words * FP32_BYTES
     dequantised = shape.widest * size if precision in QUANTISED else 0
-    features = work.pictures * work.tiles * shape.tower_tokens * max(1, shape.tower_width) * size
     parts = {
         "runtime": RUNTIME[device],
         **weights(shape, precision, device),
         "adapter": trained * FP32_BYTES,
     }
+    between = sum(lasting(shape, precision, device, adapter, train, work).values())
     step = [
-        trained * FP32_BYTES * 3,  # gradients and the optimiser's two moments
-        min(memory_bytes(train.feature_cache), features),
+        trained * FP32_BYTES,  # gradients
+        features(shape, size, work.pictures * work.tiles),
         2 * tokens * shape.d * size,  # embedded tokens
         saved,
         gradients,
@@ -195,10 +187,32 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     ]
     moments = {
         "loading": _loading(shape, precision, device),
-        "vision tower at work": tower(shape, size, work),
-        "a step": sum(step) + dequantised,
+        "vision tower at work": tower(shape, size, work) + between,
+        "a step": sum(step) + dequantised + between,
     }
     return Forecast(parts, moments)
+
+
+def lasting(shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, train: TrainOptions, work: Work) -> dict[str, int]:
+    """What training holds between its steps, beside the weights: measuring while training finds it there.
+
+    On a GPU the cache of features is in the main memory.
+    """
+    cached = features(shape, width(precision, device), max(work.cached, work.pictures) * work.tiles)
+    return {
+        "optimiser": optimiser(adapter_parameters(shape, adapter), train),
+        "cached features": min(memory_bytes(train.feature_cache), cached) if device == "cpu" else 0,
+    }
+
+
+def optimiser(trained: int, train: TrainOptions) -> int:
+    """The state of AdamW: two fp32 moments for each trained parameter, or two bytes with its 8-bit variants."""
+    return trained * (2 if "8bit" in str(getattr(train, "optim", "")) else 2 * FP32_BYTES)
+
+
+def features(shape: Shape, size: int, tiles: int) -> int:
+    """The tower's features of so many tiles: the projector's input."""
+    return tiles * shape.tower_tokens * max(1, shape.tower_width) * size
 
 
 def tower(shape: Shape, size: int, work: Work) -> int:
@@ -210,34 +224,28 @@ def tower(shape: Shape, size: int, work: Work) -> int:
 
 
 def answering(
-    shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, sets: int, support: int, packed: int, pictures: int
+    shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, load: Load, pictures: int, beside: Mapping[str, int] | None = None
 ) -> Forecast:
     """Peak of answering questions.
 
-    sets: support sets in a batch, of ``support`` tokens each. packed: tokens of the questions behind one of them.
+    pictures: distinct ones of a batch. beside: what else is in memory, for instance the optimiser while training.
     """
     size = width(precision, device)
-    tokens = sets * support
-    activations = size * (4 * shape.d + 2 * shape.k + 3 * shape.f) * max(tokens, sets * packed)
-    mask = sets * max(support * support, packed * (support + packed)) * (1 + size)
+    behind = load.packed + load.generated
     parts = {
         "runtime": RUNTIME[device],
         **weights(shape, precision, device),
         "adapter": adapter_parameters(shape, adapter) * FP32_BYTES,
-        "KV cache": cache(shape, size, sets * (support + packed)),
+        **(beside or {}),
+        "KV cache": keys_and_values(shape, size, load.sets * (load.support + behind)),
     }
-    work = Work(sets, support, 0, pictures)
+    work = Work(load.sets, load.support, 0, pictures)
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
-        "reading": activations + mask + 4 * sets * QUESTIONS_PER_PASS * shape.words * FP32_BYTES,
+        "reading": reading(shape, size, load) + features(shape, size, pictures),
     }
     return Forecast(parts, moments)
-
-
-def cache(shape: Shape, size: int, tokens: int) -> int:
-    """Keys and values of every layer."""
-    return 2 * shape.layers * shape.k * size * tokens
 
 
 def _loading(shape: Shape, precision: Precision, device: str) -> int:
@@ -249,12 +257,13 @@ def _loading(shape: Shape, precision: Precision, device: str) -> int:
     return 0 if same or device != "cpu" else (shape.language + shape.rest + shape.vision + shape.projector) * shape.stored.itemsize
 
 
-def longest(row: Encoded, rows: int, tiles: bool) -> Work:
-    """The largest batch: ``rows`` rows as long as ``row``."""
+def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0) -> Work:
+    """The largest batch: ``rows`` rows as long as ``row``. cached: distinct pictures of the whole run."""
     return Work(
         rows=rows,
         tokens=pad_to(len(row)),
         learned=rows * sum(label != IGNORED for label in row.labels),
         pictures=rows * len(set(row.pictures)),
         tiles=5 if tiles else 1,
+        cached=cached,
     )

@@ -1,4 +1,6 @@
-"""Forecast a recipe's memory from its own longest rows (formulas: ``budget``), and propose changes that make it fit."""
+"""Forecast a recipe's memory from its own longest rows and questions (formulas: ``budget``), and propose changes that
+make it fit.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lcl_adapter.answering.predict import QUESTIONS_PER_PASS
+from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, SHARE_OF_FREE, largest_batch
+from lcl_adapter.answering.room import Load, keys_and_values
 from lcl_adapter.base.encoder import Encoded
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import attach, load_base, load_encoder
@@ -25,9 +28,10 @@ from lcl_adapter.base.precision import choose_precision
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.devices import free_memory, training_device
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
+from lcl_adapter.evaluate.suites import LongestCase, longest_case
 from lcl_adapter.memory import budget
-from lcl_adapter.processes import default_device, free_memory
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import QUANTISED, Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
@@ -75,45 +79,89 @@ class Plan:
     @cached_property
     def row(self) -> Encoded:
         """The longest row."""
-        return check_rows(self.collator, []).longest
+        return check_rows(self.collator).longest
+
+    @cached_property
+    def case(self) -> LongestCase:
+        """The longest case of the suites; without suites, one like the longest row."""
+        if self.recipe.evaluate.suites and (case := longest_case(self.recipe, self.collator.encoder)):
+            return case
+        support = self.row.branch.count(0) or len(self.row)
+        return LongestCase(support, max(1, len(self.row) - support), 1, 0, len(set(self.row.pictures)))
+
+    @property
+    def work(self) -> budget.Work:
+        """Steps whose rows are all as long as the longest, and the pictures of the whole run."""
+        train = self.recipe.train
+        row_pictures = self.mixture.total * len(set(self.row.pictures))
+        return budget.longest(self.row, train.per_device_train_batch_size, self.recipe.tiles, min(row_pictures, self.mixture.pictures))
 
     def training(self) -> budget.Forecast:
-        """Training steps whose rows are all as long as the longest."""
+        return budget.training(self.shape, self.precision, self.device, self.recipe.adapter, self.recipe.train, self.work)
+
+    def measuring(self) -> budget.Forecast:
+        """Measuring while training: the optimiser and the cached features stay in memory."""
         recipe = self.recipe
-        work = budget.longest(self.row, recipe.train.per_device_train_batch_size, recipe.tiles)
-        return budget.training(self.shape, self.precision, self.device, recipe.adapter, recipe.train, work)
+        return self._answering(budget.lasting(self.shape, self.precision, self.device, recipe.adapter, recipe.train, self.work))
 
     def evaluation(self) -> budget.Forecast:
-        """Batches of support sets as long as the longest row's."""
-        support = self.row.branch.count(0) or len(self.row)
-        question = max(1, len(self.row) - support)
-        sets = self.recipe.evaluate.batch_size
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, sets, support, QUESTIONS_PER_PASS * question, sets * 8)
+        return self._answering({})
+
+    def _answering(self, beside: Mapping[str, int]) -> budget.Forecast:
+        """Batches of the longest case, as large as the recipe says, or as the memory allows."""
+        recipe, case = self.recipe, self.case
+        one = Load(1, case.support, case.question, case.places, case.new_tokens)
+        fixed = self._forecast(Load(0, 0, 0, 0), beside)
+        sets, pack = largest_batch(
+            self.shape,
+            budget.width(self.precision, self.device),
+            one,
+            recipe.evaluate.batch_size,
+            QUESTIONS_PER_PASS,
+            int(SHARE_OF_FREE * (self.memory - sum(fixed.parts.values()))),
+        )
+        return self._forecast(one.times(sets, pack), beside)
+
+    def _forecast(self, load: Load, beside: Mapping[str, int]) -> budget.Forecast:
+        pictures = load.sets * self.case.pictures
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, pictures, beside)
 
     def serving(self) -> budget.Forecast:
         """One support set as long as the longest row's, and its questions."""
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, 1, support, QUESTIONS_PER_PASS * question, 8)
+        load = Load(1, support, question, 1).times(1, QUESTIONS_PER_PASS)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, 8)
+
+    def forecasts(self) -> dict[str, budget.Forecast]:
+        """By what the recipe does. All but ``serving`` are part of ``train``."""
+        during = {"measuring while training": self.measuring()} if self.recipe.evaluate.watched else {}
+        after = {"evaluation": self.evaluation()} if self.recipe.evaluate.suites else {}
+        return {"training": self.training(), **during, **after, "serving": self.serving()}
+
+    def peak(self) -> int:
+        """Of the whole ``train`` command: training, measuring while training, and the evaluation at its end."""
+        return max(forecast.total for name, forecast in self.forecasts().items() if name != "serving")
 
 
 def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
-    """Forecasts for training, evaluation and serving; whether training fits into ``memory``; remedies where not.
+    """Forecasts for training, measuring while training, evaluation and serving.
 
+    ``fits`` says whether everything that ``train`` does fits into ``memory``; ``remedies`` are changes that make it fit.
     memory: bytes; the device's free memory where None. No weights are loaded.
     Raises RecipeError, DataError, ModelError as training does.
     """
-    device = device or default_device()
+    device = device or training_device()
     if device == "cuda" and memory is None and not torch.cuda.is_available():
         raise RecipeError(["this machine has no GPU whose memory could be read: give its memory with --memory, for instance --memory 16GB"])
     memory = memory or free_memory(device)
     plan = Plan(recipe, device, mixture or Mixture(recipe), memory)
-    forecasts = {"training": plan.training(), "evaluation": plan.evaluation(), "serving": plan.serving()}
+    forecasts = plan.forecasts()
     forecasts_json = {name: {"total": f.total, "parts": f.parts, "moments": f.moments} for name, f in forecasts.items()}
     encoder = plan.collator.encoder
-    fits = forecasts["training"].total <= memory
+    fits = plan.peak() <= memory
     size = budget.width(plan.precision, device)
-    cache_of_a_set = budget.cache(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
+    cache_of_a_set = keys_and_values(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
     return {
         "device": device,
         "memory": memory,
@@ -130,7 +178,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
 
 
 def remedies(plan: Plan, memory: int) -> list[dict[str, Any]]:
-    """The first changes that bring training within ``memory``, cheapest first: single ones, else the fewest together.
+    """The first changes that bring ``train`` within ``memory``, cheapest first: single ones, else the fewest together.
 
     Empty where even all changes together do not suffice.
     """
@@ -146,7 +194,9 @@ def remedies(plan: Plan, memory: int) -> list[dict[str, Any]]:
                 same_rows = (changed.sources, changed.tiles) == (plan.recipe.sources, plan.recipe.tiles)
                 rows[key] = plan.row if same_rows else _longest_row(plan, changed)
             changed_plan.__dict__.update(config=plan.config, shape=plan.shape, row=rows[key])
-            return changed_plan.training().total
+            if changed.tiles == plan.recipe.tiles:
+                changed_plan.__dict__.update(case=plan.case)
+            return changed_plan.peak()
         except (DataError, EpisodeError, RecipeError):
             return None
 
@@ -175,7 +225,7 @@ def _longest_row(plan: Plan, recipe: Recipe) -> Encoded:
     mixture = copy.copy(plan.mixture)
     mixture.options = {name: recipe.sources[name] for name in plan.mixture.options}
     mixture.recipe = recipe
-    return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault), []).longest
+    return check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault)).longest
 
 
 def apply_changes(recipe: Recipe, device: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:

@@ -18,6 +18,7 @@ from lcl_adapter.recipe.renamed import Key, Places, both_given, new_key, rename_
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
 from lcl_adapter.recipe.sources import Registered
+from lcl_adapter.recipe.training import REFUSED
 
 Location = tuple[int | str, ...]  # where pydantic places a fault
 PACKAGED = "pocket:"  # a path with this prefix is a file of the shipped data
@@ -171,8 +172,11 @@ def _explain(error: ValidationError, places: Places) -> list[str]:
         name = ".".join(key)
         match fault["type"]:
             case "extra_forbidden":
+                if key[:-1] == ("train",) and key[-1] in REFUSED:
+                    faults.append(f"{place}: {name!r} is not used: {REFUSED[key[-1]]}")
+                    continue
                 known = _fields_at(fault["loc"][:-1])
-                near = did_you_mean(key[-1], known)
+                near = did_you_mean(key[-1], [*known, *(REFUSED if key[:-1] == ("train",) else ())])
                 message = f"unknown key {name!r}" + (near or f"; known: {', '.join(known)}")
             case "missing":
                 message = f"key {name!r} is missing"

@@ -23,6 +23,11 @@ RENAMED: Mapping[Key, str] = {
     ("evaluate", "suites", "*", "source", "columns", "hand"): "artist",
     ("evaluate", "suites", "*", "source", "keep"): "cache_size",
 }
+# Two names of one key, both in use: transformers 5 has the first, TRL's own documents and these recipes the second.
+SYNONYMS: Mapping[Key, str] = {
+    ("train", "activation_checkpointing"): "gradient_checkpointing",
+    ("train", "activation_checkpointing_kwargs"): "gradient_checkpointing_kwargs",
+}
 
 
 def new_key(key: Sequence[str]) -> Key:
@@ -52,7 +57,8 @@ def rename_keys(values: dict[str, Any], places: Places) -> tuple[dict[str, Any],
                 if new in value:
                     faults.append(both_given(place, old_key, key_now))
                     continue
-                _print_once(f"{place}: the key `{old_key}` is called `{key_now}` now; the old name is still read")
+                if (*key, str(name)) not in SYNONYMS:
+                    _print_once(f"{place}: the key `{old_key}` is called `{key_now}` now; the old name is still read")
             renamed[new or name] = visit(inner, (*key, new or str(name)))
         return renamed
 
@@ -65,12 +71,13 @@ def rename_keys(values: dict[str, Any], places: Places) -> tuple[dict[str, Any],
 
 
 def both_given(place: str, old: str, new: str) -> str:
-    """The fault of an old key that stands beside its new one."""
-    return f"{place}: `{old}` is the old name of `{new}`, and both are given; leave `{old}` out"
+    """The fault of a key that is given under both of its names."""
+    kind = "another name" if tuple(old.split(".")) in SYNONYMS else "the old name"
+    return f"{place}: `{old}` is {kind} of `{new}`, and both are given; leave `{old}` out"
 
 
 def _new_name(key: Key) -> str | None:
-    for old, new in RENAMED.items():
+    for old, new in (*RENAMED.items(), *SYNONYMS.items()):
         if len(old) == len(key) and all(a in {"*", b} for a, b in zip(old, key, strict=True)):
             return new
     return None

@@ -1,7 +1,7 @@
 """A recipe's schema: all keys, their types and ranges, and the rules between keys.
 
-Names under ``train`` are SFTConfig's own where SFTConfig has them. An unknown key is an error everywhere.
-``options`` has what all parts share; ``sources`` and ``suites`` have the two long lists.
+An unknown key is an error everywhere. ``options`` has what all parts share; ``sources``, ``suites`` and ``training``
+have the long lists.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import Reader, TaggedSource, set_readers
 from lcl_adapter.recipe.suites import SuiteOptions, TaggedSuite, fill_presets
+from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 QUANTISED = ("int8", "nf4")
-
-
-def _amount(text: str) -> str:
-    memory_bytes(text)
-    return text
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
 class DataOptions(Options):
@@ -55,33 +51,6 @@ class AdapterOptions(Options):
         return self
 
 
-class TrainOptions(Options):
-    """SFTConfig's own names, and these that it does not have: ``projector_learning_rate``, ``feature_noise``,
-    ``bucket``, ``feature_cache`` and ``threads``.
-    """
-
-    max_steps: int = Field(300, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
-    projector_learning_rate: float | None = Field(None, gt=0, description="defaults to a tenth of learning_rate")
-    per_device_train_batch_size: int = Field(1, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(100, ge=1)
-    feature_noise: float = Field(0.0, ge=0, le=2, description="noise on frozen vision features, in standard deviations of the features")
-    save_total_limit: int = Field(2, ge=2, description="2 or more: the old checkpoint must remain until the next is complete")
-    dataloader_num_workers: int = Field(0, ge=0, le=16)
-    seed: int = Field(0, ge=0, lt=2**32)
-    bucket: int = Field(8, ge=1, description="number of batches drawn together and sorted by length, to reduce padding")
-    feature_cache: Annotated[str, AfterValidator(_amount)] = Field("1GB", description="memory for frozen vision features")
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")
-
-
 class EvaluateOptions(Options):
     """What is measured at the end of a run, base and adapter side by side.
 
@@ -93,10 +62,20 @@ class EvaluateOptions(Options):
         {}, description="points that a suite may fall below the base; the run fails if the interval of its fall is above"
     )
     every: int | None = Field(None, ge=1, description="steps between the measurements during the run")
+    patience: int | None = Field(
+        None, ge=1, description="measurements in a row without a better mean after which training ends; the run's adapter is then the best one"
+    )
     during: list[str] = Field([], description="suites to measure during the run, beside those under `retention`; all if neither names any")
     during_limit: int = Field(200, ge=1, description="number of queries for each line of the report, during the run")
     batch_size: int = Field(32, ge=1)
     seed: int = Field(1, ge=0, lt=2**32)
+
+    @field_validator("patience")
+    @classmethod
+    def _only_measured(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value is not None and not (others.data.get("every", True) and others.data.get("suites", True)):
+            raise ValueError("it counts the measurements during the run: set `every`, and `suites` to measure")
+        return value
 
     @model_validator(mode="after")
     def _suites_exist(self) -> Self:
@@ -118,6 +97,7 @@ class Recipe(Options):
 
     base: str
     precision: Precision = Field("fp32", description="auto chooses by device and memory; int8 and nf4 quantise the language model only")
+    attn_implementation: Attention = Field("sdpa", description="how attention is computed in training; flash_attention needs flash-attn and a GPU")
     vision_tower: str | None = Field(None, description="the vision tower's folder, if a base in the original layout does not contain it")
     tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: read pictures in tiles at twice the size; about five times the tokens")
     wording: Literal["short", "lcl"] = "short"

@@ -195,6 +195,8 @@ def set_readers(readers: tuple[type[Reader], ...]) -> None:
     Use :func:`lcl_adapter.recipe.schema.register_sources`, which updates the schema too.
     """
     _readers[:] = readers
+    for reader in readers:  # a process that receives a pickled recipe looks these classes up before it reads any recipe
+        source_class(reader)
 
 
 def tag_of(reader: type[Options]) -> str:

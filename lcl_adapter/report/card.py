@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
 from lcl_adapter.report.table import format_figure, retention_line
 
@@ -54,7 +55,7 @@ def _results(report: dict[str, Any] | None) -> str:
         baseline, own = row["baseline"], row["adapter"]
         untrained = baseline and baseline["value"]
         rows.append(
-            f"| {row['name']} | {row['n']} | {row['metric']} | {row['chance']:.2f} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
+            f"| {row['name']} | {count_of(row)} | {row['metric']} | {row['chance']:.2f} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
             f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {format_figure(own['greedy'])} |"
         )
     published = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
@@ -80,12 +81,15 @@ def _training(manifest: dict[str, Any]) -> str:
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     images = manifest["images"]
     faults = "".join(f"\n- {count} x {fault}" for fault, count in manifest["bad_pictures"].items())
+    stop, best = manifest.get("early_stop"), manifest.get("best_step")
+    ended = f"Stopped at step {stop['step']:,} of {stop['of']:,}: {stop['reason']}. " if stop else ""
+    ended = "\n\n" + ended + (f"The adapter is that of step {best:,}, the best that was measured." if best else "") if stop or best else ""
     hashes = "\n".join(f"- `{name}`: `{digest[:16]}`" for name, digest in manifest["data"].items())
     return (
         f"## Training\n\n{manifest['training_seconds']:.0f} s; rows of up to {manifest['longest_row']} tokens; {images['shown']:,} images shown, "
-        f"{images['through_the_tower']:,} passed the vision tower.\n\n| part | parameters | trained |\n|---|---|---|\n{parts}\n\n"
+        f"{images['through_the_tower']:,} passed the vision tower.{ended}\n\n| part | parameters | trained |\n|---|---|---|\n{parts}\n\n"
         f"{head}\n{shares}\n\nData:\n\n{hashes}"
-        + (f"\n\nConversations replaced because of a bad picture:\n{faults}" if faults else "")
+        + (f"\n\nConversations replaced because of a bad picture or sample:\n{faults}" if faults else "")
         + "\n\n![loss](loss.png)"
     )
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate.metrics import log_odds
+from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
 from lcl_adapter.report.table import retention_line, verdict_of
 from lcl_adapter.report.thumbs import data_url
@@ -33,7 +34,7 @@ def write_report_page(run: Path) -> Path:
         page.render(
             title=f"{run.name}: base against adapter",
             plots=shown,
-            rows=report["suites"],
+            rows=[{**row, "count": count_of(row)} for row in report["suites"]],
             confusions=[r for r in report["suites"] if "confusion" in r["adapter"]],
             inspections=[r for r in report["suites"] if "by_category" in r["adapter"]],
             retention=[(retention_line(row), verdict_of(row)) for row in report["retention"]],

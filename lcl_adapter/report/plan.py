@@ -25,7 +25,10 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     rows = f"longest row {plan['longest_row']:,} tokens with {images}; context {plan['context']:,}"
     console.print(rows, highlight=False)
     device = "GPU" if plan["device"] == "cuda" else "CPU"
-    fit = "training fits" if plan["fits"] else "training DOES NOT FIT"
+    names = [name for name in forecasts if name != "serving"]
+    all_of_it = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    too_large = [name for name in names if forecasts[name]["total"] > plan["memory"]]
+    fit = f"{all_of_it} {'fits' if len(names) == 1 else 'fit'}" if plan["fits"] else f"{' and '.join(too_large)} DO NOT FIT"
     console.print(f"{plan['precision']} on a {device} of {_size(plan['memory'])}: {fit}", style="bold" if plan["fits"] else "bold red")
     if plan["support_sets_beside"]:
         console.print(f"serving leaves room for {plan['support_sets_beside']:,} support sets of that length", highlight=False)

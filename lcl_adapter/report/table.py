@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.terminal import console
 
 
@@ -28,7 +29,7 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
         base, adapter = row["base"], row["adapter"]
         cells = [
             escape(row["name"]),
-            str(row["n"]),
+            count_of(row),
             row["metric"],
             f"{row['chance']:.2f}",
             format_figure(row["baseline"] and row["baseline"]["value"]),

@@ -105,13 +105,3 @@ class SetCache:
             if len(self._evicted) > MAX_EVICTED_KEYS:
                 self._evicted.clear()
             self._evicted.add(key)
-
-
-def size_of(prefilled: Prefilled) -> int:
-    """Bytes of all keys and values."""
-    total = 0
-    for layer in prefilled.cache.layers:
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            total += tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
-    return total

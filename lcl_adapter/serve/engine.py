@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional
 
+from lcl_adapter import devices
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
@@ -35,7 +36,7 @@ from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingErro
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.serve.adapters import check_effect, identity_of, matching_manifest
-from lcl_adapter.serve.cache import CachedSet, Counters, SetCache, size_of
+from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
 from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
 
@@ -248,6 +249,15 @@ class Engine:
                     self._generate(cached.prefilled, jobs)
             self.counters.answered += len(jobs)
         except Exception as error:
+            if devices.is_out_of_memory(error) and len(self.cache) > 1:  # other sets are in the way: once more without them
+                error.__traceback__ = None  # it holds the tensors of the failed pass
+                self.cache.drop(lambda key: key != (first.model, first.key))
+                devices.release_memory()
+                for job in jobs:
+                    if job.has_output:
+                        job.fail(error)
+                self._answer([job for job in jobs if not job.future.done()])
+                return
             if not isinstance(error, EpisodeError):
                 self._drop_cached(first)  # its state is unknown after a fault
             if len(jobs) == 1:
@@ -306,7 +316,7 @@ class Engine:
         prefilled = self.prefill(turns)
         needs_vectors = bool(job.answers) or key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
-        cached = CachedSet(prefilled, self.vectors(pictures), size_of(prefilled))
+        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes)
         if key is not None:
             self.cache.put(key, cached)
         return cached

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.devices import free_memory
 from lcl_adapter.errors import RunError
-from lcl_adapter.processes import free_memory
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import Keys, read_keys

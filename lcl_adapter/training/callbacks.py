@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import write_text
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import collate
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a callback may ask of the training that it is a part of. Every process has to ask the same.
+
+    save: writes the current adapter into a folder, with further facts of its manifest. log: logs figures as Trainer's
+    own.
+    """
+
+    save: Callable[[Path, Mapping[str, Any]], None]
+    log: Callable[[dict[str, float]], None]
 
 
 class MetricsCallback(TrainerCallback):
@@ -69,23 +82,30 @@ class BarCallback(TrainerCallback):
 
 
 class LongestFirst(TrainerCallback):
-    """Runs a batch of the longest row forward and backward before the first step.
+    """Runs a batch of the longest row forward and backward before the first step, beside all that later steps hold.
 
-    A lack of memory then shows in the first minute. It leaves no trace: gradients are dropped, random states and
-    counters are restored.
+    A lack of memory then shows in the first minute. It leaves no trace: gradients and the optimiser's state are dropped,
+    weights, random states and counters are restored.
 
-    row: the longest row. pad: the id that rows are padded with. loss: the trainer's ``compute_loss``.
+    row: the longest row. pad: the id that rows are padded with. loss: the trainer's ``compute_loss``. holds_optimiser:
+    whether the optimiser's state is allocated for the trial; a resumed run has it already.
     Raises RunError where the row does not fit the device's memory.
     """
 
-    def __init__(self, row: Encoded, pad: int, vision: VisionFeatures, loss: Callable[[Any, dict[str, Any]], torch.Tensor]) -> None:
-        self.row, self.pad, self.vision, self.loss = row, pad, vision, loss
+    def __init__(
+        self, row: Encoded, pad: int, vision: VisionFeatures, loss: Callable[[Any, dict[str, Any]], torch.Tensor], holds_optimiser: bool = True
+    ) -> None:
+        self.row, self.pad, self.vision, self.loss, self.holds_optimiser = row, pad, vision, loss, holds_optimiser
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         vision, device = self.vision, self.vision.base.device
         batch = collate([self.row] * args.per_device_train_batch_size, self.pad)
         counters = vision.requested, vision.computed
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper, which counts steps
+        new_state = self.holds_optimiser and optimizer is not None and not optimizer.state
         try:
+            if new_state:
+                _allocate_state(optimizer)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 model.train()
                 self.loss(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}).backward()
@@ -98,4 +118,18 @@ class LongestFirst(TrainerCallback):
             ) from error
         finally:
             model.zero_grad(set_to_none=True)
+            if new_state:
+                optimizer.state.clear()
             vision.requested, vision.computed = counters
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimiser allocate its state, by a step whose gradients are zero. The weights are put back."""
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    copies = [parameter.detach().to("cpu", copy=True) for parameter in weights]
+    for parameter in weights:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, copy in zip(weights, copies, strict=True):
+            parameter.copy_(copy)

@@ -16,6 +16,7 @@ from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import InspectionPool
 from lcl_adapter.data.sources.base import names_of
 from lcl_adapter.terminal import console
+from lcl_adapter.training.lengths import Rows
 
 PROGRESS = "progress.json"
 
@@ -25,12 +26,18 @@ class Tally:
     """Counts of the whole run, which continue when it is resumed.
 
     earlier: the counts of the run before it was resumed. sources: rows, tokens and learned tokens of each source.
+    paused: seconds since the last :meth:`progress` in which nothing was trained.
     """
 
     earlier: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "shown": 0, "computed": 0})
     faults: Counter[str] = field(default_factory=Counter)
     sources: dict[str, list[int]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    paused: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._logged_at: float | None = None
+        self._logged_tokens = sum(tokens for _, tokens, _ in self.sources.values())
 
     @classmethod
     def resumed(cls, checkpoint: Path) -> Tally:
@@ -44,10 +51,27 @@ class Tally:
 
     def add_rows(self, rows: Sequence[tuple[str, int, int]]) -> None:
         """Count rows: (source, tokens, learned tokens) of each."""
+        self._logged_at = self._logged_at or time.monotonic()  # the clock of `progress` starts with the first batch
         for source, tokens, learned in rows:
             counts = self.sources.setdefault(source, [0, 0, 0])
             for column, value in enumerate((1, tokens, learned)):
                 counts[column] += value
+
+    def progress(self) -> dict[str, float]:
+        """Each source's share of the rows so far, and the tokens a second since the last call, of all processes together.
+
+        Every process has to call it.
+        """
+        counted: Counter[str] = Counter()
+        tokens = 0
+        for sources in processes.gather(self.sources):
+            counted.update({source: rows for source, (rows, _, _) in sources.items()})
+            tokens += sum(count for _, count, _ in sources.values())
+        now = time.monotonic()
+        seconds = now - (self._logged_at or now) - self.paused
+        speed = {"tokens_per_second": (tokens - self._logged_tokens) / seconds} if seconds > 0 else {}
+        self._logged_at, self._logged_tokens, self.paused = now, tokens, 0.0
+        return {f"shares/{source}": rows / counted.total() for source, rows in counted.items()} | speed
 
     def totals(self, vision: VisionFeatures) -> dict[str, Any]:
         """The counts of all processes together. Every process has to call it."""
@@ -67,12 +91,12 @@ class Tally:
         }
 
 
-def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int) -> dict[str, Any]:
+def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[str, int]], longest: int, drawn: int) -> dict[str, Any]:
     """The facts of a training for the manifest and the run card.
 
     totals: of :meth:`Tally.totals`. parts: parameters of each part of the model. longest: the longest row, in tokens.
+    drawn: rows that were trained on.
     """
-    drawn = mixture.total
     return {
         "parameters": parts,
         "shares": {"requested": mixture.requested, "realised": mixture.realised(range(drawn))},
@@ -89,21 +113,21 @@ def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[
     }
 
 
-def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], lengths: dict[str, list[int]], total: int) -> None:
+def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], rows: Rows, total: int) -> None:
     """Print parameters, shares and row lengths before a training of ``total`` rows starts."""
     for part, count in parts.items():
         console.print(f"{part:>15}: {count['total']:>12,} parameters, {count['trained']:>10,} trained", highlight=False)
     realised = mixture.realised(range(total))
     passes = mixture.repeats(total)
     for name in mixture.options:
-        pool, source_lengths = mixture.pools[name], lengths[name]
+        pool, source_lengths = mixture.pools[name], rows.lengths[name]
         photos = f" ({pool.photos})" if isinstance(pool, InspectionPool) else ""
-        average = ""
-        if source_lengths:
-            average = f", {sum(source_lengths) / len(source_lengths):.0f} tokens a row, up to {max(source_lengths)}"
+        average = f", {sum(source_lengths) / len(source_lengths):.0f} tokens a row" if source_lengths else ""
+        average += f", up to {rows.most(name)}" if rows.most(name) else ""
         repeats = f", used {passes[name]:.1f} times" if name in passes else ""
         ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
         share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
         console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{repeats}{ended}{average}", highlight=False)
-    measured = [length for source_lengths in lengths.values() for length in source_lengths]
-    console.print(f"{'rows':>15}: {total:,} of {min(measured)} to {max(measured)} tokens", highlight=False)
+    shortest = min(length for source_lengths in rows.lengths.values() for length in source_lengths)
+    longest = max(rows.most(name) for name in rows.lengths)
+    console.print(f"{'rows':>15}: {total:,} of {shortest} to {longest} tokens", highlight=False)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 from lcl_adapter.base.encoder import IGNORED, Encoded, Encoder, position_ids
 from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import Picture
-from lcl_adapter.errors import DataError, EpisodeError
+from lcl_adapter.data.sources import Picture, read_image
+from lcl_adapter.errors import DataError, EpisodeError, UserError
 from lcl_adapter.randomness import generator
 from lcl_adapter.recipe.sources import QuestionReader
 
@@ -64,12 +64,29 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
     }
 
 
+class Readable:
+    """Opens each picture once, and raises DataError for a broken one. It remembers the readable ones."""
+
+    def __init__(self) -> None:
+        self._readable: set[Picture] = set()
+
+    def __reduce__(self) -> tuple[type[Readable], tuple[()]]:
+        return type(self), ()  # each process that loads data remembers its own
+
+    def __call__(self, picture: Picture) -> None:
+        if picture not in self._readable:
+            read_image(picture)
+            # Equal to the picture, without the file's bytes
+            self._readable.add(replace(picture, data=None))
+
+
 @dataclass
 class Collator:
-    """Indices of the mixture -> a batch.
+    """Indices of the mixture -> a batch. It is pickled into the processes that load data, so it holds no model.
 
     A conversation with a bad picture or text is replaced by another of its source. The batch lists such faults, and
-    counts (source, tokens, learned tokens) of its rows.
+    counts (source, tokens, learned tokens) of its rows. In a process that loads data, an error that ends the run becomes
+    the batch's ``error``, because its message would otherwise arrive inside a traceback.
     check: opens a picture or raises DataError. on_fault: "refuse" stops the run at such an error.
     """
 
@@ -79,6 +96,14 @@ class Collator:
     on_fault: str = "skip"
 
     def __call__(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
+        try:
+            return self._batch(examples)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return {"labels": torch.full((len(examples), 1), IGNORED), "error": error}
+
+    def _batch(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
         faults: list[str] = []
         rows = [self.row(example["index"], faults) for example in examples]
         counts = [
@@ -110,21 +135,22 @@ class Collator:
                     for picture in conversation.pictures:
                         self.check(picture)
                 return conversation, self.encoder.conversation(conversation)
-            except DataError as error:
-                options = self.mixture.options[self.mixture.slot(index).source]
-                # Samples of shards are read here for the first time
-                strict = isinstance(options, QuestionReader) and options.reads_late and options.on_fault == "refuse"
-                if self.on_fault == "refuse" or strict:
-                    raise
-                last = str(error)
-            except EpisodeError as error:
-                options = self.mixture.options[self.mixture.slot(index).source]
-                if not isinstance(options, QuestionReader) or options.on_fault == "refuse":
+            except (DataError, EpisodeError) as error:
+                if self.refuses(self.mixture.slot(index).source, error):
                     raise
                 last = str(error)
             if faults is not None:
                 faults.append(last)
         raise DataError(f"{ATTEMPTS} conversations in a row had a bad picture or text; the last: {last}")
+
+    def refuses(self, source: str, error: UserError) -> bool:
+        """Whether an error of one conversation ends the run. If not, the conversation is left out and counted."""
+        options = self.mixture.options[source]
+        strict = not isinstance(options, QuestionReader) or options.on_fault == "refuse"
+        if isinstance(error, EpisodeError):
+            return strict
+        # Samples of shards are read for the first time when their row is made
+        return self.on_fault == "refuse" or (strict and getattr(options, "reads_late", False))
 
 
 class BucketedOrder(Sampler[int]):

@@ -8,7 +8,8 @@ otherwise be too high.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from lcl_adapter import processes
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base.adapter import load_weights
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.evaluate import allowance_met, build_cells, drop_unreadable, measure_adapter, measure_base, retention_of
@@ -24,10 +26,11 @@ from lcl_adapter.evaluate.metrics import Estimate
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.terminal import console
+from lcl_adapter.training.callbacks import Running
+from lcl_adapter.training.trackers import figures_of
 
 BEST = "best"
 MEASURED = "watched.json"
-Save = Callable[[Path, Mapping[str, Any]], None]  # (folder, further facts of the manifest)
 
 
 class MeasureDuring(TrainerCallback):
@@ -35,10 +38,11 @@ class MeasureDuring(TrainerCallback):
 
     ``watched.json`` has all figures. ``best/`` is an adapter that passed the gate: among those, one whose measured
     falls are within their allowances if there is any, and then the one with the highest mean.
+    Training ends after ``evaluate.patience`` measurements without a new best one.
     """
 
-    def __init__(self, recipe: Recipe, base: Base, save: Save) -> None:
-        self.recipe, self.save = recipe, save
+    def __init__(self, recipe: Recipe, base: Base, running: Running) -> None:
+        self.recipe, self.running = recipe, running
         self.folder = recipe.output
         # A cache of its own: features cached during prediction are inference tensors, which training cannot use.
         vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache) // 4)
@@ -50,8 +54,15 @@ class MeasureDuring(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step = state.global_step
-        if step % (self.recipe.evaluate.every or state.max_steps) or step in [s["step"] for s in self.results["steps"]]:
+        if step % (self.recipe.evaluate.every or state.max_steps):
             return
+        if step not in [s["step"] for s in self.results["steps"]]:
+            self._measure(step, model)
+        if self.recipe.evaluate.patience and since_best(self.results, step) >= self.recipe.evaluate.patience:
+            control.should_training_stop = True
+
+    def _measure(self, step: int, model: Any) -> None:
+        began = time.monotonic()
         model.eval()
         try:
             if not self.base_estimates:
@@ -69,10 +80,11 @@ class MeasureDuring(TrainerCallback):
         better = processes.gather(better)[0]  # saving needs all processes, so all follow the first one's decision
         if better:
             self.results["best"] = {"step": step, "mean": round(mean, 4), "within": within}
-            self.save(self.folder / BEST, {"step": step, "watched": figures})
+            self.running.save(self.folder / BEST, {"step": step, "watched": figures})
         self.results["steps"].append({"step": step, "figures": figures, "kept": passed, "retention": gate})
         if processes.is_first():
             write_json(self.folder / MEASURED, self.results)
+        self.running.log(figures_of("eval", base_figures, figures) | {"eval_runtime": time.monotonic() - began})
         shown = ", ".join(f"{name} {base_figures[name]:.3f} -> {value:.3f}" for name, value in figures.items())
         verdict = f"{'passes' if passed else 'does not pass'}{', the best so far' if better else ''}"
         console.print(f"step {step}: {shown}: {verdict}", highlight=False)
@@ -88,6 +100,31 @@ class MeasureDuring(TrainerCallback):
 
 def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, float]:
     return {name: round(estimate.value, 4) for name, estimate in estimates.items()}
+
+
+def since_best(results: Mapping[str, Any], step: int) -> int:
+    """How many measurements up to ``step`` came after the best one; 0 where the best one comes after ``step``."""
+    best = results["best"]["step"] if results["best"] else 0
+    return sum(best < measured["step"] <= step for measured in results["steps"]) if best <= step else 0
+
+
+def use_best(recipe: Recipe, base: Base, step: int, planned: int) -> dict[str, Any]:
+    """Give a model the weights of the best measurement, where one passed the gate; returns facts for the manifest.
+
+    step: the training's last one. planned: the number of steps that the recipe asks for.
+    """
+    facts: dict[str, Any] = {}
+    if step < planned:
+        waited = f"no better mean in {recipe.evaluate.patience} measurements"
+        facts["early_stop"] = {"step": step, "of": planned, "reason": waited}
+        console.print(f"stopped at step {step} of {planned}: {waited}", highlight=False)
+    best = best_of(recipe.output)
+    if best is None:
+        console.print("no measured step passes the retention gate: the adapter is that of the last step", style="yellow", highlight=False)
+        return facts
+    load_weights(base, recipe.output / BEST)
+    console.print(f"the adapter is that of step {best['step']}, the best that was measured", highlight=False)
+    return facts | {"best_step": best["step"]}
 
 
 def best_of(folder: Path) -> dict[str, Any] | None:

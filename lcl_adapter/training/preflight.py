@@ -36,6 +36,8 @@ from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
 
 THREADS = 4
+TOGETHER = 256  # entries whose pictures are opened together
+BAD_SAMPLE = "bad sample"  # of a shard, which is discovered when it is read
 Check = tuple[str, Picture, Region | None]  # the record that names the picture, the picture, a region of it to check
 Faults = list[tuple[str, Fault]]  # (source, fault)
 
@@ -130,32 +132,59 @@ def _open_pictures(name: str, pool: Pool, opened: set[str], faults: Faults) -> d
 
     Returns the pool's counts.
     """
-    checks: dict[str, Check] = {}
-    for origin, picture in _pictures(pool):
-        checks.setdefault(str(picture), (origin, picture, None))
-    pictures = len(checks.keys() - opened)
-    for region in _regions(pool):
-        checks.setdefault(f"{region.mask or region.picture} {region.box}", ("", region.picture, region))
-    new_checks = [check for key, check in checks.items() if key not in opened]
-    opened.update(checks)
+    pictures, bad_samples = 0, 0
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(THREADS) as threads,
     ):
-        task = bar.add_task(name, total=len(new_checks))
-        for fault in threads.map(_fault_of, new_checks, chunksize=32):
-            bar.advance(task)
-            if fault is not None:
-                faults.append((name, fault))
-    return {"entries": len(pool), "pictures": pictures, "left_out": pool.skipped}
+        task = bar.add_task(name, total=len(pool) if isinstance(pool, QuestionPool) else sum(1 for _ in _checks(pool)))
+        for entries, checks, bad in _parts(pool):
+            faults += [(name, fault) for fault in bad]
+            bad_samples += len(bad)
+            new_checks = {key: check for key, check in checks if key not in opened}
+            opened.update(new_checks)
+            pictures += sum(region is None for _, _, region in new_checks.values())
+            for fault in threads.map(_fault_of, new_checks.values()):
+                if fault is not None:
+                    faults.append((name, fault))
+            bar.advance(task, entries)
+    left_out = {**pool.skipped, **({BAD_SAMPLE: bad_samples} if bad_samples else {})}
+    return {"entries": len(pool), "pictures": pictures, "left_out": left_out}
 
 
-def _pictures(pool: Pool) -> Iterator[tuple[str, Picture]]:
-    """(record, picture) of every picture; the record is "" where no record names it."""
-    if isinstance(pool, QuestionPool):
-        yield from ((d.origin, picture) for d in pool.dialogues for picture in d.pictures)
-    else:
-        yield from (("", picture) for picture in pictures_of(pool))
+def _parts(pool: Pool) -> Iterator[tuple[int, list[tuple[str, Check]], list[Fault]]]:
+    """A pool in parts: (entries, what to open by its name, bad samples). A sample of a shard holds its pictures' bytes, so
+    the parts are small.
+    """
+    if not isinstance(pool, QuestionPool):
+        everything = list(_checks(pool))
+        for start in range(0, len(everything), TOGETHER):
+            checks = everything[start : start + TOGETHER]
+            yield len(checks), checks, []
+        return
+    for start in range(0, len(pool), TOGETHER):
+        numbers = range(start, min(start + TOGETHER, len(pool)))
+        checks = []
+        bad: list[Fault] = []
+        for number in numbers:
+            try:
+                dialogue = pool.dialogues[number]
+            except DataError as error:
+                bad.append(Fault(BAD_SAMPLE, str(error)))
+                continue
+            checks += [(str(picture), (dialogue.origin, picture, None)) for picture in dialogue.pictures]
+            checks += [_region_check(e.region) for e in dialogue.exchanges if e.region is not None]
+        yield len(numbers), checks, bad
+
+
+def _checks(pool: ClassPool | InspectionPool) -> Iterator[tuple[str, Check]]:
+    """What to open of classes or parts: every picture, box and mask, by its name."""
+    yield from ((str(picture), ("", picture, None)) for picture in pictures_of(pool))
+    yield from (_region_check(region) for regions in pool.regions.values() for region in regions)
+
+
+def _region_check(region: Region) -> tuple[str, Check]:
+    return f"{region.mask or region.picture} {region.box}", ("", region.picture, region)
 
 
 def _fault_of(check: Check) -> Fault | None:
@@ -186,14 +215,6 @@ KINDS = (  # (kind of fault, words of its message)
 )
 
 
-def _regions(pool: Pool) -> Iterator[Region]:
-    """Every box and mask of a pool."""
-    if isinstance(pool, QuestionPool):
-        yield from (e.region for d in pool.dialogues for e in d.exchanges if e.region is not None)
-    elif isinstance(pool, InspectionPool) or pool.regions:
-        yield from (region for regions in pool.regions.values() for region in regions)
-
-
 def _lengths(recipe: Recipe, mixture: Mixture, faults: Faults) -> dict[str, Any]:
     """The longest row of each source and the base's context, in tokens.
 
@@ -201,6 +222,6 @@ def _lengths(recipe: Recipe, mixture: Mixture, faults: Faults) -> dict[str, Any]
     """
     collator = Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault="skip")
     too_long: list[str] = []
-    source_lengths = check_rows(collator, too_long).lengths
+    lengths = check_rows(collator, too_long)
     faults += [("recipe", Fault("does not fit", message)) for message in too_long]
-    return {"longest": {name: max(lengths) for name, lengths in source_lengths.items() if lengths}, "context": collator.encoder.context}
+    return {"longest": {name: most for name in lengths.lengths if (most := lengths.most(name))}, "context": collator.encoder.context}

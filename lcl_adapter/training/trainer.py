@@ -25,7 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig, SFTTrainer
 
 from datasets import Dataset
-from lcl_adapter import processes
+from lcl_adapter import devices, processes
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.encoder import IGNORED
@@ -33,44 +33,67 @@ from lcl_adapter.base.model import PROJECTOR, Base, attach, load_base, load_enco
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import RunError
 from lcl_adapter.files import disk_is_full, write_json
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.terminal import console
 from lcl_adapter.training import sharding
-from lcl_adapter.training.callbacks import BarCallback, LongestFirst, MetricsCallback
+from lcl_adapter.training.callbacks import BarCallback, LongestFirst, MetricsCallback, Running
 from lcl_adapter.training.card import PROGRESS, Tally, facts_of, print_start
-from lcl_adapter.training.collate import BucketedOrder, Collator
+from lcl_adapter.training.collate import BucketedOrder, Collator, Readable
+from lcl_adapter.training.during import use_best
 from lcl_adapter.training.lengths import check_rows
+from lcl_adapter.training.options import check_options
+from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
 DATA = "data.json"
-NOT_SFT_OPTIONS = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}
+# Not passed to SFTConfig: what it does not have, and what is done here in its place
+NOT_SFT_OPTIONS = {
+    "projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads", "max_steps", "num_train_epochs", "label_smoothing_factor",
+    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+}  # fmt: skip
 
 
-def sft_config(recipe: Recipe) -> SFTConfig:
-    """The recipe's ``train`` as TRL's config, with one process's part of a step."""
-    options = recipe.train.model_dump(exclude=NOT_SFT_OPTIONS)
+def sft_config(recipe: Recipe, steps: int) -> SFTConfig:
+    """The recipe's ``train`` as TRL's config for a training of ``steps``, with one process's part of a step."""
+    options = {
+        "run_name": recipe.output.name,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "max_steps": steps,
+        **recipe.train.model_dump(exclude=NOT_SFT_OPTIONS, exclude_none=True),
+    }
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        if name in options:  # transformers' new name; the old one is deprecated
+            options[name.replace("gradient", "activation")] = options.pop(name)
     options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = processes.split_step(
         options["per_device_train_batch_size"], options["gradient_accumulation_steps"], processes.count()
     )
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
         **options,
         max_length=None,  # SFTConfig's default of 1024 would cut rows; the collator never does
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         save_strategy="steps",
-        report_to="none",
+        report_to="none",  # ``trackers`` opens them, and closes them after the evaluation
         disable_tqdm=True,
         # Otherwise the base is in its precision and the adapter in fp32, without autocast
         **sharding.mixed_precision(recipe.precision),
-        use_cpu=processes.default_device() == "cpu",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=devices.training_device() == "cpu",
         logging_nan_inf_filter=False,
     )
+    if processes.count() == 1 and config.n_gpu > 1:
+        # Otherwise Trainer wraps the model in DataParallel, which a LLaVA's hooks and a quantised base do not stand
+        console.print(
+            f"{config.n_gpu} GPUs are visible, and this process trains on one of them. To use all: "
+            f"torchrun --nproc_per_node {config.n_gpu} -m lcl_adapter train RECIPE",
+            style="yellow",
+            highlight=False,
+        )
+        config._n_gpu = 1
+    return config
 
 
 class LclTrainer(SFTTrainer):
@@ -88,7 +111,7 @@ class LclTrainer(SFTTrainer):
         self.always_runs_tower = recipe.adapter.projector or processes.sharded()
         super().__init__(
             model=base.model,
-            args=sft_config(recipe),
+            args=sft_config(recipe, total // (recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps)),
             data_collator=collator,
             train_dataset=Dataset.from_dict({"index": range(total)}),
             processing_class=base.tokenizer,
@@ -111,6 +134,8 @@ class LclTrainer(SFTTrainer):
         num_items_in_batch: learned tokens of the whole step, in all processes.
         """
         inputs = dict(inputs)
+        if "error" in inputs:  # of a process that loads data
+            raise inputs["error"]
         labels_BT, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
         self.tally.add_rows(inputs.pop("counts", ()))
@@ -118,7 +143,8 @@ class LclTrainer(SFTTrainer):
         learned_BT = targets_BT != IGNORED
         outputs = model(**inputs, pictures=pictures, logits_to_keep=functional.pad(learned_BT, (0, 1)), use_cache=False)
         logits_LV = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
-        total = functional.cross_entropy(logits_LV, targets_BT[learned_BT], reduction="sum")
+        smoothing = self.recipe.train.label_smoothing_factor if self.model.training else 0.0
+        total = functional.cross_entropy(logits_LV, targets_BT[learned_BT], reduction="sum", label_smoothing=smoothing)
         loss = total / (learned_BT.sum() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -150,8 +176,21 @@ class LclTrainer(SFTTrainer):
     def _noise(self) -> float:
         return self.recipe.train.feature_noise if self.model.training else 0.0
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the shares so far and the tokens a second to what Trainer logs every ``logging_steps``."""
+        self.tally.paused += logs.get("eval_runtime", 0.0)
+        if "loss" in logs:
+            logs = {**logs, **self.tally.progress()}
+        super().log(logs, start_time)
+
+    def log_figures(self, figures: dict[str, float]) -> None:
+        """Log what a callback measured. The step's own log, which Trainer would then take as done, still follows."""
+        should_log = self.control.should_log
+        self.log(figures)
+        self.control.should_log = should_log
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW as Trainer creates it, with a separate learning rate for the projector."""
+        """The optimizer as Trainer creates it, with a separate learning rate for the projector."""
         if getattr(self, "optimizer", None) is None:
             rate = self.recipe.train.projector_learning_rate or self.args.learning_rate / 10
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -169,19 +208,27 @@ class LclTrainer(SFTTrainer):
         return BucketedOrder(self.collator, len(self.train_dataset), batch, self.recipe.train.bucket, self.args.seed)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Writes a checkpoint, and marks it as complete once every process has written its part."""
-        super()._save_checkpoint(*args, **kwargs)
+        """Writes a checkpoint, and marks it as complete once every process has written its part. Then removes old ones."""
+        # transformers would count and remove every folder called checkpoint-…, a user's copies too.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         totals = self.tally.totals(self.vision)  # waits for all processes
         if processes.is_first():
             write_json(folder / PROGRESS, totals)
             (folder / COMPLETE).touch()
+            for old in adapter.checkpoints_in(folder.parent)[: -limit if limit else 0]:
+                if str(old) != self.state.best_model_checkpoint:
+                    shutil.rmtree(old, ignore_errors=True)
         processes.barrier()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint. Incomplete ones, which a killed run left, are removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = adapter.checkpoints_in(folder)
     for path in checkpoints:
         if not (path / COMPLETE).exists():
             console.print(f"removing {path.name}: it was not written completely", style="yellow")
@@ -190,20 +237,38 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-Save = Callable[[Path, Mapping[str, Any]], None]  # (folder, further facts of the manifest)
-CallbackFactory = Callable[[Base, Save], TrainerCallback]
+CallbackFactory = Callable[[Base, Running], TrainerCallback]
 
 
-def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory | None = None, mixture: Mixture | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    make_callback: CallbackFactory | None = None,
+    mixture: Mixture | None = None,
+    trackers: Trackers | None = None,
+) -> dict[str, Any]:
     """Train the recipe's adapter into ``recipe.output``; returns the manifest's facts.
 
-    A complete run is not trained again.
+    A complete run is not trained again. With ``evaluate.patience``, the adapter is the best one that was measured.
 
-    make_callback: creates a callback that measures during the run, from the base and a function that saves the current
-    adapter. mixture: the recipe's, where the caller has opened it.
+    make_callback: creates a callback that measures during the run, from the base and what the callback may ask of the
+    training. mixture: the recipe's, where the caller has opened it. trackers: those of the recipe, where the caller
+    closes them; they are closed at the end of the training otherwise.
+
+    The model is released at the end, so that an evaluation can load another.
 
     Raises RecipeError, DataError, EpisodeError, ModelError before training starts; RunError for the folder.
     """
+    if trackers is None:
+        with Trackers(recipe) as trackers:
+            return train(recipe, resume, make_callback, mixture, trackers)
+    try:
+        return _train(recipe, resume, make_callback, mixture, trackers)
+    finally:
+        devices.release_memory()  # the trainer's hooks in the model form a cycle with it
+
+
+def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, mixture: Mixture | None, trackers: Trackers) -> dict[str, Any]:
     output, options = recipe.output, recipe.train
     sharding.refuse_unsupported(recipe)
     processes.join()
@@ -218,17 +283,19 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
             return adapter.read_manifest(output)
     total = mixture.total
     # Before any weight is loaded.
+    check_options(lambda: sft_config(recipe, mixture.steps))
     rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
-    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else None)), recipe.adapter)
+    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device())), recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())
-    collator = Collator(mixture, base.encoder(), _check_picture(vision), recipe.data.on_fault)
+    collator = Collator(mixture, base.encoder(), Readable(), recipe.data.on_fault)
     if processes.is_first():
         write_json(output / DATA, mixture.hashes())
         save_recipe(recipe, output / "recipe.yaml")  # last: a folder with this file can be resumed
     parts = parameters_by_part(base.model)
-    print_start(mixture, parts, rows.lengths, total)
+    print_start(mixture, parts, rows, total)
+    rows.show_left_out()
 
     trainer = LclTrainer(base, recipe, collator, vision, total)
     trainer.remove_callback(PrinterCallback)
@@ -236,15 +303,17 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     trainer.add_callback(MetricsCallback(output / "metrics.jsonl"))
     bar = BarCallback()
     trainer.add_callback(bar)
+    trainer.add_callback(trackers)
     # DeepSpeed's backward belongs to its engine, which would accumulate the gradients of this trial
     if not processes.uses_deepspeed():
-        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss))
+        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
-    longest = max(length for lengths in rows.lengths.values() for length in lengths)
+    longest = max(rows.most(name) for name in rows.lengths)
 
     def facts_now() -> dict[str, Any]:
-        return facts_of(mixture, trainer.tally.totals(vision), parts, longest)
+        rows = trainer.state.global_step * options.per_device_train_batch_size * options.gradient_accumulation_steps
+        return facts_of(mixture, trainer.tally.totals(vision), parts, longest, rows)
 
     def save_now(folder: Path, more: Mapping[str, Any]) -> None:
         facts, state = facts_now(), sharding.full_state(base.model)
@@ -255,7 +324,7 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
         processes.barrier()
 
     if make_callback is not None:
-        trainer.add_callback(make_callback(base, save_now))
+        trainer.add_callback(make_callback(base, Running(save_now, trainer.log_figures)))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -269,7 +338,8 @@ def train(recipe: Recipe, resume: bool = False, make_callback: CallbackFactory |
     for name, (row_count, tokens, learned) in totals["sources"].items():
         console.print(f"{name:>15}: {row_count:,} rows, {tokens:,} tokens, {learned:,} of them learned", highlight=False)
     base.model.eval()
-    facts, state = facts_now(), sharding.full_state(base.model)
+    facts = facts_now() | (use_best(recipe, base, trainer.state.global_step, mixture.steps) if recipe.evaluate.patience else {})
+    state = sharding.full_state(base.model)
     if processes.is_first():
         adapter.save_adapter(base, output, recipe.base, facts, state)
     processes.barrier()
@@ -296,7 +366,7 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
     original = load(recipe.output / "recipe.yaml")
     changed = [
         key
-        for key in ("base", "precision", "vision_tower", "tiles", "wording", "adapter", "sources", "shares", "train")
+        for key in ("base", "precision", "vision_tower", "tiles", "attn_implementation", "wording", "adapter", "sources", "shares", "train")
         if getattr(original, key) != getattr(recipe, key)
     ]
     if changed:
@@ -309,15 +379,3 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
     if changed_sources:
         names = ", ".join(changed_sources)
         raise RunError(f"{recipe.output}: the data of {names} changed since the run started; start a new run with another output=….")
-
-
-def _check_picture(vision: VisionFeatures) -> Any:
-    """A check that opens each picture once. A picture whose features are cached is known to be readable."""
-    readable: set[Picture] = set()
-
-    def check(picture: Picture) -> None:
-        if picture not in readable and picture not in vision.cache:
-            read_image(picture)
-            readable.add(picture)
-
-    return check

@@ -28,6 +28,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from lcl_adapter.files import scratch_folder
+
 SIZE = 64
 
 
@@ -105,12 +107,10 @@ def fetch(folder: Path) -> None:
             continue
         packed = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
         archive = folder / packed.stdout.strip().splitlines()[-1]
-        partial = target.with_suffix(".partial")
-        with tarfile.open(archive) as tar:
+        with scratch_folder(target) as partial, tarfile.open(archive) as tar:
             members = [m for m in tar.getmembers() if "/img/" not in m.name]
             tar.extractall(partial, members=members, filter="data")
-        (partial / "package").rename(target)
-        partial.rmdir()
+            (partial / "package").rename(target)
         archive.unlink()
 
 

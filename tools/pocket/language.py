@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from lcl_adapter.files import whole_file
 from tools.pocket import tokenizer as tk
 
 IGNORED = -100
@@ -333,10 +334,7 @@ def train(model: LlavaForConditionalGeneration, tasks: Tasks, state: Path, steps
             print(f"language step {step + 1}/{steps} {accuracies} ({time.monotonic() - began:.0f} s)", flush=True)
         if (step + 1) % 500 == 0:
             weights = {n: p for n, p in model.state_dict().items() if "vision_tower" not in n}
-            partial = state.with_suffix(".partial")
-            torch.save(
-                {"model": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1, "running": running},
-                partial,
-            )
-            partial.rename(state)
+            parts = {"model": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
+            with whole_file(state) as partial:
+                torch.save({**parts, "running": running}, partial)
     return running

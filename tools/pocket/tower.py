@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from lcl_adapter.files import whole_file
 from tools.pocket import drawings
 
 PIXEL_MEAN, PIXEL_STD = 0.8, 0.3  # most pixels of an emoji are white
@@ -196,11 +197,9 @@ def train(
         if (step + 1) % 250 == 0:
             print(f"tower step {step + 1}/{steps} loss {running:.3f} ({time.monotonic() - began:.0f} s)", flush=True)
         if (step + 1) % 500 == 0:
-            partial = state.with_suffix(".partial")
-            torch.save(
-                {"tower": tower.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}, partial
-            )
-            partial.rename(state)
+            parts = {"tower": tower.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
+            with whole_file(state) as partial:
+                torch.save(parts, partial)
     tower.save_pretrained(out)
     (out / "done").touch()
     return out

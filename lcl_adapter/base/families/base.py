@@ -95,3 +95,21 @@ def is_llava(config: Any, kind: str, *languages: str) -> bool:
     """
     known_tower = str(config.vision_config.model_type).startswith(("clip", "siglip"))
     return bool(config.model_type == kind and known_tower and config.text_config.model_type in languages)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whether a config and a tokenizer belong to a LLaVA of model type ``kind`` on ``language``.
+
+    token: one that its vocabulary has. end: its end token. None accepts any.
+    A class and no lambda, because a family is pickled into the processes that load data.
+    """
+
+    kind: str
+    language: str
+    token: str | None = None
+    end: str | None = None
+
+    def __call__(self, config: Any, tokenizer: Any) -> bool:
+        has_token = self.token is None or self.token in tokenizer.get_vocab()
+        return is_llava(config, self.kind, self.language) and has_token and self.end in {None, tokenizer.eos_token}

@@ -8,7 +8,7 @@ differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,31 @@ ANSWER = Turn("assistant", "a")
 
 
 @dataclass(frozen=True)
+class Template:
+    """A checkpoint's chat template: messages -> text, without the begin token, which the encoder adds."""
+
+    tokenizer: Any
+    text: str
+
+    def __call__(self, messages: list[dict[str, Any]], opened: bool) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False, add_generation_prompt=opened)
+        bos = self.tokenizer.bos_token
+        return rendered.removeprefix(bos) if bos else rendered
+
+
+def any_base(*_: Any) -> bool:
+    """A family that was read from a checkpoint matches that checkpoint."""
+    return True
+
+
+@dataclass(frozen=True)
 class ChatTemplate(Family):
     """A family read from a checkpoint.
 
     placeholder: the template's text of an image. expanded: the processor's tokens of an image.
     """
 
-    template: Callable[..., str] = lambda *_: ""
+    template: Template = Template(None, "")
     placeholder: str = IMAGE
     expanded: str = IMAGE
 
@@ -86,12 +104,7 @@ def read_family(checkpoint: Checkpoint, side: int) -> ChatTemplate:
     text = _template_of(checkpoint)
     if text is None:
         raise ModelError(f"{where} there is none (chat_template.jinja, or in tokenizer_config.json).")
-
-    def template(messages: list[dict[str, Any]], opened: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, add_generation_prompt=opened)
-        bos = tokenizer.bos_token
-        return rendered.removeprefix(bos) if bos else rendered
-
+    template = Template(tokenizer, text)
     try:
         closed = template([message(QUESTION), message(ANSWER)], False)
         opened = template([message(QUESTION)], True)
@@ -110,7 +123,7 @@ def read_family(checkpoint: Checkpoint, side: int) -> ChatTemplate:
         raise ModelError(f"{where} it writes {placeholder!r} {with_image.count(placeholder)} times for one image; 1 is expected.")
     special_tokens = tuple(t for t in tokenizer.all_special_tokens if t != IMAGE)
     return ChatTemplate(
-        f"chat-template:{name}", lambda *_: True, "", "", "", "", end, special_tokens,
+        f"chat-template:{name}", any_base, "", "", "", "", end, special_tokens,
         template=template, placeholder=placeholder, expanded=_expanded(checkpoint, side),
     )  # fmt: skip
 

@@ -5,11 +5,11 @@ Pictures are padded with the mean colour.
 
 from __future__ import annotations
 
-from lcl_adapter.base.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, Match
 
 LLAVA_15 = Family(
     "llava-1.5",
-    lambda config, tokenizer: is_llava(config, "llava", "llama") and tokenizer.eos_token == "</s>",
+    Match("llava", "llama", end="</s>"),
     system="A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
     user="USER: {image}{text} ",

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.base.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, Match
 from lcl_adapter.base.families.llava_15 import LLAVA_15
 
 LLAVA_NEXT_VICUNA = replace(
     LLAVA_15,
     name="llava-next-vicuna",
-    matches=lambda config, tokenizer: is_llava(config, "llava_next", "llama") and tokenizer.eos_token == "</s>",
+    matches=Match("llava_next", "llama", end="</s>"),
 )
 
 LLAVA_NEXT_MISTRAL = Family(
     "llava-next-mistral",
-    lambda config, tokenizer: is_llava(config, "llava_next", "mistral") and tokenizer.eos_token == "</s>",
+    Match("llava_next", "mistral", end="</s>"),
     system="",
     user="[INST] {image}{text} ",
     assistant="[/INST]",
@@ -32,7 +32,7 @@ LLAVA_NEXT_MISTRAL = Family(
 
 LLAVA_NEXT_LLAMA_3 = Family(
     "llava-next-llama-3",
-    lambda config, tokenizer: is_llava(config, "llava_next", "llama") and "<|eot_id|>" in tokenizer.get_vocab(),
+    Match("llava_next", "llama", "<|eot_id|>"),
     system="<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand the "
     "visual content that the user provides, and assist the user with a variety of tasks using natural language.<|eot_id|>",
     user="<|start_header_id|>user<|end_header_id|>\n\n{image}{text}<|eot_id|>",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lcl_adapter.base.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, Match
 
 LLAVA_ONEVISION = Family(
     "llava-onevision",
-    lambda config, tokenizer: is_llava(config, "llava_onevision", "qwen2") and "<|im_end|>" in tokenizer.get_vocab(),
+    Match("llava_onevision", "qwen2", "<|im_end|>"),
     system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>",
     user="\n<|im_start|>user\n{image}{text}<|im_end|>",
     assistant="\n<|im_start|>assistant\n",
@@ -22,5 +22,5 @@ LLAVA_ONEVISION = Family(
 LLAVA_INTERLEAVE = replace(
     LLAVA_ONEVISION,
     name="llava-interleave",
-    matches=lambda config, tokenizer: is_llava(config, "llava", "qwen2") and "<|im_end|>" in tokenizer.get_vocab(),
+    matches=Match("llava", "qwen2", "<|im_end|>"),
 )

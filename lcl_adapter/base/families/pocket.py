@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lcl_adapter.base.families.base import Family, is_llava
+from lcl_adapter.base.families.base import Family, Match
 
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>")
 
 POCKET = Family(
     "pocket",
-    lambda config, tokenizer: is_llava(config, "llava", "llama") and "<|user|>" in tokenizer.get_vocab() and tokenizer.eos_token == "</s>",
+    Match("llava", "llama", "<|user|>", "</s>"),
     system="",
     user="<|user|>{image}{text}",
     assistant="<|assistant|>",

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, LlavaNextProcessor, LlavaProcess
 from lcl_adapter.amounts import trim_heap
 from lcl_adapter.base.layouts import configs, keys
 from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight, find_base
-from lcl_adapter.base.layouts.tensors import PlannedTensor, Shards, row_blocks, tensors_in_folder
+from lcl_adapter.base.layouts.tensors import PlannedTensor, Shards, StoredTensor, row_blocks, tensors_in_folder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import MergeError, ModelError
 from lcl_adapter.files import write_json
@@ -173,6 +173,13 @@ class CheckpointWriter:
                     )
         return len(written)
 
+    def written(self, folder: Path) -> dict[str, StoredTensor]:
+        """The tensors in ``folder`` by the model's own names."""
+        tensors = {self.names[key]: tensor for key, tensor in tensors_in_folder(folder).items()}
+        if self.tower_shards is not None:
+            tensors |= {keys.TOWER + key.removeprefix("vision_model."): tensor for key, tensor in tensors_in_folder(folder / TOWER).items()}
+        return tensors
+
     def ref(self, folder: Path) -> BaseRef | None:
         """A reference to the checkpoint in ``folder``; None where its vision tower is not on this machine."""
         tower = self._tower_folder(folder)
@@ -292,11 +299,10 @@ class CheckpointWriter:
             shape = (rows, *shape[1:])
 
         def make() -> Iterator[torch.Tensor]:
-            if self._is_merged_layer(name):
+            if self.joins_projector and name.startswith(keys.PROJECTOR + "linear_1"):
                 yield from row_blocks(self._merged_layer(name))
                 return
             remaining = shape[0] if shape else 1
-            # Runs to its end even where rows are dropped: a change records its effect there
             for block in self._rows_of(name):
                 if remaining > 0:
                     yield block[:remaining] if block.ndim else block
@@ -304,9 +310,10 @@ class CheckpointWriter:
 
         return PlannedTensor(key, dtype, shape, make)
 
-    def _is_merged_layer(self, name: str) -> bool:
-        """Whether the weight is v1's projector in the original layout, written as the product of two layers."""
-        return self.to == "original" and name.startswith(keys.PROJECTOR + "linear_1") and self._linear
+    @property
+    def joins_projector(self) -> bool:
+        """Whether v1's projector is written as the product of its two layers, in the original layout."""
+        return self.to == "original" and self._linear
 
     def _merged_layer(self, name: str) -> torch.Tensor:
         """v1's projector has one layer.

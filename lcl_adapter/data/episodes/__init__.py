@@ -11,6 +11,7 @@ from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Pol
 from lcl_adapter.data.episodes.inspection import inspection, inspection_episode
 from lcl_adapter.data.episodes.jigsaw import jigsaw
 from lcl_adapter.data.episodes.locate import locate
+from lcl_adapter.data.episodes.longest import longest_box, longest_episodes
 from lcl_adapter.data.episodes.n_way import n_way
 from lcl_adapter.data.episodes.product import product
 from lcl_adapter.data.episodes.references import ref_or_weight, two_way_ref
@@ -19,7 +20,18 @@ from lcl_adapter.data.sources import ClassPool, InspectionPool
 from lcl_adapter.randomness import generator
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions, InspectionPolicy, PolicyName
 
-__all__ = ["PART_POLICIES", "POLICIES", "Episode", "Example", "LearnedAnswers", "draw", "inspection_episode", "pictures_needed"]
+__all__ = [
+    "PART_POLICIES",
+    "POLICIES",
+    "Episode",
+    "Example",
+    "LearnedAnswers",
+    "draw",
+    "inspection_episode",
+    "longest_box",
+    "longest_episodes",
+    "pictures_needed",
+]
 
 POLICIES: Mapping[PolicyName, Policy] = {
     "2way-weight": two_way_weight,

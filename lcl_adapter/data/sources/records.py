@@ -1,7 +1,7 @@
 """Records of a JSON Lines file or of a JSON list, read one at a time from their place in the file.
 
-Memory holds twelve bytes for each record: its start and its size. Reading uses ``pread``, because forked workers would
-share a file position.
+Memory holds 24 bytes for each record: its start, its size, and the sizes of its text. Reading uses ``pread``, because forked workers would
+share a file position. Workers that are not forked receive the places and open the file by themselves.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -35,19 +36,12 @@ class Records:
     def __init__(self, file: Path, key: str | None = None) -> None:
         self.file = file
         self.blank: list[int] = []
-        try:
-            self._file = os.open(file, os.O_RDONLY)
-            if file.is_dir():
-                raise DataError(f"{file}: a folder; the file with the records is expected.")
-        except FileNotFoundError as error:
-            raise DataError(f"{file}: no such file.") from error
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+        self._version: tuple[int, int] | None = None  # time and size of the file, once it is indexed
         head = os.pread(self._file, 4096, 0)
         self._start = len(BOM) if head.startswith(BOM) else 0
         self.is_list = key is not None or head[self._start :].lstrip()[:1] == b"["
-        stat = os.fstat(self._file)
-        version = (file, key, stat.st_mtime_ns, stat.st_size)
+        self._version = _version(self._file)
+        version = (file, key, *self._version)
         if version not in INDEXES:
             starts, ends = self._index_list(key) if self.is_list else self._index_lines()
             if len(INDEXES) >= MAX_INDEXES:
@@ -55,8 +49,29 @@ class Records:
             INDEXES[version] = (starts, (ends - starts).astype(np.uint32), self.blank)
         self._starts, self.sizes, self.blank = INDEXES[version]
 
+    @cached_property
+    def _file(self) -> int:
+        """The open file. Raises DataError if it cannot be opened, or has changed since its records were indexed."""
+        try:
+            opened = os.open(self.file, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.file}: no such file.") from error
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error.strerror}).") from error
+        fault = "a folder; the file with the records is expected" if self.file.is_dir() else ""
+        if self._version not in {None, _version(opened)}:
+            fault = "has changed since it was opened; start again"
+        if fault:
+            os.close(opened)
+            raise DataError(f"{self.file}: {fault}.")
+        return opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file: the process that receives it opens its own."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if "_file" in vars(self):
             os.close(self._file)
 
     def __len__(self) -> int:
@@ -191,17 +206,23 @@ class Records:
         return DataError(f"{self.file}: not a JSON list.")
 
 
-Parse = Callable[[Any, int], Dialogue]
+def _version(file: int) -> tuple[int, int]:
+    """Time of the last change and size of an open file."""
+    stat = os.fstat(file)
+    return stat.st_mtime_ns, stat.st_size
+
+
+Parse = Callable[[Any, int], Dialogue]  # picklable: a function of a module, or a partial of one
 
 
 class Dialogues(Sequence[Dialogue]):
     """Dialogues that are parsed from their records each time they are used.
 
-    ``numbers``: the records without a fault.
+    ``numbers``: the records without a fault. ``sizes``: :func:`size_of` each of them, int32 [N, 3].
     """
 
-    def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range) -> None:
-        self.records, self.parse, self.numbers = records, parse, numbers
+    def __init__(self, records: Records, parse: Parse, numbers: np.ndarray | range, sizes: np.ndarray) -> None:
+        self.records, self.parse, self.numbers, self.sizes = records, parse, numbers, sizes
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -212,31 +233,34 @@ class Dialogues(Sequence[Dialogue]):
         number = int(self.numbers[index])
         return self.parse(self.records[number], number)
 
-    def longest(self, count: int) -> list[int]:
-        """Indices of the ``count`` longest records, by bytes."""
-        sizes = self.records.sizes[np.asarray(self.numbers)].astype(np.int64)
-        return [int(i) for i in np.argsort(-sizes, kind="stable")[:count]]
-
     def __iter__(self) -> Iterator[Dialogue]:
         return (self[i] for i in range(len(self)))
 
 
-@runtime_checkable
-class ReadOnDemand(Protocol):
-    """Dialogues that are read one at a time. They know which are long without reading all."""
-
-    def longest(self, count: int) -> list[int]: ...
-
-    def __getitem__(self, index: int) -> Dialogue: ...
+BOX_BYTES = len("[0.123,0.456,0.789,0.987]")
 
 
-def longest_dialogues(pool: QuestionPool, count: int) -> list[Dialogue]:
-    """The ``count`` dialogues with the most text. If they are read on demand, the size of their record decides."""
-    if isinstance(pool.dialogues, ReadOnDemand):
-        return [pool.dialogues[i] for i in pool.dialogues.longest(count)]
-    if len(pool) <= count:
-        return list(pool.dialogues)
-    return sorted(pool.dialogues, key=lambda d: -sum(len(e.question) + len(e.answer) for e in d.exchanges))[:count]
+def size_of(dialogue: Dialogue) -> tuple[int, int, int]:
+    """Bytes of a dialogue's questions and answers, its exchanges, and its pictures."""
+    text = sum(len(e.question.encode()) + (BOX_BYTES if e.region else len(e.answer.encode())) for e in dialogue.exchanges)
+    return text, len(dialogue.exchanges), len(dialogue.pictures)
+
+
+def sizes_of(pool: QuestionPool) -> np.ndarray | None:
+    """:func:`size_of` every dialogue, int32 [N, 3]. None for shards, whose samples are not read before they are used."""
+    if pool.shard_sizes:
+        return None
+    if isinstance(pool.dialogues, Dialogues):
+        return pool.dialogues.sizes
+    return np.array([size_of(dialogue) for dialogue in pool.dialogues], dtype=np.int32).reshape(-1, 3)
+
+
+def longest_dialogues(pool: QuestionPool, count: int) -> list[int]:
+    """Indices of the ``count`` dialogues with the most text; of shards, the first samples, which may be unreadable."""
+    sizes = sizes_of(pool)
+    if sizes is None:  # for the longest, all shards would have to be fetched
+        return list(range(min(count, pool.shard_sizes[0])))
+    return [int(i) for i in np.argsort(-sizes[:, 0], kind="stable")[:count]]
 
 
 def read_dialogues(
@@ -253,10 +277,11 @@ def read_dialogues(
     count = min(len(records), limit or len(records))
     faulty: list[int] = []
     ids = np.zeros(count, dtype=np.int64)
+    sizes = np.zeros((count, 3), dtype=np.int32)
     for number, raw in enumerate(records.scan(count)):
         try:
             record = records.read(number, raw)
-            parse(record, number)
+            sizes[number] = size_of(parse(record, number))
             ids[number] = hash(raw.strip() if identify is None else identify(record))
             continue
         except DataError as error:
@@ -276,7 +301,7 @@ def read_dialogues(
         faults.append(Fault(kind, f"{describe_record(records, number)}: {reason}"))
         faulty.append(number)
     numbers = np.delete(np.arange(count), faulty) if faulty else range(count)
-    return Dialogues(records, parse, numbers), faults
+    return Dialogues(records, parse, numbers, np.delete(sizes, faulty, 0)), faults
 
 
 def unreadable(records: Records, number: int, error: DataError) -> Fault:

@@ -1,6 +1,7 @@
 """Questions in WebDataset shards: tar archives of ``key.json`` and ``key.jpg``, in a local folder or anywhere that
 fsspec reads.
 
+A sample is read when it is used, and not before, so a bad one is discovered then.
 A sample's JSON is LLaVA's (``conversations``; its pictures are the sample's, in the order of their names) or
 ``{"question", "answer"}``. Remote shards are fetched whole, one at a time, into a folder of bounded size. The schedule
 mixes a few shards at a time (``mixed``), so that each shard is fetched once in a pass. The seed and the row's number
@@ -29,7 +30,7 @@ import fsspec
 from pydantic import Field, field_validator, model_validator
 
 from lcl_adapter.amounts import memory_bytes
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, Picture, QuestionPool, check_faults
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.llava_json import exchanges_of
 from lcl_adapter.errors import DataError, RunError
@@ -74,7 +75,12 @@ class Shards(QuestionReader):
         return self
 
     def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
-        return read_shards(self.path, self.urls, self.index, self.cache, memory_bytes(self.cache_size), self.mixed, name, self.limit)
+        size = memory_bytes(self.cache_size)
+        return read_shards(self.path, self.urls, self.index, self.cache, size, self.mixed, name, self.limit, self.on_fault)
+
+    def shards(self) -> set[str]:
+        """The shards that it reads, by file or address."""
+        return {str(file) for file in self.path.glob("*.tar")} if self.path is not None else set(expanded(self.urls))
 
 
 class Member(NamedTuple):
@@ -181,6 +187,10 @@ class ShardDialogues(Sequence[Dialogue]):
         self._ends = list(accumulate(counts))
         self._members = lru_cache(maxsize=8)(self._read_members)
 
+    def __reduce__(self) -> tuple[type[ShardDialogues], tuple[Any, ...]]:
+        """Without the cache of listed shards, which another process fills by itself."""
+        return type(self), (self.urls, self.counts, self.cache)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -195,22 +205,6 @@ class ShardDialogues(Sequence[Dialogue]):
         members = self._members(shard)
         key = list(members)[index - (self._ends[shard - 1] if shard else 0)]
         return self._sample(self.urls[shard], key, members[key])
-
-    def longest(self, count: int) -> list[int]:
-        """The first samples that can be read.
-
-        The longest are unknown, because for that all shards would have to be fetched.
-
-        A sample that is too long is reported when its row is read.
-        """
-        return [index for index in range(min(count, self.counts[0])) if self._is_readable(index)]
-
-    def _is_readable(self, index: int) -> bool:
-        try:
-            self[index]
-        except DataError:
-            return False
-        return True
 
     def _local_path(self, url: str) -> Path:
         return Path(url) if self.cache is None else self.cache.fetch(url)
@@ -303,14 +297,24 @@ def expanded(pattern: str) -> list[str]:
 
 
 def read_shards(
-    path: Path | None, urls: str, index: Path | None, cache: Path, cache_size: int, mixed: int, name: str = "", limit: int | None = None
+    path: Path | None,
+    urls: str,
+    index: Path | None,
+    cache: Path,
+    cache_size: int,
+    mixed: int,
+    name: str = "",
+    limit: int | None = None,
+    on_fault: str = "refuse",
 ) -> QuestionPool:
     """Shards of a folder, or at ``urls``.
 
     ``index`` is a file as WebDataset's ``widsindex create`` writes it; ``urls`` need one.
 
-    limit: use only the first shards, until they hold this many samples. Raises DataError.
+    limit: use only the first shards, until they hold this many samples. on_fault: "refuse" raises DataError for a local
+    shard that cannot be listed; "skip" leaves it out and counts it. Raises DataError.
     """
+    faults: list[Fault] = []
     sizes = _read_index(index) if index is not None else None
     if path is not None:
         if not path.is_dir():
@@ -323,7 +327,7 @@ def read_shards(
     if not shards:
         raise DataError(f"{path}: no *.tar in it.")
     if sizes is None:
-        counts = [_count_samples(Path(shard)) for shard in shards]
+        counts = [_count_samples(Path(shard), faults) for shard in shards]
     else:
         missing = [shard for shard in shards if _base_name(shard) not in sizes]
         if missing:
@@ -334,20 +338,25 @@ def read_shards(
     if limit is not None:
         enough = next((n for n, total in enumerate(accumulate(c for _, c in used), 1) if total >= limit), len(used))
         used = used[:enough]
-    if not used:
+    if not used and not faults:
         raise DataError(f"{path or urls}: no sample in any shard.")
     listed = json.dumps([[_base_name(shard), count] for shard, count in used])
     fingerprint = hashlib.sha256(listed.encode()).hexdigest()
     dialogues = ShardDialogues([shard for shard, _ in used], [count for _, count in used], None if path is not None else Cache(cache, cache_size))
-    return QuestionPool(name or "shards", dialogues, {}, (), fingerprint, shard_sizes=dialogues.counts, shards_at_once=mixed)
+    pool = QuestionPool(name or "shards", dialogues, {}, tuple(faults), fingerprint, shard_sizes=dialogues.counts, shards_at_once=mixed)
+    return check_faults(pool, on_fault)
 
 
-def _count_samples(path: Path) -> int:
+def _count_samples(path: Path, faults: list[Fault]) -> int:
+    """How many samples a local shard has; 0, and a fault, where it cannot be listed."""
     try:
         with path.open("rb") as file:
             return len(members_of(file, str(path)))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        faults.append(Fault("broken shard", f"{path}: cannot be read ({error.strerror or error})."))
+    except DataError as error:
+        faults.append(Fault("broken shard", str(error)))
+    return 0
 
 
 def _base_name(shard: str) -> str:

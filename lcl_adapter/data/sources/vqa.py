@@ -7,6 +7,7 @@ POPE    {"question_id", "image", "text", "label": "yes"|"no"}
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,20 +84,22 @@ def read_llava_questions(
     """
     records = Records(file)
     answer_of, answer_faults = _answers_by_id(answers)
-    archive = images.suffix.lower() == ".zip"
-
-    def parse(record: Any, number: int) -> Dialogue:
-        answer = answer_of.get(str(record["question_id"]))
-        if answer is None:
-            raise ValueError(f"no answer with this question_id in {answers}")
-        if closed and answer not in closed:
-            raise ValueError(f"the answer {answer!r} is not in the closed list {', '.join(closed)}")
-        image = picture(images, archive, record["image"]) if record.get("image") else None
-        return Dialogue((Exchange(_without_image_tag(record["text"]), answer, image),), record_name(records, number, record))
-
+    parse = partial(_llava_question, records=records, answer_of=answer_of, answers=answers, images=images, closed=closed)
     dialogues, faults = read_dialogues(records, parse, lambda r: r["question_id"], limit)
     sums = records.sha256 + Records(answers).sha256
     return check_faults(QuestionPool(name or file.stem, dialogues, {}, (*answer_faults, *faults), sums), on_fault)
+
+
+def _llava_question(
+    record: Any, number: int, records: Records, answer_of: Mapping[str, str], answers: Path, images: Path, closed: tuple[str, ...]
+) -> Dialogue:
+    answer = answer_of.get(str(record["question_id"]))
+    if answer is None:
+        raise ValueError(f"no answer with this question_id in {answers}")
+    if closed and answer not in closed:
+        raise ValueError(f"the answer {answer!r} is not in the closed list {', '.join(closed)}")
+    image = picture(images, images.suffix.lower() == ".zip", record["image"]) if record.get("image") else None
+    return Dialogue((Exchange(_without_image_tag(record["text"]), answer, image),), record_name(records, number, record))
 
 
 def _answers_by_id(file: Path) -> tuple[dict[str, str], list[Fault]]:
@@ -139,26 +142,25 @@ def read_vqav2(
             number_of[str(annotation_records.read(index, raw)["question_id"])] = index
         except (KeyError, TypeError) as error:
             raise DataError(f"{annotation_records.origin(index)}: an annotation with question_id is expected ({error!r}).") from error
-    archive = images.suffix.lower() == ".zip"
     form = pattern or f"COCO_{'train' if 'train' in questions.name else 'val'}2014_{{image_id:012}}.jpg"
-
-    def parse(record: Any, number: int) -> Dialogue:
-        index = number_of.get(str(record["question_id"]))
-        if index is None:
-            raise ValueError(f"no annotation with this question_id in {annotations}")
-        annotation = annotation_records[index]
-        answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
-        try:
-            image = picture(images, archive, form.format(image_id=record["image_id"]))
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"`image_name` {form!r} does not fit: it may hold {{image_id}} ({error!r})") from error
-        text = f"{record['question']}\n{SHORT}"
-        exchange = Exchange(text, str(annotation["multiple_choice_answer"]), image, answers=answers)
-        return Dialogue((exchange,), f"{questions}: question {number + 1} (question_id {record['question_id']!r})")
-
+    parse = partial(_vqav2, questions=questions, annotations=annotation_records, number_of=number_of, images=images, form=form)
     dialogues, faults = read_dialogues(question_records, parse, lambda r: r["question_id"], limit)
     sums = question_records.sha256 + annotation_records.sha256
     return check_faults(QuestionPool(name or questions.stem, dialogues, {}, tuple(faults), sums), on_fault)
+
+
+def _vqav2(record: Any, number: int, questions: Path, annotations: Records, number_of: Mapping[str, int], images: Path, form: str) -> Dialogue:
+    index = number_of.get(str(record["question_id"]))
+    if index is None:
+        raise ValueError(f"no annotation with this question_id in {annotations.file}")
+    annotation = annotations[index]
+    answers = tuple(str(a["answer"]) for a in annotation.get("answers", ()))
+    try:
+        image = picture(images, images.suffix.lower() == ".zip", form.format(image_id=record["image_id"]))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"`image_name` {form!r} does not fit: it may hold {{image_id}} ({error!r})") from error
+    exchange = Exchange(f"{record['question']}\n{SHORT}", str(annotation["multiple_choice_answer"]), image, answers=answers)
+    return Dialogue((exchange,), f"{questions}: question {number + 1} (question_id {record['question_id']!r})")
 
 
 def read_pope(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:

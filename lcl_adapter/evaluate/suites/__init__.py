@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoder
@@ -13,6 +13,7 @@ from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
 from lcl_adapter.data.sources.base import names_of, pictures_of
 from lcl_adapter.data.sources.records import longest_dialogues
+from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell, Selection
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
@@ -34,6 +35,7 @@ from lcl_adapter.recipe.wording import Wording
 
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 
+DRAWN = 4  # cases of a cell whose lengths are measured before training
 LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
@@ -97,13 +99,16 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     picture.
 
     Plain questions may be about training classes, because they measure retention. For them, the same file in training
-    and evaluation is refused. Raises RecipeError with everything in common.
+    and evaluation is refused. Samples of shards are not read for this: their pictures are inside the shard, and no class
+    is read from there. Raises RecipeError with everything in common.
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
-    for source, trained in mixture.pools.items():
-        names |= {(mixture.options[source].type, n) for n in names_of(trained)}
-        pictures |= {_picture_key(p) for p in pictures_of(trained)}
+    if any(isinstance(options, CLASS_SUITES) for options in recipe.evaluate.suites.values()):
+        for source, trained in mixture.pools.items():
+            names |= {(mixture.options[source].type, n) for n in names_of(trained)}
+            if not getattr(mixture.options[source], "reads_late", False):
+                pictures |= {_picture_key(p) for p in pictures_of(trained)}
     faults = []
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, CLASS_SUITES):
@@ -134,8 +139,11 @@ def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: t
         raise RecipeError(faults)
 
 
-def _files(options: Any) -> set[Path]:
-    return {file for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
+def _files(options: Any) -> set[str]:
+    """The files of questions that a reader reads."""
+    if isinstance(options, Shards):
+        return options.shards()
+    return {str(file) for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
 
 
 def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
@@ -157,6 +165,37 @@ def _overlap_message(name: str, common: Sequence[str]) -> str:
     return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
 
 
+@dataclass(frozen=True)
+class LongestCase:
+    """Lengths in tokens of a case: its support set, its question with the answers to score, and what may be generated.
+
+    places: tokens whose logits are computed. pictures: distinct ones.
+    """
+
+    support: int
+    question: int
+    places: int
+    new_tokens: int
+    pictures: int
+
+    @property
+    def total(self) -> int:
+        return self.support + self.question + self.new_tokens
+
+
+def longest_case(recipe: Recipe, encoder: Encoder) -> LongestCase | None:
+    """The longest of a few cases of each cell. None without suites. Raises RecipeError, DataError."""
+    cases = []
+    for cell in build_cells(recipe, limit=DRAWN):
+        for case in cell.cases:
+            support = len(encoder.turns(case.support)[0]) if case.support else 0
+            prompt = len(encoder.turns([case.query], opened=True)[0])
+            scored = sum(len(encoder.turns([case.query, Turn("assistant", answer)])[0]) - prompt - 1 for answer in case.answers)
+            pictures = {picture for turn in (*case.support, case.query) for picture in turn.pictures}
+            cases.append(LongestCase(support, prompt + scored, 1 + scored, cell.new_tokens or 0, len(pictures)))
+    return max(cases, key=lambda case: case.total, default=None)
+
+
 def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     """Draw a few cases of every cell, and the longest questions of every question suite, so that faults show before
     training.
@@ -164,17 +203,17 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     Raises RecipeError, DataError; EpisodeError if a question does not fit the context.
     """
     watched = tuple(recipe.evaluate.watched)
-    during = build_cells(recipe, 4, watched, during=True) if watched else ()
-    for cell in chain(build_cells(recipe, limit=4), during):
+    during = build_cells(recipe, DRAWN, watched, during=True) if watched else ()
+    for cell in chain(build_cells(recipe, limit=DRAWN), during):
         for case in cell.cases:
             _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
             pool = open_reader(name, options.source)
             new_tokens = options.new_tokens if isinstance(options, InstructSuite) else boxes.BOX_TOKENS
-            for dialogue in longest_dialogues(pool, LONGEST):
+            for index in longest_dialogues(pool, LONGEST):
                 try:
-                    turns = from_dialogues((dialogue,)).branches[0][:-1]
+                    turns = from_dialogues((pool.dialogues[index],)).branches[0][:-1]
                 except DataError:
                     if options.source.on_fault == "refuse":
                         raise

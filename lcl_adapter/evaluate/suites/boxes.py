@@ -20,9 +20,9 @@ BOX_TOKENS = 40  # four numbers of three decimals are 25 tokens if each digit is
 
 
 def rec(name: str, options: RecSuite, selection: Selection) -> Cell:
-    cases = question_cases(name, options.source, selection)
+    cases, faults = question_cases(name, options.source, selection)
     boxed = tuple(Case(c.support, c.query, (), (), c.gold, c.group, truth=parse(c.gold)) for c in cases)
-    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.box_figures, new_tokens=BOX_TOKENS)
+    return Cell(name, name, "rec", "IoU > 0.5", 0.0, boxed, judges.box_figures, new_tokens=BOX_TOKENS, faults=faults)
 
 
 def locate(name: str, options: LocateSuite, wording: Wording, selection: Selection) -> Iterator[Cell]:

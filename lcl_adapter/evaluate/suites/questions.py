@@ -15,7 +15,7 @@ from lcl_adapter.recipe.suites import InstructSuite, PopeSuite, VqaSuite
 
 
 def vqa(name: str, options: VqaSuite, selection: Selection) -> Cell:
-    cases = question_cases(name, options.source, selection)
+    cases, faults = question_cases(name, options.source, selection)
     if options.rule == "vqav2":
         incomplete = next((c for c in cases if not c.truth), None)
         if incomplete is not None:
@@ -24,38 +24,42 @@ def vqa(name: str, options: VqaSuite, selection: Selection) -> Cell:
             )
     figures = published.VQAV2 if options.published else ()
     judge = judges.vqav2_figures if options.rule == "vqav2" else judges.exact_figures
-    return Cell(
-        name, name, "vqa", "VQA accuracy" if options.rule == "vqav2" else "exact match", _majority_share(cases), cases, judge, published=figures
-    )
+    metric = "VQA accuracy" if options.rule == "vqav2" else "exact match"
+    return Cell(name, name, "vqa", metric, _majority_share(cases), cases, judge, published=figures, faults=faults)
 
 
 def pope(name: str, options: PopeSuite, selection: Selection) -> Cell:
-    return Cell(name, name, "pope", "accuracy", 0.5, question_cases(name, options.source, selection), judges.pope_figures, published=published.POPE)
+    cases, faults = question_cases(name, options.source, selection)
+    return Cell(name, name, "pope", "accuracy", 0.5, cases, judges.pope_figures, published=published.POPE, faults=faults)
 
 
 def instruct(name: str, options: InstructSuite, selection: Selection) -> Cell:
-    return Cell(
-        name, name, "instruct", "ROUGE-L", 0.0, question_cases(name, options.source, selection), judges.rouge_figures, new_tokens=options.new_tokens
-    )
+    cases, faults = question_cases(name, options.source, selection)
+    return Cell(name, name, "instruct", "ROUGE-L", 0.0, cases, judges.rouge_figures, new_tokens=options.new_tokens, faults=faults)
 
 
-def question_cases(name: str, reader: QuestionReader, selection: Selection) -> tuple[Case, ...]:
-    """The last question of each record, after the record's earlier turns. Raises DataError if no record is usable."""
+def question_cases(name: str, reader: QuestionReader, selection: Selection) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+    """The last question of each record, after the record's earlier turns, and the faults of records that are left out.
+
+    Raises DataError if no record is usable, or for the first bad one where the reader refuses faults.
+    """
     pool = open_reader(name, reader)
-    cases = []
-    for dialogue in (pool.dialogues[i] for i in selection.of_list([""] * len(pool))[: selection.limit]):
+    cases, faults = [], []
+    for index in selection.of_list([""] * len(pool))[: selection.limit]:
         try:
+            dialogue = pool.dialogues[index]
             turns = from_dialogues((dialogue,)).branches[0]
-        except DataError:  # an impossible box: its picture is broken, or too small for it
+        except DataError as error:  # a bad sample of a shard, or an impossible box: its picture is broken, or too small for it
             if reader.on_fault == "refuse":
                 raise
+            faults.append(str(error))
             continue
         earlier = tuple(replace(t, learn=False) for t in turns[:-2])
         picture = str(turns[-2].picture or dialogue.origin)  # the interval resamples pictures
         cases.append(Case(earlier, turns[-2], (), (), turns[-1].text, picture, truth=dialogue.exchanges[-1].answers))
     if not cases:
-        raise DataError(f"evaluate.suites.{name}: none of its records can be used.")
-    return tuple(cases)
+        raise DataError(f"evaluate.suites.{name}: none of its records can be used{f': {faults[0]}' if faults else '.'}")
+    return tuple(cases), tuple(faults)
 
 
 def _majority_share(cases: tuple[Case, ...]) -> float:

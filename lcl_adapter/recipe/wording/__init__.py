@@ -77,12 +77,18 @@ def phrase(task: str, file: Path | None, choice: int | np.random.Generator, lang
 
     Raises RecipeError if the task has no phrasing in these languages.
     """
+    available = phrasings(task, file, languages)
+    number = choice if isinstance(choice, int) else int(choice.integers(len(available)))
+    return available[number % len(available)]
+
+
+def phrasings(task: str, file: Path | None, languages: Sequence[str] = ("en",)) -> list[Wording]:
+    """All phrasings of a task in these languages. Raises RecipeError if there is none."""
     table = load(file)[task]
-    phrasings = [wording for language in languages for wording in table.get(language, ())]
-    if not phrasings:
+    available = [wording for language in languages for wording in table.get(language, ())]
+    if not available:
         raise RecipeError([f"{file or SHIPPED.name}: task {task!r} has no phrasing in {', '.join(languages)}; there are {', '.join(table)}"])
-    number = choice if isinstance(choice, int) else int(choice.integers(len(phrasings)))
-    return phrasings[number % len(phrasings)]
+    return available
 
 
 def _read(file: Path) -> dict[str, dict[str, tuple[Wording, ...]]]:

@@ -1,0 +1,379 @@
+"""What only a GPU can show, in one command, from random weights and without network.
+
+    python -m benchmarks.gpu --minutes 8                # on one GPU: LLaVA-1.5-7B's shape
+    python -m benchmarks.gpu --shape tiny --out build   # the same script on a CPU, as the tests run it
+
+Parts, each in a process of its own with a time limit. A part that fails is reported, and the others go on.
+
+    model      write the random base, in LLaVA-1.5's family and fp16
+    nf4        2-way 2-shot, rank 64: peak against forecast and seconds a step, against stock SFTTrainer on the same rows
+    bf16       the same in 16 bits; then an 8-shot set asked by a stored prefix, against plain ``generate``
+    forecasts  forecast against measured peak of the small models of ``benchmarks.plan``
+    files      times of a conversion into the original layout, and of a merge
+
+The context is 16,384 tokens instead of LLaVA-1.5's 4,096, because 16 pictures of 576 tokens would not fit. The result is
+one JSON object in ``benchmarks/results/`` and a page of tables, ``docs/gpu-results.md``, with the card's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor
+
+from benchmarks import plan, predict, train
+from benchmarks.common import Size, random_llava
+from lcl_adapter import devices
+from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.answering.room import Load
+from lcl_adapter.base.adapter import save_adapter
+from lcl_adapter.base.model import Base, attach, load_base
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.checkpoints.convert import convert
+from lcl_adapter.checkpoints.merge import merge
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.memory import budget
+from lcl_adapter.memory.plan import Plan
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.recipe.schema import AdapterOptions
+from lcl_adapter.training.collate import Collator
+from lcl_adapter.training.trainer import LclTrainer
+from tests.tiny import vicuna_tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """steps: of a training; the first is not timed. questions: about the set of ``shots`` a class. plain: of them, those
+    that plain ``generate`` answers too. cases: of ``benchmarks.plan``.
+    """
+
+    size: Size
+    steps: int
+    shots: int
+    questions: int
+    plain: int
+    cases: str
+
+
+SHAPES = {
+    "7b": Shape(Size(4096, 11008, 32, 32, pixels=336, context=16384), steps=5, shots=8, questions=32, plain=4, cases="abcdefghij"),
+    "tiny": Shape(Size(64, 128, 2, 2, pixels=28, context=16384), steps=2, shots=1, questions=3, plain=2, cases=""),
+}
+LIMITS = {"model": 120, "nf4": 200, "bf16": 160, "forecasts": 120, "files": 150}  # seconds
+BENCHMARK = "python -m benchmarks.gpu"
+# LLaVA-1.5's prompt, for TRL's collator; this project's encoder needs none
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+Result = dict[str, Any]
+
+
+def base_folder(shape: str, folder: Path) -> Path:
+    return random_llava(
+        folder / "base", SHAPES[shape].size, torch.float16, shards=5 if shape == "7b" else 1, tokenizer=vicuna_tokenizer(), template=None
+    )
+
+
+def recipe_of(base: Path, precision: str, output: str, steps: int, queries: int) -> Recipe:
+    """2-way 2-shot episodes of the shipped drawings, a row a step."""
+    return Recipe.model_validate(
+        {
+            "base": str(base), "precision": precision, "output": output,
+            "adapter": {"rank": 64, "alpha": 128, "dropout": 0.05},
+            "sources": {"lcl": {"type": "pocket", "shots": [2], "queries": queries, "learn": "query"}},
+            "train": {"max_steps": steps, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "bucket": 1, "save_steps": 10_000,
+                      "logging_steps": 1, "feature_cache": "1GB"},
+        }
+    )  # fmt: skip
+
+
+class Peak:
+    """The largest allocation since the start, on a GPU; with ``outside``, what the context and the allocator add."""
+
+    def __init__(self) -> None:
+        devices.release_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def allocated(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else plan.peak()
+
+    @property
+    def outside(self) -> int:
+        """Bytes of this GPU that are in use and not reserved by torch: CUDA's context and libraries."""
+        if not torch.cuda.is_available():
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+
+def trained(base: Base, recipe: Recipe) -> Result:
+    """Train the recipe's steps with this project's trainer: forecast and peak bytes, seconds a step, losses."""
+    device = base.device.type
+    forecast = Plan(recipe, device, Mixture(recipe), 10**12).training().total
+    peak = Peak()
+    trainer = LclTrainer(base, recipe, Collator(Mixture(recipe), base.encoder()), VisionFeatures(base), Mixture(recipe).steps)
+    figures = _run(trainer)
+    measured = peak.allocated + peak.outside
+    return {**figures, "forecast": forecast, "peak": measured, "error": forecast / measured - 1}
+
+
+def stock(base: Base, recipe: Recipe, queries: int) -> Result:
+    """The same episodes with TRL's trainer and collator."""
+    peak = Peak()
+    processor = AutoProcessor.from_pretrained(base.path)
+    processor.chat_template = TEMPLATE
+    figures = _run(train.stock_trainer(base, recipe, queries, processor))
+    return {**figures, "peak": peak.allocated + peak.outside}
+
+
+def _run(trainer: Any) -> Result:
+    clock = train.Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.accelerator.free_memory()
+    return {"seconds_a_step": clock.seconds / (trainer.args.max_steps - 1), "losses": losses}
+
+
+def without_adapter(base: Base) -> Base:
+    """The base as it was loaded, for the next adapter."""
+    llava = base.model.unload()
+    llava.requires_grad_(False).eval()
+    llava._forward_hooks.clear()
+    llava._forward_pre_hooks.clear()
+    llava._forward_pre_hooks_with_kwargs.clear()
+    return base.with_model(llava)
+
+
+def model_part(shape: str, folder: Path) -> Result:
+    began = time.perf_counter()
+    made = base_folder(shape, folder)
+    size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+    return {"seconds": time.perf_counter() - began, "bytes": size}
+
+
+def loaded(shape: str, folder: Path, precision: str) -> tuple[Base, float]:
+    began = time.perf_counter()
+    base = load_base(BaseRef(str(base_folder(shape, folder)), precision, device=devices.training_device()))  # type: ignore[arg-type]
+    return base, time.perf_counter() - began
+
+
+def nf4_part(shape: str, folder: Path) -> Result:
+    return training_part(shape, folder, "nf4", (1, 4))
+
+
+def training_part(shape: str, folder: Path, precision: str, queries: tuple[int, ...]) -> Result:
+    """This project's trainer and TRL's, on the same base, one after the other."""
+    base, seconds = loaded(shape, folder, precision)
+    result: Result = {"loading_seconds": seconds, "trainings": []}
+    for count in queries:
+        with tempfile.TemporaryDirectory() as output:
+            recipe = recipe_of(folder / "base", precision, output, SHAPES[shape].steps, count)
+            tokens = len(Plan(recipe, base.device.type, Mixture(recipe), 10**12).row)
+            row: Result = {"precision": precision, "shots": 2, "queries": count, "tokens": tokens}
+            base = attach(base, recipe.adapter)
+            row["ours"] = trained(base, recipe)
+            base = attach(without_adapter(base), recipe.adapter)
+            row["stock"] = _reported(partial(stock, base, recipe, count))
+            base = without_adapter(base)
+            result["trainings"].append(row)
+            print(json.dumps(result), flush=True)  # if the next one runs out of time, this much is known
+    result["pooled"] = "this version has no pooled supports"
+    return result
+
+
+def bf16_part(shape: str, folder: Path) -> Result:
+    result = training_part(shape, folder, "bf16", (1,))
+    base, _ = loaded(shape, folder, "bf16")
+    return result | {"asking": _reported(partial(asking, base, SHAPES[shape]))}
+
+
+def asking(base: Base, shape: Shape) -> Result:
+    """Questions about one set, from its stored keys and values, and with the whole prompt each time."""
+    support, queries = predict.episode(shape.shots, shape.questions)
+    predict.prefilled(base, support, queries[:2])  # warm-up
+    predict.plain(base, support, queries[:1])
+    peak = Peak()
+    texts, seconds, asked = predict.prefilled(base, support, queries)
+    measured = peak.allocated + peak.outside
+    predictor = Predictor(base, max_new_tokens=predict.NEW_TOKENS)
+    encoder = predictor.encoder
+    question = max(len(encoder.turns([query], opened=True)[0]) for query in queries)
+    load = Load(1, len(encoder.turns(support)[0]), question, 1, predict.NEW_TOKENS).times(1, predictor.pack)
+    sizes = budget.shape_of(base.llava.config)
+    pictures = len({turn.picture for turn in (*support, *queries)})
+    forecast = budget.answering(sizes, base.precision, base.device.type, NO_ADAPTER, load, pictures).total
+    peak = Peak()
+    plain_texts, plain_seconds = predict.plain(base, support, queries[: shape.plain])
+    return {
+        "shots": shape.shots,
+        "tokens": load.support,
+        "questions": len(queries),
+        "seconds": seconds,
+        "images_a_second": len(queries) / seconds,
+        "images_a_second_after_the_prefill": len(queries) / asked,
+        "plain_images_a_second": shape.plain / plain_seconds,
+        "ratio": (len(queries) / seconds) / (shape.plain / plain_seconds),
+        "same_answers": sum(a == b for a, b in zip(texts, plain_texts, strict=False)) / shape.plain,
+        "peak": measured,
+        "plain_peak": peak.allocated + peak.outside,
+        "forecast": forecast,
+        "error": forecast / measured - 1,
+    }
+
+
+NO_ADAPTER = AdapterOptions(rank=1)
+
+
+def forecasts_part(shape: str, _: Path) -> Result:
+    """Each small training of ``benchmarks.plan`` in this process: forecast and peak."""
+    rows = []
+    for name in SHAPES[shape].cases:
+        rows.append({"name": plan.CASES[name].name, **_reported(partial(plan.measured_here, name))})
+        print(json.dumps({"rows": rows}), flush=True)
+    return {"rows": rows}
+
+
+def files_part(shape: str, folder: Path) -> Result:
+    """Seconds to convert the base into the original layout, and to merge an adapter of rank 64 into it."""
+    source = base_folder(shape, folder)
+    result: Result = {"bytes": sum(file.stat().st_size for file in source.glob("*.safetensors"))}
+
+    def timed(work: Callable[[Path], Any], out: Path) -> Result:
+        began = time.perf_counter()
+        work(out)
+        seconds = time.perf_counter() - began
+        shutil.rmtree(out, ignore_errors=True)
+        return {"seconds": seconds}
+
+    run = folder / "run"
+    base = attach(load_base(BaseRef(str(source), "fp16", device=devices.training_device())), AdapterOptions(rank=64, alpha=128))
+    torch.manual_seed(1)
+    for name, parameter in base.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    run.mkdir(parents=True, exist_ok=True)
+    save_adapter(base, run, str(source), {})
+    del base
+    devices.release_memory()
+    result["merge"] = _reported(lambda: timed(lambda out: merge(run, out, verify="layers"), folder / "merged"))
+    print(json.dumps(result), flush=True)
+    result["convert"] = _reported(lambda: timed(lambda out: convert(str(source), out, verify="tensors"), folder / "llava-original"))
+    return result
+
+
+PARTS = {"model": model_part, "nf4": nf4_part, "bf16": bf16_part, "forecasts": forecasts_part, "files": files_part}
+
+
+def _reported(work: Callable[[], Result]) -> Result:
+    """The result, or the error, so that a fault in one figure does not cost the others."""
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
+
+
+def run_part(name: str, shape: str, folder: Path, limit: float) -> Result:
+    """One part in a process of its own. Its last line of JSON is its result, also where it was stopped."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--part", name, "--shape", shape, "--folder", str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    began = time.perf_counter()
+    log = folder / f"{name}.out"
+    fault = ""
+    with log.open("w", encoding="utf-8") as out:
+        try:
+            code = subprocess.run(command, stdout=out, env=environment, timeout=limit, check=False).returncode
+            fault = f"ended with code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            fault = f"stopped after {limit:.0f} s"
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    result: Result = json.loads(lines[-1]) if lines else {}
+    return {**result, "wall_seconds": round(time.perf_counter() - began, 1), **({"failed": fault} if fault else {})}
+
+
+def card() -> Result:
+    if not torch.cuda.is_available():
+        return {"name": "CPU", "memory": 0}
+    properties = torch.cuda.get_device_properties(0)
+    return {"name": properties.name, "memory": properties.total_memory, "driver": torch.version.cuda}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("LCL_COMMIT", "unknown")
+
+
+def main(arguments: list[str] | None = None) -> Result:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="only this part; may be given several times")
+    parser.add_argument("--folder", type=Path, help="for the base and what is written from it: 45 GB for 7b")
+    parser.add_argument("--out", type=Path, help="where the JSON and the page go [default: benchmarks/results and docs]")
+    parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.part:
+        print(json.dumps(PARTS[options.part](options.shape, options.folder)))
+        return {}
+    from benchmarks.gpu_page import page
+
+    scratch = options.folder or Path(tempfile.mkdtemp())
+    scratch.mkdir(parents=True, exist_ok=True)
+    result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": _versions(), "shape": options.shape, "parts": {}}
+    slug = "".join(c if c.isalnum() else "-" for c in result["card"]["name"].lower()).strip("-")
+    json_path = (options.out or Path("benchmarks/results")) / f"gpu-{slug}.json"
+    page_path = (options.out or Path("docs")) / "gpu-results.md"
+    deadline = time.perf_counter() + 60 * options.minutes
+    for name in PARTS:
+        if options.only and name not in options.only and name != "model":
+            continue
+        remaining = deadline - time.perf_counter()
+        if remaining < 5:
+            result["parts"][name] = {"failed": f"not started: the {options.minutes:g} minutes were over"}
+        else:
+            result["parts"][name] = run_part(name, options.shape, scratch, min(LIMITS[name], remaining))
+        print(json.dumps({name: result["parts"][name]}), flush=True)
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        page_path.write_text(page(result), encoding="utf-8")
+    if options.folder is None:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{json_path}, {page_path}", file=sys.stderr)
+    print(json.dumps({"name": "gpu", "parts": {name: part.get("failed", "ran") for name, part in result["parts"].items()}}))
+    return result
+
+
+if __name__ == "__main__":
+    main()

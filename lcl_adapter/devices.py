@@ -1,0 +1,49 @@
+"""The device that a model runs on: which one, its free memory, and what to do when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+from typing import Literal
+
+import psutil
+import torch
+
+Device = Literal["cuda", "mps", "cpu"]
+
+
+def default_device() -> Device:
+    """The device that is used where none is named: the GPU where the machine has one, CUDA's or Apple's."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def training_device() -> Literal["cuda", "cpu"]:
+    """The device that training uses where none is named. Apple's GPUs are used for answering only."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on this machine's GPU, or in its main memory for "cpu".
+
+    On a GPU, blocks that torch has freed and not returned count as free.
+    """
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    if device == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def release_memory() -> None:
+    """Free what only cycles of references still hold, and return freed blocks of a GPU to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device ran out of memory. Only CUDA has an error class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
