@@ -80,9 +80,11 @@ def scored(**scores: float) -> Reply:
 
 
 def test_pope_figures() -> None:
-    figures = judges.pope_figures([case("yes"), case("yes"), case("no"), case("no")], [Reply("Yes."), Reply("No."), Reply("yes"), Reply("no")])
+    figures = judges.pope_figures(
+        [case("yes"), case("yes"), case("no"), case("no")], [Reply("Yes."), Reply("No."), Reply("yes"), Reply("no")]
+    ).figures
     assert (figures["value"], figures["precision"], figures["recall"], figures["f1"], figures["yes_share"]) == (0.5, 0.5, 0.5, 0.5, 0.5)
-    always = judges.pope_figures([case("no"), case("no")], [Reply("no"), Reply("no")])
+    always = judges.pope_figures([case("no"), case("no")], [Reply("no"), Reply("no")]).figures
     assert (always["value"], always["f1"]) == (1.0, 0.0), "no division by zero"
 
 
@@ -93,7 +95,7 @@ def test_inspection_figures_by_category() -> None:
         for defect, bad in zip((None, None, "hole", "scratch"), scores, strict=True):
             cases.append(case("bad" if defect else "good", category, ("good", "bad"), {"defect": defect, "good": "good"}))
             replies.append(scored(good=1 - bad, bad=bad))
-    figures = judges.inspection_figures(cases, replies)
+    figures = judges.inspection_figures(cases, replies).figures
     assert figures["value"] == pytest.approx(0.75)
     assert figures["by_category"]["clear"]["auroc"] == 1.0
     assert figures["by_category"]["clear"]["f1_max"] == 1.0
@@ -109,7 +111,7 @@ def test_product_figures_by_role() -> None:
     gold_and_answer = [("a", "a"), ("a", "neither"), ("b", "b"), ("neither", "neither"), ("neither", "neither"), ("neither", "b")]
     cases = [case(gold, str(i), labels, {"roles": roles, "near": i == 5}) for i, (gold, _) in enumerate(gold_and_answer)]
     replies = [Reply("", tuple(0.0 if label == answer else -5.0 for label in labels)) for _, answer in gold_and_answer]
-    figures = judges.product_figures(cases, replies)
+    figures = judges.product_figures(cases, replies).figures
     assert figures["recall"] == {"A": 0.5, "B": 1.0, "neither": 0.6667}
     assert figures["value"] == pytest.approx((0.5 + 1 + 2 / 3) / 3, abs=1e-4)
     assert figures["neither_said_of_a_product"] == 0.3333
@@ -121,7 +123,7 @@ def test_product_figures_by_role() -> None:
 def test_a_box_is_right_with_an_iou_over_half_and_wrong_if_missing() -> None:
     truth = Box(0, 0, 0.5, 0.5)
     replies = [Reply("[0.000,0.000,0.500,0.500]"), Reply("It is [0.000,0.000,0.500,0.240]"), Reply("no box")]
-    figures = judges.box_figures([case("", str(i), truth=truth) for i in range(3)], replies)
+    figures = judges.box_figures([case("", str(i), truth=truth) for i in range(3)], replies).figures
     assert figures["value"] == pytest.approx(1 / 3, abs=1e-4)
     assert figures["no_box"] == pytest.approx(1 / 3, abs=1e-4)
     assert figures["mean_iou"] == pytest.approx((1 + 0.48 + 0) / 3, abs=1e-3)

@@ -18,6 +18,7 @@ from lcl_adapter import recipe as recipes
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.cli import commands, main
 from lcl_adapter.errors import RecipeError, RunError
+from lcl_adapter.evaluate.metrics import RESAMPLES, Estimate
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.training import hub, trainer
 from lcl_adapter.training.callbacks import BarCallback
@@ -143,9 +144,13 @@ def test_a_missing_tracker_is_named_before_anything_is_opened(pocket_tiny: Path,
 
 def scripted(figures: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that give these figures in turn."""
+
+    def estimate(value: float) -> Estimate:
+        return Estimate(value, (value,) * RESAMPLES, 100)
+
     values = iter(figures)
-    monkeypatch.setattr("lcl_adapter.training.during.measure_adapter", lambda cells, _: {cell.name: next(values) for cell in cells})
-    monkeypatch.setattr("lcl_adapter.training.during.measure_base", lambda cells, _: {cell.name: 0.5 for cell in cells})
+    monkeypatch.setattr("lcl_adapter.training.during.measure_adapter", lambda cells, _: {cell.name: estimate(next(values)) for cell in cells})
+    monkeypatch.setattr("lcl_adapter.training.during.measure_base", lambda cells, _: {cell.name: estimate(0.5) for cell in cells})
 
 
 def patient(base: Path, output: Path, patience: int | None, steps: int = 8) -> Recipe:

@@ -67,7 +67,7 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
         "compute_dtype": "float32",
         "tiles": False,
         **facts,
-        "libraries": {library: _version(library) for library in LIBRARIES},
+        "libraries": versions(),
         "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES},
     }
 
@@ -93,6 +93,11 @@ def save_peft(model: PeftModel, folder: Path, state: Mapping[str, torch.Tensor] 
     if state is not None:
         options["state_dict"] = dict(state)
     model.save_pretrained(folder, safe_serialization=True, **options)
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of this package and of what computes an adapter's answers; None where one is missing."""
+    return {library: _version(library) for library in LIBRARIES}
 
 
 def _version(library: str) -> str | None:

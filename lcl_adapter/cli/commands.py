@@ -36,7 +36,8 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     overrides: ``key=value`` each; ``resume=true`` among them continues a stopped run. force: train although the forecast
     exceeds the free memory.
 
-    ``retained`` in the result is false if a suite under ``evaluate.retention`` fell further than allowed.
+    ``retained`` in the result is false if a suite under ``evaluate.retention`` fell further than allowed, beyond what
+    chance explains.
     """
     resume, recipe_overrides = _split_resume(overrides)
     recipe = load(recipe_path, recipe_overrides)
@@ -121,8 +122,8 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
         raise RecipeError([f"{run / 'recipe.yaml'}: no suites under `evaluate`, so there is nothing to measure"])
     report.show_table(result["suites"])
     for row in result["retention"]:
-        if not row["retained"]:
-            console.print(f"{row['suite']} fell {row['fell']:.1f} points below the base, {row['allowed']:.1f} are allowed", style="bold red")
+        style = {"retained": None, "undecided": "yellow", "lost": "bold red"}[report.verdict_of(row)]
+        console.print(report.retention_line(row), style=style, markup=False, highlight=False)
     out = Path(result["folder"])
     if not report.plot_accuracy(result["suites"], out / "accuracy.png"):
         (out / "accuracy.png").unlink(missing_ok=True)

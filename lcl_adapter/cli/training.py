@@ -25,7 +25,8 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
     lcl-adapter train recipes/pocket.yaml train.max_steps=100 output=runs/short
     lcl-adapter train recipes/pocket.yaml resume=true      # continue after a stop
 
-    Exits with 3 if a suite under `evaluate.retention` fell further below the base than allowed.
+    Exits with 3 if a suite under `evaluate.retention` fell further below the base than allowed: if the whole 95 %
+    interval of its fall is above the allowance. Too few questions to say are a warning.
     """
     from lcl_adapter.cli import commands
 

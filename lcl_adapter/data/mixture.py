@@ -1,8 +1,9 @@
 """Shares -> a deterministic schedule: the source of each row, and which draw of that source it is.
 
 Indices are grouped into blocks of 100. Every block has each source as often as its share says (largest remainder), in
-an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Shares change
-between blocks only: where the recipe's curriculum changes them, and where a source has reached its cap or its end.
+an order drawn from (seed, block). So any index can be computed alone, by any worker or by a resumed run. Each source
+has random streams of its own, by its name. Shares change between blocks only: where the recipe's curriculum changes
+them, and where a source has reached its cap or its end.
 
 An epoch has as many rows as the sources with a share have together (:func:`rows_of_a_pass`). Shares decide which source
 they come from, so one epoch can read a small source more than once.
@@ -25,12 +26,12 @@ from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.randomness import generator
 from lcl_adapter.recipe import Recipe, packaged
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
 from lcl_adapter.recipe.training import TrainOptions
 
 BLOCK = 100
-RETRY = 10_000_000  # after a bad picture, an index is drawn again as index + attempt * RETRY
 NEAR = 20  # attempts to replace a sample of a shard by one of the shards that are mixed with it; another shard is fetched whole
 
 
@@ -155,15 +156,15 @@ class Mixture:
         slot = self.slot(index)
         options, pool = self.options[slot.source], self.pools[slot.source]
         near = attempt if isinstance(pool, QuestionPool) and pool.shard_sizes and attempt <= NEAR else 0
-        ordinal = slot.ordinal + (0 if near else attempt) * RETRY
+        ordinal = slot.ordinal
         if not isinstance(pool, QuestionPool):
             assert isinstance(options, EpisodeOptions | InspectionOptions)
-            return episodes.draw(pool, options, self.seed, 0, ordinal)
+            return episodes.draw(pool, options, self.seed, attempt, ordinal, "training", slot.source)
         assert isinstance(options, QuestionOptions)
         first, last = ordinal * options.packed, (ordinal + 1) * options.packed
         if options.at_end == "end" and attempt == near:
             last = min(last, len(pool))  # the last row may have fewer
-        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, near * options.packed)] for n in range(first, last))
+        return tuple(pool.dialogues[self._shuffled(slot.source, pool, n, near * options.packed, 0 if near else attempt)] for n in range(first, last))
 
     @property
     def pictures(self) -> int:
@@ -207,13 +208,15 @@ class Mixture:
         """The sources of a block's rows, in order."""
         counts = self._segment(block).counts
         names = [name for name in self.options for _ in range(counts.get(name, 0))]
-        return tuple(names[i] for i in np.random.default_rng([self.seed, block, 7]).permutation(len(names)))
+        return tuple(names[i] for i in generator("schedule", self.seed, block).permutation(len(names)))
 
-    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, shift: int = 0) -> int:
-        """The dialogue of a source's ``ordinal``-th draw, or the one ``shift`` places on among the shards mixed with it."""
+    def _shuffled(self, source: str, pool: QuestionPool, ordinal: int, shift: int = 0, attempt: int = 0) -> int:
+        """The dialogue of a source's ``ordinal``-th draw, or the one ``shift`` places on among the shards mixed with it.
+
+        Each ``attempt`` has another order.
+        """
         epoch, place = divmod(ordinal, len(pool))
-        number = list(self.options).index(source)
-        key = self.seed, number, epoch, len(pool), pool.shard_sizes, pool.shards_at_once
+        key = self.seed, source, epoch, len(pool), pool.shard_sizes, pool.shards_at_once, attempt
         if shift:
             ends = _group_ends(*key)
             group = bisect_right(ends, place)
@@ -246,12 +249,12 @@ def _name_and_size(picture: Picture | None) -> str:
 
 
 @lru_cache(maxsize=16)
-def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int, ...] = (), shards_at_once: int = 1) -> np.ndarray:
+def _order(seed: int, source: str, epoch: int, size: int, shard_sizes: tuple[int, ...] = (), shards_at_once: int = 1, attempt: int = 0) -> np.ndarray:
     """The order of a source's dialogues in one pass.
 
     With shards, the order goes through groups of ``shards_at_once`` random shards, and is random within a group.
     """
-    rng = np.random.default_rng([seed, source, epoch, 11])
+    rng = generator("question order", source, seed, attempt, epoch)
     if not shard_sizes:
         return rng.permutation(size)
     ends = np.cumsum(shard_sizes)
@@ -264,9 +267,9 @@ def _order(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int
 
 
 @lru_cache(maxsize=16)
-def _group_ends(seed: int, source: int, epoch: int, size: int, shard_sizes: tuple[int, ...], shards_at_once: int) -> list[int]:
+def _group_ends(seed: int, source: str, epoch: int, size: int, shard_sizes: tuple[int, ...], shards_at_once: int, attempt: int = 0) -> list[int]:
     """Where each group of shards that are mixed ends in the order of a pass."""
-    owners = np.searchsorted(np.cumsum(shard_sizes), _order(seed, source, epoch, size, shard_sizes, shards_at_once), side="right")
+    owners = np.searchsorted(np.cumsum(shard_sizes), _order(seed, source, epoch, size, shard_sizes, shards_at_once, attempt), side="right")
     shards, first = np.unique(owners, return_index=True)
     sizes = np.array(shard_sizes)[shards[np.argsort(first)]]
     return [int(end) for end in np.cumsum([sizes[i : i + shards_at_once].sum() for i in range(0, len(sizes), shards_at_once)])]

@@ -22,7 +22,7 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell
-from lcl_adapter.evaluate.metrics import mean
+from lcl_adapter.evaluate.metrics import mean, mean_recall
 
 
 def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
@@ -37,14 +37,14 @@ def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any]
             return ({"name": "prototype", "value": mean(known)} if known else None), right
         case "patches":
             scores = patch_distances(cell.cases, vision)
-            return {"name": "patch distance", **judges.ranking_figures(cell.cases, scores, None, None)}, unknown
+            return {"name": "patch distance", **judges.ranking_figures(cell.cases, scores, None, None).figures}, unknown
         case "prototype or neither":
             decided, threshold = prototype_or_neither(cell.cases, vision)
             note = {"threshold": round(threshold, 3), "note": "its threshold is the best one on these very questions"}
-            return {"name": "prototype, best threshold", **judges.role_figures(cell.cases, decided, None), **note}, unknown
+            return {"name": "prototype, best threshold", **judges.role_figures(cell.cases, decided, None).figures, **note}, unknown
         case "copied":
             boxes = [parse(c.episode.support[-1].label) if c.episode and c.episode.support else None for c in cell.cases]
-            return {"name": "last shown box", **judges.overlap_figures(cell.cases, boxes)}, unknown
+            return {"name": "last shown box", **judges.overlap_figures(cell.cases, boxes).figures}, unknown
         case _:
             return None, unknown
 
@@ -87,10 +87,11 @@ def prototype_or_neither(cases: Sequence[Case], vision: VisionFeatures) -> tuple
         assert similarities is not None
         label = max(similarities, key=similarities.__getitem__)
         nearest.append((similarities[label], case.truth["roles"][label]))
+    truth = judges.roles_of(cases)
     best: tuple[float, list[str], float] = (-1.0, [], 0.0)
     for threshold in np.quantile([similarity for similarity, _ in nearest], np.linspace(0, 1, 41)):
         decided = [role if similarity >= threshold else "neither" for similarity, role in nearest]
-        value = judges.role_figures(cases, decided, None)["value"]
+        value = mean_recall(truth, decided)
         if value > best[0]:
             best = (value, decided, float(threshold))
     return best[1], best[2]

@@ -5,8 +5,9 @@ A cell is one line of the report: the same cases for base and adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from lcl_adapter.answering.predict import Reply
@@ -15,6 +16,7 @@ from lcl_adapter.data.conversations import Turn, from_episode
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, InspectionPool
 from lcl_adapter.errors import DataError
+from lcl_adapter.evaluate.metrics import Estimate
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.wording import Wording
 
@@ -42,14 +44,22 @@ class Case:
         return self.answers[self.labels.index(self.gold)] if self.labels else self.gold
 
 
-Judge = Callable[[Sequence[Case], Sequence[Reply]], dict[str, Any]]
+@dataclass(frozen=True)
+class Judged:
+    """A cell's figures, as the report shows them, and the estimate of the main one."""
+
+    figures: dict[str, Any]
+    estimate: Estimate
+
+
+Judge = Callable[[Sequence[Case], Sequence[Reply]], Judged]
 
 
 @dataclass(frozen=True)
 class Cell:
     """One line of the report.
 
-    metric: the name of ``value``. judge: cases and replies -> {"value", "ci95", "greedy", ...}. baseline: the method
+    metric: the name of ``value``. judge: cases and replies -> figures with "value", "ci95", "greedy" and more. baseline: the method
     without training to compare with. published: (who, value) by the same protocol. new_tokens: the most generated tokens.
     faults: what is wrong with the records that gave no case; they are counted as left out.
     """
@@ -72,10 +82,61 @@ class Cell:
     faults: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which questions of a suite are asked.
+
+    A suite that is measured during training chooses the checkpoint in ``best/``. So its report is about other
+    questions: episodes of another stream, and of a fixed list those that were not set aside.
+
+    suite: its name. seed: of drawn episodes. limit: only the first questions of each cell. during: those that are measured during
+    training, instead of those that are reported. set_aside: how many questions of a fixed list training measures at
+    most, 0 if it does not measure the suite.
+    """
+
+    suite: str
+    seed: int
+    limit: int | None = None
+    during: bool = False
+    set_aside: int = 0
+
+    @property
+    def stream(self) -> str:
+        """The stream of the episodes that are drawn."""
+        return "measuring" if self.during else "evaluation"
+
+    def count(self, episodes: int) -> int:
+        """How many episodes are drawn."""
+        return min(episodes, self.limit or episodes)
+
+    def of_list(self, kinds: Sequence[Hashable]) -> list[int]:
+        """The indices of a fixed list's questions, without ``limit``.
+
+        kinds: the kind of each question. Of each, in turn, at most half are set aside, the first ones.
+
+        Raises DataError if no kind has two questions.
+        """
+        if not self.set_aside:
+            return list(range(len(kinds)))
+        members: dict[Hashable, list[int]] = {}
+        for index, kind in enumerate(kinds):
+            members.setdefault(kind, []).append(index)
+        halves = [own[: len(own) // 2] for own in members.values()]
+        aside = [index for in_turn in zip_longest(*halves) for index in in_turn if index is not None][: self.set_aside]
+        if not aside:
+            raise DataError(
+                f"evaluate.suites.{self.suite}: {len(kinds)} questions are too few to choose a checkpoint by some and to report the others; "
+                "add questions, or do not measure the suite during training."
+            )
+        return aside if self.during else sorted(set(range(len(kinds))) - set(aside))
+
+
 def draw_episodes(
-    pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, seed: int, epoch: int, count: int, on_fault: str
+    pool: ClassPool | InspectionPool, options: EpisodeOptions | InspectionOptions, selection: Selection, count: int, on_fault: str, *stream: str
 ) -> list[Episode]:
-    """The first ``count`` episodes. With ``on_fault="skip"``, those with an unusable mask or box are left out.
+    """The first ``count`` episodes of a suite. With ``on_fault="skip"``, those with an unusable mask or box are left out.
+
+    stream: the suite's name, and the part of it.
 
     Raises DataError for the first such episode with "refuse", and if nearly all are unusable.
     """
@@ -84,7 +145,7 @@ def draw_episodes(
         if len(drawn) == count:
             return drawn
         try:
-            drawn.append(episodes.draw(pool, options, seed, epoch, index))
+            drawn.append(episodes.draw(pool, options, selection.seed, 0, index, selection.stream, *stream))
         except DataError:
             if on_fault == "refuse" or index == 4 * count + 19:
                 raise

@@ -1,5 +1,7 @@
 """Replies -> figures: ``value`` (the main one), ``ci95`` (its 95 % interval), ``greedy`` (the share of right texts),
 and more.
+
+An interval resamples the cases' groups (classes, categories, pictures) and, where they are few, the cases within them.
 """
 
 from __future__ import annotations
@@ -14,18 +16,19 @@ from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.sources.boxes import Box, parse
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import metrics, rules
-from lcl_adapter.evaluate.cases import Case
-from lcl_adapter.evaluate.metrics import mean
+from lcl_adapter.evaluate.cases import Case, Judged
+from lcl_adapter.evaluate.metrics import Estimate, mean
 
 RIGHT_IOU = 0.5
 
 
-def _figures(value: float, interval: tuple[float, float], greedy: float | None, **more: Any) -> dict[str, Any]:
-    return {"value": round(value, 4), "ci95": [round(v, 4) for v in interval], "greedy": greedy, **more}
+def _judged(estimate: Estimate, greedy: float | None, **more: Any) -> Judged:
+    figures = {"value": round(estimate.value, 4), "ci95": [round(v, 4) for v in estimate.interval()], "greedy": greedy, **more}
+    return Judged(figures, estimate)
 
 
-def _mean_of(right: Sequence[bool | float], cases: Sequence[Case], greedy: float | None, **more: Any) -> dict[str, Any]:
-    return _figures(mean(right), metrics.class_bootstrap(right, [c.group for c in cases]), greedy, **more)
+def _mean_of(right: Sequence[bool | float], cases: Sequence[Case], greedy: float | None, **more: Any) -> Judged:
+    return _judged(metrics.accuracy(right, [c.group for c in cases]), greedy, **more)
 
 
 def answer_of(case: Case, reply: Reply) -> str:
@@ -33,14 +36,14 @@ def answer_of(case: Case, reply: Reply) -> str:
     return case.labels[reply.best] if reply.decided else ""
 
 
-def label_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def label_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy of the scored labels. Beside it, accuracy of the text: exactly, and by LCL's rule."""
     right = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)]
     texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(right, cases, mean(texts), lcl_rule=mean(_right_by_lcl_rule(cases, replies)))
 
 
-def lcl_rule_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def lcl_rule_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy of the generated text by LCL's rule, as the paper scores its tests.
 
     Beside it, the exact text and the scored labels.
@@ -55,19 +58,19 @@ def _right_by_lcl_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> list[
     return [rules.lcl_rule(r.text.lower(), c.gold.lower(), [x.lower() for x in c.labels if x != c.gold]) for c, r in zip(cases, replies, strict=True)]
 
 
-def exact_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def exact_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy of the greedy text, without regard to case and white space."""
     right = [rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(right, cases, mean(right))
 
 
-def vqav2_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def vqav2_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """VQAv2's soft score against all answers that people gave."""
     scores = [rules.vqa_score(r.text, c.truth) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(scores, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def pope_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def pope_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy, precision, recall and F1 of "yes", and the share of "yes" among the answers."""
     yes = [not rules.pope_says_no(r.text) for r in replies]
     truth = [c.gold == "yes" for c in cases]
@@ -80,35 +83,35 @@ def pope_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, A
     return _mean_of(right, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]), **_rounded(figures))
 
 
-def rouge_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def rouge_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """ROUGE-L, and beside it the share of exact answers."""
     scores = [metrics.rouge_l(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(scores, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def box_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def box_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy of boxes: right if the first box in the text has an IoU over 0.5. A text without a box is wrong."""
     return overlap_figures(cases, [parse(r.text) for r in replies], mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
 
 
-def overlap_figures(cases: Sequence[Case], boxes: Sequence[Box | None], greedy: float | None = None) -> dict[str, Any]:
+def overlap_figures(cases: Sequence[Case], boxes: Sequence[Box | None], greedy: float | None = None) -> Judged:
     """The same figures for boxes; None is a missing one."""
     ious = [c.truth.iou(b) if b is not None else 0.0 for c, b in zip(cases, boxes, strict=True)]
     return _mean_of([iou > RIGHT_IOU for iou in ious], cases, greedy, mean_iou=mean(ious), no_box=mean([b is None for b in boxes]))
 
 
-def inspection_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
-    """AUROC and other figures of each category, from the probability of "defective".
+def inspection_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
+    """AUROC and other figures of each category, from the log-odds of "defective".
 
     The main figure is the mean AUROC over categories.
     """
-    scores = [1 - dict(zip(c.labels, r.probabilities, strict=True))[c.truth["good"]] for c, r in zip(cases, replies, strict=True)]
+    scores = [-metrics.log_odds(r.log_likelihoods, c.labels.index(c.truth["good"])) for c, r in zip(cases, replies, strict=True)]
     texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
     decided = [answer_of(c, r) != c.truth["good"] for c, r in zip(cases, replies, strict=True)]
     return ranking_figures(cases, scores, decided, mean(texts))
 
 
-def ranking_figures(cases: Sequence[Case], scores: Sequence[float], decided: Sequence[bool] | None, greedy: float | None) -> dict[str, Any]:
+def ranking_figures(cases: Sequence[Case], scores: Sequence[float], decided: Sequence[bool] | None, greedy: float | None) -> Judged:
     """scores: higher for a defect.
 
     decided: whether each case was called defective, None for a method without decisions.
@@ -126,7 +129,6 @@ def ranking_figures(cases: Sequence[Case], scores: Sequence[float], decided: Seq
                 own |= metrics.decisions(truth[members].tolist(), [decided[i] for i in members])
             by_category[category] = own
     kinds = sorted({c.truth["defect"] for c in cases if c.truth["defect"]})
-    aurocs = {category: own["auroc"] for category, own in by_category.items()}
     keys = next(iter(by_category.values()), {})
     figures: dict[str, Any] = {key: mean([own[key] for own in by_category.values()]) for key in keys}
     if decided is not None:
@@ -134,10 +136,10 @@ def ranking_figures(cases: Sequence[Case], scores: Sequence[float], decided: Seq
         figures["confusion"] = {_state(t): {_state(d): counts[t, d] for d in (False, True)} for t in (False, True)}
     figures["by_category"] = {category: _rounded(own) for category, own in by_category.items()}
     figures["by_defect"] = {kind: _kind_auroc(kind, cases, values, groups) for kind in kinds}
-    if not aurocs:
+    if not by_category:
         raise DataError(f"no category has both good and defective photos among the {len(cases)} photos of the suite; raise its limit.")
-    interval = metrics.class_bootstrap(list(aurocs.values()), list(aurocs))
-    return _figures(mean(list(aurocs.values())), interval, greedy, **figures)
+    usable = [i for i, g in enumerate(groups) if g in by_category]
+    return _judged(metrics.mean_auroc(truth[usable], values[usable], [groups[i] for i in usable]), greedy, **figures)
 
 
 def _kind_auroc(kind: str, cases: Sequence[Case], values: np.ndarray, groups: Sequence[str]) -> float:
@@ -158,7 +160,7 @@ def _state(defective: bool) -> str:
 ROLES = ("A", "B", "neither")
 
 
-def product_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str, Any]:
+def product_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Balanced accuracy over the roles A, B and neither, each role's recall, and both kinds of wrong "neither".
 
     A is the product shown first.
@@ -168,18 +170,9 @@ def product_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> dict[str
     return role_figures(cases, decided, mean(texts))
 
 
-def role_figures(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> dict[str, Any]:
+def role_figures(cases: Sequence[Case], decided: Sequence[str], greedy: float | None) -> Judged:
     """The same figures for decided roles; "" is no decision."""
-    truth = [c.truth["roles"][c.gold] for c in cases]
-
-    def balanced(members: np.ndarray) -> float:
-        recalls = []
-        for role in ROLES:
-            own = [i for i in members if truth[i] == role]
-            if own:
-                recalls.append(sum(decided[i] == role for i in own) / len(own))
-        return float(np.mean(recalls))
-
+    truth = roles_of(cases)
     confusion = Counter(zip(truth, decided, strict=True))
     figures = {
         "accuracy": mean([a == b for a, b in zip(truth, decided, strict=True)]),
@@ -189,8 +182,12 @@ def role_figures(cases: Sequence[Case], decided: Sequence[str], greedy: float | 
         "near_neither_recall": mean([d == "neither" for c, d in zip(cases, decided, strict=True) if c.truth["near"]]),
         "confusion": {t: {d: confusion[t, d] for d in ROLES} for t in ROLES},
     }
-    everything = np.arange(len(cases))
-    return _figures(balanced(everything), metrics.resampled(balanced, [c.group for c in cases]), greedy, **figures)
+    return _judged(metrics.balanced_accuracy(truth, decided, [c.group for c in cases]), greedy, **figures)
+
+
+def roles_of(cases: Sequence[Case]) -> list[str]:
+    """The right role of each case."""
+    return [c.truth["roles"][c.gold] for c in cases]
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:

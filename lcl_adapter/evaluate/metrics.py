@@ -1,13 +1,66 @@
-"""Means, intervals by class, ranking and decision figures, and agreement of texts."""
+"""Means, intervals, ranking and decision figures, and agreement of texts.
+
+Shapes: R resamples, G groups of cases, K numbers of a statistic, M lists of N cases.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from sklearn import metrics as sk
 
-RESAMPLES = 2000
+from lcl_adapter.randomness import generator
+
+RESAMPLES = 1000
+AT_ONCE = 2_000_000  # numbers drawn together, which bounds memory
+RULE_OF_THREE = 3.0  # what happens in under 3/n of all cases may well happen in none of n (95 %; Hanley and Lippman-Hand, 1983)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, and how it differs between samples like the measured one.
+
+    resampled: the figure on each resample [R]. cases: how many cases it rests on; of unequal kinds, those of the rarer.
+    """
+
+    value: float
+    resampled: tuple[float, ...]
+    cases: float
+
+    def interval(self, lowest: float = 0.0, highest: float = 1.0) -> tuple[float, float]:
+        """95 % interval, within the figure's range.
+
+        It comes from the resamples. Where they hardly differ, for instance where all answers are right, they say
+        nothing about rarer cases. So it is never narrower than 3/n to each side (the rule of three).
+        """
+        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        unseen = RULE_OF_THREE / self.cases
+        return max(lowest, min(float(low), self.value - unseen)), min(highest, max(float(high), self.value + unseen))
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference of two figures on the same cases. It is paired: both have the same resamples."""
+        return Estimate(
+            self.value - other.value,
+            tuple(a - b for a, b in zip(self.resampled, other.resampled, strict=True)),
+            min(self.cases, other.cases),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "resampled": list(self.resampled)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Estimate:
+        return cls(fields["value"], tuple(fields["resampled"]), fields["cases"])
+
+
+def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of several figures. They may be about the same cases, so ``cases`` does not add up."""
+    resampled_R = np.mean([e.resampled for e in estimates], axis=0)
+    cases = 1 / float(np.mean([1 / e.cases for e in estimates]))
+    return Estimate(float(np.mean([e.value for e in estimates])), tuple(resampled_R.tolist()), cases)
 
 
 def mean(values: Sequence[bool | float]) -> float:
@@ -15,25 +68,86 @@ def mean(values: Sequence[bool | float]) -> float:
     return round(float(sum(values)) / len(values), 4) if len(values) else 0.0
 
 
-def class_bootstrap(right: Sequence[bool | float], groups: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean. It resamples whole classes, because the queries of one class are not independent."""
+def resampled_sums(groups: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray], kinds: Sequence[Any] | None = None) -> np.ndarray:
+    """Sums [R, K] of a statistic over resampled groups. Figures on the same groups have the same resamples.
+
+    Groups are resampled, and within a drawn group its cases with probability 1/G. With one group the cases alone vary.
+    With many, groups alone vary nearly always: resampling both always would count the cases' variation twice (Davison
+    and Hinkley, Bootstrap Methods, 1997, section 3.8).
+
+    statistic: indices of cases [M, N], each row of one group -> [M, K]. kinds: the kind of each case; resampling within
+    a group preserves how many there are of each.
+    """
+    _, group_of_case = np.unique(np.asarray(groups), return_inverse=True)
+    members = np.split(np.argsort(group_of_case, kind="stable"), np.cumsum(np.bincount(group_of_case))[:-1])
+    kind_of_case = np.unique([str(kind) for kind in kinds or [""] * len(groups)], return_inverse=True)[1]
+    whole_GK = np.concatenate([statistic(cases[None]) for cases in members]).astype(float)
+    count, rng = len(members), generator("interval")
+    sums_RK = np.zeros((RESAMPLES, whole_GK.shape[1]))
+    for rows in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * count // AT_ONCE)):
+        drawn_RG = rng.integers(count, size=(len(rows), count))
+        within_RG = rng.random(drawn_RG.shape) < 1 / count
+        sums_RK[rows] = np.where(within_RG[..., None], 0.0, whole_GK[drawn_RG]).sum(1)
+        resamples, redrawn_groups = rows[np.nonzero(within_RG)[0]], drawn_RG[within_RG]
+        for group in np.unique(redrawn_groups):
+            own = resamples[redrawn_groups == group]
+            for some in np.array_split(own, max(1, len(own) * len(members[group]) // AT_ONCE)):
+                np.add.at(sums_RK, some, statistic(_redrawn(rng, members[group], kind_of_case, len(some))))
+    return sums_RK
+
+
+def _redrawn(rng: np.random.Generator, cases: np.ndarray, kind_of_case: np.ndarray, count: int) -> np.ndarray:
+    """Cases of a group drawn with replacement [count, N], as many of each kind as there are."""
+    kinds = kind_of_case[cases]
+    members = [cases[kinds == kind] for kind in np.unique(kinds)]
+    return np.concatenate([own[rng.integers(len(own), size=(count, len(own)))] for own in members], axis=1)
+
+
+def accuracy(right: Sequence[bool | float], groups: Sequence[str]) -> Estimate:
+    """The mean of right or wrong answers, or of scores between 0 and 1."""
     values = np.asarray(right, dtype=float)
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(member, values), np.bincount(member)
-    draws = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    sums_RK = resampled_sums(groups, lambda cases_MN: np.stack([values[cases_MN].sum(1), np.full(len(cases_MN), cases_MN.shape[1])], 1))
+    return Estimate(float(values.mean()), tuple((sums_RK[:, 0] / sums_RK[:, 1]).tolist()), len(values))
 
 
-def resampled(figure: Callable[[np.ndarray], float], groups: Sequence[str], resamples: int = 400, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of any figure, resampling whole classes. figure: the indices of some cases -> its value on them."""
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    cases = [np.flatnonzero(member == i) for i in range(len(names))]
-    rng = np.random.default_rng(seed)
-    values = [figure(np.concatenate([cases[i] for i in rng.integers(0, len(names), len(names))])) for _ in range(resamples)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def balanced_accuracy(truth: Sequence[str], decided: Sequence[str], groups: Sequence[str]) -> Estimate:
+    """The mean recall of the kinds of ``truth``. A resample without one of them has the mean of the others."""
+    kinds = sorted(set(truth))
+    of_kind = np.array([[t == kind for kind in kinds] for t in truth], dtype=float)
+    right = of_kind * np.array([[t == d] for t, d in zip(truth, decided, strict=True)], dtype=float)
+    table, counts_K = np.concatenate([right, of_kind], 1), of_kind.sum(0)
+    sums = resampled_sums(groups, lambda cases_MN: table[cases_MN].sum(1))
+    hits_RK, asked_RK = sums[:, : len(kinds)], sums[:, len(kinds) :]
+    recalls_RK = np.divide(hits_RK, asked_RK, out=np.full_like(hits_RK, np.nan), where=asked_RK > 0)
+    return Estimate(mean_recall(truth, decided), tuple(np.nanmean(recalls_RK, axis=1).tolist()), 1 / float(np.mean(1 / counts_K)))
+
+
+def mean_recall(truth: Sequence[str], decided: Sequence[str]) -> float:
+    """The mean, over the kinds of ``truth``, of the share of each that was decided right."""
+    recalls = []
+    for kind in sorted(set(truth)):
+        own = [t == d for t, d in zip(truth, decided, strict=True) if t == kind]
+        recalls.append(sum(own) / len(own))
+    return float(np.mean(recalls))
+
+
+def mean_auroc(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray, groups: Sequence[str]) -> Estimate:
+    """The mean over groups of the AUROC. Every group has cases of both kinds."""
+    true, values = np.asarray(truth, dtype=bool), np.asarray(scores, dtype=float)
+    sums_RK = resampled_sums(groups, lambda cases_MN: np.array([[auroc(true[own], values[own]), 1.0] for own in cases_MN]), true.tolist())
+    members = [np.flatnonzero(np.asarray(groups) == group) for group in dict.fromkeys(groups)]
+    value = float(np.mean([auroc(true[own], values[own]) for own in members]))
+    rarer = min(int(true.sum()), int((~true).sum()))
+    return Estimate(value, tuple((sums_RK[:, 0] / sums_RK[:, 1]).tolist()), rarer)
+
+
+def log_odds(log_likelihoods: Sequence[float], index: int) -> float:
+    """log(P / (1 - P)) of the answer at ``index``, among the given ones.
+
+    It ranks answers however certain they are: 1 - P itself is 0 from 37 nats on.
+    """
+    others = [value for place, value in enumerate(log_likelihoods) if place != index]
+    return log_likelihoods[index] - float(np.logaddexp.reduce(others))
 
 
 def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -51,8 +165,15 @@ def ranking(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.nda
 
 
 def auroc(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
-    """The area under the ROC curve. truth: true for a defect. scores: higher for a defect."""
-    return float(sk.roc_auc_score(truth, scores))
+    """The area under the ROC curve: the share of pairs of a good and a defective case in which the defective one has
+    the higher score; equal scores count half.
+
+    truth: true for a defect. The result is scikit-learn's, 30 times as fast on the few cases of a resample.
+    """
+    true, values = np.asarray(truth, dtype=bool), np.asarray(scores, dtype=float)
+    good, defective = np.sort(values[~true]), values[true]
+    below, not_above = np.searchsorted(good, defective, "left"), np.searchsorted(good, defective, "right")
+    return float((below + not_above).mean() / (2 * len(good)))
 
 
 def decisions(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:

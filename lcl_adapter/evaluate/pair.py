@@ -24,8 +24,8 @@ class Answerer(Protocol):
 class ModelPair:
     """The base and the adapter, as functions that answer requests.
 
-    vision: the base's tower for the baselines, None if a server holds the models. identity: which served models these
-    are, as JSON; "" on this machine. Cached figures depend on it.
+    vision: the base's tower for the baselines, None if a server holds the models. identity: which models these are, as
+    JSON: the precision and the device of a base on this machine, or the names on a server. Cached figures depend on it.
     """
 
     base: Answerer
@@ -41,7 +41,8 @@ class ModelPair:
             with predictor.base.without_adapter():
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 
-        return cls(without_adapter, predictor.run, predictor.vision)
+        base = predictor.base
+        return cls(without_adapter, predictor.run, predictor.vision, [base.precision, str(base.dtype), base.device.type])
 
     @classmethod
     def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,12 +18,14 @@ from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines, judges
+from lcl_adapter.evaluate.caching import cache_key, read_cached
 from lcl_adapter.evaluate.cases import Case, Cell
+from lcl_adapter.evaluate.metrics import Estimate
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
+from lcl_adapter.evaluate.retention import retention_of
 from lcl_adapter.evaluate.suites import build_cells, check_measured
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
@@ -47,7 +48,7 @@ def evaluate(
 
     The complete evaluation of the recipe is written into the run's folder. A part of it, or one with another seed, goes
     to ``partial/`` in that folder, so that it never replaces the complete one. Cells that were measured before, with the
-    same adapter and the same questions, are read from ``evaluation/``. A suite that the recipe does not have is looked up
+    same adapter, questions, code and libraries, are read from ``evaluation/``. A suite that the recipe does not have is looked up
     among the shipped ones, and reads its data under ``data.root``.
 
     fresh: measure again instead of reading cached cells. served: ask models behind a server instead. The report then goes
@@ -62,18 +63,19 @@ def evaluate(
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
-    rows, lines = [], []
+    rows, lines, falls = [], [], []
     with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe)) as pair:
-        for cell in build_cells(recipe, limit, suites, seed):
-            key = _cache_key(cell, manifest, recipe, pair.identity)
+        for cell in build_cells(recipe, limit, suites, seed, added=added):
+            key = cache_key(cell, manifest, recipe, pair.identity)
             cached = run / CACHE / f"{cell.name}-{key[:12]}.json"
             # The name of a served model may stand for another model by now.
-            measured = None if fresh or served else _read_cached(cached, key)
+            measured = None if fresh or served else read_cached(cached, key)
             if measured is None:
                 measured = {"key": key, **measure_cell(cell, pair)}
                 write_json(cached, measured)
             rows.append(measured["row"])
             lines += measured["predictions"]
+            falls.append((cell.suite, measured["row"]["n"], Estimate.from_json(measured["fall"])))
             console.print(_summary_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
         served_models = {"served": pair.identity} if served else {}
     report = {
@@ -83,7 +85,7 @@ def evaluate(
         "limit": limit,
         **served_models,
         "suites": rows,
-        "retention": retention_of([(r["suite"], r["base"]["value"], r["adapter"]["value"]) for r in rows], recipe),
+        "retention": retention_of(falls, recipe),
     }
     out = run / "served" if served else report_folder(run, suites, limit, seed, overrides)
     report["folder"] = str(out)
@@ -105,7 +107,7 @@ def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: i
 def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
     """Send a cell's requests to the base and to the adapter, and compute its baseline.
 
-    Returns its row and its predictions.
+    Returns its row, its predictions, and its fall: the estimate of base minus adapter, as JSON.
 
     Cases with a broken picture are left out, and counted. Raises DataError if no case remains.
     """
@@ -121,6 +123,8 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
 
         base_replies = pair.base(requests, done=done, new_tokens=cell.new_tokens)
         adapter_replies = pair.adapter(requests, done=done, new_tokens=cell.new_tokens)
+    base, adapter = cell.judge(cases, base_replies), cell.judge(cases, adapter_replies)
+    fall, gain = base.estimate.minus(adapter.estimate), adapter.estimate.minus(base.estimate)
     baseline, nearest = baselines.measure_baseline(cell, pair.vision) if pair.vision else (None, [None] * len(cases))
     row = {
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
@@ -129,12 +133,13 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
         "chance": round(cell.chance, 4),
         "baseline": baseline,
         "published": [{"who": who, "value": value} for who, value in cell.published],
-        "base": cell.judge(cases, base_replies),
-        "adapter": cell.judge(cases, adapter_replies),
+        "base": base.figures,
+        "adapter": adapter.figures,
+        "difference": {"value": round(gain.value, 4), "ci95": [round(v, 4) for v in gain.interval(-1.0, 1.0)]},
     }
     compared = zip(cases, base_replies, adapter_replies, nearest, strict=True)
     predictions = [_prediction(cell, index, *replies) for index, replies in enumerate(compared)]
-    return {"row": row, "predictions": predictions}
+    return {"row": row, "predictions": predictions, "fall": fall.to_json()}
 
 
 def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
@@ -166,34 +171,19 @@ def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, li
     return (cell if not broken else replace(cell, cases=readable)), broken
 
 
-def measure_adapter(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
+def measure_adapter(cells: Sequence[Cell], predictor: Predictor) -> dict[str, Estimate]:
     """The main figure of each cell for the model in its present state, by the cell's name. Used during training."""
     figures = {}
     for cell in cells:
         requests = [(c.support, c.query, c.answers) for c in cell.cases]
-        figures[cell.name] = cell.judge(cell.cases, predictor.run(requests, new_tokens=cell.new_tokens))["value"]
+        figures[cell.name] = cell.judge(cell.cases, predictor.run(requests, new_tokens=cell.new_tokens)).estimate
     return figures
 
 
-def measure_base(cells: Sequence[Cell], predictor: Predictor) -> dict[str, float]:
+def measure_base(cells: Sequence[Cell], predictor: Predictor) -> dict[str, Estimate]:
     """The main figure of each cell without the adapter."""
     with predictor.base.without_adapter():
         return measure_adapter(cells, predictor)
-
-
-def retention_of(figures: Sequence[tuple[str, float, float]], recipe: Recipe) -> list[dict[str, Any]]:
-    """For every suite under ``evaluate.retention``: how far the adapter fell below the base, in points, and whether
-    that is allowed.
-
-    figures: (suite, base, adapter) of each cell. For a suite of several cells, their mean counts.
-    """
-    rows = []
-    for suite, allowed in recipe.evaluate.retention.items():
-        own = [(base, adapter) for name, base, adapter in figures if name == suite]
-        if own:
-            fell = 100 * sum(base - adapter for base, adapter in own) / len(own)
-            rows.append({"suite": suite, "fell": round(fell, 2), "allowed": allowed, "retained": fell <= allowed})
-    return rows
 
 
 def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply, nearest: bool | None) -> dict[str, Any]:
@@ -229,28 +219,7 @@ def _is_right(cell: Cell, case: Case, reply: Reply) -> bool:
     """
     if case.labels:
         return judges.answer_of(case, reply) == case.gold
-    return bool(cell.judge([case], [reply])["value"] >= 0.3)
-
-
-def _cache_key(cell: Cell, manifest: dict[str, Any], recipe: Recipe, models: Any) -> str:
-    """A hash of everything that a cell's figures depend on. models: which served models were asked."""
-
-    def describe(turn: Turn) -> str:
-        sizes = [f"{p} {p.path.stat().st_size if p.path.exists() else 0}" for p in turn.pictures]
-        return f"{turn.text} {' '.join(sizes)}"
-
-    cases = [[c.labels, c.gold, str(c.truth), describe(c.query), [describe(t) for t in c.support]] for c in cell.cases]
-    facts = json.dumps([manifest["files"], manifest["base_hash"], recipe.wording, cell.control, cell.metric, cell.new_tokens, cases, models])
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _read_cached(path: Path, key: str) -> dict[str, Any] | None:
-    """A cached cell, None if there is none with this key."""
-    try:
-        measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return measured if measured.get("key") == key else None
+    return bool(cell.judge([case], [reply]).estimate.value >= 0.3)
 
 
 def count_of(row: Mapping[str, Any]) -> str:

@@ -58,7 +58,9 @@ class EvaluateOptions(Options):
     """
 
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(fill_presets)] = {}
-    retention: dict[str, float] = Field({}, description="points that a suite may fall below the base before the run fails")
+    retention: dict[str, float] = Field(
+        {}, description="points that a suite may fall below the base; the run fails if the interval of its fall is above"
+    )
     every: int | None = Field(None, ge=1, description="steps between the measurements during the run")
     patience: int | None = Field(
         None, ge=1, description="measurements in a row without a better mean after which training ends; the run's adapter is then the best one"

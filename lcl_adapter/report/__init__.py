@@ -8,7 +8,7 @@ from lcl_adapter.report.pages import read_predictions, write_report_page
 from lcl_adapter.report.plan import fact_lines, show_plan
 from lcl_adapter.report.plots import plot_accuracy, plot_loss, plot_roc
 from lcl_adapter.report.preview import write_preview
-from lcl_adapter.report.table import show_table
+from lcl_adapter.report.table import retention_line, show_table, verdict_of
 
 __all__ = [
     "fact_lines",
@@ -16,9 +16,11 @@ __all__ = [
     "plot_loss",
     "plot_roc",
     "read_predictions",
+    "retention_line",
     "show_check",
     "show_plan",
     "show_table",
+    "verdict_of",
     "write_card",
     "write_preview",
     "write_report_page",

@@ -9,7 +9,7 @@ from typing import Any
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
-from lcl_adapter.report.table import format_figure, is_retained
+from lcl_adapter.report.table import format_figure, retention_line
 
 
 def write_card(run: Path) -> Path:
@@ -61,11 +61,7 @@ def _results(report: dict[str, Any] | None) -> str:
     published = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
     heading = "\n\nPublished by others, by the same protocol:\n\n"
     others = heading + "\n".join(f"- {name}: {figures}" for name, figures in published) if published else ""
-    retention = "".join(
-        f"\n\n{row['suite']}: {row['fell']:+.1f} points below the base, {row['allowed']:.1f} allowed: "
-        f"{'retained' if is_retained(row) else '**not retained**'}."
-        for row in report["retention"]
-    )
+    retention = "".join(f"\n\n{retention_line(row)}" for row in report["retention"])
     intro = "## Results\n\nMeasured together, on the same questions (`report.json`, `predictions.jsonl`).\n\n"
     return intro + head + "\n".join(rows) + others + retention
 

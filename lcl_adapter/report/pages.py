@@ -13,9 +13,10 @@ from jinja2 import Environment, PackageLoader
 
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
+from lcl_adapter.evaluate.metrics import log_odds
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
-from lcl_adapter.report.table import is_retained
+from lcl_adapter.report.table import retention_line, verdict_of
 from lcl_adapter.report.thumbs import data_url
 
 MOST_SHOWN = 40  # wrong answers on a page
@@ -36,7 +37,7 @@ def write_report_page(run: Path) -> Path:
             rows=[{**row, "count": count_of(row)} for row in report["suites"]],
             confusions=[r for r in report["suites"] if "confusion" in r["adapter"]],
             inspections=[r for r in report["suites"] if "by_category" in r["adapter"]],
-            retention=[{**row, "retained": is_retained(row)} for row in report["retention"]],
+            retention=[(retention_line(row), verdict_of(row)) for row in report["retention"]],
             wrong=wrong_answers(predictions),
         ),
     )
@@ -52,7 +53,7 @@ def wrong_answers(predictions: list[dict[str, Any]], count: int = MOST_SHOWN) ->
 
     Controls, and labels without a support set, are left out.
     """
-    by_suite: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}
+    by_suite: dict[str, list[tuple[float, str, dict[str, Any]]]] = {}  # log-odds, answer, prediction
     for line in predictions:
         wrong = None if line["control"] else _wrong_answer(line)
         if wrong is not None:
@@ -60,24 +61,24 @@ def wrong_answers(predictions: list[dict[str, Any]], count: int = MOST_SHOWN) ->
     for answers in by_suite.values():
         answers.sort(key=lambda item: (-item[0], item[2]["cell"], item[2]["index"]))
     in_turn = [item for items in zip_longest(*by_suite.values()) for item in items if item is not None]
-    return [_page_item(confidence, answer, line) for confidence, answer, line in in_turn[:count]]
+    return [_page_item(odds, answer, line) for odds, answer, line in in_turn[:count]]
 
 
 def _wrong_answer(line: dict[str, Any]) -> tuple[float, str] | None:
-    """The confidence of a wrong answer (0 for free text), and the answer.
+    """The log-odds of a wrong answer (of its probability; minus infinity for free text), and the answer.
 
     None for a right one, and for labels without a support set.
     """
     scores = line["adapter"]["log_likelihoods"]
     if not scores:
-        return None if line["right"] else (0.0, line["adapter"]["text"])
+        return None if line["right"] else (-math.inf, line["adapter"]["text"])
     answer = max(scores, key=scores.__getitem__)
     if answer == line["gold"] or not line["support"]:
         return None
-    return 1 / sum(math.exp(v - scores[answer]) for v in scores.values()), answer
+    return log_odds(list(scores.values()), list(scores).index(answer)), answer
 
 
-def _page_item(confidence: float, answer: str, line: dict[str, Any]) -> dict[str, Any]:
+def _page_item(log_odds_given: float, answer: str, line: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": line["cell"],
         "index": line["index"],
@@ -85,7 +86,7 @@ def _page_item(confidence: float, answer: str, line: dict[str, Any]) -> dict[str
         "defect": line.get("defect"),
         "gold": line["gold"],
         "answer": answer,
-        "confidence": f"({confidence:.0%})" if confidence else "",
+        "confidence": f"({1 / (1 + math.exp(-log_odds_given)):.0%})" if log_odds_given > -math.inf else "",
         "query": _url(line["picture"]),
         "support": [{"url": _url(name), "label": label} for name, label in line["support"]],
     }

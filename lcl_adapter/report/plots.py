@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from sklearn.metrics import roc_curve
 
+from lcl_adapter.evaluate.metrics import log_odds
 from lcl_adapter.files import whole_file
 
 mpl.use("Agg")
@@ -102,12 +102,10 @@ def plot_roc(rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any
 
 
 def defect_score(line: dict[str, Any], who: str) -> float:
-    """P(defective) of a prediction, from the scores of its two answers."""
+    """The log-odds of "defective" of a prediction, from the scores of its two answers; the report's AUROC is of these."""
     scores = line[who]["log_likelihoods"]
     good = line["gold"] if line["defect"] is None else next(label for label in scores if label != line["gold"])
-    top = max(scores.values())
-    weights = {label: math.exp(v - top) for label, v in scores.items()}
-    return 1 - weights[good] / sum(weights.values())
+    return -log_odds(list(scores.values()), list(scores).index(good))
 
 
 def _save(figure: Any, out: Path) -> None:

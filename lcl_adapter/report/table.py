@@ -46,6 +46,18 @@ def format_figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def is_retained(row: Mapping[str, Any]) -> bool:
-    """Whether a suite fell no further than allowed. Reports of 0.4 and earlier call the key ``kept``."""
-    return bool(row["retained"] if "retained" in row else row["kept"])
+VERDICTS = {"retained": "retained", "lost": "NOT RETAINED", "undecided": "UNDECIDED, {n} questions are too few to say"}
+
+
+def verdict_of(row: Mapping[str, Any]) -> str:
+    """The verdict of a suite's retention. Reports of 0.4 and earlier have only ``kept``, by the measured fall."""
+    if "verdict" in row:
+        return str(row["verdict"])
+    return "retained" if row.get("retained", row.get("kept")) else "lost"
+
+
+def retention_line(row: Mapping[str, Any]) -> str:
+    """How far a suite is from the base in points, its paired 95 % interval, what may be lost, and the verdict."""
+    interval = f" (95 %: {-row['interval'][1]:+.1f} to {-row['interval'][0]:+.1f})" if "interval" in row else ""
+    verdict = VERDICTS[verdict_of(row)].format(n=row.get("n"))
+    return f"{row['suite']}: {-row['fell']:+.1f} points against the base{interval}, {row['allowed']:.1f} may be lost: {verdict}."

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Sampler, get_worker_info
 
@@ -20,6 +19,7 @@ from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversati
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError, EpisodeError, UserError
+from lcl_adapter.randomness import generator
 from lcl_adapter.recipe.sources import QuestionReader
 
 ATTEMPTS = 200  # with one photo in five broken, one episode of eight photos in six has none of them
@@ -176,7 +176,7 @@ class BucketedOrder(Sampler[int]):
                 indices.sort(key=lambda i: (lengths[i], i))
             batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
             full = [batch for batch in batches if len(batch) == self.batch]
-            for place in np.random.default_rng([self.seed, number, 13]).permutation(len(full)):
+            for place in generator("batch order", self.seed, number).permutation(len(full)):
                 yield from full[place]
             for rest in batches[len(full) :]:
                 yield from rest

@@ -1,6 +1,8 @@
 """Measure some suites every few steps of a training, and save the best checkpoint that passes the retention gate.
 
-The evaluation at the end decides whether the run passes the gate. If not, the saved checkpoint can be used.
+The evaluation at the end decides whether the run passes the gate. If not, the saved checkpoint can be used. It is
+chosen on other questions than those of that evaluation (``lcl_adapter.evaluate.cases.Selection``), whose figures would
+otherwise be too high.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.adapter import load_weights
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.evaluate import build_cells, drop_unreadable, measure_adapter, measure_base, retention_of
+from lcl_adapter.evaluate import allowance_met, build_cells, drop_unreadable, measure_adapter, measure_base, retention_of
+from lcl_adapter.evaluate.metrics import Estimate
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.terminal import console
@@ -33,7 +36,8 @@ MEASURED = "watched.json"
 class MeasureDuring(TrainerCallback):
     """Measures the suites ``evaluate.watched`` every ``evaluate.every`` steps, with the adapter and the base.
 
-    ``watched.json`` has all figures. ``best/`` is the adapter with the highest mean among those that passed the gate.
+    ``watched.json`` has all figures. ``best/`` is an adapter that passed the gate: among those, one whose measured
+    falls are within their allowances if there is any, and then the one with the highest mean.
     Training ends after ``evaluate.patience`` measurements without a new best one.
     """
 
@@ -43,8 +47,9 @@ class MeasureDuring(TrainerCallback):
         # A cache of its own: features cached during prediction are inference tensors, which training cannot use.
         vision = VisionFeatures(base, memory_bytes(recipe.train.feature_cache) // 4)
         self.predictor = Predictor(base, vision, recipe.evaluate.batch_size)
-        cells = build_cells(recipe, recipe.evaluate.during_limit, tuple(recipe.evaluate.watched))
+        cells = build_cells(recipe, recipe.evaluate.during_limit, tuple(recipe.evaluate.watched), during=True)
         self.cells = [drop_unreadable(cell, vision)[0] for cell in cells]
+        self.base_estimates: dict[str, Estimate] = {}
         self.results: dict[str, Any] = self._saved_results()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -60,23 +65,23 @@ class MeasureDuring(TrainerCallback):
         began = time.monotonic()
         model.eval()
         try:
-            missing = [cell for cell in self.cells if cell.name not in self.results["base"]]
-            if missing:
-                self.results["base"] |= measure_base(missing, self.predictor)
-            figures = measure_adapter(self.cells, self.predictor)
+            if not self.base_estimates:
+                self.base_estimates = measure_base(self.cells, self.predictor)
+            estimates = measure_adapter(self.cells, self.predictor)
         finally:
             model.train()
-        base_figures = self.results["base"]
-        gate = retention_of([(c.suite, base_figures[c.name], figures[c.name]) for c in self.cells], self.recipe)
-        passed = all(g["retained"] for g in gate)
+        base_figures, figures = _rounded(self.base_estimates), _rounded(estimates)
+        self.results["base"] = base_figures
+        gate = retention_of([(c.suite, len(c.cases), self.base_estimates[c.name].minus(estimates[c.name])) for c in self.cells], self.recipe)
+        passed, within = all(g["retained"] for g in gate), allowance_met(gate)
         mean = sum(figures.values()) / len(figures)
         best = self.results["best"]
-        better = passed and (best is None or mean > best["mean"])
+        better = passed and (best is None or (within, mean) > (best.get("within", True), best["mean"]))
         better = processes.gather(better)[0]  # saving needs all processes, so all follow the first one's decision
         if better:
-            self.results["best"] = {"step": step, "mean": round(mean, 4)}
+            self.results["best"] = {"step": step, "mean": round(mean, 4), "within": within}
             self.running.save(self.folder / BEST, {"step": step, "watched": figures})
-        self.results["steps"].append({"step": step, "figures": figures, "kept": passed})
+        self.results["steps"].append({"step": step, "figures": figures, "kept": passed, "retention": gate})
         if processes.is_first():
             write_json(self.folder / MEASURED, self.results)
         self.running.log(figures_of("eval", base_figures, figures) | {"eval_runtime": time.monotonic() - began})
@@ -91,6 +96,10 @@ class MeasureDuring(TrainerCallback):
         except (OSError, ValueError):
             return {"base": {}, "best": None, "steps": []}
         return results
+
+
+def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    return {name: round(estimate.value, 4) for name, estimate in estimates.items()}
 
 
 def since_best(results: Mapping[str, Any], step: int) -> int:

@@ -52,11 +52,6 @@ class Episode:
 Policy = Callable[[ClassPool, EpisodeOptions, Rng, str], Episode]
 
 
-def generator(seed: int, epoch: int, index: int, stream: int = 0) -> Rng:
-    """The only source of randomness of an episode: a pure function of its arguments."""
-    return np.random.default_rng([seed, epoch, index, stream])
-
-
 def random_name(rng: Rng) -> str:
     """1 to 10 lower-case letters, as LCL names a class under test."""
     return "".join(rng.choice(LETTERS, int(rng.integers(1, 11))))

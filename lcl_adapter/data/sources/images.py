@@ -10,7 +10,6 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.errors import DataError
+from lcl_adapter.randomness import generator
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
@@ -57,7 +57,7 @@ def read(picture: Picture) -> Image.Image:
         image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
     if not picture.view:
         return image
-    return further_view(image, [picture.view, zlib.crc32(f"{picture.member or picture.path.name}".encode())])
+    return further_view(image, picture.member or picture.path.name, picture.view)
 
 
 def read_bytes(picture: Picture) -> bytes:
@@ -139,9 +139,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def further_view(image: Image.Image, seed: Sequence[int]) -> Image.Image:
-    """Another view of the image: other background tint, scale, place, rotation and light, drawn from ``seed`` only."""
-    rng = np.random.default_rng(seed)
+def further_view(image: Image.Image, name: str, view: int) -> Image.Image:
+    """Another view of the image: other background tint, scale, place, rotation and light, by its name and number only."""
+    rng = generator("view", name, view)
     width, height = image.size
     scale, turn = rng.uniform(0.75, 1.0), rng.uniform(-20, 20)
     small = image.resize((max(2, round(width * scale)), max(2, round(height * scale))), Image.Resampling.BICUBIC)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoder
@@ -14,7 +15,7 @@ from lcl_adapter.data.sources.base import names_of, pictures_of
 from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
-from lcl_adapter.evaluate.cases import Cell
+from lcl_adapter.evaluate.cases import Cell, Selection
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
 from lcl_adapter.recipe import Recipe, packaged, presets
 from lcl_adapter.recipe.suites import (
@@ -38,11 +39,20 @@ DRAWN = 4  # cases of a cell whose lengths are measured before training
 LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
-def build_cells(recipe: Recipe, limit: int | None = None, only: tuple[str, ...] = (), seed: int | None = None) -> Iterator[Cell]:
+def build_cells(
+    recipe: Recipe,
+    limit: int | None = None,
+    only: tuple[str, ...] = (),
+    seed: int | None = None,
+    during: bool = False,
+    added: Collection[str] = (),
+) -> Iterator[Cell]:
     """The cells of a recipe's suites, in its order.
 
     limit: only the first cases of each cell. only: the names of suites to build, all if empty. seed: instead of the
-    recipe's. Raises RecipeError for an unknown suite.
+    recipe's. during: the questions that are measured during training; the report has others. added: suites that the
+    recipe did not have when it was trained. Raises RecipeError for an unknown suite; DataError for a suite that has too
+    few questions to divide them.
     """
     known = recipe.evaluate.suites
     missing = [name for name in only if name not in known]
@@ -52,32 +62,33 @@ def build_cells(recipe: Recipe, limit: int | None = None, only: tuple[str, ...] 
     wording, chosen = WORDINGS[recipe.wording], recipe.evaluate.seed if seed is None else seed
     for name, options in known.items():
         if not only or name in only:
-            yield from cells_of(name, options, wording, chosen, limit)
+            set_aside = recipe.evaluate.during_limit if name in recipe.evaluate.watched and name not in added else 0
+            yield from cells_of(name, options, wording, Selection(name, chosen, limit, during, set_aside))
 
 
-def cells_of(name: str, options: SuiteOptions, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Selection) -> Iterator[Cell]:
     """The cells of one suite."""
     match options:
         case LclSuite():
-            yield from lcl.cells(name, options, wording, seed, limit)
+            yield from lcl.cells(name, options, wording, selection)
         case ImageNet100Suite():
-            yield from published.imagenet_100(name, options, wording, seed, limit)
+            yield from published.imagenet_100(name, options, wording, selection)
         case IsekaiSuite():
-            yield from published.isekai(name, options, wording, seed, limit)
+            yield from published.isekai(name, options, wording, selection)
         case InspectionSuite():
-            yield from inspection.cells(name, options, wording, seed, limit)
+            yield from inspection.cells(name, options, wording, selection)
         case ProductSuite():
-            yield from product.cells(name, options, wording, seed, limit)
+            yield from product.cells(name, options, wording, selection)
         case LocateSuite():
-            yield from boxes.locate(name, options, wording, seed, limit)
+            yield from boxes.locate(name, options, wording, selection)
         case RecSuite():
-            yield boxes.rec(name, options, limit)
+            yield boxes.rec(name, options, selection)
         case VqaSuite():
-            yield questions.vqa(name, options, limit)
+            yield questions.vqa(name, options, selection)
         case PopeSuite():
-            yield questions.pope(name, options, limit)
+            yield questions.pope(name, options, selection)
         case InstructSuite():
-            yield questions.instruct(name, options, limit)
+            yield questions.instruct(name, options, selection)
 
 
 CLASS_SUITES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
@@ -191,7 +202,9 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
 
     Raises RecipeError, DataError; EpisodeError if a question does not fit the context.
     """
-    for cell in build_cells(recipe, limit=DRAWN):
+    watched = tuple(recipe.evaluate.watched)
+    during = build_cells(recipe, DRAWN, watched, during=True) if watched else ()
+    for cell in chain(build_cells(recipe, limit=DRAWN), during):
         for case in cell.cases:
             _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():

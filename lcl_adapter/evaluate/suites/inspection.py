@@ -1,7 +1,7 @@
 """Suites about inspection: good or defective, by category, with k good references, as in few-shot anomaly detection.
 
 References are the first k training photos of the category; test photos are never shown. The score of a photo is the
-probability of the answer "defective" against "good".
+log-odds of the answer "defective" against "good".
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from lcl_adapter.data.sources import InspectionPool, PartCategory, Specimen, ope
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
-from lcl_adapter.evaluate.cases import Case, Cell, case_of, draw_episodes
+from lcl_adapter.evaluate.cases import Case, Cell, Selection, case_of, draw_episodes
 from lcl_adapter.evaluate.suites.boxes import BOX_TOKENS
 from lcl_adapter.recipe.sources import InspectionForm, InspectionOptions
 from lcl_adapter.recipe.suites import InspectionSuite
 from lcl_adapter.recipe.wording import Wording, phrase
 
 
-def cells(name: str, options: InspectionSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def cells(name: str, options: InspectionSuite, wording: Wording, selection: Selection) -> Iterator[Cell]:
     pool = open_reader(name, options.source)
-    yield from good_or_defective(name, options, pool, wording, limit)
+    yield from good_or_defective(name, options, pool, wording, selection)
     for form in options.also:
         for shots in options.also_shots:
-            yield _drawn_cell(name, form, shots, options, pool, wording, seed, limit)
+            yield _drawn_cell(name, form, shots, options, pool, wording, selection)
 
 
 def _drawn_cell(
-    name: str, form: InspectionForm, shots: int, options: InspectionSuite, pool: InspectionPool, wording: Wording, seed: int, limit: int | None
+    name: str, form: InspectionForm, shots: int, options: InspectionSuite, pool: InspectionPool, wording: Wording, selection: Selection
 ) -> Cell:
     """Name or locate the defect: episodes on these categories, drawn as in training."""
     episode_options = InspectionOptions(forms={form: 1.0}, shots=[shots], templates=options.templates, languages=options.languages[:1])
-    count = min(options.episodes, limit or options.episodes)
-    drawn = draw_episodes(pool, episode_options, seed, 5, count, options.source.on_fault)
+    drawn = draw_episodes(pool, episode_options, selection, selection.count(options.episodes), options.source.on_fault, name, form)
     groups = [pool.categories[e.queries[0].class_index].name for e in drawn]
     if form == "localise":
         cases = tuple(case_of(e, wording, g, 0, parse(e.queries[0].label)) for e, g in zip(drawn, groups, strict=True))
@@ -57,7 +56,7 @@ def _drawn_cell(
     return Cell(name, f"{name}-{form}-{shots}shot", "naming", "accuracy", chance, cases, judges.label_figures, "prototype", "inspection", shots=shots)
 
 
-def good_or_defective(name: str, options: InspectionSuite, pool: InspectionPool, wording: Wording, limit: int | None) -> Iterator[Cell]:
+def good_or_defective(name: str, options: InspectionSuite, pool: InspectionPool, wording: Wording, selection: Selection) -> Iterator[Cell]:
     """One cell for each number of references.
 
     Raises DataError if a category has too few, or none has both kinds of photos.
@@ -79,7 +78,8 @@ def good_or_defective(name: str, options: InspectionSuite, pool: InspectionPool,
                 cases.append(replace(case, episode=replace(episode, queries=(episode.queries[number],))))
         if not cases:
             raise DataError(f"evaluate.suites.{name}: no category has both good and defective photos to ask about.")
-        chosen = cases if limit is None else alternate(cases)[: max(2, limit)]
+        cases = [cases[i] for i in selection.of_list([_kind(case) for case in cases])]
+        chosen = cases if selection.limit is None else alternate(cases)[: max(2, selection.limit)]
         yield Cell(
             suite=name,
             name=f"{name}-{count}ref",
@@ -98,8 +98,13 @@ def alternate(cases: list[Case]) -> list[Case]:
     """Good and defective photos of the categories in turn, so that a few cases have both."""
     groups: dict[tuple[str, bool], list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.group, case.truth["defect"] is None), []).append(case)
+        groups.setdefault(_kind(case), []).append(case)
     return [case for cases_in_turn in zip_longest(*groups.values()) for case in cases_in_turn if case is not None]
+
+
+def _kind(case: Case) -> tuple[str, bool]:
+    """A case's category, and whether its photo is good."""
+    return case.group, case.truth["defect"] is None
 
 
 def specimens_of(part: PartCategory, limit: int | None) -> list[Specimen]:

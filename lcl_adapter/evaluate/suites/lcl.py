@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
-from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import RecipeError
 from lcl_adapter.evaluate import judges
-from lcl_adapter.evaluate.cases import Cell, case_of
+from lcl_adapter.evaluate.cases import Cell, Selection, case_of, draw_episodes
+from lcl_adapter.randomness import generator
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.recipe.suites import ControlSuite, LclSuite
 from lcl_adapter.recipe.wording import Wording
 
 
-def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def cells(name: str, options: LclSuite, wording: Wording, selection: Selection) -> Iterator[Cell]:
     control = options.control if isinstance(options, ControlSuite) else None
     # All suites use the shipped classes with at least five drawings, so that all cells are about the same classes.
     wanted = 4 if options.source.shipped else 1 if options.further_views else max(options.shots)
@@ -41,8 +39,8 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
                 hard=float(neighbours == "hard"),
                 further_views=options.further_views,
             )
-            count = min(options.episodes, limit or options.episodes)
-            drawn = [episodes.draw(pool, episode_options, seed, 1 + (neighbours == "hard"), index) for index in range(count)]
+            drawn = draw_episodes(pool, episode_options, selection, selection.count(options.episodes), "refuse", name, neighbours)
+            asked = [_apply_control(episode, control, name, selection, index) for index, episode in enumerate(drawn)]
             label = f"{name}-{neighbours}" if control and len(options.shots) == 1 else f"{name}-{shots}shot-{neighbours}"
             yield Cell(
                 suite=name,
@@ -50,9 +48,7 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
                 kind=options.kind,
                 metric="accuracy",
                 chance=1 / options.ways,
-                cases=tuple(
-                    case_of(_apply_control(e, control, seed, i), wording, pool.classes[e.queries[0].class_index].name) for i, e in enumerate(drawn)
-                ),
+                cases=tuple(case_of(e, wording, pool.classes[e.queries[0].class_index].name) for e in asked),
                 judge=judges.label_figures,
                 baseline="prototype",
                 policy="n-way",
@@ -63,12 +59,12 @@ def cells(name: str, options: LclSuite, wording: Wording, seed: int, limit: int 
             )
 
 
-def _apply_control(episode: Episode, control: str | None, seed: int, index: int) -> Episode:
+def _apply_control(episode: Episode, control: str | None, suite: str, selection: Selection, index: int) -> Episode:
     """The same query with an uninformative support set: its names are shuffled, or it is empty."""
     if control == "no-support":
         return replace(episode, support=())
     if control == "shuffled-names":
-        order = np.random.default_rng([seed, index, 17]).permutation(len(episode.support))
+        order = generator("control", selection.stream, suite, selection.seed, index).permutation(len(episode.support))
         names = [episode.support[i].label for i in order]
         return replace(episode, support=tuple(replace(e, label=n) for e, n in zip(episode.support, names, strict=True)))
     return episode

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, open_reader
 from lcl_adapter.evaluate import judges
-from lcl_adapter.evaluate.cases import Cell, case_of
+from lcl_adapter.evaluate.cases import Cell, Selection, case_of, draw_episodes
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.recipe.suites import ProductSuite
 from lcl_adapter.recipe.wording import Wording
 
 
-def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def cells(name: str, options: ProductSuite, wording: Wording, selection: Selection) -> Iterator[Cell]:
     pool = open_reader(name, options.source, 1 + max(options.shots))
     for shots in options.shots:
         episode_options = EpisodeOptions(
@@ -27,8 +26,7 @@ def cells(name: str, options: ProductSuite, wording: Wording, seed: int, limit: 
             templates=options.templates,
             languages=options.languages,
         )
-        count = min(options.episodes, limit or options.episodes)
-        drawn = [episodes.draw(pool, episode_options, seed, 3, index) for index in range(count)]
+        drawn = draw_episodes(pool, episode_options, selection, selection.count(options.episodes), "refuse", name)
         yield Cell(
             suite=name,
             name=f"{name}-{shots}shot",

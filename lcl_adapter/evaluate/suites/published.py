@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
 from lcl_adapter.data.sources import Isekai, Picture, read_isekai_questions, read_test_pairs
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
-from lcl_adapter.evaluate.cases import Case, Cell, case_of
+from lcl_adapter.evaluate.cases import Case, Cell, Selection, case_of
+from lcl_adapter.randomness import generator
 from lcl_adapter.recipe import packaged
 from lcl_adapter.recipe.suites import ImageNet100Suite, IsekaiSuite
 from lcl_adapter.recipe.wording import Wording
 
 
-def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, selection: Selection) -> Iterator[Cell]:
     """Classes 2k and 2k + 1 form a pair. The first ``queries`` test pictures of every class are the queries."""
     pairs = read_test_pairs(packaged(options.pairs), packaged(options.images))
     for shots in options.shots:
@@ -30,18 +29,18 @@ def imagenet_100(name: str, options: ImageNet100Suite, wording: Wording, seed: i
             names = (pair.names[0].lower(), pair.names[1].lower())
             for side in (0, 1):
                 for index, query in enumerate(pair.queries[side][: options.queries]):
-                    cases.append(_case(names, pair.support, query, side, shots, wording, [seed, shots, number, side, index]))
-        yield _cell(name, shots, cases, limit, "imagenet-100", published.imagenet_100(shots))
+                    cases.append(_case(names, pair.support, query, side, shots, wording, (name, selection.seed, shots, number, side, index)))
+        yield _cell(name, shots, cases, selection, "imagenet-100", published.imagenet_100(shots))
 
 
-def isekai(name: str, options: IsekaiSuite, wording: Wording, seed: int, limit: int | None) -> Iterator[Cell]:
+def isekai(name: str, options: IsekaiSuite, wording: Wording, selection: Selection) -> Iterator[Cell]:
     """Each line of the file is one question."""
     source = options.source
     assert isinstance(source, Isekai)
     questions = read_isekai_questions(packaged(source.file), packaged(source.images), name, source.on_fault)
     for shots in options.shots:
-        cases = [_case(q.names, q.support, q.query, q.gold, shots, wording, [seed, shots, n]) for n, q in enumerate(questions)]
-        yield _cell(name, shots, cases, limit, "isekai", published.isekai(options.published, shots))
+        cases = [_case(q.names, q.support, q.query, q.gold, shots, wording, (name, selection.seed, shots, n)) for n, q in enumerate(questions)]
+        yield _cell(name, shots, cases, selection, "isekai", published.isekai(options.published, shots))
 
 
 def _case(
@@ -51,19 +50,22 @@ def _case(
     side: int,
     shots: int,
     wording: Wording,
-    seed: list[int],
+    order_key: tuple[str | int, ...],
 ) -> Case:
     if min(map(len, shown)) < shots:
         raise DataError(
             f"{names[0]!r} and {names[1]!r} have {len(shown[0])} and {len(shown[1])} pictures to show, but `shots` asks for {shots} of each."
         )
     support = [Example(picture, names[s], s) for s in (0, 1) for picture in shown[s][:shots]]
-    order = np.random.default_rng(seed).permutation(len(support))
+    order = generator("example order", *order_key).permutation(len(support))
     episode = Episode(tuple(support[i] for i in order), (Example(query, names[side], side),), names, LearnedAnswers.QUERY, names[side])
     return case_of(episode, wording, names[side])
 
 
-def _cell(name: str, shots: int, cases: list[Case], limit: int | None, kind: str, figures: published.Figures) -> Cell:
+def _cell(name: str, shots: int, cases: list[Case], selection: Selection, kind: str, figures: published.Figures) -> Cell:
+    classes = [case.group for case in cases]
+    several = len(set(classes)) < len(classes)  # then some of each class are set aside, else some classes
+    cases, limit = [cases[i] for i in selection.of_list(classes if several else [""] * len(cases))], selection.limit
     chosen = cases if limit is None else cases[:: max(1, len(cases) // limit)][:limit]
     return Cell(
         suite=name,

@@ -9,13 +9,13 @@ from lcl_adapter.data.conversations import from_dialogues
 from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
-from lcl_adapter.evaluate.cases import Case, Cell
+from lcl_adapter.evaluate.cases import Case, Cell, Selection
 from lcl_adapter.recipe.sources import QuestionReader
 from lcl_adapter.recipe.suites import InstructSuite, PopeSuite, VqaSuite
 
 
-def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
-    cases, faults = question_cases(name, options.source, limit)
+def vqa(name: str, options: VqaSuite, selection: Selection) -> Cell:
+    cases, faults = question_cases(name, options.source, selection)
     if options.rule == "vqav2":
         incomplete = next((c for c in cases if not c.truth), None)
         if incomplete is not None:
@@ -28,24 +28,24 @@ def vqa(name: str, options: VqaSuite, limit: int | None) -> Cell:
     return Cell(name, name, "vqa", metric, _majority_share(cases), cases, judge, published=figures, faults=faults)
 
 
-def pope(name: str, options: PopeSuite, limit: int | None) -> Cell:
-    cases, faults = question_cases(name, options.source, limit)
+def pope(name: str, options: PopeSuite, selection: Selection) -> Cell:
+    cases, faults = question_cases(name, options.source, selection)
     return Cell(name, name, "pope", "accuracy", 0.5, cases, judges.pope_figures, published=published.POPE, faults=faults)
 
 
-def instruct(name: str, options: InstructSuite, limit: int | None) -> Cell:
-    cases, faults = question_cases(name, options.source, limit)
+def instruct(name: str, options: InstructSuite, selection: Selection) -> Cell:
+    cases, faults = question_cases(name, options.source, selection)
     return Cell(name, name, "instruct", "ROUGE-L", 0.0, cases, judges.rouge_figures, new_tokens=options.new_tokens, faults=faults)
 
 
-def question_cases(name: str, reader: QuestionReader, limit: int | None) -> tuple[tuple[Case, ...], tuple[str, ...]]:
+def question_cases(name: str, reader: QuestionReader, selection: Selection) -> tuple[tuple[Case, ...], tuple[str, ...]]:
     """The last question of each record, after the record's earlier turns, and the faults of records that are left out.
 
     Raises DataError if no record is usable, or for the first bad one where the reader refuses faults.
     """
     pool = open_reader(name, reader)
     cases, faults = [], []
-    for index in range(min(len(pool), limit or len(pool))):
+    for index in selection.of_list([""] * len(pool))[: selection.limit]:
         try:
             dialogue = pool.dialogues[index]
             turns = from_dialogues((dialogue,)).branches[0]
