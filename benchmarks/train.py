@@ -12,8 +12,10 @@ peak of the whole process, and the part of it above the loaded model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -39,14 +41,25 @@ SIZES = {"random-150m": (1, 5), "pocket": (24, 15)}  # (episodes per step, steps
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the first step to the end of the last."""
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if state.global_step == 1:
-            self.began = time.perf_counter()
-        self.seconds = time.perf_counter() - self.began
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the first step to the end of the last."""
+        return self.ends[-1] - self.ends[0]
+
+    @property
+    def median(self) -> float:
+        """Of a step, without the first."""
+        return statistics.median(after - before for before, after in itertools.pairwise(self.ends))
 
 
 def recipe(base: str, episodes: int, steps: int, output: str) -> Recipe:

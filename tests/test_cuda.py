@@ -6,6 +6,7 @@ pytest tests/test_cuda.py
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import os
@@ -110,6 +111,9 @@ def test_a_step_has_a_finite_loss_near_the_cpus(precision: str, pocket_tiny: Pat
         recipe = small(pocket_tiny, tmp_path / f"{device}-{precision}", feature_cache="10MB").model_copy(update={"precision": precision})
         torch.manual_seed(0)
         base = attach(loaded(pocket_tiny, precision, device), recipe.adapter.model_copy(update={"dropout": 0.0}))
+        for name, parameter in base.model.named_parameters():  # each device draws its own numbers
+            if "lora_A" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
         vision = VisionFeatures(base)
         collator = Collator(Mixture(recipe), base.encoder())
         batch = collate([collator.row(0), collator.row(1)], base.encoder().pad)
@@ -172,7 +176,8 @@ def test_train_then_evaluate_stays_under_the_forecast(pocket_tiny: Path, tmp_pat
     assert torch.cuda.max_memory_allocated() + budget.RUNTIME["cuda"] <= largest
     del result
     devices.release_memory()
-    assert torch.cuda.memory_allocated() < 2 * 10**7, "nothing of the base is left"
+    left = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor) and tensor.is_cuda and tensor.numel() > 1000]
+    assert not left, "nothing of a base is left"
 
 
 @needs_cuda

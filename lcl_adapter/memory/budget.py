@@ -139,22 +139,25 @@ def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
     return shape.layers * (adapter.rank * pair + magnitudes) + (shape.projector if adapter.projector else 0)
 
 
-def layer_activations(shape: Shape, adapter: AdapterOptions, size: int) -> int:
+def layer_activations(shape: Shape, adapter: AdapterOptions, size: int, lora: int, mask: int) -> int:
     """Bytes for each token that one layer saves for its backward pass.
 
-    Saved are both norms' inputs and outputs, q, k, v, the attention's output, gate, its activation, up and their
-    product, and seven LoRA products of the rank's width. In 16 bits the norms save an fp32 copy of their input, and so
-    does every LoRA, because the adapter is in fp32.
+    Saved are the inputs of both norms, q, k, v, the attention's output, gate, its activation and up; for the seven LoRAs
+    their inputs and their products of the rank's width. In 16 bits the norms save an fp32 copy of their input. A LoRA
+    saves the layer's own input, where that has the LoRA's type and no dropout comes between; else a copy.
+
+    size: bytes of an activation. lora: of a value that a LoRA computes with. mask: of a value of dropout's mask.
     """
     d, f, k = shape.d, shape.f, shape.k
-    saved = size * (6 * d + 2 * k + 4 * f)
-    low_rank = 7 * adapter.rank * FP32_BYTES
+    saved = size * (4 * d + 2 * k + 3 * f)
     if size < FP32_BYTES:
         saved += FP32_BYTES * (2 * d)  # the norms
-        saved += FP32_BYTES * (3 * d + d + 2 * d + f)  # inputs of q, k, v; o; gate, up; down
+    lora_inputs = 3 * d + d + 2 * d + f  # of q, k, v; o; gate, up; down
+    own_inputs = size == FP32_BYTES and not adapter.dropout
+    saved += size * (2 * d + f) if own_inputs else lora * lora_inputs
     if adapter.dropout:
-        saved += (FP32_BYTES + 1) * (3 * d + d + 2 * d + f)  # dropout's output and its mask
-    return saved + low_rank
+        saved += mask * lora_inputs
+    return saved + 7 * adapter.rank * lora
 
 
 def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, train: TrainOptions, work: Work) -> Forecast:
@@ -162,7 +165,9 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     size = width(precision, device)
     trained = adapter_parameters(shape, adapter)
     tokens = work.rows * work.tokens
-    one_layer = layer_activations(shape, adapter, size) * tokens
+    autocast = device == "cuda" and size < FP32_BYTES  # training then computes the adapter in 16 bits, from fp32 weights
+    # A CPU's dropout has a mask of numbers, a GPU's one of booleans
+    one_layer = tokens * layer_activations(shape, adapter, size, size if autocast else FP32_BYTES, 1 if device == "cuda" else FP32_BYTES)
     saved = shape.layers * tokens * shape.d * size + one_layer if train.gradient_checkpointing else shape.layers * one_layer
     # Gradients of activations: of the MLP's three wide tensors and of the residual stream.
     gradients = tokens * size * (3 * shape.f + 3 * shape.d)
@@ -178,6 +183,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     between = sum(lasting(shape, precision, device, adapter, train, work).values())
     step = [
         trained * FP32_BYTES,  # gradients
+        trained * size if autocast else 0,  # the adapter in 16 bits
         features(shape, size, work.pictures * work.tiles),
         2 * tokens * shape.d * size,  # embedded tokens
         saved,

@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lcl_adapter import processes
+from lcl_adapter.base.precision import TYPES, compute_type
 from lcl_adapter.errors import RunError
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.schema import QUANTISED
+from lcl_adapter.recipe.schema import QUANTISED, Precision
 
 
 def refuse_unsupported(recipe: Recipe) -> None:
@@ -31,9 +32,18 @@ def refuse_unsupported(recipe: Recipe) -> None:
         raise RunError("evaluate.every: a run with sharded weights is measured at its end only; set evaluate.every=null.")
 
 
-def mixed_precision(precision: str) -> dict[str, bool]:
-    """SFTConfig's ``bf16`` and ``fp16``, which only DeepSpeed needs: it then holds fp32 copies of trained weights."""
-    return {"bf16": processes.uses_deepspeed() and precision == "bf16", "fp16": processes.uses_deepspeed() and precision == "fp16"}
+def mixed_precision(precision: Precision, device: str) -> dict[str, bool]:
+    """SFTConfig's ``bf16`` and ``fp16``: the type that the adapter is computed in, from fp32 weights.
+
+    On a GPU that is the base's 16 bits. On a CPU they would be slower, so the adapter is computed in fp32. DeepSpeed
+    holds fp32 copies of trained weights itself; FSDP shards the adapter in fp32.
+    """
+    if processes.uses_deepspeed():
+        return {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    if device != "cuda" or precision == "fp32" or processes.sharded():
+        return {"bf16": False, "fp16": False}
+    half = TYPES[precision] if precision in TYPES else compute_type(device)
+    return {"bf16": half == torch.bfloat16, "fp16": half == torch.float16}
 
 
 def shard_weights(model: nn.Module, config: dict[str, Any]) -> None:

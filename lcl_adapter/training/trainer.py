@@ -79,8 +79,7 @@ def sft_config(recipe: Recipe, steps: int) -> SFTConfig:
         save_strategy="steps",
         report_to="none",  # ``trackers`` opens them, and closes them after the evaluation
         disable_tqdm=True,
-        # Otherwise the base is in its precision and the adapter in fp32, without autocast
-        **sharding.mixed_precision(recipe.precision),
+        **sharding.mixed_precision(recipe.precision, devices.training_device()),
         use_cpu=devices.training_device() == "cpu",
         logging_nan_inf_filter=False,
     )
