@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from lcl_adapter import devices
 from lcl_adapter.pocket import BASE
 from tools.pocket.tokenizer import CHAT_TEMPLATE
 
@@ -76,6 +78,7 @@ def random_llava(
     """
     if (folder / "done").exists():
         return folder
+    write_config(folder, size, dtype, tokenizer, template)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws 7 billion numbers in a second
@@ -84,6 +87,15 @@ def random_llava(
     print(f"made a random LLaVA of {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters", file=sys.stderr)
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, **({"max_shard_size": size_in_bytes // shards} if shards > 1 else {}))
+    (folder / "done").touch()
+    return folder
+
+
+def write_config(folder: Path, size: Size, dtype: torch.dtype, tokenizer: Any = None, template: str | None = CHAT_TEMPLATE) -> Path:
+    """A random LLaVA's files without its weights, which is enough for a forecast."""
+    config = size.config(tokenizer)
+    config.dtype = dtype
+    config.save_pretrained(folder)
     side = {"height": size.pixels, "width": size.pixels}
     LlavaProcessor(
         CLIPImageProcessorPil(size=side, crop_size=side),
@@ -93,13 +105,37 @@ def random_llava(
         num_additional_image_tokens=1,
         chat_template=template,
     ).save_pretrained(folder)
-    (folder / "done").touch()
     return folder
 
 
 def random_model() -> Path:
     """About 150 M parameters, 144 tokens an image (168 pixels), 5 language layers of 1,280."""
     return random_llava(RANDOM, Size(1280, 3520, 5, 10, pixels=168, tied=True))
+
+
+class Peak:
+    """The peak of this process's memory since its creation on a GPU; on a CPU, since the process's start."""
+
+    def __init__(self) -> None:
+        devices.release_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def allocated(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @property
+    def outside(self) -> int:
+        """Bytes of this GPU that are in use and not reserved by torch: CUDA's context and libraries."""
+        if not torch.cuda.is_available():
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.outside
 
 
 def child(module: str, *arguments: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import torch
 from transformers import AutoProcessor
 
 from benchmarks import plan, predict, train
-from benchmarks.common import Size, random_llava
+from benchmarks.common import Peak, Size, random_llava, write_config
 from lcl_adapter import devices
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.answering.room import Load
@@ -105,27 +105,6 @@ def recipe_of(base: Path, precision: str, output: str, steps: int, queries: int)
     )  # fmt: skip
 
 
-class Peak:
-    """The largest allocation since the start, on a GPU; with ``outside``, what the context and the allocator add."""
-
-    def __init__(self) -> None:
-        devices.release_memory()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def allocated(self) -> int:
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else plan.peak()
-
-    @property
-    def outside(self) -> int:
-        """Bytes of this GPU that are in use and not reserved by torch: CUDA's context and libraries."""
-        if not torch.cuda.is_available():
-            return 0
-        free, total = torch.cuda.mem_get_info()
-        return total - free - torch.cuda.memory_reserved()
-
-
 def trained(base: Base, recipe: Recipe) -> Result:
     """Train the recipe's steps with this project's trainer: forecast and peak bytes, seconds a step, losses."""
     device = base.device.type
@@ -133,7 +112,7 @@ def trained(base: Base, recipe: Recipe) -> Result:
     peak = Peak()
     trainer = LclTrainer(base, recipe, Collator(Mixture(recipe), base.encoder()), VisionFeatures(base), Mixture(recipe).steps)
     figures = _run(trainer)
-    measured = peak.allocated + peak.outside
+    measured = peak.total
     return {**figures, "forecast": forecast, "peak": measured, "error": forecast / measured - 1}
 
 
@@ -143,7 +122,7 @@ def stock(base: Base, recipe: Recipe, queries: int) -> Result:
     processor = AutoProcessor.from_pretrained(base.path)
     processor.chat_template = TEMPLATE
     figures = _run(train.stock_trainer(base, recipe, queries, processor))
-    return {**figures, "peak": peak.allocated + peak.outside}
+    return {**figures, "peak": peak.total}
 
 
 def _run(trainer: Any) -> Result:
@@ -215,7 +194,7 @@ def asking(base: Base, shape: Shape) -> Result:
     predict.plain(base, support, queries[:1])
     peak = Peak()
     texts, seconds, asked = predict.prefilled(base, support, queries)
-    measured = peak.allocated + peak.outside
+    measured = peak.total
     predictor = Predictor(base, max_new_tokens=predict.NEW_TOKENS)
     encoder = predictor.encoder
     question = max(len(encoder.turns([query], opened=True)[0]) for query in queries)
@@ -236,7 +215,9 @@ def asking(base: Base, shape: Shape) -> Result:
         "ratio": (len(queries) / seconds) / (shape.plain / plain_seconds),
         "same_answers": sum(a == b for a, b in zip(texts, plain_texts, strict=False)) / shape.plain,
         "peak": measured,
-        "plain_peak": peak.allocated + peak.outside,
+        "plain_peak": peak.total,
+        "load": asdict(load),
+        "pictures": pictures,
         "forecast": forecast,
         "error": forecast / measured - 1,
     }
@@ -280,6 +261,31 @@ def files_part(shape: str, folder: Path) -> Result:
     print(json.dumps(result), flush=True)
     result["convert"] = _reported(lambda: timed(lambda out: convert(str(source), out, verify="tensors"), folder / "llava-original"))
     return result
+
+
+def with_forecasts(result: Result) -> Result:
+    """A stored result with the forecasts of the formulas as they are now. Needs no GPU and no weights."""
+    shape = SHAPES[result["shape"]]
+
+    def put(row: Result, total: int) -> None:
+        row |= {"forecast": total, "error": total / row["peak"] - 1}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        base = write_config(Path(scratch) / "base", shape.size, torch.float16, vicuna_tokenizer(), None)
+        sizes = budget.shape_of(shape.size.config(vicuna_tokenizer()))
+        for name in ("nf4", "bf16"):
+            for row in result["parts"].get(name, {}).get("trainings", []):
+                recipe = recipe_of(base, row["precision"], scratch, shape.steps, row["queries"])
+                put(row["ours"], Plan(recipe, "cuda", Mixture(recipe), 10**12).training().total)
+        asked = result["parts"].get("bf16", {}).get("asking", {})
+        if "load" in asked:
+            put(asked, budget.answering(sizes, "bf16", "cuda", NO_ADAPTER, Load(**asked["load"]), asked["pictures"]).total)
+        for row in result["parts"].get("forecasts", {}).get("rows", []):
+            [case] = [case for case in plan.CASES.values() if case.name == row["name"]]
+            folder = write_config(Path(scratch) / case.size, plan.SIZES[case.size], torch.float16)
+            recipe = plan.recipe_of(case, scratch, folder)
+            put(row, Plan(recipe, "cuda", Mixture(recipe), 10**12).training().total)
+    return {**result, "forecasts_of": commit()}
 
 
 PARTS = {"model": model_part, "nf4": nf4_part, "bf16": bf16_part, "forecasts": forecasts_part, "files": files_part}
@@ -348,6 +354,7 @@ def main(arguments: list[str] | None = None) -> Result:
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="only this part; may be given several times")
     parser.add_argument("--folder", type=Path, help="for the base and what is written from it: 45 GB for 7b")
     parser.add_argument("--out", type=Path, help="where the JSON and the page go [default: benchmarks/results and docs]")
+    parser.add_argument("--forecasts", type=Path, metavar="FILE", help="compute a stored result's forecasts again, and write its page")
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.part:
@@ -355,6 +362,11 @@ def main(arguments: list[str] | None = None) -> Result:
         return {}
     from benchmarks.gpu_page import page
 
+    if options.forecasts:
+        stored = with_forecasts(json.loads(options.forecasts.read_text(encoding="utf-8")))
+        options.forecasts.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        ((options.out or Path("docs")) / "gpu-results.md").write_text(page(stored), encoding="utf-8")
+        return stored
     scratch = options.folder or Path(tempfile.mkdtemp())
     scratch.mkdir(parents=True, exist_ok=True)
     result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": _versions(), "shape": options.shape, "parts": {}}

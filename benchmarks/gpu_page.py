@@ -24,7 +24,8 @@ def page(result: dict[str, Any]) -> str:
     sections = [
         "# Measured on a GPU",
         f"Printed by `{result['command']}` at commit {result['commit']} on one {card['name']}{memory}, with {versions}. "
-        f"The weights are random, in {shape}, so nothing here says how well a model answers.",
+        f"The weights are random, in {shape}, so nothing here says how well a model answers."
+        + (f" The forecasts are of the formulas at commit {result['forecasts_of']}." if "forecasts_of" in result else ""),
     ]
     for name, write in (("nf4", _training), ("bf16", _training), ("forecasts", _forecasts), ("files", _files)):
         part = parts.get(name)
@@ -89,7 +90,10 @@ def _forecasts(part: dict[str, Any]) -> list[str]:
     for row in part.get("rows", []):
         figures = [row["failed"], "-", "-"] if "failed" in row else [gigabytes(row["forecast"]), gigabytes(row["peak"]), f"{row['error']:+.1%}"]
         rows.append([row["name"], *figures])
-    return [table(("training", "forecast", "measured peak", "error"), rows)] if rows else []
+    if not rows:
+        return []
+    notes = [f"CUDA's context was measured in a process of its own: {gigabytes(part['outside'])}."] if "outside" in part else []
+    return [*notes, table(("training", "forecast", "measured peak", "error"), rows)]
 
 
 def _files(part: dict[str, Any]) -> list[str]:

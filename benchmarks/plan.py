@@ -8,7 +8,6 @@ Each configuration is trained for two steps in a process of its own. The forecas
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import THREADS, Size, child, finish, random_llava
+from benchmarks.common import THREADS, Peak, Size, child, finish, random_llava
 from lcl_adapter import devices
 from lcl_adapter.base import model
 from lcl_adapter.base.model import attach, load_base
@@ -82,12 +81,13 @@ def model_of(size: str) -> Path:
     return random_llava(FOLDER / size, SIZES[size], torch.float16)
 
 
-def recipe_of(case: Case, output: str) -> Recipe:
+def recipe_of(case: Case, output: str, base: Path | None = None) -> Recipe:
+    """base: the folder of the case's model, which is written where it is not given."""
     path = Path(output) / "recipe.yaml"
     path.write_text(
         json.dumps(
             {
-                "base": str(model_of(case.size)), "precision": case.precision, "output": str(Path(output) / "run"),
+                "base": str(base or model_of(case.size)), "precision": case.precision, "output": str(Path(output) / "run"),
                 "adapter": {"rank": case.rank, "alpha": 32, "dropout": case.dropout, "projector": case.projector},
                 "sources": {"lcl": {"type": "pocket", "shots": [case.shots], "queries": case.queries}},
                 "train": {"max_steps": 2, "per_device_train_batch_size": case.rows, "gradient_checkpointing": case.checkpointing,
@@ -104,10 +104,6 @@ def forecast(case: Case, device: str) -> budget.Forecast:
         return plan.Plan(recipe, device, Mixture(recipe), 10**12).training()
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure(name: str, plain: bool = False) -> dict[str, float]:
     """Train two steps. Returns the peak memory after the imports, after loading and at the end.
 
@@ -116,16 +112,16 @@ def measure(name: str, plain: bool = False) -> dict[str, float]:
     case = CASES[name]
     if plain:
         model.release_large_blocks = lambda: None  # type: ignore[attr-defined]
-    started = peak()
+    whole = Peak()
+    started = whole.total
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(case, folder)
         base = attach(load_base(BaseRef(recipe.base, recipe.precision)), recipe.adapter)
-        loaded = peak()
+        loaded = whole.total
         collator = Collator(Mixture(recipe), base.encoder())
         trainer = LclTrainer(base, recipe, collator, VisionFeatures(base), 2 * case.rows)
         trainer.train()
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"started": started, "loaded": loaded, "peak": peak(), "gpu": gpu}
+    return {"started": started, "loaded": loaded, "peak": whole.total}
 
 
 def measured_here(name: str) -> dict[str, float]:
@@ -134,11 +130,7 @@ def measured_here(name: str) -> dict[str, float]:
     model_of(case.size)
     device = devices.training_device()
     total = forecast(case, device).total
-    devices.release_memory()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    peaks = measure(name)
-    measured = peaks["gpu"] + budget.RUNTIME["cuda"] if device == "cuda" else peaks["peak"]
+    measured = measure(name)["peak"]
     return {"forecast": total, "peak": measured, "error": total / measured - 1}
 
 
@@ -152,7 +144,7 @@ def main(names: Sequence[str]) -> None:
         child("benchmarks.plan", "--make", case.size)
         total = forecast(case, device).total
         peaks = child("benchmarks.plan", "--child", name)
-        measured = peaks["gpu"] + budget.RUNTIME["cuda"] if gpu else peaks["peak"]
+        measured = peaks["peak"]
         ratios[case.name] = total / measured
         rows.append((case.name, f"{total / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{total / measured - 1:+.1%}"))
     device_name = torch.cuda.get_device_name() if gpu else "CPU, resident memory"

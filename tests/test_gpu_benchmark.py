@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -73,6 +74,28 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monk
     text = (tmp_path / "gpu-results.md").read_text()
     assert "This part did not finish: ended with code 3." in text
     assert page(result) == text
+
+
+STORED = sorted(Path("benchmarks/results").glob("gpu-*.json"))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_todays_forecasts_are_near_the_peaks_that_a_gpu_showed(path: Path) -> None:
+    """Every stored training, and asking. A change of a formula is held against real peaks without a GPU."""
+    stored = json.loads(path.read_text())
+    again = gpu.with_forecasts(copy.deepcopy(stored))
+    rows = [row["ours"] for name in ("nf4", "bf16") for row in again["parts"][name]["trainings"]] + again["parts"]["forecasts"]["rows"]
+    assert len(rows) == 13
+    for row in (*rows, again["parts"]["bf16"]["asking"]):
+        assert abs(row["forecast"] / row["peak"] - 1) < 0.1, row
+    again["forecasts_of"] = stored["forecasts_of"]
+    assert again == stored, f"run `python -m benchmarks.gpu --forecasts {path}`"
+
+
+def test_the_committed_page_is_the_stored_result() -> None:
+    """There is one page, of the card that was measured last."""
+    pages = [page(json.loads(path.read_text())) for path in STORED]
+    assert Path("docs/gpu-results.md").read_text(encoding="utf-8") in pages
 
 
 def test_a_figure_that_fails_does_not_cost_the_others() -> None:

@@ -26,7 +26,8 @@ from lcl_adapter.base.vision import BATCH
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
 from lcl_adapter.training.collate import pad_to
 
-RUNTIME = {"cpu": 600 * 10**6, "cuda": 500 * 10**6}  # the process with its libraries; on a GPU, CUDA's context
+# The process with its libraries; on a GPU, CUDA's context and cuBLAS's workspace, as an H100 showed them (docs/gpu-results.md)
+RUNTIME = {"cpu": 600 * 10**6, "cuda": 700 * 10**6}
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,14 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
         "adapter": trained * FP32_BYTES,
     }
     between = sum(lasting(shape, precision, device, adapter, train, work).values())
+    # The adapter's gradients come while the backward pass frees the saved activations, layer by layer. Where a step has
+    # several batches, they are there from the first one on.
+    adapter_gradients = trained * FP32_BYTES
     step = [
-        trained * FP32_BYTES,  # gradients
+        saved + adapter_gradients if train.gradient_accumulation_steps > 1 else max(saved, adapter_gradients),
         trained * size if autocast else 0,  # the adapter in 16 bits
         features(shape, size, work.pictures * work.tiles),
         2 * tokens * shape.d * size,  # embedded tokens
-        saved,
         gradients,
         mask + masks,
         logits,
