@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lcl_adapter.answering.cache import InPlaceLayer
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.answering.room import Load, Widths, keys_and_values, needed
 from lcl_adapter.answering.rows import EncodedQuestion
+from lcl_adapter.base import adapter
 from lcl_adapter.base.model import Base, load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
@@ -31,6 +33,7 @@ from lcl_adapter.errors import EpisodeError, ModelError
 from lcl_adapter.memory import plan
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.training import trainer
+from tests.test_merge import adapter_on
 from tests.test_predict import requests
 from tests.test_trainer import small
 
@@ -332,3 +335,19 @@ def test_apples_gpus_answer_in_fp16_and_do_not_train(pocket_tiny: Path, monkeypa
     from lcl_adapter.base.precision import choose_precision
 
     assert choose_precision(open_checkpoint(str(pocket_tiny)).config, "mps")[0] == "fp16"
+
+
+def test_an_adapter_is_loaded_in_fp16_on_apples_gpus(pocket_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it was trained in, unless a precision is given."""
+    run = adapter_on(pocket_tiny, tmp_path / "run")
+    asked: list[BaseRef] = []
+
+    def seen(ref: BaseRef) -> Base:
+        asked.append(ref)
+        return load_base(replace(ref, device="cpu"))
+
+    monkeypatch.setattr(adapter, "load_base", seen)
+    adapter.load_adapter(run, BaseRef(device="mps"))
+    adapter.load_adapter(run, BaseRef(device="mps", precision="fp32"))
+    adapter.load_adapter(run)
+    assert [ref.precision for ref in asked] == ["fp16", "fp32", "fp32"]

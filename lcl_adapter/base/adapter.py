@@ -28,8 +28,10 @@ from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
+from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -147,7 +149,7 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     """The base that an adapter belongs to, with the adapter attached, ready to predict; and the manifest.
 
     base: replaces the manifest's values, for a base that has moved or another precision. Either layout works; the hash
-    of the weights must be the same.
+    of the weights must be the same. On Apple's GPUs the precision is fp16, where none is given.
 
     Raises AdapterError where the base is another one.
     """
@@ -155,7 +157,8 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
     given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation}
-    loaded = load_base(replace(checkpoint.ref, precision=base.precision or manifest["precision"], **given))
+    own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
+    loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
     model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
