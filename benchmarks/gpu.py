@@ -36,7 +36,7 @@ import torch
 from transformers import AutoProcessor
 
 from benchmarks import plan, predict, train
-from benchmarks.common import Size, random_llava
+from benchmarks.common import Size, commit, random_llava, versions
 from lcl_adapter import devices
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.answering.room import Load
@@ -319,28 +319,6 @@ def card() -> Result:
     return {"name": properties.name, "memory": properties.total_memory, "driver": torch.version.cuda}
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
-def commit() -> str:
-    """This checkout's; without git, what ``LCL_COMMIT`` says."""
-    if given := os.environ.get("LCL_COMMIT"):
-        return given
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main(arguments: list[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
@@ -357,7 +335,7 @@ def main(arguments: list[str] | None = None) -> Result:
 
     scratch = options.folder or Path(tempfile.mkdtemp())
     scratch.mkdir(parents=True, exist_ok=True)
-    result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": _versions(), "shape": options.shape, "parts": {}}
+    result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": versions(), "shape": options.shape, "parts": {}}
     slug = "".join(c if c.isalnum() else "-" for c in result["card"]["name"].lower()).strip("-")
     json_path = (options.out or Path("benchmarks/results")) / f"gpu-{slug}.json"
     page_path = (options.out or Path("docs")) / "gpu-results.md"
