@@ -1,6 +1,6 @@
 """Are the served probabilities calibrated, and does "none of these" reject unknown classes?
 
-    python -m benchmarks.calibrate runs/quickstart        # an adapter on the shipped base; sets of 2 labels
+    python -m benchmarks.calibrate [runs/quickstart] [--small] [--store]    # an adapter on the shipped base; sets of 2 labels
 
 Every second held-out class of the shipped data is used. The constants of "none of these" (serve/calibrate.py) were
 chosen on the others. Each support set has two classes, and gets four queries: one of each of its classes, and one of
@@ -13,15 +13,15 @@ unknown classes; the scores are the vision tower's similarity and the likeliest 
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.common import THREADS, finish
+from benchmarks.common import THREADS, finish, options_of, parser
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
@@ -93,16 +93,20 @@ def ece(rows: list[Row]) -> float:
     return sum(weighted_gaps) / len(known)
 
 
-def main(run: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("run", type=Path, nargs="?", default=Path("runs/quickstart"))
+    options = options_of(made, "benchmarks.calibrate", arguments)
+    sets, all_shots = (2, SHOTS[:1]) if options.small else (SETS, SHOTS)
     torch.set_num_threads(THREADS)
     engine = Engine(load_base(BaseRef("pocket", device="cpu")), 10**9)
-    engine.load_adapter("adapter", run)
+    engine.load_adapter("adapter", options.run)
     test = frozenset(pool_class.name for pool_class in read_pocket("held_out", min_pictures=3).classes[1::2])
     table: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
-    for shots in SHOTS:
+    for shots in all_shots:
         rng = np.random.default_rng(shots)
-        rows = [row for _ in range(SETS) for row in one_set(engine, rng, shots, test)]
+        rows = [row for _ in range(sets) for row in one_set(engine, rng, shots, test)]
         known, unknown = [row for row in rows if row.known], [row for row in rows if not row.known]
         truth = [row.known for row in rows]
         figures = {
@@ -115,8 +119,13 @@ def main(run: Path) -> None:
         }
         table.append((f"{shots} shots", *(f"{value:.3f}" for value in figures.values())))
         ratios |= {f"{shots} shots: {name}": value for name, value in figures.items()}
-    finish("calibrate", ("set", *figures), table, ratios)
+    spans = {
+        f"{word} {name}": choose(ratios[f"{shots} shots: {name}"] for shots in all_shots)
+        for name in figures
+        for word, choose in (("smallest", min), ("largest", max))
+    }
+    return finish(options, "calibrate", ("set", *figures), table, ratios, spans)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
+    main()

@@ -1,17 +1,25 @@
-"""What the benchmarks share: random models, child processes with a peak memory of their own, and the final table."""
+"""What the benchmarks share: random models, child processes with a peak memory of their own, options, and results.
+
+Every benchmark has ``--small`` (tiny sizes, to see that it runs) and ``--store`` (write benchmarks/results/NAME.json).
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +38,8 @@ from lcl_adapter.pocket import BASE
 from tools.pocket.tokenizer import CHAT_TEMPLATE
 
 RANDOM = Path("build/random-150m")
+RANDOM_SMALL = Path("build/random-small")
+RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
 
@@ -108,8 +118,10 @@ def write_config(folder: Path, size: Size, dtype: torch.dtype, tokenizer: Any = 
     return folder
 
 
-def random_model() -> Path:
-    """About 150 M parameters, 144 tokens an image (168 pixels), 5 language layers of 1,280."""
+def random_model(small: bool = False) -> Path:
+    """About 150 M parameters, 144 tokens an image (168 pixels), 5 language layers of 1,280. small: 4 tokens an image."""
+    if small:
+        return random_llava(RANDOM_SMALL, Size(64, 176, 2, 2, pixels=28, tied=True))
     return random_llava(RANDOM, Size(1280, 3520, 5, 10, pixels=168, tied=True))
 
 
@@ -148,12 +160,96 @@ def child(module: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
-def finish(name: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], ratios: dict[str, float]) -> None:
-    """Print the table, and then the line with the JSON object."""
-    table = Table(title=name, title_justify="left")
+def parser(description: str | None, small: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has, and its module's docstring as help. small: whether ``--small`` exists."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if small:
+        made.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; the figures say nothing")
+    made.add_argument("--store", action="store_true", help="write the result to benchmarks/results/")
+    return made
+
+
+def options_of(made: argparse.ArgumentParser, module: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options in ``arguments`` (None: the command line's), with the whole command as ``command``."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = made.parse_args(given)
+    if options.store and getattr(options, "small", False):
+        made.error("a result of --small is not stored, because its figures say nothing")
+    options.command = " ".join([f"python -m {module}", *(a for a in given if a != "--store")])
+    return options
+
+
+def finish(
+    options: argparse.Namespace,
+    name: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    ratios: Mapping[str, float],
+    figures: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> dict[str, Any]:
+    """Print the table, and then the line with the JSON object; with ``--store``, write both to ``results/NAME.json``.
+
+    ratios are comparable across machines, figures are not, or are counts. title: the table's, by default the name.
+    Returns name, ratios, figures, columns and rows.
+    """
+    table = Table(title=title or name, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
     Console(width=120).print(table)
     print(json.dumps({"name": name, "ratios": {k: round(v, 3) for k, v in ratios.items()}}))
+    result = {"name": name, "ratios": _short(ratios), "figures": _short(figures or {}), "columns": list(columns), "rows": [list(r) for r in rows]}
+    if options.store:
+        write_result(name, result, options.command)
+    return result
+
+
+def _short(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Six significant digits of each; whole numbers as they are."""
+    return {key: value if isinstance(value, int) else float(f"{value:.6g}") for key, value in numbers.items()}
+
+
+def write_result(name: str, result: Mapping[str, Any], command: str, **more: Any) -> Path:
+    """Write ``results/NAME.json``: the result, and under ``stored`` what it was measured with, and ``more``."""
+    path = RESULTS / f"{name}.json"
+    stored = {"command": command, "commit": commit(), "date": date.today().isoformat(), "machine": machine(), "versions": versions(), **more}
+    path.write_text(json.dumps({**result, "stored": stored}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"stored {path}; `python -m benchmarks.figures` writes it into the documents", file=sys.stderr)
+    return path
+
+
+def commit() -> str:
+    """This checkout's, with a plus if its code was changed since. Without git, what ``LCL_COMMIT`` says."""
+    if given := os.environ.get("LCL_COMMIT"):
+        return given
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name, the cores, and the memory in GB."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {"cpu": cpu, "cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1)}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that compute."""
+    numbers = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"):
+        try:
+            numbers[name] = version(name)
+        except PackageNotFoundError:
+            numbers[name] = "missing"
+    return numbers

@@ -1,6 +1,6 @@
 """Data: does the loader keep up with the trainer, and does a large file cost memory?
 
-    python -m benchmarks.data            # 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
+    python -m benchmarks.data [--small] [--store]    # 2 workers against the trainer's own pace; 1,000,000 lines against 10,000
 
 Loader: the rows of ``recipes/mix-pocket.yaml``, with every picture opened as in training, against a short training on
 the same rows. The trainer sorts the rows by length in its own process, which is part of its time. Large file: LLaVA
@@ -10,19 +10,20 @@ own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.common import THREADS, finish
+from benchmarks.common import THREADS, child, finish, options_of, parser
 from lcl_adapter import recipe
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.base.ref import BaseRef
@@ -35,6 +36,7 @@ from lcl_adapter.training.collate import Collator
 LARGE, SMALL, DRAWN = 1_000_000, 10_000, 20_000
 FOLDER = Path("build/data")
 STEPS, WORKERS = 30, 2
+SMALL_SIZES = (2_000, 200, 100)  # instead of LARGE, SMALL and DRAWN
 
 
 def records_file(lines: int) -> Path:
@@ -53,7 +55,7 @@ def records_file(lines: int) -> Path:
     return path
 
 
-def measure(path: Path) -> dict[str, float]:
+def measure(path: Path, drawn: int) -> dict[str, float]:
     """Measure in this process.
 
     Returns seconds to open the file and for a plain pass of json.loads, and resident MiB before, after opening and
@@ -69,63 +71,78 @@ def measure(path: Path) -> dict[str, float]:
     opening, after = time.perf_counter() - began, resident()
     rng = np.random.default_rng(0)
     began = time.perf_counter()
-    for index in rng.integers(0, len(pool), DRAWN):
+    for index in rng.integers(0, len(pool), drawn):
         _ = pool.dialogues[int(index)]
-    drawing, drawn = time.perf_counter() - began, resident()
+    drawing, at_the_end = time.perf_counter() - began, resident()
     began = time.perf_counter()
     with path.open() as file:
         count = sum(1 for line in file if json.loads(line))
     assert count == len(pool)
     plain = time.perf_counter() - began
-    return {"open": opening, "plain": plain, "drawn_a_second": DRAWN / drawing, "before": before, "after": after, "drawn": drawn}
+    return {"open": opening, "plain": plain, "drawn_a_second": drawn / drawing, "before": before, "after": after, "drawn": at_the_end}
 
 
-def in_a_child(path: Path) -> dict[str, float]:
-    """:func:`measure` in a process of its own."""
-    out = subprocess.run([sys.executable, "-m", "benchmarks.data", "--open", str(path)], check=True, capture_output=True, text=True).stdout
-    figures: dict[str, float] = json.loads(out.splitlines()[-1])
-    return figures
-
-
-def loader_pace() -> dict[str, Any]:
-    """Rows per second of the loader alone, and of a training on the same rows."""
+def loader_pace(small: bool) -> dict[str, Any]:
+    """Rows per second of the loader alone, and of a training on the same rows; and whether a worker makes the same rows
+    as this process.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        settings = recipe.load("mix-pocket", [f"train.max_steps={STEPS}", f"output={folder}/run", "train.threads=2"])
+        sizes = ["train.max_steps=2", "train.per_device_train_batch_size=2"] if small else [f"train.max_steps={STEPS}"]
+        settings = recipe.load("pocket" if small else "mix-pocket", [*sizes, f"output={folder}/run", "train.threads=2"])
         mixture = Mixture(settings)
         collator = Collator(mixture, load_encoder(BaseRef.of(settings)), check=read_image)
         rows = [{"index": i} for i in range(mixture.total)]
         batch = settings.train.per_device_train_batch_size
         began = time.perf_counter()
-        for _ in DataLoader(rows, batch, num_workers=WORKERS, collate_fn=collator):  # type: ignore[arg-type]
-            pass
+        loaded = None
+        for made in DataLoader(rows, batch, num_workers=WORKERS, collate_fn=collator):  # type: ignore[arg-type]
+            loaded = made if loaded is None else loaded
         loading = mixture.total / (time.perf_counter() - began)
+        here = collator(rows[:batch])
+        same = loaded is not None and all(torch.equal(here[key], loaded[key]) for key in ("input_ids", "labels"))
         facts = trainer.train(settings)
-        return {"loader": loading, "trainer": mixture.total / facts["training_seconds"]}
+        return {"loader": loading, "trainer": mixture.total / facts["training_seconds"], "same": same}
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--open"]:
-        print(json.dumps(measure(Path(sys.argv[2]))))
-        return
-    large, small = in_a_child(records_file(LARGE)), in_a_child(records_file(SMALL))
-    pace = loader_pace()
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("--open", type=Path, help=argparse.SUPPRESS)  # a child process: one file
+    options = options_of(made, "benchmarks.data", arguments)
+    lines, fewer, drawn = SMALL_SIZES if options.small else (LARGE, SMALL, DRAWN)
+    if options.open:
+        measured = measure(options.open, drawn)
+        print(json.dumps(measured))
+        return measured
+    more = ["--small"] if options.small else []
+    large, small = (child("benchmarks.data", "--open", str(records_file(count)), *more) for count in (lines, fewer))
+    pace = loader_pace(options.small)
     grown, grown_small = large["drawn"] - large["before"], small["drawn"] - small["before"]
-    size = records_file(LARGE).stat().st_size / 2**20
+    size = records_file(lines).stat().st_size / 2**20
     ratios = {
         "loader_over_trainer": pace["loader"] / pace["trainer"],
         "open_over_plain_pass": large["open"] / large["plain"],
         "memory_over_file": grown / size,
         "draws_large_over_small": large["drawn_a_second"] / small["drawn_a_second"],
+        "same_rows": float(pace["same"]),
+    }
+    figures = {
+        "rows a second, loader": pace["loader"],
+        "rows a second, trainer": pace["trainer"],
+        "file MiB": size,
+        "seconds to open": large["open"],
+        "memory growth MiB": grown,
+        "memory growth MiB, small file": grown_small,
     }
     rows = [
         (f"rows a second, loader with {WORKERS} workers / trainer on {THREADS} threads", f"{pace['loader']:.0f} / {pace['trainer']:.0f}"),
-        (f"opening {LARGE:,} lines ({size:.0f} MiB), every one parsed and checked", f"{large['open']:.1f} s"),
+        (f"opening {lines:,} lines ({size:.0f} MiB), every one parsed and checked", f"{large['open']:.1f} s"),
         ("the same against a plain pass of json.loads", f"{ratios['open_over_plain_pass']:.2f}"),
-        (f"memory grown after opening and {DRAWN:,} draws, {LARGE:,} lines / {SMALL:,} lines", f"{grown:.1f} / {grown_small:.1f} MiB"),
+        (f"memory grown after opening and {drawn:,} draws, {lines:,} lines / {fewer:,} lines", f"{grown:.1f} / {grown_small:.1f} MiB"),
         ("that memory against the file's size", f"{ratios['memory_over_file']:.3f}"),
-        (f"records drawn a second, {LARGE:,} lines / {SMALL:,} lines", f"{ratios['draws_large_over_small']:.2f}"),
+        (f"records drawn a second, {lines:,} lines / {fewer:,} lines", f"{ratios['draws_large_over_small']:.2f}"),
+        ("the first batch of a worker equals this process's", "yes" if pace["same"] else "NO"),
     ]
-    finish("data", ("measure", "figure"), rows, ratios)
+    return finish(options, "data", ("measure", "figure"), rows, ratios, figures)
 
 
 if __name__ == "__main__":

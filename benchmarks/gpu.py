@@ -36,7 +36,7 @@ import torch
 from transformers import AutoProcessor
 
 from benchmarks import plan, predict, train
-from benchmarks.common import Peak, Size, random_llava, write_config
+from benchmarks.common import Peak, Size, commit, random_llava, versions, write_config
 from lcl_adapter import devices
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.answering.room import Load
@@ -263,6 +263,20 @@ def files_part(shape: str, folder: Path) -> Result:
     return result
 
 
+def figures_of(result: Result) -> dict[str, float]:
+    """The figures that documents cite (``benchmarks.figures``)."""
+    figures: dict[str, float] = {}
+    for name in ("nf4", "bf16"):
+        for row in result["parts"].get(name, {}).get("trainings", []):
+            figures[f"{name}, {row['queries']} question(s): peak in GB"] = row["ours"]["peak"] / 1e9
+            if "failed" not in row["stock"]:
+                figures[f"{name}, {row['queries']} question(s): times stock's speed"] = row["stock"]["seconds_a_step"] / row["ours"]["seconds_a_step"]
+                figures[f"{name}, {row['queries']} question(s): peak / stock's"] = row["ours"]["peak"] / row["stock"]["peak"]
+    if "ratio" in (asked := result["parts"].get("bf16", {}).get("asking", {})):
+        figures |= {"asking: times plain's speed": asked["ratio"], "asking: images a second": asked["images_a_second"]}
+    return figures
+
+
 def with_forecasts(result: Result) -> Result:
     """A stored result with the forecasts of the formulas as they are now. Needs no GPU and no weights."""
     shape = SHAPES[result["shape"]]
@@ -285,7 +299,7 @@ def with_forecasts(result: Result) -> Result:
             folder = write_config(Path(scratch) / case.size, plan.SIZES[case.size], torch.float16)
             recipe = plan.recipe_of(case, scratch, folder)
             put(row, Plan(recipe, "cuda", Mixture(recipe), 10**12).training().total)
-    return {**result, "forecasts_of": commit()}
+    return {**result, "figures": figures_of(result), "forecasts_of": commit()}
 
 
 PARTS = {"model": model_part, "nf4": nf4_part, "bf16": bf16_part, "forecasts": forecasts_part, "files": files_part}
@@ -325,28 +339,6 @@ def card() -> Result:
     return {"name": properties.name, "memory": properties.total_memory, "driver": torch.version.cuda}
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
-def commit() -> str:
-    """This checkout's; without git, what ``LCL_COMMIT`` says."""
-    if given := os.environ.get("LCL_COMMIT"):
-        return given
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main(arguments: list[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
@@ -369,7 +361,7 @@ def main(arguments: list[str] | None = None) -> Result:
         return stored
     scratch = options.folder or Path(tempfile.mkdtemp())
     scratch.mkdir(parents=True, exist_ok=True)
-    result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": _versions(), "shape": options.shape, "parts": {}}
+    result: Result = {"command": BENCHMARK, "commit": commit(), "card": card(), "versions": versions(), "shape": options.shape, "parts": {}}
     slug = "".join(c if c.isalnum() else "-" for c in result["card"]["name"].lower()).strip("-")
     json_path = (options.out or Path("benchmarks/results")) / f"gpu-{slug}.json"
     page_path = (options.out or Path("docs")) / "gpu-results.md"
@@ -383,6 +375,7 @@ def main(arguments: list[str] | None = None) -> Result:
         else:
             result["parts"][name] = run_part(name, options.shape, scratch, min(LIMITS[name], remaining))
         print(json.dumps({name: result["parts"][name]}), flush=True)
+        result["figures"] = figures_of(result)
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         page_path.write_text(page(result), encoding="utf-8")

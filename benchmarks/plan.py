@@ -1,22 +1,23 @@
 """Forecast against measured peak memory.
 
-    python -m benchmarks.plan             # resident memory on a CPU, torch.cuda.max_memory_allocated on a GPU
+    python -m benchmarks.plan [--small] [--store]    # resident memory on a CPU, torch.cuda.max_memory_allocated on a GPU
 
 Each configuration is trained for two steps in a process of its own. The forecast is made from its config alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common import THREADS, Peak, Size, child, finish, random_llava
+from benchmarks.common import THREADS, Peak, Size, child, finish, options_of, parser, random_llava
 from lcl_adapter import devices
 from lcl_adapter.base import model
 from lcl_adapter.base.model import attach, load_base
@@ -31,6 +32,7 @@ from lcl_adapter.training.trainer import LclTrainer
 
 FOLDER = Path("build/plan")
 SIZES = {
+    "tiny": Size(64, 176, 2, 2, pixels=28),  # of --small
     "60M": Size(512, 1408, 8, 8),
     "150M": Size(896, 2432, 10, 14),
     "330M": Size(1280, 3456, 14, 20),
@@ -62,6 +64,7 @@ class Case:
 
 
 CASES = {
+    "tiny": Case("tiny"),
     "a": Case("60M", shots=2, rows=4, queries=2),
     "b": Case("150M", shots=2, rows=2),
     "c": Case("150M", shots=2, rows=2, checkpointing=True),
@@ -134,35 +137,52 @@ def measured_here(name: str) -> dict[str, float]:
     return {"forecast": total, "peak": measured, "error": total / measured - 1}
 
 
-def main(names: Sequence[str]) -> None:
+def default_cases(small: bool, gpu: bool) -> list[str]:
+    return ["tiny"] if small else [name for name in CASES if name != "tiny" and (gpu or name != "7b")]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} [default: all that this machine can run]")
+    made.add_argument("--child", choices=("make", "measure", "plain"), help=argparse.SUPPRESS)
+    options = options_of(made, "benchmarks.plan", arguments)
+    if unknown := set(options.cases) - set(CASES):
+        made.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if options.child == "make":
+        model_of(CASES[options.cases[0]].size)
+        print("{}")
+        return {}
+    if options.child:
+        peaks = measure(options.cases[0], plain=options.child == "plain")
+        print(json.dumps(peaks))
+        return peaks
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     rows: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
-    for name in names or ([*CASES, "7b"] if gpu else [n for n in CASES if n != "7b"]):
+    for name in options.cases or default_cases(options.small, gpu):
         case = CASES[name]
-        child("benchmarks.plan", "--make", case.size)
+        child("benchmarks.plan", name, "--child", "make")
         total = forecast(case, device).total
-        peaks = child("benchmarks.plan", "--child", name)
+        peaks = child("benchmarks.plan", name, "--child", "measure")
         measured = peaks["peak"]
         ratios[case.name] = total / measured
         rows.append((case.name, f"{total / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{total / measured - 1:+.1%}"))
-    device_name = torch.cuda.get_device_name() if gpu else "CPU, resident memory"
-    finish(f"plan ({device_name})", ("training", "forecast", "measured peak", "error"), rows, ratios)
+    figures = {"smallest": min(ratios.values()), "largest": max(ratios.values())}
     if not gpu:
-        plain, ours = (child("benchmarks.plan", "--child", "b", *more)["peak"] for more in (["plain"], []))
-        print(f"{CASES['b'].name}: {plain / 1e9:.2f} GB with glibc's own threshold, {ours / 1e9:.2f} GB with ours ({ours / plain:.2f})")
+        name = "tiny" if options.small else "b"
+        child("benchmarks.plan", name, "--child", "make")
+        plain, ours = (child("benchmarks.plan", name, "--child", side)["peak"] for side in ("plain", "measure"))
+        figures["large blocks returned / glibc's own"] = ours / plain
+        rows.append((f"{CASES[name].name}: glibc's own threshold / ours", f"{plain / 1e9:.2f} GB", f"{ours / 1e9:.2f} GB", f"{ours / plain:.2f}"))
         case = CASES["7b"]
         adapter, train = AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout), TrainOptions(gradient_checkpointing=True)
         total = budget.training(budget.shape_of(SIZES[case.size].config()), "nf4", "cuda", adapter, train, budget.Work(1, 3120, 20, 5)).total
-        print(f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU: {total / 1e9:.1f} GB. A forecast: there is no GPU here.")
+        figures["forecast of 7B in GB"] = total / 1e9
+        rows.append((f"LLaVA-1.5-7B's shape, nf4, 2-way 2-shot, rank {case.rank}, on a GPU", f"{total / 1e9:.1f} GB", "not run", ""))
+    title = f"plan ({torch.cuda.get_device_name() if gpu else 'CPU, resident memory'})"
+    return finish(options, "plan", ("training", "forecast", "measured peak", "error"), rows, ratios, figures, title)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(measure(sys.argv[2], plain=sys.argv[3:] == ["plain"])))
-    elif sys.argv[1:2] == ["--make"]:
-        model_of(sys.argv[2])
-        print("{}")
-    else:
-        main(sys.argv[1:])
+    main()

@@ -1,6 +1,6 @@
 """A support set prefilled once against plain ``generate`` over the whole prompt, on a random LLaVA of 150 M parameters.
 
-    python -m benchmarks.predict
+    python -m benchmarks.predict [--small] [--store]
 
 32 queries on an 8-shot support set (2 classes, 16 images of 144 tokens), with 8 new tokens each. The time of the
 prefilled side includes the prefill. Then the time per query at 16 shots against 2 shots, without the prefill.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from benchmarks.common import THREADS, finish, random_model
+from benchmarks.common import THREADS, finish, options_of, parser, random_model
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.model import Base, load_base
 from lcl_adapter.data import episodes
@@ -64,28 +66,27 @@ def prefilled(base: Base, support: tuple[Turn, ...], queries: list[Turn]) -> tup
     return [reply.text for reply in replies], ended - began, ended - prefilled_at
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = options_of(parser(__doc__), "benchmarks.predict", arguments)
     torch.set_num_threads(THREADS)
-    base = load_base(str(random_model()))
-    support, queries = episode(8)
+    base = load_base(str(random_model(options.small)))
+    count, shots, (less, more) = (4, 2, (1, 2)) if options.small else (QUERIES, 8, (2, 16))
+    support, queries = episode(shots, count)
     prefilled(base, support, queries[:2])  # warm-up
     cached_texts, cached, _ = prefilled(base, support, queries)
     plain_texts, uncached = plain(base, support, queries)
     same = sum(a == b for a, b in zip(cached_texts, plain_texts, strict=True))
 
-    few, many = episode(2), episode(16)
-    times: dict[str, list[float]] = {"2": [], "16": []}
-    for _ in range(3):
-        times["2"].append(prefilled(base, *few)[2])
-        times["16"].append(prefilled(base, *many)[2])
-    growth = statistics.median(b / a for a, b in zip(times["2"], times["16"], strict=True))
+    few, many = episode(less, count), episode(more, count)
+    times = [(prefilled(base, *few)[2], prefilled(base, *many)[2]) for _ in range(1 if options.small else 3)]
+    growth = statistics.median(longer / shorter for shorter, longer in times)
     rows = [
-        ("32 queries, 8 shots: plain / prefilled", f"{uncached / cached:.1f}", "at least 5"),
-        ("same answers, of 32", str(same), "32"),
-        ("a query at 16 shots / at 2 shots", f"{growth:.2f}", "at most 1.5"),
+        (f"{count} queries, {shots} shots: plain / prefilled", f"{uncached / cached:.1f}", "at least 10"),
+        (f"same answers, of {count}", str(same), str(count)),
+        (f"a query at {more} shots / at {less} shots", f"{growth:.2f}", "at most 1.25"),
     ]
-    ratios = {"prefilled_speedup": uncached / cached, "same_answers": same / QUERIES, "time_16_over_2_shots": growth}
-    finish("predict", ("measure", "ratio", "bound"), rows, ratios)
+    ratios = {"prefilled_speedup": uncached / cached, "same_answers": same / count, "time_16_over_2_shots": growth}
+    return finish(options, "predict", ("measure", "ratio", "bound"), rows, ratios, {"queries": count, "same answers": same})
 
 
 if __name__ == "__main__":

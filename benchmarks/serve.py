@@ -1,7 +1,7 @@
 """Classified images per second over HTTP: a stored 8-shot set against the whole conversation in every request.
 
-    python -m benchmarks.serve            # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens
-    python -m benchmarks.serve pocket     # the shipped base, 16 photos of 9 tokens, for information
+    python -m benchmarks.serve [--small] [--store]    # a random LLaVA of about 150 M parameters, 16 photos of 144 tokens
+    python -m benchmarks.serve pocket [--store]       # the shipped base, 16 photos of 9 tokens, for information
 
 There are 32 clients. Whole conversations are sent to the same server and to `transformers serve`; the servers run one
 after the other. Every client sends one whole conversation, or EACH queries on the stored set, which are much faster.
@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.common import THREADS, finish, random_model
+from benchmarks.common import THREADS, finish, options_of, parser, random_model
 from lcl_adapter.data.conversations import WORDINGS, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.pocket import BASE
@@ -38,6 +38,7 @@ from lcl_adapter.pocket import BASE
 CLIENTS = 32
 EACH = 8
 SHOTS = 8
+COMPARED = 4  # photos whose texts are compared
 LABELS = ("good", "scratched")
 NEW_TOKENS = 8
 BIN = Path(sys.executable).parent
@@ -90,8 +91,8 @@ def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client
             process.wait(60)
 
 
-def measure(ask: Callable[[str], object], each: int) -> dict[str, float]:
-    """Every client sends ``each`` queries, one after the other.
+def measure(ask: Callable[[str], object], each: int, clients: int) -> dict[str, float]:
+    """Each of ``clients`` sends ``each`` queries, one after the other.
 
     Returns queries per second, and seconds per query (median, 99th percentile).
     """
@@ -105,17 +106,22 @@ def measure(ask: Callable[[str], object], each: int) -> dict[str, float]:
         return seconds
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        times = [seconds for of_client in pool.map(client, range(CLIENTS)) for seconds in of_client]
+    with ThreadPoolExecutor(clients) as pool:
+        times = [seconds for of_client in pool.map(client, range(clients)) for seconds in of_client]
     total = time.perf_counter() - began
     percentiles = quantiles(times, n=100)
     return {"rate": len(times) / total, "p50": percentiles[49], "p99": percentiles[98]}
 
 
-def ours(base: str) -> tuple[dict[str, float], dict[str, float], float]:
+def text_of(reply: httpx2.Response) -> str:
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def ours(base: str, clients: int, each: int) -> tuple[dict[str, float], dict[str, float], float, float]:
     """This project's server.
 
-    Returns the figures with a stored set and with whole conversations, and memory at the end / after the warm-up.
+    Returns the figures with a stored set and with whole conversations, memory at the end / after the warm-up, and the
+    share of photos about which both ways give the same text.
     """
     command = [str(BIN / "lcl-adapter"), "serve", base, "--precision", "fp32", "--timeout", "1200", "--store", "store"]
     with running(command, "/ready") as (client, process):
@@ -126,19 +132,24 @@ def ours(base: str) -> tuple[dict[str, float], dict[str, float], float]:
             assert reply["results"][0]["error"] is None
 
         stored(photo(999))  # calibrates and prefills the set
-        measure(stored, 1)
+        measure(stored, 1, clients)
         before = process.memory_info().rss
-        stored_figures = measure(stored, EACH)
+        stored_figures = measure(stored, each, clients)
         grown = process.memory_info().rss / before
 
-        def whole(query: str) -> None:
+        def whole(query: str) -> str:
             body = {"model": "base", "messages": conversation(query), "max_tokens": NEW_TOKENS}
-            client.post("/v1/chat/completions", json=body).raise_for_status()
+            return text_of(client.post("/v1/chat/completions", json=body).raise_for_status())
 
-        return stored_figures, measure(whole, 1), grown
+        def of_the_set(query: str) -> str:
+            body = {"model": "base", "messages": conversation(query)[-1:], "max_tokens": NEW_TOKENS, "support_set": "set"}
+            return text_of(client.post("/v1/chat/completions", json=body).raise_for_status())
+
+        same = sum(whole(photo(n)) == of_the_set(photo(n)) for n in range(COMPARED)) / COMPARED
+        return stored_figures, measure(whole, 1, clients), grown, same
 
 
-def theirs(base: str) -> dict[str, float]:
+def theirs(base: str, clients: int) -> dict[str, float]:
     """`transformers serve`: figures with whole conversations."""
     command = [str(BIN / "transformers"), "serve", base, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
     with running(command, "/health") as (client, _):
@@ -149,13 +160,17 @@ def theirs(base: str) -> dict[str, float]:
             assert reply["choices"][0]["message"]["role"] == "assistant"
 
         whole(photo(999))
-        return measure(whole, 1)
+        return measure(whole, 1, clients)
 
 
-def main(name: str | None = None) -> None:
-    base = str(BASE if name == "pocket" else random_model().absolute())
-    stored, whole, grown = ours(base)
-    peer = theirs(base)
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("base", nargs="?", choices=("pocket",), help="the shipped base [default: the random LLaVA]")
+    options = options_of(made, "benchmarks.serve", arguments)
+    clients, each = (2, 2) if options.small else (CLIENTS, EACH)
+    base = str(BASE if options.base else random_model(options.small).absolute())
+    stored, whole, grown, same = ours(base, clients, each)
+    peer = theirs(base, clients)
     rows = [
         (title, f"{figures['rate']:.2f}", f"{figures['p50']:.2f} s", f"{figures['p99']:.2f} s")
         for title, figures in (
@@ -168,9 +183,11 @@ def main(name: str | None = None) -> None:
         "stored set / transformers serve": stored["rate"] / peer["rate"],
         "stored set / the same server without": stored["rate"] / whole["rate"],
         "resident memory at the end / after the warm-up": grown,
+        "same texts": same,
     }
-    finish("serve" if name is None else f"serve-{name}", ("32 clients", "images a second", "p50", "p99"), rows, ratios)
+    name = f"serve-{options.base}" if options.base else "serve"
+    return finish(options, name, (f"{clients} clients", "images a second", "p50", "p99"), rows, ratios)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

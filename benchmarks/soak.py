@@ -1,7 +1,7 @@
 """Five minutes of 32 clients with faults mixed in: how many answers are wrong, and whether memory grows.
 
-    python -m benchmarks.soak runs/quickstart [SECONDS]        # an adapter on the shipped base
-    python -m benchmarks.soak runs/quickstart --kills 20       # the server is killed 20 times under load
+    python -m benchmarks.soak runs/quickstart [SECONDS] [--small] [--store]        # an adapter on the shipped base
+    python -m benchmarks.soak runs/quickstart --kills 20 [--small] [--store]       # the server is killed 20 times under load
 
 With --kills all servers use the same store. Each client draws its next request at random. Most classify photos of a
 known set, and the results are compared with the offline engine. The others send a broken image, a body that is too
@@ -10,12 +10,13 @@ large, a wrong key, an unknown set or broken JSON, write a set, chat, or disconn
 
 from __future__ import annotations
 
+import argparse
 import base64
 import sqlite3
-import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import httpx2
 import numpy as np
 import torch
 
-from benchmarks.common import THREADS, finish
+from benchmarks.common import THREADS, finish, options_of, parser
 from benchmarks.serve import BIN, CLIENTS, running
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
@@ -53,14 +54,14 @@ def url(data: bytes) -> str:
 class Soak:
     """The support sets and their expected answers, the clients, and what they counted."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, small: bool) -> None:
         torch.set_num_threads(THREADS)
         base, _ = load_adapter(run, BaseRef(device="cpu"))
         self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
         self.wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
         self.sets: list[dict[str, Any]] = []
-        for _ in range(SETS):
+        for _ in range(2 if small else SETS):
             classes = [pool.classes[i] for i in rng.choice(len(pool.classes), 2, replace=False)]
             shown = [(picture, c.name) for c in classes for picture in c.pictures[:SHOTS]]
             queries = [picture for c in classes for picture in c.pictures[SHOTS : SHOTS + QUERIES // 2]]
@@ -70,18 +71,24 @@ class Soak:
             examples = [{"label": label, "image": url(read_bytes(picture))} for picture, label in shown]
             likelihoods = [reply.log_likelihoods for reply in replies]
             self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "log_likelihoods": likelihoods})
+        self.weights_of = dict(WEIGHTS)
+        self.clients = 4 if small else CLIENTS
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.wrong: list[str] = []
         self.compared = 0
         self.stored: dict[str, int] = {}
         self.lock = threading.Lock()
 
+    def counts(self, unexpected: int, lost: int) -> dict[str, int]:
+        """The figures of both kinds of run."""
+        return {"compared": self.compared, "wrong": len(self.wrong), "unexpected": unexpected, "acknowledged": len(self.stored), "lost": lost}
+
     def client(self, number: int, address: str, until: float) -> None:
         """Send random requests until ``until``, a time of ``time.monotonic``."""
         rng = np.random.default_rng(number)
         with httpx2.Client(base_url=address, timeout=60) as http:
             while time.monotonic() < until:
-                what = str(rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
+                what = str(rng.choice(list(self.weights_of), p=list(self.weights_of.values())))
                 name = "ab"[int(rng.integers(2))]
                 headers = {"Authorization": f"Bearer {KEYS[name]}"}
                 try:
@@ -93,7 +100,7 @@ class Soak:
 
     def act(self, what: str, http: httpx2.Client, headers: dict[str, str], name: str, rng: np.random.Generator) -> int:
         """Send one request of the kind ``what`` as the user ``name``. Returns the HTTP status."""
-        number = int(rng.integers(SETS))
+        number = int(rng.integers(len(self.sets)))
         support_set = self.sets[number]
         body: dict[str, Any] = {"support_set": f"set-{number}", "images": [support_set["queries"][i] for i in rng.integers(QUERIES, size=2)]}
         match what:
@@ -175,24 +182,24 @@ def fill(soak: Soak, client: httpx2.Client) -> None:
             soak.stored[f"{name}/set-{number}"] = 1
 
 
-def killed(run: Path, times: int) -> None:
+def killed(options: argparse.Namespace) -> dict[str, Any]:
     """Kill the server with SIGKILL while 32 clients use it.
 
     The next server on the same store must have every acknowledged set.
     """
-    soak, rng = Soak(run), np.random.default_rng(7)
-    WEIGHTS["put"], WEIGHTS["classify"] = 0.34, 0.3  # more writes, because a kill can damage those
-    command, store = command_of(soak, run)
+    soak, rng = Soak(options.run, options.small), np.random.default_rng(7)
+    soak.weights_of |= {"put": 0.34, "classify": 0.3}  # more writes, because a kill can damage those
+    command, store = command_of(soak, options.run)
     damaged, missing, starts = 0, 0, []
-    for turn in range(times):
+    for turn in range(options.kills):
         began = time.monotonic()
         with running(command, "/ready") as (client, process):
             starts.append(time.monotonic() - began)
             if turn == 0:
                 fill(soak, client)
-            up = float(rng.uniform(4, 8))
+            up = float(rng.uniform(1.5, 2)) if options.small else float(rng.uniform(4, 8))
             threads = [
-                threading.Thread(target=soak.client, args=(100 * turn + n, str(client.base_url), time.monotonic() + up)) for n in range(CLIENTS)
+                threading.Thread(target=soak.client, args=(100 * turn + n, str(client.base_url), time.monotonic() + up)) for n in range(soak.clients)
             ]
             for thread in threads:
                 thread.start()
@@ -204,22 +211,23 @@ def killed(run: Path, times: int) -> None:
         damaged, missing = damaged + (not intact), missing + len(lost)
     unexpected = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status and status not in EXPECTED[what]}
     answered = Counter(what for (what, status), n in soak.statuses.items() for _ in range(n) if status)
-    rows = [("kills", str(times)), ("answers", ", ".join(f"{n} x {what}" for what, n in sorted(answered.items())))]
+    rows = [("kills", str(options.kills)), ("answers", ", ".join(f"{n} x {what}" for what, n in sorted(answered.items())))]
     rows += [("cut off or refused a connection", str(sum(n for (_, status), n in soak.statuses.items() if not status)))]
     rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
     rows += [("answers of another kind than expected", str(unexpected or "none")), ("acknowledged sets", f"{len(soak.stored)}, {missing} lost")]
     rows += [("SQLite's integrity check after each", "ok" if not damaged else f"BROKEN {damaged} times")]
-    finish("soak-kills", ("what", "seen"), rows, {"slowest start / fastest": max(starts) / min(starts)})
-    sys.exit(1 if soak.wrong or unexpected or missing or damaged or not soak.compared else 0)
+    figures = {"kills": options.kills, **soak.counts(sum(unexpected.values()), missing), "damaged": damaged}
+    return finish(options, "soak-kills", ("what", "seen"), rows, {"slowest start / fastest": max(starts) / min(starts)}, figures)
 
 
-def main(run: Path, seconds: float) -> None:
-    soak = Soak(run)
-    command, store = command_of(soak, run)
+def loaded(options: argparse.Namespace) -> dict[str, Any]:
+    """Use one server with faults mixed in, and sample its memory."""
+    soak, seconds = Soak(options.run, options.small), options.seconds or (3.0 if options.small else SECONDS)
+    command, store = command_of(soak, options.run)
     with running(command, "/ready") as (client, process):
         fill(soak, client)
         levels: list[int] = []
-        threads = [threading.Thread(target=soak.client, args=(n, str(client.base_url), time.monotonic() + seconds)) for n in range(CLIENTS)]
+        threads = [threading.Thread(target=soak.client, args=(n, str(client.base_url), time.monotonic() + seconds)) for n in range(soak.clients)]
         for thread in threads:
             thread.start()
         ends = time.monotonic() + seconds
@@ -228,23 +236,32 @@ def main(run: Path, seconds: float) -> None:
             levels.append(process.memory_info().rss)
         for thread in threads:
             thread.join()
-        time.sleep(2)
+        time.sleep(0.1 if options.small else 2)
         after = process.memory_info().rss
     intact, lost = check_store(store, soak.stored)
     unexpected = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
-    rows = [(what, ", ".join(f"{n} x {s or 'went away'}" for (w, s), n in sorted(soak.statuses.items()) if w == what)) for what in WEIGHTS]
+    rows = [(what, ", ".join(f"{n} x {s or 'went away'}" for (w, s), n in sorted(soak.statuses.items()) if w == what)) for what in soak.weights_of]
     rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
     rows += [("answers of another kind than expected", str(unexpected or "none")), ("acknowledged sets", f"{len(soak.stored)}, {len(lost)} lost")]
     rows += [("SQLite's integrity check", "ok" if intact else "BROKEN")]
     early, late = float(np.median(levels[3:8])), float(np.median(levels[-5:]))
     rows += [("resident memory, start / middle / end / after", " / ".join(f"{v / 1e6:.0f} MB" for v in (levels[0], early, late, after)))]
-    finish("soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early})
-    sys.exit(1 if soak.wrong or unexpected or lost or not intact or not soak.compared else 0)
+    figures = {**soak.counts(sum(unexpected.values()), len(lost)), "damaged": int(not intact)}
+    return finish(options, "soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early}, figures)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("run", type=Path, nargs="?", default=Path("runs/quickstart"))
+    made.add_argument("seconds", type=float, nargs="?", help=f"how long [default: {SECONDS:.0f}]")
+    made.add_argument("--kills", type=int, default=0, help="kill the server so often")
+    options = options_of(made, "benchmarks.soak", arguments)
+    result = killed(options) if options.kills else loaded(options)
+    figures = result["figures"]
+    if any(figures[fault] for fault in ("wrong", "unexpected", "lost", "damaged")) or not figures["compared"]:
+        raise SystemExit("soak: a wrong or unexpected answer, a lost set, a damaged store, or nothing compared")
+    return result
 
 
 if __name__ == "__main__":
-    adapter = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
-    if "--kills" in sys.argv:
-        killed(adapter, int(sys.argv[sys.argv.index("--kills") + 1]))
-    else:
-        main(adapter, float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
+    main()

@@ -1,7 +1,7 @@
 """This project's trainer against the stock SFTTrainer with the stock collator, on the same episodes.
 
-    python -m benchmarks.train             # both models
-    python -m benchmarks.train pocket      # only this model
+    python -m benchmarks.train [--small] [--store]             # both models
+    python -m benchmarks.train pocket [--small] [--store]      # only this model; stored as train-pocket
 
 Each side runs in a process of its own. An episode is 2-way 2-shot with 4 queries. Stock: every query is a row with the
 whole support set before it, and all images run through the tower every time. Ours: the 4 queries share one support set,
@@ -12,11 +12,11 @@ peak of the whole process, and the part of it above the loaded model.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.common import THREADS, child, finish, random_model
+from benchmarks.common import THREADS, child, finish, options_of, parser, random_model
 from lcl_adapter.base.model import Base, attach, load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
@@ -38,6 +38,7 @@ from lcl_adapter.training.trainer import LclTrainer
 
 QUERIES = 4
 SIZES = {"random-150m": (1, 5), "pocket": (24, 15)}  # (episodes per step, steps); the pocket recipe too has 24
+SMALL = (1, 2)
 
 
 class Clock(TrainerCallback):
@@ -68,7 +69,14 @@ def recipe(base: str, episodes: int, steps: int, output: str) -> Recipe:
             "base": base,
             "output": output,
             "sources": {"lcl": {"type": "pocket", "shots": [2], "queries": QUERIES, "learn": "query"}},
-            "train": {"max_steps": steps, "per_device_train_batch_size": episodes, "bucket": 1, "save_steps": 10_000, "threads": THREADS},
+            "train": {
+                "max_steps": steps,
+                "per_device_train_batch_size": episodes,
+                "bucket": 1,
+                "logging_steps": 1,
+                "save_steps": 10_000,
+                "threads": THREADS,
+            },
         }
     )
 
@@ -79,16 +87,18 @@ def peak() -> int:
 
 
 def measured(trainer: Any, loaded: int, queries: int) -> dict[str, float]:
+    """Queries per second after the first step, peak memory, and the loss of the first step."""
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    return {"queries_a_second": queries / clock.seconds, "peak": peak(), "above_model": peak() - loaded}
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return {"queries_a_second": queries / clock.seconds, "peak": peak(), "above_model": peak() - loaded, "first_loss": loss}
 
 
-def ours(name: str) -> dict[str, float]:
-    episodes, steps = SIZES[name]
+def ours(name: str, small: bool) -> dict[str, float]:
+    episodes, steps = SMALL if small else SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        settings = recipe(base_of(name), episodes, steps, folder)
+        settings = recipe(base_of(name, small), episodes, steps, folder)
         base = attach(load_base(settings.base), settings.adapter)
         loaded = peak()
         collator = Collator(Mixture(settings), base.encoder())
@@ -128,6 +138,7 @@ def stock_trainer(base: Base, settings: Recipe, queries: int, processor: Any = N
         remove_unused_columns=False,
         logging_steps=train.logging_steps,
         report_to="none",
+        train_sampling_strategy="sequential",  # the same episodes in the same steps as ours
         disable_tqdm=True,
         use_cpu=not gpu,
         bf16=gpu,
@@ -137,39 +148,49 @@ def stock_trainer(base: Base, settings: Recipe, queries: int, processor: Any = N
     return SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=processor or AutoProcessor.from_pretrained(base.path))
 
 
-def stock(name: str) -> dict[str, float]:
-    episodes, steps = SIZES[name]
+def stock(name: str, small: bool) -> dict[str, float]:
+    episodes, steps = SMALL if small else SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        settings = recipe(base_of(name), episodes, steps, folder)
+        settings = recipe(base_of(name, small), episodes, steps, folder)
         base = attach(load_base(settings.base), settings.adapter)
         loaded = peak()
         return measured(stock_trainer(base, settings, QUERIES), loaded, episodes * QUERIES * (steps - 1))
 
 
-def base_of(name: str) -> str:
-    return "pocket" if name == "pocket" else str(random_model())
+def base_of(name: str, small: bool) -> str:
+    return "pocket" if name == "pocket" else str(random_model(small))
 
 
-def main(names: Sequence[str]) -> None:
-    random_model()
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    made = parser(__doc__)
+    made.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(SIZES)} [default: both]")
+    made.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)  # a child process: one side on one model
+    options = options_of(made, "benchmarks.train", arguments)
+    names = options.models or list(SIZES)
+    if unknown := set(names) - set(SIZES):
+        made.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
+    torch.set_num_threads(THREADS)
+    if options.side:
+        figures = {"ours": ours, "stock": stock}[options.side](names[0], options.small)
+        print(json.dumps(figures))
+        return figures
+    Path("build").mkdir(exist_ok=True)
+    random_model(options.small)
+    small = ["--small"] if options.small else []
     rows: list[tuple[str, ...]] = []
     ratios: dict[str, float] = {}
+    figures = {}
     for name in names:
-        pair = {side: child("benchmarks.train", f"{side}:{name}") for side in ("stock", "ours")}
+        pair = {side: child("benchmarks.train", name, "--side", side, *small) for side in ("stock", "ours")}
         speed = pair["ours"]["queries_a_second"] / pair["stock"]["queries_a_second"]
         memory = {key: pair["ours"][key] / pair["stock"][key] for key in ("peak", "above_model")}
         key = name.replace("-", "_")
         ratios |= {f"{key}_queries_a_second": speed, f"{key}_peak_memory": memory["peak"], f"{key}_memory_above_model": memory["above_model"]}
+        figures |= {f"{key}_first_loss_{side}": pair[side]["first_loss"] for side in pair}
         rows.append((name, f"{speed:.2f}", f"{memory['peak']:.2f}", f"{memory['above_model']:.2f}"))
-    finish("train", ("ours / stock", "queries a second", "peak memory", "above the loaded model"), rows, ratios)
+    name = "train" if names == list(SIZES) else "-".join(["train", *names])
+    return finish(options, name, ("ours / stock", "queries a second", "peak memory", "above the loaded model"), rows, ratios, figures)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(THREADS)
-    arguments = sys.argv[1:]
-    if arguments and ":" in arguments[0]:
-        side, model_name = arguments[0].split(":")  # a child process: one side on one model
-        print(json.dumps({"ours": ours, "stock": stock}[side](model_name)))
-    else:
-        Path("build").mkdir(exist_ok=True)
-        main(arguments or list(SIZES))
+    main()

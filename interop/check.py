@@ -1,6 +1,7 @@
 """Compare this project with upstream LLaVA in both directions, for all families, on tiny random checkpoints.
 
-    make interop        # builds upstream's environment in build/upstream, then runs this
+    make interop                        # builds upstream's environment in build/upstream, then runs this
+    python -m interop.check --store     # and writes benchmarks/results/interop.json
 
 It prints a table, and exits with 1 if a bound is exceeded. This process is the project's side; ``upstream.py`` runs in
 upstream's environment. A difference is the largest one of a logit over the probes, in fp32 unless the row says
@@ -21,10 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.common import finish, options_of, parser
 from lcl_adapter.answering.ask import ask_model
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.families import FAMILIES
@@ -336,7 +335,17 @@ def check_pixels(root: Path) -> list[Line]:
     return lines
 
 
-def main() -> None:
+def summary(lines: Sequence[Line]) -> dict[str, float]:
+    """The largest difference of each direction over v1, 1.5 and 1.6, and the span of the adapters' effects."""
+    whole = [line for line in lines if line.version in VERSIONS]
+    kinds = {"base": "base,", "adapter out": "adapter out", "adapter in": "adapter in", "merged": "merged here in fp16, loaded upstream"}
+    figures = {name: max(line.difference for line in whole if line.what.startswith(start)) for name, start in kinds.items()}
+    effects = [line.effect for line in whole if line.effect is not None and line.what.startswith(("adapter out", "adapter in"))]
+    return {**figures, "smallest effect": min(effects), "largest effect": max(effects)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = options_of(parser(__doc__, small=False), "interop.check", arguments)
     torch.set_num_threads(2)
     if not PYTHON.exists():
         raise SystemExit(f"{PYTHON} is missing: `make interop` builds upstream's environment first.")
@@ -349,20 +358,19 @@ def main() -> None:
             lines += check(version, root / version)
         (root / "mistral").mkdir()
         lines += check_mistral(root / "mistral")
-    table = Table("family", "what", "largest difference", "allowed", "effect", "", box=box.SIMPLE)
-    for line in lines:
-        effect = "" if line.effect is None else f"{line.effect:.2f}"
-        table.add_row(
+    rows = [
+        (
             line.version,
             line.what,
             f"{line.difference:.2g}",
             f"{line.allowed:.0e}" if line.allowed <= CLOSE else f"{line.allowed:.2f}",
-            effect,
+            "" if line.effect is None else f"{line.effect:.2f}",
             "" if line.holds else "BROKEN",
         )
-    Console(width=120).print(table)
-    broken = [line for line in lines if not line.holds]
-    sys.exit(1 if broken else 0)
+        for line in lines
+    ]
+    finish(options, "interop", ("family", "what", "largest difference", "allowed", "effect", ""), rows, {}, summary(lines))
+    sys.exit(0 if all(line.holds for line in lines) else 1)
 
 
 if __name__ == "__main__":

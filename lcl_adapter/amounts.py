@@ -40,7 +40,7 @@ def release_large_blocks() -> None:
     """Make the allocator return every block of 1 MiB or more to the system when it is freed.
 
     glibc raises this threshold up to 32 MB by itself. Training on a CPU then holds a third more memory than is in use
-    (benchmarks/results/plan.txt). Does nothing on other systems than Linux.
+    (benchmarks/results/plan.json). Does nothing on other systems than Linux.
     """
     if sys.platform == "linux":
         setter = getattr(ctypes.CDLL(None), "mallopt", None)
