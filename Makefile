@@ -2,7 +2,7 @@
 # make test         set-up, then the whole suite
 # make check        lint, format, types
 # make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
-# make bench        the side-by-side measurements under benchmarks/
+# make bench        the side-by-side measurements under benchmarks/, stored in benchmarks/results/
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,12 +46,12 @@ $(DEEPSPEED)/ready: $(READY) interop/deepspeed.txt
 	touch $(DEEPSPEED)/ready
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.predict
-	$(BIN)/python -m benchmarks.train
-	$(BIN)/python -m benchmarks.data
-	$(BIN)/python -m benchmarks.merge
-	$(BIN)/python -m benchmarks.plan
-	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.predict --store
+	$(BIN)/python -m benchmarks.train --store
+	$(BIN)/python -m benchmarks.data --store
+	$(BIN)/python -m benchmarks.merge --store
+	$(BIN)/python -m benchmarks.plan --store
+	$(BIN)/python -m benchmarks.serve --store
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -49,7 +49,7 @@ class Size:
 
     The patches have 14 pixels.
 
-    With 336 pixels the vision tower has the size of LLaVA-1.5's, else it is small.
+    With 336 pixels the vision tower has the size of LLaVA-1.5's, with 28 it is tiny, else it is small.
     """
 
     width: int
@@ -65,6 +65,8 @@ class Size:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(BASE)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+        if self.pixels == 28:
+            tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
         if self.pixels == 336:
             tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         return LlavaConfig(

@@ -9,28 +9,33 @@ import importlib
 import itertools
 import json
 import math
+import socket
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import psutil
 import pytest
 import torch
+import uvicorn
+from transformers.cli.serve import Serve
 
-from benchmarks import calibrate, common, data, merge, plan, predict, soak, train
+from benchmarks import calibrate, common, data, merge, plan, predict, serve, soak, train
+from lcl_adapter import cli
 from lcl_adapter.base import model
 from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.pocket import BASE
 from lcl_adapter.recipe.schema import AdapterOptions
-from tests.live import serving
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a benchmark gives a child process runs in this one, because a child spends its time on imports. All files go
     to ``tmp_path``.
     """
@@ -46,7 +51,6 @@ def _in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
         monkeypatch.setattr(benchmark, "THREADS", torch.get_num_threads())
     monkeypatch.setattr(common, "RANDOM_SMALL", tmp_path / "random")
     monkeypatch.setattr(model, "release_large_blocks", model.release_large_blocks)  # benchmarks.plan replaces it in its child
-    return
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +84,11 @@ def test_predict() -> None:
 def test_train(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = itertools.count(10**9, 10**6)
     monkeypatch.setattr(train, "peak", lambda: next(steps))  # in one process, the second side's peak is the first's
-    numbers = finite(train.main(["--small"]))
-    for name in ("random_150m", "pocket"):
-        assert numbers[f"{name}_queries_a_second"] > 0
-        assert numbers[f"{name}_first_loss_ours"] == pytest.approx(numbers[f"{name}_first_loss_stock"], rel=0.05), (
-            "the same rows; a tokenizer may split an answer in another way"
-        )
+    numbers = finite(train.main(["pocket", "--small"]))
+    assert numbers["pocket_queries_a_second"] > 0
+    assert numbers["pocket_first_loss_ours"] == pytest.approx(numbers["pocket_first_loss_stock"], rel=0.05), (
+        "the same rows; a tokenizer may split an answer in another way"
+    )
 
 
 def test_data() -> None:
@@ -107,16 +110,101 @@ def test_calibrate(run: Path) -> None:
     assert all(0 <= value <= 1 for value in numbers.values())
 
 
-@contextmanager
-def server_here(command: list[str], ready_path: str) -> Iterator[tuple[Any, Any]]:
-    """``serve.running`` for this project's server, in this process."""
-    import httpx2
-    import psutil
+class Here:
+    """A server in this process, with what the benchmarks ask of its process."""
 
-    assert command[1] == "serve"
-    base = BASE if command[2] == "pocket" else Path(command[2])
-    adapters = dict([command[command.index("--adapter") + 1].split("=")]) if "--adapter" in command else {}
-    raise NotImplementedError((base, adapters, httpx2, psutil, serving, ready_path))
+    def __init__(self, server: uvicorn.Server) -> None:
+        self.server = server
+
+    def memory_info(self) -> Any:
+        return psutil.Process().memory_info()
+
+    def kill(self) -> None:
+        """No connection and no port stay, and no answer is finished."""
+
+        def stop() -> None:
+            for listening in self.server.servers:
+                listening.close()
+            for connection in list(self.server.server_state.connections):
+                connection.transport.abort()
+            self.server.should_exit = self.server.force_exit = True
+
+        self.server.servers[0].get_loop().call_soon_threadsafe(stop)
+
+
+@pytest.fixture
+def servers_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands of servers run in threads of this process. Everything is done as in a process of their own, but a kill
+    ends no thread.
+    """
+    made: list[uvicorn.Server] = []
+
+    class Server(uvicorn.Server):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    @contextmanager
+    def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, Here]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        program, *arguments = command
+        started = len(made)
+        start = {"lcl-adapter": lambda line: cli.main(line, standalone_mode=False), "transformers": transformers_cli}[Path(program).name]
+        thread = threading.Thread(target=start, args=([*arguments, "--port", port],))
+        thread.start()
+        while len(made) <= started or not made[-1].started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert client.get(ready_path).status_code == 200
+            yield client, Here(made[-1])
+        made[-1].should_exit = True
+        thread.join(30)
+
+    def transformers_cli(line: list[str]) -> None:
+        assert line[0] == "serve"
+        named = dict(zip([name.removeprefix("--") for name in line[2::2]], line[3::2], strict=True))
+        Serve(line[1], **{**named, "port": int(named["port"])})
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr(serve, "running", running)
+    monkeypatch.setattr(soak, "running", running)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("servers_here")
+@pytest.mark.filterwarnings("ignore")  # of transformers' server
+def test_serve() -> None:
+    numbers = finite(serve.main(["--small"]))
+    assert numbers["same texts"] == 1
+    assert numbers["stored set / transformers serve"] > 0
+
+
+@pytest.mark.usefixtures("servers_here")
+def test_soak(run: Path) -> None:
+    numbers = finite(soak.main([str(run), "2", "--small"]))
+    assert numbers["compared"] > 0
+    assert {numbers[fault] for fault in ("wrong", "unexpected", "lost", "damaged")} == {0}
+
+
+@pytest.mark.usefixtures("servers_here")
+def test_soak_with_kills(run: Path) -> None:
+    numbers = finite(soak.main([str(run), "--kills", "2", "--small"]))
+    assert numbers["kills"] == 2
+    assert numbers["compared"] > 0
+    assert {numbers[fault] for fault in ("wrong", "unexpected", "lost", "damaged")} == {0}
+
+
+def test_a_child_returns_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "side.py").write_text(
+        "import sys\nprint('a warning')\nprint('{\"given\": \"' + sys.argv[1] + '\"}')\nsys.exit(sys.argv[1] == 'fail')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert common.child("side", "--small") == {"given": "--small"}
+    with pytest.raises(subprocess.CalledProcessError):
+        common.child("side", "fail")
 
 
 def test_both_sides_of_the_training_benchmark_see_the_same_questions() -> None:
