@@ -37,10 +37,10 @@ def trim_heap(processed: int, every: int = 100 * 10**6) -> int:
 
 
 def release_large_blocks() -> None:
-    """Make the allocator return every block of 1 MiB or more to the system when it is freed.
+    """Make the allocator return every block of 32 MiB or more to the system when it is freed.
 
-    glibc raises this threshold up to 32 MB by itself. Training on a CPU then holds a third more memory than is in use
-    (benchmarks/results/plan.json). Does nothing on other systems than Linux.
+    glibc ends at this threshold by itself, once it has freed a block of that size. Does nothing on other systems than
+    Linux.
     """
     if sys.platform == "linux":
         setter = getattr(ctypes.CDLL(None), "mallopt", None)
