@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,11 @@ def page(result: dict[str, Any]) -> str:
             sections.append(f"This part did not finish: {part['failed']}.")
     if "failed" in parts.get("model", {}):
         sections.append(f"The base was not written: {parts['model']['failed']}.")
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section if section.startswith(("|", "#")) else _wrapped(section) for section in sections) + "\n"
+
+
+def _wrapped(prose: str) -> str:
+    return textwrap.fill(prose, 100, break_long_words=False, break_on_hyphens=False)
 
 
 TITLES = {

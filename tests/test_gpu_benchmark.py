@@ -46,7 +46,7 @@ def test_every_part_gives_figures(tmp_path: Path) -> None:
     [written] = tmp_path.glob("gpu-*.json")
     assert json.loads(written.read_text()) == result
     text = (tmp_path / "gpu-results.md").read_text()
-    assert "at commit abc1234 on one CPU" in text
+    assert "at commit abc1234 on one CPU" in " ".join(text.split())
     for heading in ("Training in 4 bits", "Training and asking in 16 bits", "Merge and conversion"):
         assert f"## {heading}" in text
 
