@@ -8,6 +8,8 @@ from typing import Literal
 import psutil
 import torch
 
+from lcl_adapter.amounts import trim_heap
+
 Device = Literal["cuda", "mps", "cpu"]
 
 
@@ -36,8 +38,9 @@ def free_memory(device: str) -> int:
 
 
 def release_memory() -> None:
-    """Free what only cycles of references still hold, and return freed blocks of a GPU to the system."""
+    """Free what only cycles of references still hold, and return freed blocks to the system, a CPU's and a GPU's."""
     gc.collect()
+    trim_heap(1, every=1)  # glibc keeps freed blocks below 32 MiB
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
