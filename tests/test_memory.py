@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, TrainerCallback
 
 from lcl_adapter import devices
-from lcl_adapter.answering import batches
+from lcl_adapter.answering import batches, cache
 from lcl_adapter.answering.batches import Limits, SetOfRequests, largest_batch, load_of
 from lcl_adapter.answering.cache import InPlaceLayer
 from lcl_adapter.answering.predict import Predictor, Question
@@ -81,6 +82,32 @@ def test_a_set_with_room_is_asked_without_a_copy(tiny_base: Base, monkeypatch: p
     size = tight.bytes
     assert [r.text for r in predictor.ask(tight, questions_of(batch))] == [r.text for r in replies]
     assert tight.bytes == size < prefilled.bytes, "room that a pass needed is returned"
+
+
+def test_a_set_survives_a_lack_of_memory(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the allocation fails, while a layer is enlarged or given its size back, the set answers as before."""
+    batch = requests(1, [2], 3)
+    predictor = Predictor(tiny_base)
+    prefilled = predictor.prefill([batch[0][0]])
+    expected, length = predictor.ask(prefilled, questions_of(batch)), prefilled.cache.get_seq_length()
+    moved = cache._moved
+    layers = 2 * len(prefilled.cache.layers)
+    for failing in (1, layers // 2, layers, layers + 1, 2 * layers):
+        prefilled = predictor.prefill([batch[0][0]])
+        calls = itertools.count(1)
+
+        def short_of_memory(*args: Any, calls: Any = calls, failing: int = failing) -> torch.Tensor:
+            if next(calls) == failing:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return moved(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "_moved", short_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                predictor.ask(prefilled, questions_of(batch))
+        assert {layer.length for layer in prefilled.cache.layers} == {length}
+        again = predictor.ask(prefilled, questions_of(batch))
+        assert [r.log_likelihoods for r in again] == [pytest.approx(r.log_likelihoods, abs=1e-4) for r in expected]
 
 
 def test_run_reserves_what_its_questions_need(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

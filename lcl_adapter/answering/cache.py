@@ -55,13 +55,13 @@ class InPlaceLayer(DynamicLayer):
         return self._show(end)
 
     def resize(self, capacity: int) -> None:
-        """Move what is written to tensors for ``capacity`` tokens. The old ones are freed."""
+        """Move what is written to tensors for ``capacity`` tokens. The old ones are freed.
+
+        Where memory runs out, the layer is as before.
+        """
         assert self._stored is not None
         keys, values = self._stored
-        self._stored = None
-        self.keys = self.values = None  # their views would hold the old tensors
-        keys = _moved(keys, self.length, capacity)
-        self._stored = keys, _moved(values, self.length, capacity)
+        self._stored = _moved(keys, self.length, capacity), _moved(values, self.length, capacity)
         self._show(self.length)
 
     def get_seq_length(self) -> int:
@@ -142,6 +142,9 @@ class Prefilled:
                     layer.resize(length + tokens)
             yield
         finally:
+            for layer in layers:  # first, because giving room back can itself run out of memory
+                if layer.length > length:
+                    layer.crop(length - layer.length)
             for layer, capacity in zip(layers, capacities, strict=True):
                 layer.truncate(length, capacity)
 
