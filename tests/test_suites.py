@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from lcl_adapter import recipe as recipes
@@ -16,7 +18,7 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, RecipeError
-from lcl_adapter.evaluate import ModelPair, build_cells, runner
+from lcl_adapter.evaluate import ModelPair, baselines, build_cells, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.metrics import ranking
@@ -141,13 +143,31 @@ def test_products_have_queries_in_all_three_roles() -> None:
 
 def test_patch_distance_is_larger_for_what_no_reference_shows(pocket_tiny: Path) -> None:
     """A query that is one of its references has distance 0; a photo with a defect has a larger one."""
-    from dataclasses import replace
-
     cell = cells("mvtec")["mvtec-2ref"]
     assert cell.cases[0].episode is not None
     same = replace(cell.cases[0], query=replace(cell.cases[0].query, picture=cell.cases[0].episode.support[0].picture))
     near, far = patch_distances([same, cell.cases[5]], VisionFeatures(load_base(str(pocket_tiny))))
     assert near < 0.05 < far
+
+
+def test_patch_distances_stay_within_their_memory(pocket_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of any size the distances are the same, and ``plan`` counts what they may take."""
+    cell, vision = cells("mvtec")["mvtec-2ref"], VisionFeatures(load_base(str(pocket_tiny)))
+    cases = [replace(case, support=cell.cases[0].support) for case in cell.cases[:12]]
+    whole = patch_distances(cases, vision)
+    largest: list[int] = []
+    cdist = torch.cdist
+
+    def recorded(queries: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        distances = cdist(queries, known)
+        largest.append(4 * (3 * queries.numel() + distances.numel()))
+        return distances
+
+    monkeypatch.setattr(torch, "cdist", recorded)
+    monkeypatch.setattr(baselines, "PATCH_BYTES", 10_000)
+    assert patch_distances(cases, vision) == pytest.approx(whole, abs=1e-5)
+    assert len(largest) > 1
+    assert max(largest) <= 10_000
 
 
 def test_a_suite_of_own_photos_needs_three_lines(tmp_path: Path) -> None:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.base.vision import BATCH, VisionFeatures
 from lcl_adapter.data.sources import Picture
-
-CHUNK = 256  # pictures whose patches are in memory at a time
 
 
 def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
     """Each picture's mean patch in fp32, [N, C]. Raises DataError for a broken picture."""
-    chunks = (pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK))
+    chunks = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
     return torch.cat([vision.patches(chunk).float().mean(1) for chunk in chunks])
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcl_adapter.base.prototypes import CHUNK, class_means, mean_patches, standardised
+from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import mean, mean_recall
+
+PATCH_BYTES = 256 * 10**6  # for the patches of some queries and their distances; ``plan`` counts them
 
 
 def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
@@ -107,8 +109,11 @@ def patch_distances(cases: Sequence[Case], vision: VisionFeatures) -> list[float
         references_RPC = vision.patches(references).float()
         mean_C, spread_C = references_RPC.mean((0, 1)), references_RPC.std((0, 1)) + 1e-6
         known_XC = ((references_RPC - mean_C) / spread_C).flatten(0, 1)  # the patches of all references in one list
-        for start in range(0, len(members), CHUNK):
-            chunk = members[start : start + CHUNK]
+        patches, width = references_RPC.shape[1:]
+        # Of each query: its patches as they come, in fp32 and standardised, and their distances to all known ones
+        together = max(1, PATCH_BYTES // (4 * patches * (3 * width + len(known_XC))))
+        for start in range(0, len(members), together):
+            chunk = members[start : start + together]
             queries_QPC = (vision.patches([p for i in chunk for p in cases[i].query.pictures]).float() - mean_C) / spread_C
             nearest_QP = torch.cdist(queries_QPC.flatten(0, 1), known_XC).min(1).values.view(len(chunk), -1)
             for index, distance in zip(chunk, nearest_QP.max(1).values.tolist(), strict=True):

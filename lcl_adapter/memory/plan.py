@@ -30,11 +30,13 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.devices import free_memory, training_device
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
+from lcl_adapter.evaluate.baselines import PATCH_BYTES
 from lcl_adapter.evaluate.suites import LongestCase, longest_case
 from lcl_adapter.memory import budget
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import QUANTISED, Precision
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
+from lcl_adapter.recipe.suites import InspectionSuite
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.trainer import LclTrainer
@@ -105,7 +107,9 @@ class Plan:
         return self._answering(budget.lasting(self.shape, self.precision, self.device, recipe.adapter, recipe.train, self.work))
 
     def evaluation(self) -> budget.Forecast:
-        return self._answering({})
+        forecast = self._answering({})
+        inspects = any(isinstance(suite, InspectionSuite) for suite in self.recipe.evaluate.suites.values())
+        return budget.Forecast(forecast.parts, {**forecast.moments, **({"patch distance": PATCH_BYTES} if inspects else {})})
 
     def _answering(self, beside: Mapping[str, int]) -> budget.Forecast:
         """Batches of the longest case, as large as the recipe says, or as the memory allows."""
