@@ -173,6 +173,16 @@ Steps = Annotated[float, Field(gt=0), AfterValidator(_steps)]
 Megabytes = Annotated[int, Field(ge=1)]
 
 
+# Options without an effect of their own -> the option that each needs, and its value
+NEEDED = {
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), ("push_to_hub", "true")),
+    **dict.fromkeys(
+        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"), ("dataloader_num_workers", "1 or more")
+    ),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", "true"),
+}
+
+
 class TrainOptions(Options):
     """SFTConfig's own names, and these that it does not have: ``projector_learning_rate``, ``feature_noise``,
     ``bucket``, ``feature_cache`` and ``threads``.
@@ -253,20 +263,13 @@ class TrainOptions(Options):
             raise ValueError("`max_steps` is given too: remove it (`max_steps: null`, or train.max_steps=null as an override), or this key")
         return value
 
-    @field_validator("hub_model_id", "hub_private_repo", "hub_revision")
+    @field_validator(*NEEDED)
     @classmethod
-    def _only_pushed(cls, value: Any, others: ValidationInfo) -> Any:
-        return _needs(value, others, "push_to_hub", "true")
-
-    @field_validator("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
-    @classmethod
-    def _only_workers(cls, value: Any, others: ValidationInfo) -> Any:
-        return _needs(value, others, "dataloader_num_workers", "1 or more")
-
-    @field_validator("gradient_checkpointing_kwargs")
-    @classmethod
-    def _only_checkpointed(cls, value: Any, others: ValidationInfo) -> Any:
-        return _needs(value, others, "gradient_checkpointing", "true")
+    def _only_with_the_needed_option(cls, value: Any, others: ValidationInfo) -> Any:
+        key, wanted = NEEDED[str(others.field_name)]
+        if value not in (None, False) and not others.data.get(key, True):
+            raise ValueError(f"it has an effect only with `{key}: {wanted}`")
+        return value
 
     @field_validator("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
     @classmethod
@@ -275,10 +278,3 @@ class TrainOptions(Options):
         if value is not None and not {"trackio", "all"} & set(trackers):
             raise ValueError("it has an effect only with `report_to: trackio`")
         return value
-
-
-def _needs(value: Any, others: ValidationInfo, key: str, wanted: str) -> Any:
-    """``value``; raises ValueError where it is given and the option ``key``, which it depends on, is off."""
-    if value not in (None, False) and not others.data.get(key, True):
-        raise ValueError(f"it has an effect only with `{key}: {wanted}`")
-    return value
