@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.common import THREADS, Peak, Size, child, finish, options_of, parser, random_llava
 from lcl_adapter import devices
-from lcl_adapter.base import model
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
@@ -107,14 +106,9 @@ def forecast(case: Case, device: str) -> budget.Forecast:
         return plan.Plan(recipe, device, Mixture(recipe), 10**12).training()
 
 
-def measure(name: str, plain: bool = False) -> dict[str, float]:
-    """Train two steps. Returns the peak memory after the imports, after loading and at the end.
-
-    plain: with glibc's default for when freed memory is returned to the system.
-    """
+def measure(name: str) -> dict[str, float]:
+    """Train two steps. Returns the peak memory after the imports, after loading and at the end."""
     case = CASES[name]
-    if plain:
-        model.release_large_blocks = lambda: None  # type: ignore[attr-defined]
     whole = Peak()
     started = whole.total
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +138,7 @@ def default_cases(small: bool, gpu: bool) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     made = parser(__doc__)
     made.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} [default: all that this machine can run]")
-    made.add_argument("--child", choices=("make", "measure", "plain"), help=argparse.SUPPRESS)
+    made.add_argument("--child", choices=("make", "measure"), help=argparse.SUPPRESS)
     options = options_of(made, "benchmarks.plan", arguments)
     if unknown := set(options.cases) - set(CASES):
         made.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -153,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print("{}")
         return {}
     if options.child:
-        peaks = measure(options.cases[0], plain=options.child == "plain")
+        peaks = measure(options.cases[0])
         print(json.dumps(peaks))
         return peaks
     gpu = torch.cuda.is_available()
@@ -170,11 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append((case.name, f"{total / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{total / measured - 1:+.1%}"))
     figures = {"smallest": min(ratios.values()), "largest": max(ratios.values())}
     if not gpu:
-        name = "tiny" if options.small else "b"
-        child("benchmarks.plan", name, "--child", "make")
-        plain, ours = (child("benchmarks.plan", name, "--child", side)["peak"] for side in ("plain", "measure"))
-        figures["large blocks returned / glibc's own"] = ours / plain
-        rows.append((f"{CASES[name].name}: glibc's own threshold / ours", f"{plain / 1e9:.2f} GB", f"{ours / 1e9:.2f} GB", f"{ours / plain:.2f}"))
         case = CASES["7b"]
         adapter, train = AdapterOptions(rank=case.rank, alpha=32, dropout=case.dropout), TrainOptions(gradient_checkpointing=True)
         total = budget.training(budget.shape_of(SIZES[case.size].config()), "nf4", "cuda", adapter, train, budget.Work(1, 3120, 20, 5)).total

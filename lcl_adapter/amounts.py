@@ -7,8 +7,6 @@ import re
 import sys
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 10**9}
-M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE = 32 << 20  # from 1 MiB on, page faults took a third of the time of a training (docs/lab.md)
 
 
 def memory_bytes(text: str) -> int:
@@ -34,15 +32,3 @@ def trim_heap(processed: int, every: int = 100 * 10**6) -> int:
         if trimmer is not None:
             trimmer(0)
     return 0
-
-
-def release_large_blocks() -> None:
-    """Make the allocator return every block of 32 MiB or more to the system when it is freed.
-
-    glibc ends at this threshold by itself, once it has freed a block of that size. Does nothing on other systems than
-    Linux.
-    """
-    if sys.platform == "linux":
-        setter = getattr(ctypes.CDLL(None), "mallopt", None)
-        if setter is not None:
-            setter(M_MMAP_THRESHOLD, LARGE)

@@ -27,7 +27,6 @@ from transformers.cli.serve import Serve
 
 from benchmarks import calibrate, common, data, merge, plan, predict, serve, soak, train
 from lcl_adapter import cli
-from lcl_adapter.base import model
 from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
@@ -50,7 +49,6 @@ def _in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for benchmark in (train, calibrate, soak, predict):
         monkeypatch.setattr(benchmark, "THREADS", torch.get_num_threads())
     monkeypatch.setattr(common, "RANDOM_SMALL", tmp_path / "random")
-    monkeypatch.setattr(model, "release_large_blocks", model.release_large_blocks)  # benchmarks.plan replaces it in its child
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from lcl_adapter.amounts import release_large_blocks
 from lcl_adapter.base.attention import check_available, read_masks
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
@@ -36,8 +35,6 @@ from lcl_adapter.terminal import console
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
-# Bytes of a checkpoint; below it, returning freed tensors to the system costs more time than it saves memory
-SMALL = 10**8
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,6 @@ def load_base(base: BaseRef | str) -> Base:
     if precision == "auto":
         precision, why = choose_precision(config, device)
         console.print(f"precision auto: {precision}, {why}", highlight=False, markup=False)
-    if sum(file.stat().st_size for file in checkpoint.folder.iterdir()) > SMALL:
-        release_large_blocks()
     dtype = TYPES.get(precision) or compute_type(device)
     check_available(attention, device, dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "config": config}
