@@ -134,6 +134,20 @@ def test_saved_activations_are_those_of_the_formula(precision: Any, dropout: flo
     assert sum(saved.values()) == pytest.approx(formula, rel=0.12)
 
 
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_32bit", "lion_8bit", "sgd", "adafactor", "rmsprop", "adagrad"])
+def test_the_optimisers_state_is_forecast(name: str, pocket_tiny: Path, tmp_path: Path) -> None:
+    """Against the bytes that the optimiser holds after a step on one large weight, without its step counters and scales."""
+    config = trainer.sft_config(small(pocket_tiny, tmp_path, optim=name), 2)
+    weight = torch.nn.Parameter(torch.zeros(256, 256))
+    weight.grad = torch.ones_like(weight)
+    optimizer_class, options = trainer.LclTrainer.get_optimizer_cls_and_kwargs(config, torch.nn.Identity())
+    optimizer = optimizer_class([weight], **options)
+    optimizer.step()
+    held = sum(t.numel() * t.element_size() for t in optimizer.state[weight].values() if isinstance(t, torch.Tensor) and t.dim())
+    forecast = budget.optimiser(weight.numel(), TrainOptions(optim=name))
+    assert abs(held - forecast) < 0.1 * 4 * weight.numel()
+
+
 def test_a_plan_has_tokens_and_parts(pocket_tiny: Path, tmp_path: Path) -> None:
     made = small(pocket_tiny, tmp_path)
     made_plan = plan.make_plan(made, memory=10**12, device="cpu")

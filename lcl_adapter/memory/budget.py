@@ -218,8 +218,13 @@ def lasting(shape: Shape, precision: Precision, device: str, adapter: AdapterOpt
 
 
 def optimiser(trained: int, train: TrainOptions) -> int:
-    """The state of AdamW: two fp32 moments for each trained parameter, or two bytes with its 8-bit variants."""
-    return trained * (2 if "8bit" in str(getattr(train, "optim", "")) else 2 * FP32_BYTES)
+    """The optimiser's state. AdamW, the default, has two fp32 moments for each trained parameter.
+
+    The bitsandbytes variants in 8 bits have a byte for each moment. Paged ones may leave the GPU, and are counted.
+    """
+    name = train.optim or "adamw_torch"
+    moments = 0 if name.startswith(("sgd", "adafactor")) else 1 if any(part in name for part in ("lion", "rmsprop", "adagrad")) else 2
+    return trained * moments * (1 if "8bit" in name else FP32_BYTES)
 
 
 def features(shape: Shape, size: int, tiles: int) -> int:
