@@ -134,7 +134,7 @@ def test_saved_activations_are_those_of_the_formula(precision: Any, dropout: flo
     assert sum(saved.values()) == pytest.approx(formula, rel=0.12)
 
 
-@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_32bit", "lion_8bit", "sgd", "adafactor", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_32bit", "lion_8bit", "sgd", "adafactor", "rmsprop", "ademamix"])
 def test_the_optimisers_state_is_forecast(name: str, pocket_tiny: Path, tmp_path: Path) -> None:
     """Against the bytes that the optimiser holds after a step on one large weight, without its step counters and scales."""
     config = trainer.sft_config(small(pocket_tiny, tmp_path, optim=name), 2)

@@ -223,7 +223,8 @@ def optimiser(trained: int, train: TrainOptions) -> int:
     The bitsandbytes variants in 8 bits have a byte for each moment. Paged ones may leave the GPU, and are counted.
     """
     name = train.optim or "adamw_torch"
-    moments = 0 if name.startswith(("sgd", "adafactor")) else 1 if any(part in name for part in ("lion", "rmsprop", "adagrad")) else 2
+    number = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3, "grokadamw": 3}
+    moments = next((count for part, count in number.items() if part in name), 2)
     return trained * moments * (1 if "8bit" in name else FP32_BYTES)
 
 
