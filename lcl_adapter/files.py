@@ -30,6 +30,12 @@ STALE = 24 * 3600  # seconds after which a partial of an unknown machine's proce
 LONGEST = 40  # characters of the target's name in a partial's; a file system allows 255 bytes
 
 
+def cache_folder() -> Path:
+    """The folder of what is drawn, fetched or built on first use: ``LCL_ADAPTER_CACHE``, by default ``~/.cache/lcl-adapter``."""
+    root = os.environ.get("LCL_ADAPTER_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "lcl-adapter"
+
+
 def _machine() -> str:
     """Identifies where this process's number means something: the machine, and the container."""
     try:

@@ -26,8 +26,9 @@ from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.errors import DataError, RecipeError
+from lcl_adapter.packaged import packaged
 from lcl_adapter.randomness import generator
-from lcl_adapter.recipe import Recipe, packaged
+from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import ClassReader, EpisodeOptions, InspectionOptions, QuestionOptions, Reader, SourceOptions
 from lcl_adapter.recipe.training import TrainOptions
 

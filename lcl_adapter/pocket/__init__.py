@@ -5,8 +5,9 @@ Two data sets are not shipped. They are drawn from the shipped drawings on first
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from lcl_adapter.files import cache_folder
 
 NAME = "pocket"  # of the base, in the place of a folder
 BASE = Path(__file__).parent / "base"
@@ -16,9 +17,8 @@ VERSION = "v1"  # of the drawn data sets: raise it when the code that draws them
 
 
 def cache() -> Path:
-    """The folder of the drawn data sets, inside ``LCL_ADAPTER_CACHE`` or, by default, ``~/.cache/lcl-adapter``."""
-    root = os.environ.get("LCL_ADAPTER_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "lcl-adapter") / f"pocket-{VERSION}"
+    """The folder of the drawn data sets."""
+    return cache_folder() / f"pocket-{VERSION}"
 
 
 def shipped(name: str) -> Path:

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.files import write_text
-from lcl_adapter.pocket import NAME as POCKET
-from lcl_adapter.pocket import shipped
+from lcl_adapter.packaged import BASES, is_packaged
 from lcl_adapter.recipe.renamed import Key, Places, both_given, new_key, rename_keys
 from lcl_adapter.recipe.schema import Recipe
 from lcl_adapter.recipe.shipped import find_recipe
@@ -21,7 +20,6 @@ from lcl_adapter.recipe.sources import Registered
 from lcl_adapter.recipe.training import REFUSED
 
 Location = tuple[int | str, ...]  # where pydantic places a fault
-PACKAGED = "pocket:"  # a path with this prefix is a file of the shipped data
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> Recipe:
@@ -51,12 +49,6 @@ def save(recipe: Recipe, path: Path) -> None:
     values = recipe.model_dump(mode="json", exclude_none=True)
     head = f"# The resolved recipe of this run. It trains the same adapter again:\n#   lcl-adapter train {path.name} output=runs/again\n"
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def packaged(path: Path) -> Path:
-    """The shipped file for ``pocket:NAME``; any other path unchanged."""
-    text = str(path)
-    return shipped(text.removeprefix(PACKAGED)) if text.startswith(PACKAGED) else path
 
 
 def _read(path: Path, places: Places, faults: list[str], chain: list[Path]) -> dict[str, Any]:
@@ -290,7 +282,7 @@ def _absolute(recipe: Recipe) -> Recipe:
         if isinstance(value, dict):
             return {name: visit(inner) for name, inner in value.items()}
         if isinstance(value, Path):
-            if str(value).startswith(PACKAGED):
+            if is_packaged(value):
                 return value
             return root / value.expanduser()
         return value
@@ -298,7 +290,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     base = Path(recipe.base).expanduser()
     return recipe.model_copy(
         update={
-            "base": str(base.resolve()) if base.is_dir() and recipe.base != POCKET else recipe.base,
+            "base": str(base.resolve()) if base.is_dir() and recipe.base not in BASES else recipe.base,
             "sources": visit(recipe.sources),
             "evaluate": visit(recipe.evaluate),
             "data": recipe.data.model_copy(update={"root": root}),

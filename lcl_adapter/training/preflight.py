@@ -28,7 +28,8 @@ from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.data.sources.boxes import region_box
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import check_held_out, check_suites
-from lcl_adapter.recipe import Recipe, packaged
+from lcl_adapter.packaged import packaged
+from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import SourceOptions
 from lcl_adapter.recipe.suites import ImageNet100Suite
 from lcl_adapter.terminal import console

@@ -35,7 +35,7 @@ from lcl_adapter.data.sources.pocket import PocketClasses, read_pocket
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.data.sources.shikra import Shikra, ShikraBoxes
 from lcl_adapter.data.sources.vqa import LlavaQuestions, Pope, VqaV2
-from lcl_adapter.recipe import packaged
+from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe.schema import register_sources
 from lcl_adapter.recipe.sources import ClassReader, PartReader, QuestionReader, Reader
 

@@ -17,7 +17,8 @@ from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell, Selection
 from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
-from lcl_adapter.recipe import Recipe, packaged, presets
+from lcl_adapter.packaged import packaged
+from lcl_adapter.recipe import Recipe, presets
 from lcl_adapter.recipe.suites import (
     ImageNet100Suite,
     InspectionSuite,

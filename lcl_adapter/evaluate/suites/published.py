@@ -14,8 +14,8 @@ from lcl_adapter.data.sources import Isekai, Picture, read_isekai_questions, rea
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import judges, published
 from lcl_adapter.evaluate.cases import Case, Cell, Selection, case_of
+from lcl_adapter.packaged import packaged
 from lcl_adapter.randomness import generator
-from lcl_adapter.recipe import packaged
 from lcl_adapter.recipe.suites import ImageNet100Suite, IsekaiSuite
 from lcl_adapter.recipe.wording import Wording
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from lcl_adapter.errors import RecipeError, did_you_mean
-from lcl_adapter.recipe import packaged
+from lcl_adapter.packaged import packaged
 
 SHIPPED = Path(__file__).parent / "phrases.yaml"
 PLACEHOLDERS = frozenset({"name", "thing", "labels", "a", "b"})
