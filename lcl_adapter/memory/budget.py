@@ -29,7 +29,10 @@ from lcl_adapter.training.collate import pad_to
 # The process with its libraries; on a GPU, CUDA's context and cuBLAS's workspace, as an H100 showed them (docs/gpu-results.md)
 RUNTIME = {"cpu": 600 * 10**6, "cuda": 700 * 10**6}
 
-HEAP = 1.6  # a CPU's activations: glibc keeps freed blocks below 32 MiB (docs/lab.md, what cost training its speed)
+# On a CPU, glibc keeps freed blocks below 32 MiB, and reuses only some of them. Both numbers were fitted to ten trainings
+# (`python -m benchmarks.plan`; docs/lab.md, what cost training its speed).
+HEAP = 1.9  # resident bytes for each byte that a step has in use
+RECOMPUTED = 6  # layers whose recomputed activations stay resident, with gradient checkpointing
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,10 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     autocast = device == "cuda" and size < FP32_BYTES  # training then computes the adapter in 16 bits, from fp32 weights
     # A CPU's dropout has a mask of numbers, a GPU's one of booleans
     one_layer = tokens * layer_activations(shape, adapter, size, size if autocast else FP32_BYTES, 1 if device == "cuda" else FP32_BYTES)
-    heap = HEAP if device == "cpu" else 1.0
-    saved = int(heap * (shape.layers * tokens * shape.d * size + one_layer if train.gradient_checkpointing else shape.layers * one_layer))
+    heap, recomputed = (HEAP, min(RECOMPUTED, shape.layers)) if device == "cpu" else (1.0, 1)
+    saved = shape.layers * tokens * shape.d * size + recomputed * one_layer if train.gradient_checkpointing else shape.layers * one_layer
     # Gradients of activations: of the MLP's three wide tensors and of the residual stream.
-    gradients = int(heap * tokens * size * (3 * shape.f + 3 * shape.d))
+    gradients = tokens * size * (3 * shape.f + 3 * shape.d)
     mask = work.rows * work.tokens**2  # booleans; every layer saves it as floats
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
     logits = 4 * work.learned * shape.words * FP32_BYTES
@@ -200,7 +203,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work) + between,
-        "a step": sum(step) + dequantised + between,
+        "a step": int(heap * sum(step)) + dequantised + between,
     }
     return Forecast(parts, moments)
 
