@@ -208,6 +208,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises FileNotFoundError; ValueError where it is no JSON or no object."""
     try:

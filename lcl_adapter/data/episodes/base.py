@@ -15,6 +15,7 @@ from lcl_adapter.recipe.wording import Wording
 
 Rng = np.random.Generator
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+BLENDS = (0.3, 0.5)  # the weight of a blend's second class
 ATTEMPTS = 50  # draws of other classes before a policy gives up
 
 
@@ -182,6 +183,15 @@ def shuffled_examples(rng: Rng, examples: Sequence[Example]) -> tuple[Example, .
     return tuple(examples[i] for i in rng.permutation(len(examples)))
 
 
+def _draw_partners(rng: Rng, pool: ClassPool, classes: Sequence[int]) -> dict[int, tuple[PictureClass, float]]:
+    """For each class the one that it is blended with, and that one's weight.
+
+    A blend of two classes is a third one, so that no model learns all classes by heart (docs/lab.md).
+    """
+    others = [int(i) for i in rng.permutation(len(pool)) if i not in classes] or list(classes)
+    return {index: (pool.classes[others[n % len(others)]], float(rng.uniform(*BLENDS))) for n, index in enumerate(classes)}
+
+
 def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, classes: Sequence[int], names: Sequence[str], shots: int) -> Episode:
     """The episode of these classes and names: queries from random classes, support set and labels in random order.
 
@@ -191,9 +201,17 @@ def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, cl
     divided = split_pictures(rng, [pool.classes[i] for i in classes], query_counts, shots, options)
     turned = int(rng.integers(4)) if options.turned and rng.random() < options.turned else 0
 
+    own_names = list(names) == [pool.classes[i].name for i in classes]  # a blend of two classes has no name of its own
+    blended = bool(options.blended) and rng.random() < options.blended and not own_names
+    partners = _draw_partners(rng, pool, classes) if blended else {}
+
     def example(picture: Picture, label: str, index: int) -> Example:
         view = int(rng.integers(options.augment + 1)) if options.augment else picture.view
-        return Example(replace(picture, view=view, turned=turned), label, index)
+        blend = None
+        if index in partners:
+            partner, weight = partners[index]
+            blend = (replace(partner.pictures[int(rng.integers(len(partner.pictures)))], turned=turned), weight)
+        return Example(replace(picture, view=view, turned=turned, blend=blend), label, index)
 
     named = list(zip(classes, names, divided, strict=True))
     queries = [example(picture, name, index) for index, name, pictures in named for picture in pictures.queries]

@@ -44,6 +44,8 @@ class Picture:
     turned: quarter turns counter-clockwise, applied first.
     tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
     data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
+    blend: another picture whose features are mixed into this one's, and its weight. It is of a class without end: a blend
+    of two classes.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Picture:
     turned: int = 0
     tile: tuple[int, int, int] | None = None
     data: bytes | None = field(default=None, repr=False, compare=False)
+    blend: tuple[Picture, float] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script
@@ -61,11 +64,12 @@ class Picture:
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
-        return name + (" (tile {}x{}:{})".format(*self.tile) if self.tile else "")
+        name += " (tile {}x{}:{})".format(*self.tile) if self.tile else ""
+        return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
 
     @classmethod
     def parse(cls, name: str) -> Picture:
-        """The inverse of ``str``."""
+        """The inverse of ``str``, for a picture that is no blend."""
         match = PICTURE_NAME.fullmatch(name)
         assert match is not None
         tile = tuple(int(n) for n in re.findall(r"\d+", match[5])) if match[5] else None

