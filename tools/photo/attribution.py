@@ -81,19 +81,26 @@ def page(sources: Sources) -> str:
     ]
     for package in PACKAGES:
         whole = next(one for one in declared[package.name] if one.whole_package)
-        lines.append(f"| {package.name} | {package.version} | {_cell(whole.holder)} | {whole.licence} |")
+        holders = whole.holder.split("; ")
+        listed = "; ".join(holders[:3]) + (f"; and {len(holders) - 3} others" if holders[3:] else "")
+        lines.append(f"| {package.name} | {package.version} | {_cell(listed)} | {whole.licence} |")
     lines += [
         "",
-        "The emoji in `train.zip` are the package's own (`lcl_adapter/pocket/data/ATTRIBUTION.md`).",
+        "The emoji in `train.zip` are those of `lcl_adapter/pocket/data/ATTRIBUTION.md`.",
         "",
         f"## Photos of {GCOMPRIS.name}",
         "",
+        "A photo that is not declared by name falls under the line of the whole package.",
+        "The declarations are older than some photos: several names of fish declare another fish than the one that the photo shows.",
+        "Ask upstream before you publish one of these photos.",
+        "",
+        "| photo | copyright | licence | from |",
+        "|---|---|---|---|",
     ]
-    lines += ["A photo without a licence of its own is under that of the package.", "", "| photo | copyright | licence | from |", "|---|---|---|---|"]
     for reference in sorted(photo for one in real_classes() for photo in one.photos if photo.startswith("gcompris:")):
         name = reference.partition(":")[2]
         own = licence_of(ACTIVITIES + name, declared[GCOMPRIS.name])
-        holder, licence = ("the package's", "the package's") if own.whole_package else (_cell(own.holder), own.licence)
+        holder, licence = ("not by name", own.licence) if own.whole_package else (_cell(own.holder), own.licence)
         lines.append(f"| {name} | {holder} | {licence} | {_cell(own.comment)} |")
     return "\n".join(lines) + "\n"
 

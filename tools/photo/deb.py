@@ -10,12 +10,12 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lcl_adapter.errors import DataError
 
 MAGIC = b"!<arch>\n"
-READERS = {"xz": lzma.open, "gz": gzip.open, "bz2": bz2.open, "": lambda section: section}  # form of the archive -> opens it
+READERS: dict[str, Callable[[Any], Any]] = {"xz": lzma.open, "gz": gzip.open, "bz2": bz2.open, "": lambda section: section}  # by suffix
 CHUNK = 2**20  # bytes
 HEADER = 60  # bytes: name 16, date 12, owner 6, group 6, mode 8, size 10, end 2
 LARGEST = 64 * 2**20  # bytes of one unpacked file; the largest of the pinned packages has 12 MB

@@ -164,15 +164,16 @@ def photo(rng: Rng, part: Image.Image, page: Image.Image, mask: Image.Image | No
         base.paste(turned, (left, top), turned)
         return base
 
-    page = np.asarray(placed(part, page, Image.Resampling.BICUBIC), dtype=float)
-    lit = page * rng.uniform(0.9, 1.04) * rng.uniform(0.98, 1.02, 3) + rng.normal(0, 2.5, page.shape)
+    pixels = np.asarray(placed(part, page, Image.Resampling.BICUBIC), dtype=float)
+    lit = pixels * rng.uniform(0.9, 1.04) * rng.uniform(0.98, 1.02, 3) + rng.normal(0, 2.5, pixels.shape)
     image = Image.fromarray(lit.clip(0, 255).astype(np.uint8))
     return image, placed(mask, Image.new("L", image.size), Image.Resampling.NEAREST) if mask else None
 
 
 def surface(rng: Rng) -> Image.Image:
-    """What the part lies on: a plain sheet, or one with a light texture."""
-    page = drawing.plain(rng)
+    """What the part lies on: a white or a greyish sheet, half of the time with a light texture."""
+    level = 255 if rng.random() < 0.4 else rng.uniform(90, 245) + rng.uniform(-25, 25, 3)
+    page = Image.fromarray(np.full((drawing.SIDE, drawing.SIDE, 3), np.clip(level, 0, 255), dtype=np.uint8))
     if rng.random() < 0.5:
         grain = Image.fromarray(rng.uniform(0, 255, (drawing.SIDE // 2, drawing.SIDE // 2)).astype(np.uint8))
         grain = grain.filter(ImageFilter.GaussianBlur(1.5)).resize(page.size, Image.Resampling.BICUBIC)

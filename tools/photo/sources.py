@@ -37,6 +37,7 @@ WALLPAPER_SIZE = (640, 400)  # backgrounds are cut out of wallpapers of this siz
 
 PLACES = {  # key of real.yaml -> what its names stand for
     "categorization": "gcompris:categorization/resource/images/{}.webp",
+    "details": "gcompris:details/resource/image/{}.webp",
     "erase": "gcompris:erase/resource/{}.webp",
     "farm": "gcompris:explore_farm_animals/resource/animals/{}.webp",
     "monuments": "gcompris:explore_monuments/resource/{}.webp",
