@@ -301,7 +301,7 @@ def test_a_defect_is_where_its_mask_says(kind: str, seed: int) -> None:
     inside = np.asarray(part)[..., 3] > 128
     assert inspection.CHANGED[0] <= (mask > 0).sum() / inside.sum() <= inspection.CHANGED[1]
     same = mask == 0
-    assert np.abs(changed - np.asarray(part, dtype=int))[same][:, :3].max() < 40 or kind in {"hole", "missing corner"}
+    assert np.abs(changed - np.asarray(part, dtype=int))[same][:, :3].max() <= inspection.VISIBLE + 1 or kind in {"hole", "missing corner"}
     good, _ = inspection.photo(np.random.default_rng(1), part, page)
     bad, moved = inspection.photo(np.random.default_rng(1), defect[0], page, defect[1])
     assert moved is not None

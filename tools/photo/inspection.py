@@ -4,7 +4,7 @@ A category is one photo cut-out on one background, photographed again and again:
 A defect is drawn on the thing before it is photographed:
 
     scratch  a thin line            hole            a piece out of its middle      missing corner  an end of it
-    crack    a dark branching line  stain           a dark blotch
+    crack    a branching line       stain           a dark blotch
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.photo.sources import Sources
 LONGEST = 180  # pixels of a part in its photo of 224
 SMALLEST = 6000  # pixels of a part: on less, a defect is not visible
 CHANGED = (0.015, 0.3)  # share of the part that a defect changes
-VISIBLE = 30  # difference in a channel, of 255
+VISIBLE = 45  # difference in a channel, of 255
 TRIES = 50
 QUALITY = 92  # of the JPEG: JPEG's own blocks must not look like defects
 Rng = np.random.Generator
@@ -84,13 +84,14 @@ def scratch(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def crack(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """A jagged dark line with a branch or two."""
+    """A jagged line with a branch or two, dark on a light part and light on a dark one."""
     extent = _extent(inside)
     trunk = _line(rng, _point(rng, inside), extent * rng.uniform(0.8, 1.3), int(rng.integers(6, 11)), 0.8)
     lines = [trunk]
     for _ in range(int(rng.integers(1, 3))):
         lines.append(_line(rng, trunk[int(rng.integers(1, len(trunk) - 1))], extent * rng.uniform(0.25, 0.5), 4, 0.9))
-    return _painted(pixels, 0.92 * _drawn(inside, lines, int(rng.integers(2, 4))), rng.uniform(5, 35))
+    light = pixels[..., :3][inside].mean() < 75
+    return _painted(pixels, 0.92 * _drawn(inside, lines, int(rng.integers(2, 4))), rng.uniform(160, 210) if light else rng.uniform(5, 35))
 
 
 def stain(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
