@@ -2,6 +2,7 @@
 # make test         set-up, then the whole suite
 # make check        lint, format, types
 # make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
+# make photos-data  fetches photos from three Debian packages (300 MB), and prepares the photo data sets (docs/photo-data.md)
 # make bench        the side-by-side measurements under benchmarks/, stored in benchmarks/results/
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 UPSTREAM := build/upstream
 DEEPSPEED := build/deepspeed
 
-.PHONY: quickstart test check interop bench clean
+.PHONY: quickstart test check interop photos-data bench clean
 
 quickstart: $(READY)
 	rm -rf runs/quickstart
@@ -44,6 +45,9 @@ $(DEEPSPEED)/ready: $(READY) interop/deepspeed.txt
 	rm -rf $(DEEPSPEED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(DEEPSPEED) -r interop/deepspeed.txt
 	touch $(DEEPSPEED)/ready
+
+photos-data: $(READY)
+	$(BIN)/python -m tools.photo.data
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.predict --store

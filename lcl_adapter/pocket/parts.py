@@ -44,12 +44,12 @@ def part_mask(drawing: Image.Image) -> np.ndarray:
     return ~((pixels[..., 0] == 255) & (pixels[..., 1] == 0) & (pixels[..., 2] == 255))
 
 
-def _blob(rng: Rng, inside: np.ndarray, radius: float, roughness: float = 0.3) -> np.ndarray:
-    """A mask of a rough disc at a random place on the part, bool [64, 64]. ``inside``: the part's mask."""
+def blob(rng: Rng, inside: np.ndarray, radius: float, roughness: float = 0.3) -> np.ndarray:
+    """A mask of a rough disc at a random place on the part, bool [H, W]. ``inside``: the part's mask, of the same shape."""
     row, column = np.argwhere(inside)[rng.integers(int(inside.sum()))]
     angles = np.linspace(0, 2 * np.pi, 14, endpoint=False)
     radii = radius * (1 + roughness * rng.uniform(-1, 1, 14))
-    canvas = Image.new("L", (SIZE, SIZE))
+    canvas = Image.new("L", inside.shape[::-1])
     ImageDraw.Draw(canvas).polygon([(column + r * np.cos(a), row + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)], fill=255)
     return np.asarray(canvas) > 0
 
@@ -76,7 +76,7 @@ def scratch(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
 def missing_piece(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """A white hole in the part."""
     changed = pixels.copy()
-    changed[_blob(rng, inside, rng.uniform(9, 14))] = 255
+    changed[blob(rng, inside, rng.uniform(9, 14))] = 255
     return changed
 
 
@@ -84,7 +84,7 @@ def stain(rng: Rng, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """A dark blotch with soft edges."""
     cover = np.zeros((SIZE, SIZE))
     for _ in range(int(rng.integers(2, 5))):
-        cover = np.maximum(cover, _blob(rng, inside, rng.uniform(5, 9)))
+        cover = np.maximum(cover, blob(rng, inside, rng.uniform(5, 9)))
     soft = np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.2))) / 255 * inside
     tint = np.array([[62, 44, 20], [25, 25, 30], [70, 20, 60]][int(rng.integers(3))])
     return pixels + (tint - pixels) * 0.85 * soft[..., None]
