@@ -3,7 +3,7 @@
 Heavy imports are inside the commands, so that --help is instant.
 """
 
-from lcl_adapter.cli import checkpoints, serving, training
+from lcl_adapter.cli import asking, checkpoints, serving, training
 from lcl_adapter.cli.common import main
 
-__all__ = ["checkpoints", "main", "serving", "training"]
+__all__ = ["asking", "checkpoints", "main", "serving", "training"]
