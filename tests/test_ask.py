@@ -394,7 +394,7 @@ def test_the_page_has_the_unsure_ones_first(tmp_path: Path) -> None:
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources
     assert all(source.startswith(("data:image/webp", "#")) for source in sources), "nothing is read from another file or address"
-    assert "1 other files" in page
+    assert "Skipped files: 1" in page
 
 
 def test_a_table_has_every_field(tmp_path: Path) -> None:

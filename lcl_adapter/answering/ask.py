@@ -39,7 +39,7 @@ BLOCK = 16  # pictures that are read and answered at a time
 FEATURE_BYTES = 300 * 10**6  # of cached features: those of a block are used more than once
 CHECKED_SIDE = 64  # pixels at which a picture is decoded only to see whether it can be
 BODY_BYTES = 40 * 2**20  # of the images in a request about a stored set; the server accepts 64 MiB of JSON, in base64
-NAMED = 10  # files that a note names; the result names all
+NAMED = 5  # files that a note names; the result names all
 
 Row = dict[str, Any]
 
@@ -233,7 +233,7 @@ def _notes(new: NewPhotos, lines: Sequence[str] = ()) -> list[str]:
     if new.repeated:
         all_lines.append(f"pictures that were given twice, and are asked about once: {_named(new.repeated)}")
     if new.skipped:
-        all_lines.append(f"skipped, for their names are no picture's: {_named(new.skipped)}")
+        all_lines.append(f"no pictures by their names, and skipped: {_named(new.skipped)}")
     for line in all_lines:
         console.print(f"note: {line}", style="yellow", markup=False, highlight=False)
     return all_lines

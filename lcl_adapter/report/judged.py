@@ -48,9 +48,9 @@ def write_judged(judged: Judged, folder: Path) -> None:
 
         def url(card: _Card) -> str:
             bar.advance(task)
-            return url_or_grey(card.picture, SIDE)
+            return url_or_grey(card.picture, SIDE, padded=False)
 
-        page = environment.get_template("judged.html").stream(**fields, url=url, small_url=partial(url_or_grey, side=SMALL_SIDE))
+        page = environment.get_template("judged.html").stream(**fields, url=url, small_url=partial(url_or_grey, side=SMALL_SIDE, padded=False))
         page.enable_buffering(50)  # a thumbnail is made when its place is written, so that they are not in memory together
         page.dump(str(folder / PAGE), encoding="utf-8")
 

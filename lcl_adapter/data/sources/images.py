@@ -141,7 +141,9 @@ def _decoded(image: Image.Image, side: int | None) -> Image.Image:
     with _large(os.getpid()) if image.width * image.height > LARGE else nullcontext():
         upright = _rgb(image)
         factor = 1 if side is None else max(upright.size) // (REDUCING_GAP * side)
-        return upright.reduce(factor) if factor > 1 else upright
+        if factor > 1:
+            return upright.reduce(factor)
+        return upright.copy() if upright is image else upright  # without the file
 
 
 @lru_cache(maxsize=2)
@@ -150,8 +152,9 @@ def _large(_process: int) -> threading.Lock:
     return threading.Lock()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+def _rgb(upright: Image.Image) -> Image.Image:
+    """In place, where nothing but the orientation changes: of a large picture each copy counts."""
+    ImageOps.exif_transpose(upright, in_place=True)
     if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: scaled to 8 bit by the values' range
         values = np.asarray(upright, dtype=np.float32)
         low, high = float(values.min()), float(values.max())
@@ -163,7 +166,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGBA", upright.size, "white")
         page.alpha_composite(upright)
         return page.convert("RGB")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def further_view(image: Image.Image, name: str, view: int) -> Image.Image:
