@@ -28,6 +28,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
+from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.new_photos import NewPhotos, list_photos
 from lcl_adapter.errors import DataError
 from lcl_adapter.files import printable
@@ -58,7 +59,7 @@ def ask_model(
 
     support: a folder with a folder of photos for each class. queries: files, and folders of pictures at any depth.
     adapter: a run's folder; None asks the base alone. compare: also ask the base without the adapter.
-    brief: print a summary, and not each answer.
+    brief: print only what failed.
 
     Raises DataError for a broken labelled picture, a single class, an empty class, a folder without pictures, or if no
     query can be read.
@@ -233,7 +234,7 @@ def _notes(new: NewPhotos, lines: Sequence[str] = ()) -> list[str]:
     if new.repeated:
         all_lines.append(f"pictures that were given twice, and are asked about once: {_named(new.repeated)}")
     if new.skipped:
-        all_lines.append(f"no pictures by their names, and skipped: {_named(new.skipped)}")
+        all_lines.append(f"skipped, for a picture's name ends in {', '.join(sorted(SUFFIXES))}: {_named(new.skipped)}")
     for line in all_lines:
         console.print(f"note: {line}", style="yellow", markup=False, highlight=False)
     return all_lines
@@ -273,7 +274,7 @@ def _blocks(pictures: Sequence[Picture], most_bytes: int | None = None) -> list[
 def _in_blocks(
     blocks: Sequence[Sequence[Picture]], read: Callable[[Sequence[Picture]], object], answer: Callable[[Sequence[Picture]], list[Row]], brief: bool
 ) -> list[Row]:
-    """A row for each picture. Prints each, or with ``brief`` those that failed, and a summary.
+    """A row for each picture. Prints each and a summary, or with ``brief`` only those that failed.
 
     read: raises DataError if one of the pictures is broken. answer: the rows of pictures that can be read.
 
@@ -299,7 +300,7 @@ def _in_blocks(
     if all("error" in row for row in rows):
         named = " ".join(f"{row['query']}: {row['error']}" for row in rows[:NAMED])
         raise DataError(f"none of the {len(rows)} pictures has an answer. {named}" if len(rows) > 1 else named)
-    if brief or len(rows) > 1:
+    if not brief and len(rows) > 1:
         console.print(summary(rows), highlight=False, markup=False)
     return rows
 

@@ -23,13 +23,15 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
     nor an earlier result.
     """
     from lcl_adapter import report
+    from lcl_adapter.answering.judged import summary
     from lcl_adapter.files import replaced_folder
     from lcl_adapter.terminal import console
 
     with replaced_folder(out, report.is_judged) as partial_folder:
         judged = ask()
         report.write_judged(judged, partial_folder)
-    console.print(f"wrote {out / 'index.html'}, judged.csv and judged.json beside it", highlight=False, markup=False)
+    console.print(f"wrote {out / 'index.html'}, and beside it judged.csv and judged.json", highlight=False, markup=False)
+    console.print(summary(judged.answers), highlight=False, markup=False)
     return judged
 
 

@@ -14,7 +14,7 @@ from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.data.sources.images import REDUCING_GAP, read_bytes
 
 SENT_UNCHANGED = {"PNG", "JPEG", "WEBP"}
 ORIENTATION = 0x0112  # EXIF
@@ -31,20 +31,23 @@ def image_of(picture: Picture, pad: bool = False) -> str:
     photo and in the background of transparent pixels. One that is too large for a server is sent reduced. Raises
     DataError for a broken picture.
     """
+    side = None
     if not (picture.view or picture.turned or picture.tile or pad):
         data = read_bytes(picture)
         try:
             with Image.open(io.BytesIO(data)) as opened:
+                if opened.width * opened.height > MOST_PIXELS:
+                    side = REDUCED_SIDE // REDUCING_GAP + 1
                 plain = opened.format in SENT_UNCHANGED and opened.mode == "RGB" and not opened.has_transparency_data
-                small = len(data) <= LARGEST_SENT and opened.width * opened.height <= MOST_PIXELS
+                small = len(data) <= LARGEST_SENT and side is None
                 if plain and small and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
                     opened.load()
                     return api_types.data_url(data)
         except Exception:  # Pillow's decoders raise all kinds of errors; read_image below raises a clear one
             pass
-    image = read_image(picture)
+    image = read_image(picture, side)
     image = squared(image, OPENAI_CLIP_MEAN) if pad else image
-    png = _png(image) if image.width * image.height <= MOST_PIXELS else b""
+    png = b"" if side or image.width * image.height > MOST_PIXELS else _png(image)
     if not png or len(png) > LARGEST_SENT:
         image.thumbnail((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.BICUBIC)
         png = _png(image)
