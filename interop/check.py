@@ -254,7 +254,7 @@ def check(version: str, root: Path) -> list[Line]:
     lines.append(
         Line(version, "merged here to Hugging Face's, fp32", float((our_logits(merged_to_hf, episodes) - adapter_logits).abs().max()), CLOSE, effect)
     )
-    our_answers = {a["query"]: a["answer"] for a in ask_model(support, queries, root / "ours", BaseRef(precision="fp32"))["answers"]}
+    our_answers = {a["query"]: a["answer"] for a in ask_model(support, queries, root / "ours", BaseRef(precision="fp32")).answers}
     wrong = [q for q, text in our_answers.items() if answers[script_job][q] != text]
     lines.append(Line(version, f"ask_upstream.py: answers that differ, of {len(our_answers)}", float(len(wrong)), 0.0))
     assert answers[train_job]

@@ -15,7 +15,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
 STALE = 24 * 3600  # seconds after which a partial of an unknown machine's process is removed
+DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # marks, as Unicode names their classes
 LONGEST = 40  # characters of the target's name in a partial's; a file system allows 255 bytes
 
 
@@ -117,6 +119,55 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with scratch_folder(path) as partial:
         yield partial
         os.replace(partial, path)
+
+
+@contextmanager
+def replaced_folder(path: Path, is_earlier: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields a partial folder that becomes ``path`` when the block succeeds, in place of an empty folder or of an earlier
+    result.
+
+    is_earlier: whether a folder holds an earlier result and nothing else. The earlier one stays complete until the new
+    one is. Raises RunError before the block if ``path`` is something else, and as :func:`whole_file`.
+    """
+    path = Path(os.path.realpath(path))
+
+    def is_empty() -> bool:
+        """Raises RunError if there is something that must not be replaced."""
+        try:
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                return True
+        except OSError as error:
+            raise _write_error(path, error) from error
+        if not path.is_dir() or not is_earlier(path):
+            raise RunError(f"{path}: exists, and is something else than an earlier result of this command. Give another folder, or remove it.")
+        return False
+
+    is_empty()
+    with scratch_folder(path) as partial:
+        yield partial
+        if is_empty():
+            os.replace(partial, path)
+            return
+        earlier = _partial_of(path)
+        os.replace(path, earlier)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            os.replace(earlier, path)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def printable(text: str) -> str:
+    """A file's name as people and UTF-8 files can have it.
+
+    Bytes that are not UTF-8, control characters, and marks that reverse the direction of writing become escapes.
+    """
+    return "".join(ascii(character)[1:-1] if _hidden(character) else character for character in text)
+
+
+def _hidden(character: str) -> bool:
+    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or unicodedata.bidirectional(character) in DIRECTIONS
 
 
 PLAN = "plan.json"

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lcl_adapter.answering.ask import ask_endpoint, ask_model
-from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor, judge
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import TokenScore, find_answer, log_likelihoods
 from lcl_adapter.answering.predict import Predictor
@@ -390,10 +390,42 @@ def test_ask_by_a_stored_set(own: str, photos: Path, tmp_path: Path) -> None:
     assert "four" in missing.output
 
 
+def test_results_of_a_server_are_written_too(own: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several requests; a broken photo among them is named in the table."""
+    monkeypatch.setattr("lcl_adapter.answering.ask.BLOCK", 2)
+    examples = [{"label": folder.name, "image": image_of(Picture(next(iter(sorted(folder.iterdir())))))} for folder in sorted(photos.iterdir())]
+    httpx2.put(f"{own}/v1/support-sets/written", json={"examples": examples}).raise_for_status()
+    new = tmp_path / "new"
+    for number in range(4):
+        paint(new / f"{number}.png", (60 * number, 90, 30), seed=number)
+    (new / "broken.png").write_bytes(b"<html>")
+    for support, options in (("written", ["--stored"]), (photos, ["--shots", "1", "--wording", "short"])):
+        out = tmp_path / f"judged-{len(options)}"
+        result = CliRunner().invoke(
+            main, ["ask", str(support), str(new), "--endpoint", own, "--model", "parts", *options, "--out", str(out), "--json"]
+        )
+        assert result.exit_code == 1, result.output
+        answers = json.loads(result.stdout)["answers"]
+        assert [Path(answer["query"]).name for answer in answers] == ["0.png", "1.png", "2.png", "3.png", "broken.png"]
+        assert ["error" in answer for answer in answers] == [False] * 4 + [True]
+        page = (out / "index.html").read_text(encoding="utf-8")
+        unsure = sum(answer.get("unsure", False) for answer in answers)
+        # The labelled photos, the new ones (an unsure one twice), and beside each the most alike photo if the server has the set
+        assert page.count("<img") == 3 + (4 + unsure) * (2 if "--stored" in options else 1)
+        assert "data:image/svg" not in page, "a grey square is a picture that was not there"
+        assert "not an image" in page
+    changed = httpx2.put(f"{own}/v1/support-sets/written", json={"examples": examples[:2]}).raise_for_status().json()
+    with Endpoint(own) as endpoint:
+        first = judge(endpoint, "written", [Picture(new / "0.png")], version=changed["version"] - 1)
+        assert len(first.results[0].probabilities) == 3
+        assert len(endpoint.read_set("written", version=first.version).examples) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "x"], "--model needs --endpoint"),
+        (["--endpoint", "http://h", "--compare"], "--compare cannot be used"),
         (["--stored"], "--stored needs --endpoint"),
         (["--endpoint", "http://h", "--adapter", "runs/x"], "--adapter: with --endpoint"),
         (["--endpoint", "http://h", "--stored", "--shots", "2"], "--shots"),
@@ -439,4 +471,4 @@ def test_transformers_serve_gives_the_same_answer(tiny_folder: Callable[[str], P
     finally:
         process.terminate()
         process.wait(30)
-    assert served["answers"][0]["answer"] == offline["answers"][0]["answer"]
+    assert served.answers[0]["answer"] == offline.answers[0]["answer"]

@@ -178,6 +178,7 @@ def folder(models_and_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest
             (tmp_path / f"{label}-{index}.jpg").write_bytes((tmp_path / "photos" / label / f"{index}.png").read_bytes())
     for number, name in enumerate(("query.png", "new.jpg", "new-1.jpg", "new-2.jpg")):
         paint(tmp_path / "painted.png", (60, 150, 60), seed=70 + number).rename(tmp_path / name)
+        paint(tmp_path / "new-photos" / f"{number}.png", (60, 150, 60), seed=80 + number)
     for name, place in models_and_runs.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(place)

@@ -24,6 +24,7 @@ from axe_playwright_python.sync_playwright import Axe
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from lcl_adapter import report
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint
 from lcl_adapter.answering.client.messages import image_of
@@ -40,6 +41,7 @@ from lcl_adapter.serve.keys import read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests import live
+from tests.test_ask import judged_of
 from tests.test_merge import adapter_on
 
 SHOTS = Path(__file__).parent.parent / "build" / "screenshots"
@@ -130,6 +132,28 @@ def visit(browser: Browser, running: Running, request: pytest.FixtureRequest) ->
             screenshot(context.pages[0], f"{request.node.name}-end")
         context.close()
     assert foreign_requests == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_judged_photos_fit_the_screen(browser: Browser, tmp_path: Path, width: int) -> None:
+    """The page of `ask --out`, from the disk: no script, nothing fetched, nothing wider than the screen."""
+    margins: dict[str, tuple[str | None, float]] = {
+        f"とても長い名前の写真_{'x' * 60}_{n}.png": (None if n == 7 else "良品", n / 12) for n in range(12)
+    }
+    (tmp_path / "out").mkdir()
+    report.write_judged(judged_of(tmp_path, margins, nearest="良品"), tmp_path / "out")
+    context = browser.new_context(viewport={"width": width, "height": 800}, java_script_enabled=True)
+    page = context.new_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto((tmp_path / "out" / "index.html").as_uri())
+    screenshot(page, f"judged-{width}")
+    assert [url.rpartition("/")[2] for url in requests] == ["index.html"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.locator("#unsure .card").count() == 3
+    assert not Axe().run(page).response["violations"]
+    context.close()
 
 
 def screenshot(page: Page, name: str) -> None:

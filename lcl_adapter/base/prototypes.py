@@ -20,6 +20,17 @@ def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.T
     return torch.cat([vision.patches(chunk).float().mean(1) for chunk in chunks])
 
 
+@torch.inference_mode()
+def unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
+    """Each picture's mean patch as a unit vector, [N, C], on the CPU.
+
+    Dot products of them are cosines: how alike two pictures are to the tower. Raises DataError for a broken picture.
+    """
+    if not pictures:
+        return torch.empty(0, 0)
+    return functional.normalize(mean_patches(pictures, vision), dim=1).cpu()
+
+
 def standardised(features_NC: torch.Tensor) -> torch.Tensor:
     """Unit vectors [N, C], after each feature was standardised over these pictures, so that none dominates."""
     return functional.normalize((features_NC - features_NC.mean(0)) / (features_NC.std(0) + 1e-6), dim=1)

@@ -116,8 +116,8 @@ class VisionFeatures:
 
     def _square(self, picture: Picture) -> Image.Image:
         processor = self.base.image_processor
-        image = squared(read_image(picture), (1, 1, 1) if self.base.family.padding == "white" else processor.image_mean)
         side = side_of(self.base.llava.config) * (2 if self.base.tiles else 1)
+        image = squared(read_image(picture, side), (1, 1, 1) if self.base.family.padding == "white" else processor.image_mean)
         # Where the number of tokens depends on the picture's size, all pictures are resized to the same size.
         return image.resize((side, side), Image.Resampling.BICUBIC) if self.base.tiles or not self.base.own_projector else image
 

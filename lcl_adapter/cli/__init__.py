@@ -3,7 +3,7 @@
 Heavy imports are inside the commands, so that --help is instant.
 """
 
-from lcl_adapter.cli import bases, checkpoints, serving, training
+from lcl_adapter.cli import asking, bases, checkpoints, serving, training
 from lcl_adapter.cli.common import main
 
-__all__ = ["bases", "checkpoints", "main", "serving", "training"]
+__all__ = ["asking", "bases", "checkpoints", "main", "serving", "training"]

@@ -1,4 +1,4 @@
-"""The commands about recipes and runs: train, eval, ask, plan, data, recipes."""
+"""The commands about recipes and runs: train, eval, plan, data, recipes."""
 
 from __future__ import annotations
 
@@ -82,61 +82,6 @@ def evaluate(
     served = ServedModels(endpoint, model, base_model, workers, pad) if endpoint else None
     result = commands.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base=base, fresh=fresh, overrides=overrides, served=served)
     emit(result, as_json)
-
-
-@main.command()
-@click.argument("support", type=PATH)
-@click.argument("queries", nargs=-1, required=True, type=PATH)
-@click.option("--adapter", type=PATH, help="A run's folder; without it, the base alone is asked.")
-@base_options(
-    "--base",
-    "The base to ask [default: the adapter's own, or pocket].",
-    precision="Precision of the base [default: the adapter's own, or auto].",
-)
-@click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
-@click.option("--question", help="Ask this about the queries, instead of the recipe's question.")
-@click.option("--endpoint", metavar="URL", help="Ask a model behind this server instead. Its API key is read from LCL_API_KEY.")
-@click.option("--model", help="The model's name on the server [default: its only one; with --stored, the server's choice].")
-@click.option("--stored", is_flag=True, help="SUPPORT is the name of a support set stored on the `lcl-adapter serve` at --endpoint.")
-@click.option(
-    "--wording",
-    type=click.Choice(["lcl", "short"]),
-    default="lcl",
-    show_default=True,
-    help="The wording of the questions to --endpoint, as in a recipe.",
-)
-@click.option("--pad", is_flag=True, help="Make pictures square before they are sent to --endpoint; vLLM crops pictures that are not.")
-@json_option
-def ask(
-    support: Path, queries: tuple[Path, ...], adapter: Path | None, base: BaseRef, shots: int | None, question: str | None,
-    endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Classify QUERIES by labelled photos. SUPPORT holds a folder of photos for each class.
-
-    \b
-    lcl-adapter ask photos/ query.png --adapter runs/pocket
-    lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model lcl --wording short
-    lcl-adapter ask screws query.png --stored --endpoint http://127.0.0.1:8000
-    """
-    from lcl_adapter.answering.ask import ask_endpoint, ask_model, ask_stored_set
-
-    local = {"--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision}
-    if endpoint is None:
-        if stored or model:
-            raise click.UsageError(f"{'--stored' if stored else '--model'} needs --endpoint.")
-        emit(ask_model(support, queries, adapter=adapter, base=base, shots=shots, question=question), as_json)
-        return
-    if given := [name for name, value in local.items() if value is not None]:
-        raise click.UsageError(f"{', '.join(given)}: with --endpoint, the model is the server's; name it with --model.")
-    if not stored:
-        emit(ask_endpoint(support, queries, endpoint, model=model, shots=shots, question=question, wording=wording, pad=pad), as_json)
-        return
-    if shots:
-        raise click.UsageError("--shots cannot be used with --stored: a stored set is used as it is.")
-    result = ask_stored_set(str(support), queries, endpoint, model=model, question=question)
-    emit(result, as_json)
-    if any("error" in answer for answer in result["answers"]):
-        click.get_current_context().exit(1)
 
 
 @main.command()

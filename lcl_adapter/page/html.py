@@ -7,12 +7,12 @@ from html import escape
 from pathlib import Path
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.judged import CLOSE_MARGIN
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.page.texts import message
 from lcl_adapter.report.thumbs import data_url
 
-CLOSE_MARGIN = 0.2  # between the two most likely labels; below it the card says that they are close
 WEAK_ACCURACY = 0.75  # on a set's own left-out photos; below it the card says that the set is difficult
 
 

@@ -4,6 +4,7 @@ the run card.
 
 from lcl_adapter.report.card import write_card
 from lcl_adapter.report.data_check import show_check
+from lcl_adapter.report.judged import is_judged, write_judged
 from lcl_adapter.report.pages import read_predictions, write_report_page
 from lcl_adapter.report.plan import fact_lines, show_plan
 from lcl_adapter.report.plots import plot_accuracy, plot_loss, plot_roc
@@ -12,6 +13,7 @@ from lcl_adapter.report.table import retention_line, show_table, verdict_of
 
 __all__ = [
     "fact_lines",
+    "is_judged",
     "plot_accuracy",
     "plot_loss",
     "plot_roc",
@@ -22,6 +24,7 @@ __all__ = [
     "show_table",
     "verdict_of",
     "write_card",
+    "write_judged",
     "write_preview",
     "write_report_page",
 ]

@@ -12,12 +12,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate.metrics import log_odds
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
 from lcl_adapter.report.table import retention_line, verdict_of
-from lcl_adapter.report.thumbs import data_url
+from lcl_adapter.report.thumbs import url_or_grey
 
 MOST_SHOWN = 40  # wrong answers on a page
 
@@ -94,7 +93,4 @@ def _page_item(log_odds_given: float, answer: str, line: dict[str, Any]) -> dict
 
 def _url(name: str) -> str:
     """A data URL for a picture's name in predictions.jsonl; a grey square if the file no longer exists."""
-    try:
-        return data_url(Picture.parse(name))
-    except DataError:
-        return "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E%3Crect width='9' height='9' fill='%23ccc'/%3E%3C/svg%3E"
+    return url_or_grey(Picture.parse(name))

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn import functional
 
 from lcl_adapter import devices
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
-from lcl_adapter.base.prototypes import mean_patches
+from lcl_adapter.base.prototypes import unit_vectors
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
@@ -299,13 +298,9 @@ class Engine:
         """Score the worded labels of each question by one prefilled set."""
         return self._predictor.ask(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
-    @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""
-        if not pictures:
-            return torch.empty(0, 0)
-        features_NC = mean_patches(pictures, self._predictor.vision)
-        return functional.normalize(features_NC, dim=1).cpu()
+        return unit_vectors(pictures, self._predictor.vision)
 
     def _prefilled(self, job: Job) -> CachedSet:
         """The job's support set, from the cache if it is there."""

@@ -138,9 +138,9 @@ class Endpoint:
     def sets(self) -> list[api_types.SupportSetOut]:
         return self._read(api_types.SupportSets, self._send("GET", "/v1/support-sets")).data
 
-    def read_set(self, name: str, images: bool = False) -> api_types.SupportSetWithExamples:
-        content = self._send("GET", _set_path(name), query={"images": "true"} if images else None)
-        return self._read(api_types.SupportSetWithExamples, content)
+    def read_set(self, name: str, images: bool = False, version: int | None = None) -> api_types.SupportSetWithExamples:
+        query = {**({"images": "true"} if images else {}), **({"version": str(version)} if version else {})}
+        return self._read(api_types.SupportSetWithExamples, self._send("GET", _set_path(name), query=query or None))
 
     def put_set(self, name: str, support_set: api_types.SupportSetIn) -> api_types.SupportSetOut:
         return self._read(api_types.SupportSetOut, self._send("PUT", _set_path(name), support_set.model_dump(exclude_none=True)))

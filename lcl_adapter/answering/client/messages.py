@@ -14,10 +14,12 @@ from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.data.sources.images import REDUCING_GAP, read_bytes
 
 SENT_UNCHANGED = {"PNG", "JPEG", "WEBP"}
 ORIENTATION = 0x0112  # EXIF
+LARGEST_SENT, MOST_PIXELS = 8 * 2**20, 40_000_000  # bytes and pixels of an image; this project's server refuses 10 MiB
+REDUCED_SIDE = 1600  # pixels of a larger one when it is sent: at most 7.7 MB, and more than towers read
 
 
 def image_of(picture: Picture, pad: bool = False) -> str:
@@ -26,22 +28,36 @@ def image_of(picture: Picture, pad: bool = False) -> str:
     pad: make the picture square first, in CLIP's mean colour, for servers that would crop it.
 
     A plain upright RGB file is sent unchanged. Anything else is sent as PNG, because servers differ in how they rotate a
-    photo and in the background of transparent pixels. Raises DataError for a broken picture.
+    photo and in the background of transparent pixels. One that is too large for a server is sent reduced. Raises
+    DataError for a broken picture.
     """
+    side = None
     if not (picture.view or picture.turned or picture.tile or pad):
         data = read_bytes(picture)
         try:
             with Image.open(io.BytesIO(data)) as opened:
+                if opened.width * opened.height > MOST_PIXELS:
+                    side = REDUCED_SIDE // REDUCING_GAP + 1
                 plain = opened.format in SENT_UNCHANGED and opened.mode == "RGB" and not opened.has_transparency_data
-                if plain and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
+                small = len(data) <= LARGEST_SENT and side is None
+                if plain and small and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
                     opened.load()
                     return api_types.data_url(data)
         except Exception:  # Pillow's decoders raise all kinds of errors; read_image below raises a clear one
             pass
+    image = read_image(picture, side)
+    image = squared(image, OPENAI_CLIP_MEAN) if pad else image
+    png = b"" if side or image.width * image.height > MOST_PIXELS else _png(image)
+    if not png or len(png) > LARGEST_SENT:
+        image.thumbnail((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.BICUBIC)
+        png = _png(image)
+    return api_types.data_url(png)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image = read_image(picture)
-    (squared(image, OPENAI_CLIP_MEAN) if pad else image).save(buffer, "PNG")
-    return api_types.data_url(buffer.getvalue())
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def to_messages(turns: Sequence[Turn], pad: bool = False) -> list[dict[str, Any]]:

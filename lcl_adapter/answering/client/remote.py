@@ -63,8 +63,15 @@ class RemotePredictor:
         return Reply(chat_answer.text, log_likelihoods(answers, chat_answer.text, chat_answer.tokens) if answers else ())
 
 
-def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str | None = None, question: str | None = None) -> api_types.ClassifyOut:
-    """Classify pictures by a support set that is stored on this project's server.
+def judge(
+    endpoint: Endpoint,
+    name: str,
+    pictures: Sequence[Picture],
+    model: str | None = None,
+    question: str | None = None,
+    version: int | None = None,
+) -> api_types.ClassifyOut:
+    """Classify pictures by a support set that is stored on this project's server. version: the newest by default.
 
     The result of a picture that cannot be read here holds its error, as for one that the server cannot read. Raises
     DataError if none can be read; RequestError, MissingError, EndpointError.
@@ -79,7 +86,7 @@ def judge(endpoint: Endpoint, name: str, pictures: Sequence[Picture], model: str
     if not sent:
         raise DataError(" ".join(str(error) for error in images))
     try:
-        request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question)
+        request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question, version=version)
     except ValidationError as error:
         raise RequestError("; ".join(f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()[:3])) from error
     response = endpoint.classify(request)

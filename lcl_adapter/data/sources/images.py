@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 import zipfile
 import zlib
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,19 @@ from lcl_adapter.randomness import generator
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
 MIN_SIDE = 2
+REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
+LARGE = 16_000_000  # pixels; of such pictures, one at a time is decoded
 
 
-def read(picture: Picture) -> Image.Image:
+def read(picture: Picture, side: int | None = None) -> Image.Image:
     """The picture, decoded: RGB, upright (EXIF), transparency on white, the first of several frames.
 
     A blend is mixed in pixels, for people; the model mixes features (``VisionFeatures``).
+
+    side: pixels that the longer side will be resized to. A picture with more than REDUCING_GAP times as many is returned
+    at a whole fraction of its size, and not below that. A large JPEG is then decoded in a part of the time and memory.
+    Further views and tiles are cut from the whole picture.
+
     Raises DataError for a file that is missing, empty, truncated, no image, too large, or smaller than 2 pixels.
     """
     try:
@@ -38,7 +47,10 @@ def read(picture: Picture) -> Image.Image:
             with Image.open(io.BytesIO(read_bytes(picture))) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
-                image = _rgb(opened)
+                if min(opened.size) < MIN_SIDE:
+                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
+                whole = side is None or picture.view or picture.tile
+                image = _decoded(opened, None if whole else side)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -47,8 +59,6 @@ def read(picture: Picture) -> Image.Image:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
-    if min(image.size) < MIN_SIDE:
-        raise DataError(f"{picture}: {image.width} x {image.height} pixels shows nothing. Remove it.")
     if picture.turned:
         image = image.rotate(90 * picture.turned, expand=True)
     if picture.tile:
@@ -126,9 +136,30 @@ def saved_dataset(folder: Path) -> Any:
     return dataset
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _decoded(image: Image.Image, side: int | None) -> Image.Image:
+    """An opened picture in RGB, reduced for ``side`` if that is given."""
     image.seek(0)
-    upright = ImageOps.exif_transpose(image)
+    if side is not None:
+        fraction = REDUCING_GAP * side / max(image.size)
+        if fraction < 1:  # a JPEG is decoded at 1/2, 1/4 or 1/8; other formats ignore it
+            image.draft(None, (max(1, round(image.width * fraction)), max(1, round(image.height * fraction))))
+    with _large(os.getpid()) if image.width * image.height > LARGE else nullcontext():
+        upright = _rgb(image)
+        factor = 1 if side is None else max(upright.size) // (REDUCING_GAP * side)
+        if factor > 1:
+            return upright.reduce(factor)
+        return upright.copy() if upright is image else upright  # without the file
+
+
+@lru_cache(maxsize=2)
+def _large(_process: int) -> threading.Lock:
+    """Held while a large picture is decoded. A forked process has one of its own, for another thread may hold this one."""
+    return threading.Lock()
+
+
+def _rgb(upright: Image.Image) -> Image.Image:
+    """In place, where nothing but the orientation changes: of a large picture each copy counts."""
+    ImageOps.exif_transpose(upright, in_place=True)
     if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: scaled to 8 bit by the values' range
         values = np.asarray(upright, dtype=np.float32)
         low, high = float(values.min()), float(values.max())
@@ -140,7 +171,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGBA", upright.size, "white")
         page.alpha_composite(upright)
         return page.convert("RGB")
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def further_view(image: Image.Image, name: str, view: int) -> Image.Image:
