@@ -45,6 +45,7 @@ from lcl_adapter.training.collate import BucketedOrder, Collator, Readable
 from lcl_adapter.training.during import use_best
 from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.options import check_options
+from lcl_adapter.training.replay import answer_prompts, has_prompts
 from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
@@ -280,18 +281,23 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         check_unchanged(recipe, mixture)
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
-    total = mixture.total
+    total, steps = mixture.total, mixture.steps
     # Before any weight is loaded.
-    check_options(lambda: sft_config(recipe, mixture.steps))
+    check_options(lambda: sft_config(recipe, steps))
     rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
-    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device())), recipe.adapter)
+    base = load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device()))
+    if has_prompts(mixture):
+        if processes.is_first():
+            _save_start(recipe, mixture)  # a run that is stopped while the base answers can be resumed
+        mixture = answer_prompts(mixture, base, output)
+        rows = check_rows(Collator(mixture, base.encoder(), on_fault=recipe.data.on_fault))
+    base = attach(base, recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())
     collator = Collator(mixture, base.encoder(), Readable(), recipe.data.on_fault)
     if processes.is_first():
-        write_json(output / DATA, mixture.hashes())
-        save_recipe(recipe, output / "recipe.yaml")  # last: a folder with this file can be resumed
+        _save_start(recipe, mixture)
     parts = parameters_by_part(base.model)
     print_start(mixture, parts, rows, total)
     rows.show_left_out()
@@ -343,6 +349,12 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         adapter.save_adapter(base, output, recipe.base, facts, state)
     processes.barrier()
     return facts
+
+
+def _save_start(recipe: Recipe, mixture: Mixture) -> None:
+    """Write what a resumed run is compared with."""
+    write_json(recipe.output / DATA, mixture.hashes())
+    save_recipe(recipe, recipe.output / "recipe.yaml")  # last: a folder with this file can be resumed
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:
