@@ -126,6 +126,11 @@ class Recipe(Options):
             raise ValueError(
                 "`adapter.pissa` changes the base's weights during training: set a precision of 16 bits or more, and no `evaluate.every`"
             )
+        near_base = [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
+        if self.adapter.pissa and near_base:
+            raise ValueError(
+                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{near_base[0]}.retain: answers"
+            )
         for start, shares in self.phases():
             if sum(shares.values()) <= 0:
                 raise ValueError("all shares are 0: nothing would be trained" + (f" from {start:g} of the run on" if self.shares else ""))

@@ -39,6 +39,9 @@ class SelfReplay(Reader):
     prompts: Path = Field(Path("photo:text/prompts.txt"), description="a text file with a prompt on each line; lines that begin with # are comments")
     images: Path | None = Field(None, description="pictures to ask about, a folder or a zip archive; none by default")
     pictures: int = Field(200, ge=1, description="use only this many of the pictures")
+    retain: Literal["answers", "distribution"] = Field(
+        "answers", description="learn the answers, or stay near the base's own probabilities of every token in them"
+    )
     answers: int = Field(1, ge=1, le=64, description="answers to each prompt; more than one needs a temperature")
     temperature: float = Field(0.0, ge=0, le=2, description="0 gives the likeliest answer; above 0, answers are drawn")
     max_new_tokens: int = Field(64, ge=1, le=2048, description="the longest answer, in tokens; the end of a longer one is not learned")
