@@ -27,7 +27,7 @@ class Turn:
     unfinished: the answer was cut; the token that ends it is not learned.
     """
 
-    role: str  # "user" or "assistant"
+    role: str  # "user" or "assistant"; "text" is plain text, outside of any chat
     text: str
     picture: Picture | None = None
     learn: bool = False

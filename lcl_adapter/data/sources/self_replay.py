@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
 from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import Options
@@ -64,7 +65,7 @@ def read_prompts(options: SelfReplay, name: str = "") -> QuestionPool:
     """
     texts: list[tuple[str, str]] = []
     about_pictures: list[tuple[str, str]] = []
-    for number, line in enumerate(_lines(options.prompts), 1):
+    for number, line in enumerate(read_text(options.prompts).splitlines(), 1):
         prompt = line.strip()
         if prompt and not prompt.startswith(COMMENT):
             where = f"{options.prompts}, line {number}"
@@ -87,15 +88,6 @@ def read_prompts(options: SelfReplay, name: str = "") -> QuestionPool:
     key = json.dumps([described, options.answers, options.temperature, options.max_new_tokens])
     fingerprint = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
     return QuestionPool(name or options.prompts.stem, dialogues, {}, (), fingerprint, new_tokens=options.max_new_tokens)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). A text file with a prompt on each line is expected.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.") from error
 
 
 def _pictures(root: Path) -> list[Picture]:
