@@ -33,7 +33,7 @@ from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import RecipeError, RunError
-from lcl_adapter.recipe import Recipe, save
+from lcl_adapter.recipe import Recipe, load, save
 from lcl_adapter.training import sharding, trainer
 from lcl_adapter.training.collate import BucketedOrder, Collator
 from tests.test_trainer import losses, small
@@ -251,6 +251,22 @@ def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
     assert [process.exitcode for process in second] == [0, 0]
     assert capfd.readouterr().err.count("adapter saved in") == 1  # one process prints
     assert_same_run(tmp_path / "two", single)
+
+
+def test_two_processes_stay_as_near_to_the_base_as_one(pocket_tiny: Path, tmp_path: Path) -> None:
+    """The first process asks the base for its answers; the distance to it is that of all learned tokens of a step."""
+    (tmp_path / "prompts.txt").write_text("What is this?\nNow, what is this?\nLearn the names.\n", encoding="utf-8")
+    own = {"type": "self", "prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 6, "retain": "distribution", "share": 1.0}
+    for name in ("one", "two"):
+        values = without_dropout(pocket_tiny, tmp_path / name).model_dump(mode="json", exclude_none=True)
+        values["train"]["max_steps"] = 3
+        save(Recipe.model_validate({**values, "sources": {"lcl": values["sources"]["lcl"], "own": own}}), tmp_path / f"{name}.yaml")
+    trainer.train(load(tmp_path / "one.yaml"))
+    for process in (started := launched(tmp_path / "two.yaml")):
+        process.join(120)
+    assert [process.exitcode for process in started] == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert read_manifest(tmp_path / "two")["tokens"]["own"]["rows"] > 3
 
 
 WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="`make interop` has DeepSpeed")

@@ -159,7 +159,7 @@ def test_every_part_is_listed() -> None:
         "command lcl-adapter ask --adapter: path",
         "recipe sources.*(type: mvtec).path: string (required)",
         "recipe evaluate.suites.*(kind: control).control: shuffled-names|no-support (required)",
-        "recipe evaluate.retention: mapping of number = {}",
+        "recipe evaluate.retention: mapping of number or string = {}",
         "server POST /v1/classify",
     ):
         assert line in lines, "\n".join(lines)

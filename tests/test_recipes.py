@@ -70,6 +70,27 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
     assert read_manifest(run)["shares"]["realised"]["photos"] > 0
 
 
+def test_own_photos_without_data_to_replay(tmp_path: Path, pocket_tiny: Path) -> None:
+    """The lines that the recipe's comment gives to users without VQA data: checked, trained on and measured."""
+    text = (recipes_folder() / "own-photos.yaml").read_text(encoding="utf-8")
+    own = next(line.lstrip("# ") for line in text.splitlines() if "type: self" in line)
+    for number in range(14):
+        for index in range(4):
+            paint(tmp_path / "photos" / f"part {number}" / f"{index}.png", (17 * number, 90, 250 - 17 * number), seed=100 * number + index)
+    changes = [f"data.root={tmp_path}", f"base={pocket_tiny}", "precision=fp32", f"output={tmp_path / 'run'}", "sources.photos.hold_out=0.4"]
+    changes += [f"sources.replay={own.partition(': ')[2]}", "sources.replay.max_new_tokens=4", "sources.replay.pictures=6"]
+    changes += ["train.max_steps=2", "train.gradient_accumulation_steps=4", "train.logging_steps=1"]
+    suites = next(line for line in text.splitlines() if "preset: page" in line)
+    assert "page: {preset: page}, questions: {preset: questions}; retention: {page: 5%, questions: 5}" in suites
+    changes += ["evaluate.suites={page: {preset: page}, questions: {preset: questions}}", "evaluate.retention={page: 5%, questions: 5}"]
+    checked = CliRunner().invoke(main, ["data", "check", "recipes/own-photos.yaml", *changes, "--json"])
+    assert checked.exit_code == 0, checked.output
+    result = CliRunner().invoke(main, ["train", "recipes/own-photos.yaml", *changes, "--json"])
+    assert result.exit_code in {0, 3}, result.output
+    assert {row["suite"] for row in json.loads(result.stdout)["retention"]} == {"page", "questions"}
+    assert read_manifest(tmp_path / "run")["tokens"]["replay"]["learned"] > 0
+
+
 def test_every_recipe_file_is_listed() -> None:
     assert list(recipe.shipped_recipes()) == [p.stem for p in SHIPPED]
     assert all(recipe.shipped_recipes().values())

@@ -17,6 +17,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import Base, attach, load_base, parameters_by_part
+from lcl_adapter.base.precision import allow_gradients
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, to_conversation
@@ -210,6 +211,34 @@ def test_nf4_quantises_the_language_model_only_and_trains(pocket_tiny: Path, tmp
     assert manifest["precision"] == "nf4"
     trained = [p for n, p in load_base(BaseRef(str(pocket_tiny), "nf4")).model.named_parameters() if p.requires_grad]
     assert not trained
+
+
+def test_a_four_bit_base_that_has_answered_passes_gradients_on(pocket_tiny: Path, tmp_path: Path) -> None:
+    """bitsandbytes repacks a 4-bit layer outside of training on some CPUs; through that form no gradient would pass."""
+    from lcl_adapter.answering.predict import Predictor
+    from lcl_adapter.checkpoints.probe import probe_turns
+
+    torch.manual_seed(0)
+    base = load_base(BaseRef(str(pocket_tiny), "nf4"))
+    allow_gradients(base.model)
+    base = attach(base, AdapterOptions(rank=4))
+    made = small(pocket_tiny, tmp_path, max_steps=1)
+    collator = Collator(Mixture(made), base.encoder())
+    lcl = trainer.LclTrainer(base, made, collator, VisionFeatures(base), 8)
+    first = next(p for n, p in base.model.named_parameters() if "layers.0.self_attn.q_proj.lora_B" in n)
+
+    def gradient() -> torch.Tensor:
+        base.model.train()
+        base.model.zero_grad()
+        lcl.compute_loss(base.model, collator([{"index": 0}])).backward()
+        return first.grad.clone()
+
+    before = gradient()
+    base.model.eval()
+    support, query = probe_turns("short")[0]
+    Predictor(base).run([(support, query, ("a", "b"))])
+    assert float(before.abs().max()) > 0
+    assert torch.allclose(gradient(), before, atol=1e-6)
 
 
 def test_frozen_features_are_computed_once_a_picture(tiny_base: Base) -> None:

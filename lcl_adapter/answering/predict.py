@@ -59,11 +59,12 @@ class Question:
 class Reply:
     """text: the greedy answer, "" if none was generated.
 
-    log_likelihoods: one for each answer, its end token included.
+    log_likelihoods: one for each answer, its end token included. tokens: how many each of them is the sum of.
     """
 
     text: str
     log_likelihoods: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -236,21 +237,19 @@ class Predictor:
             logits_NV, index_of = self._read_rows(prefilled, rows, segment_ST, turns)
             scores = self._scores(logits_NV, index_of, rows)
             texts = [["" for _ in row.questions] for row in rows]
-            if generate:
+            if new_tokens:
                 likeliest_N = logits_NV.argmax(-1).tolist()
                 first = [[likeliest_N[index_of[number, question.last]] for question in row.questions] for number, row in enumerate(rows)]
                 texts = self._generate_greedily(prefilled, rows, segment_ST, first)
-        return [[Reply(*pair) for pair in zip(*own, strict=True)] for own in zip(texts, scores, strict=True)]
+        tokens = [[tuple(len(answer.ids) for answer in question.answers) for question in row.questions] for row in rows]
+        return [[Reply(*parts) for parts in zip(*own, strict=True)] for own in zip(texts, scores, tokens, strict=True)]
 
     def _encoded(self, turn: Turn, answers: Sequence[str], first: bool) -> EncodedQuestion:
         """A question and its answers as tokens. first: no support set stands before it."""
-        prompt = self.encoder.turns([turn], opened=True, first=first)[0]
+        prompt, answer_ids = self.encoder.question(turn, answers, first)
         positions, next_position = self.encoder.positions(prompt)
-        encoded = []
-        for answer in answers:
-            ids = self.encoder.answered(turn, answer, prompt, first)[len(prompt) :]
-            encoded.append((ids, self.encoder.positions(ids[:-1], next_position)[0]))
-        return EncodedQuestion(turn, prompt, positions, next_position, tuple(encoded))
+        encoded = tuple((ids, self.encoder.positions(ids[:-1], next_position)[0]) for ids in answer_ids)
+        return EncodedQuestion(turn, prompt, positions, next_position, encoded)
 
     def _read_rows(
         self, prefilled: Prefilled, rows: Sequence[Row], segment_ST: torch.Tensor, turns: Sequence[Turn]

@@ -232,6 +232,25 @@ class Encoder:
             if end not in ends or ids[ends.index(end) + 1 :] != rest:
                 raise DataError(f"this tokenizer joins the end of the answer {answer!r} to the next turn. {NOT_AS_PREDICTED}")
 
+    def question(self, turn: Turn, answers: Sequence[str] = (), first: bool = True) -> tuple[list[int], list[list[int]]]:
+        """Ids of a question that is opened for an answer, and of each answer, its end token included.
+
+        A turn of role "text" is continued by its one answer as plain text, without end token. The first token of all is
+        not predicted where no begin token comes before it.
+
+        Raises DataError as :meth:`turns` and :meth:`answered`, and for a continuation of no token.
+        """
+        if turn.role == "text":
+            (continuation,) = answers
+            self._refuse_special_tokens(Turn("text", turn.text + continuation))
+            ids, ends = self._part(turn.text + continuation)
+            start = max(1 - len(self.bos), sum(end <= len(turn.text) for end in ends))
+            if start >= len(ids):
+                raise DataError(f"the text {continuation!r} has no token that could be predicted: join it to another sentence.")
+            return [*self.bos, *ids[:start]], [ids[start:]]
+        prompt = self.turns([turn], opened=True, first=first)[0]
+        return prompt, [self.answered(turn, answer, prompt, first)[len(prompt) :] for answer in answers]
+
     def answered(self, question: Turn, answer: str, prompt: Sequence[int], first: bool) -> list[int]:
         """Ids of a question with its answer. prompt: the ids of the question alone, opened for an answer.
 

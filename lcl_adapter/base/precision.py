@@ -78,6 +78,18 @@ def check_quantised(model: nn.Module, precision: Precision) -> None:
         raise ModelError(f"quantised loading changed {len(quantised)} modules, {len(stray)} of them outside the language model: {stray[:1]}.")
 
 
+def allow_gradients(model: nn.Module) -> None:
+    """Stop 4-bit layers from repacking their weights on a CPU.
+
+    Outside of training, bitsandbytes repacks them for good where the CPU has AVX-512 BF16. That form has no gradient, so a
+    base that has answered once would pass none on in training.
+    """
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ == LAYERS["nf4"]:
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantised_weights(model: nn.Module) -> frozenset[str]:
     """The names of the weights that nf4 and int8 replace: the linear layers of the language model."""
     inside = f"{language_path(model)}."

@@ -24,13 +24,15 @@ class Turn:
 
     further: more pictures of the same message. Then each ``<image>`` in the text marks the place of one picture, the
     first included.
+    unfinished: the answer was cut; the token that ends it is not learned.
     """
 
-    role: str  # "user" or "assistant"
+    role: str  # "user" or "assistant"; "text" is plain text, outside of any chat
     text: str
     picture: Picture | None = None
     learn: bool = False
     further: tuple[Picture, ...] = ()
+    unfinished: bool = False
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -122,6 +124,7 @@ def from_dialogues(dialogues: tuple[Dialogue, ...]) -> Conversation:
         turns: list[Turn] = []
         for exchange in dialogue.exchanges:
             answer = region_box(exchange.region).text() if exchange.region else exchange.answer
-            turns += [Turn("user", exchange.question, exchange.picture, further=exchange.further), Turn("assistant", answer, learn=True)]
+            turns.append(Turn("user", exchange.question, exchange.picture, further=exchange.further))
+            turns.append(Turn("assistant", answer, learn=True, unfinished=exchange.unfinished))
         branches.append(tuple(turns))
     return Conversation((), tuple(branches), dialogues[0].origin)

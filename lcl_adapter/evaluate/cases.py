@@ -59,7 +59,8 @@ Judge = Callable[[Sequence[Case], Sequence[Reply]], Judged]
 class Cell:
     """One line of the report.
 
-    metric: the name of ``value``. judge: cases and replies -> figures with "value", "ci95", "greedy" and more. baseline: the method
+    metric: the name of ``value``. chance: None where there is no such level. judge: cases and replies -> figures with
+    "value", "ci95", "greedy" and more. baseline: the method
     without training to compare with. published: (who, value) by the same protocol. new_tokens: the most generated tokens.
     faults: what is wrong with the records that gave no case; they are counted as left out.
     """
@@ -68,7 +69,7 @@ class Cell:
     name: str
     kind: str
     metric: str
-    chance: float
+    chance: float | None
     cases: tuple[Case, ...]
     judge: Judge = field(compare=False)
     baseline: str | None = None

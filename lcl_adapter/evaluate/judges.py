@@ -6,6 +6,7 @@ An interval resamples the cases' groups (classes, categories, pictures) and, whe
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,22 @@ def exact_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     """Accuracy of the greedy text, without regard to case and white space."""
     right = [rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]
     return _mean_of(right, cases, mean(right))
+
+
+def contained_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
+    """The share of texts that contain an accepted answer. Beside it, exact answers."""
+    right = [rules.contains(r.text, c.truth or (c.gold,)) for c, r in zip(cases, replies, strict=True)]
+    return _mean_of(right, cases, mean([rules.exact(r.text, c.gold) for c, r in zip(cases, replies, strict=True)]))
+
+
+def perplexity_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
+    """Perplexity of the cases' texts: e to the mean surprise of a token, in nats. ``greedy`` is None: nothing is generated."""
+    nats = [-reply.log_likelihoods[0] for reply in replies]
+    tokens = [reply.tokens[0] for reply in replies]
+    estimate = metrics.log_perplexity(nats, tokens, [c.group for c in cases])
+    interval = sorted(math.exp(-bound) for bound in estimate.interval())
+    figures = {"value": round(estimate.shown, 3), "ci95": [round(bound, 3) for bound in interval], "greedy": None, "tokens": sum(tokens)}
+    return Judged(figures, estimate)
 
 
 def vqav2_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:

@@ -5,9 +5,10 @@ Shapes: R resamples, G groups of cases, K numbers of a statistic, M lists of N c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sklearn import metrics as sk
@@ -24,19 +25,29 @@ class Estimate:
     """A figure, and how it differs between samples like the measured one.
 
     resampled: the figure on each resample [R]. cases: how many cases it rests on; of unequal kinds, those of the rarer.
+    unit: a share, from 0 to 1; or the mean log-likelihood of a token in nats, whose differences are relative changes of the
+    perplexity. More is better in both.
     """
 
     value: float
     resampled: tuple[float, ...]
     cases: float
+    unit: Literal["share", "log-likelihood"] = "share"
+
+    @property
+    def shown(self) -> float:
+        """The figure as it is shown: the share, or the perplexity."""
+        return self.value if self.unit == "share" else math.exp(-self.value)
 
     def interval(self, lowest: float = 0.0, highest: float = 1.0) -> tuple[float, float]:
         """95 % interval, within the figure's range.
 
         It comes from the resamples. Where they hardly differ, for instance where all answers are right, they say
-        nothing about rarer cases. So it is never narrower than 3/n to each side (the rule of three).
+        nothing about rarer cases. So an interval of a share is never narrower than 3/n to each side (the rule of three).
         """
         low, high = np.percentile(self.resampled, [2.5, 97.5])
+        if self.unit != "share":
+            return float(low), float(high)
         unseen = RULE_OF_THREE / self.cases
         return max(lowest, min(float(low), self.value - unseen)), min(highest, max(float(high), self.value + unseen))
 
@@ -46,6 +57,7 @@ class Estimate:
             self.value - other.value,
             tuple(a - b for a, b in zip(self.resampled, other.resampled, strict=True)),
             min(self.cases, other.cases),
+            self.unit,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -53,14 +65,14 @@ class Estimate:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Estimate:
-        return cls(fields["value"], tuple(fields["resampled"]), fields["cases"])
+        return cls(fields["value"], tuple(fields["resampled"]), fields["cases"], fields.get("unit", "share"))
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of several figures. They may be about the same cases, so ``cases`` does not add up."""
     resampled_R = np.mean([e.resampled for e in estimates], axis=0)
     cases = 1 / float(np.mean([1 / e.cases for e in estimates]))
-    return Estimate(float(np.mean([e.value for e in estimates])), tuple(resampled_R.tolist()), cases)
+    return Estimate(float(np.mean([e.value for e in estimates])), tuple(resampled_R.tolist()), cases, estimates[0].unit)
 
 
 def mean(values: Sequence[bool | float]) -> float:
@@ -120,6 +132,14 @@ def balanced_accuracy(truth: Sequence[str], decided: Sequence[str], groups: Sequ
     hits_RK, asked_RK = sums[:, : len(kinds)], sums[:, len(kinds) :]
     recalls_RK = np.divide(hits_RK, asked_RK, out=np.full_like(hits_RK, np.nan), where=asked_RK > 0)
     return Estimate(mean_recall(truth, decided), tuple(np.nanmean(recalls_RK, axis=1).tolist()), 1 / float(np.mean(1 / counts_K)))
+
+
+def log_perplexity(nats: Sequence[float], tokens: Sequence[int], groups: Sequence[str]) -> Estimate:
+    """The mean log-likelihood of a token, over all texts together. nats: minus the log-likelihood of each text."""
+    table = np.array([nats, tokens], dtype=float).T
+    sums_RK = resampled_sums(groups, lambda cases_MN: table[cases_MN].sum(1))
+    resampled_R = -sums_RK[:, 0] / sums_RK[:, 1]
+    return Estimate(-sum(nats) / sum(tokens), tuple(resampled_R.tolist()), len(nats), "log-likelihood")
 
 
 def mean_recall(truth: Sequence[str], decided: Sequence[str]) -> float:

@@ -16,6 +16,12 @@ def exact(text: str, answer: str) -> bool:
     return normalise(text) == normalise(answer)
 
 
+def contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers is in the text as whole words, without regard to case and white space."""
+    text = normalise(text)
+    return any(re.search(rf"(?<!\w){re.escape(normalise(answer))}(?!\w)", text) is not None for answer in answers)
+
+
 def lcl_rule(text: str, gold: str, others: Sequence[str]) -> bool:
     """LCL's scoring of generated text (the evaluation code of isekai-portal/Link-Context-Learning).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import Estimate
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import retention_of
-from lcl_adapter.evaluate.suites import build_cells, check_measured
+from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
 from lcl_adapter.terminal import console
@@ -66,6 +67,9 @@ def evaluate(
     rows, lines, falls = [], [], []
     with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe)) as pair:
         for cell in build_cells(recipe, limit, suites, seed, added=added):
+            if served and cell.kind == perplexity.KIND:
+                console.print(f"{cell.name}: left out, because a server gives no likelihood of a text", style="yellow", markup=False, highlight=False)
+                continue
             key = cache_key(cell, manifest, recipe, pair.identity)
             cached = run / CACHE / f"{cell.name}-{key[:12]}.json"
             # The name of a served model may stand for another model by now.
@@ -130,16 +134,24 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
         **{k: getattr(cell, k) for k in ("suite", "name", "kind", "metric", "policy", "ways", "shots", "neighbours", "control")},
         "n": len(cases),
         "left_out": total - len(cases),
-        "chance": round(cell.chance, 4),
+        "chance": None if cell.chance is None else round(cell.chance, 4),
         "baseline": baseline,
         "published": [{"who": who, "value": value} for who, value in cell.published],
         "base": base.figures,
         "adapter": adapter.figures,
-        "difference": {"value": round(gain.value, 4), "ci95": [round(v, 4) for v in gain.interval(-1.0, 1.0)]},
+        "difference": _difference(gain),
     }
     compared = zip(cases, base_replies, adapter_replies, nearest, strict=True)
     predictions = [_prediction(cell, index, *replies) for index, replies in enumerate(compared)]
     return {"row": row, "predictions": predictions, "fall": fall.to_json()}
+
+
+def _difference(gain: Estimate) -> dict[str, Any]:
+    """Adapter minus base; of a perplexity, the relative change, which is above 0 where the adapter is worse."""
+    low, high = gain.interval(-1.0, 1.0)
+    if gain.unit == "share":
+        return {"value": round(gain.value, 4), "ci95": [round(low, 4), round(high, 4)]}
+    return {"value": round(math.expm1(-gain.value), 4), "ci95": [round(math.expm1(-high), 4), round(math.expm1(-low), 4)], "relative": True}
 
 
 def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
@@ -212,11 +224,13 @@ def _prediction(cell: Cell, index: int, case: Case, base: Reply, adapter: Reply,
     }
 
 
-def _is_right(cell: Cell, case: Case, reply: Reply) -> bool:
-    """Whether the label with the highest score is right.
+def _is_right(cell: Cell, case: Case, reply: Reply) -> bool | None:
+    """Whether the label with the highest score is right. None for a perplexity, which is of no answer.
 
     Free text is right from a score of 0.3 on, one match of VQAv2's ten answers.
     """
+    if cell.kind == perplexity.KIND:
+        return None
     if case.labels:
         return judges.answer_of(case, reply) == case.gold
     return bool(cell.judge([case], [reply]).estimate.value >= 0.3)
@@ -229,7 +243,8 @@ def count_of(row: Mapping[str, Any]) -> str:
 
 def _summary_line(row: dict[str, Any]) -> str:
     own = row["adapter"]
-    parts = [f"{row['name']:<26} n {count_of(row):>5}", f"{row['metric']}", f"chance {row['chance']:.2f}"]
+    parts = [f"{row['name']:<26} n {count_of(row):>5}", f"{row['metric']}"]
+    parts += [f"chance {row['chance']:.2f}"] if row["chance"] is not None else []
     parts += [f"{row['baseline']['name']} {row['baseline']['value']:.3f}"] if row["baseline"] else []
     parts += [f"base {row['base']['value']:.3f}", f"adapter {own['value']:.3f} [{own['ci95'][0]:.3f}, {own['ci95'][1]:.3f}]"]
     parts += [f"text {own['greedy']:.3f}"] if own["greedy"] is not None else []

@@ -87,7 +87,8 @@ class Work:
     """The work of one step.
 
     Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture. cached: distinct
-    pictures of the whole run, whose features stay in the cache.
+    pictures of the whole run, whose features stay in the cache. copies: of the learned tokens' logits, with their
+    probabilities and gradients.
     """
 
     rows: int
@@ -96,6 +97,7 @@ class Work:
     pictures: int
     tiles: int = 1
     cached: int = 0
+    copies: int = 4
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     gradients = tokens * size * (3 * shape.f + 3 * shape.d)
     mask = work.rows * work.tokens**2  # booleans; every layer saves it as floats
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
-    logits = 4 * work.learned * shape.words * FP32_BYTES
+    logits = work.copies * work.learned * shape.words * FP32_BYTES
     dequantised = shape.widest * size if precision in QUANTISED else 0
     parts = {
         "runtime": RUNTIME[device],
@@ -278,8 +280,10 @@ def _loading(shape: Shape, precision: Precision, device: str) -> int:
     return 0 if same or device != "cpu" else (shape.language + shape.rest + shape.vision + shape.projector) * shape.stored.itemsize
 
 
-def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0) -> Work:
-    """The largest batch: ``rows`` rows as long as ``row``. cached: distinct pictures of the whole run."""
+def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0, near_base: bool = False) -> Work:
+    """The largest batch: ``rows`` rows as long as ``row``. cached: distinct pictures of the whole run. near_base: whether
+    the base's own logits are needed too.
+    """
     return Work(
         rows=rows,
         tokens=pad_to(len(row)),
@@ -287,4 +291,5 @@ def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0) -> Work:
         pictures=rows * len(set(row.pictures)),
         tiles=5 if tiles else 1,
         cached=cached,
+        copies=5 if near_base else 4,
     )

@@ -96,7 +96,9 @@ class Plan:
         """Steps whose rows are all as long as the longest, and the pictures of the whole run."""
         train = self.recipe.train
         row_pictures = self.mixture.total * len(set(self.row.pictures))
-        return budget.longest(self.row, train.per_device_train_batch_size, self.recipe.tiles, min(row_pictures, self.mixture.pictures))
+        near_base = any(getattr(source, "retain", None) == "distribution" for source in self.recipe.sources.values())
+        cached = min(row_pictures, self.mixture.pictures)
+        return budget.longest(self.row, train.per_device_train_batch_size, self.recipe.tiles, cached, near_base)
 
     def training(self) -> budget.Forecast:
         return budget.training(self.shape, self.precision, self.device, self.recipe.adapter, self.recipe.train, self.work)

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import Reader, TaggedSource, set_readers
-from lcl_adapter.recipe.suites import SuiteOptions, TaggedSuite, fill_presets
+from lcl_adapter.recipe.suites import PerplexitySuite, SuiteOptions, TaggedSuite, fill_presets
 from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
@@ -51,6 +51,24 @@ class AdapterOptions(Options):
         return self
 
 
+def _allowance(value: object) -> object:
+    """A number of points, or a percentage as text. Raises ValueError for any other text."""
+    if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value.strip()):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise ValueError(f"{value!r} is neither points, for instance 1.0, nor a percentage, for instance 5%") from error
+    return value.replace(" ", "") if isinstance(value, str) else value
+
+
+Allowance = Annotated[float | str, BeforeValidator(_allowance)]
+
+
+def amount_of(allowance: float | str) -> float:
+    """The number of an allowance: points, or percent."""
+    return float(allowance.rstrip("%")) if isinstance(allowance, str) else allowance
+
+
 class EvaluateOptions(Options):
     """What is measured at the end of a run, base and adapter side by side.
 
@@ -58,8 +76,10 @@ class EvaluateOptions(Options):
     """
 
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(fill_presets)] = {}
-    retention: dict[str, float] = Field(
-        {}, description="points that a suite may fall below the base; the run fails if the interval of its fall is above"
+    retention: dict[str, Allowance] = Field(
+        {},
+        description="points that a suite may fall below the base, or the percentage by which a perplexity may rise; the run fails if the "
+        "interval of the fall is above",
     )
     every: int | None = Field(None, ge=1, description="steps between the measurements during the run")
     patience: int | None = Field(
@@ -84,6 +104,12 @@ class EvaluateOptions(Options):
                 if name not in self.suites:
                     known = list(self.suites)
                     raise ValueError(f"`{key}` names {name!r}, which is no suite{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}")
+        for name, allowance in self.retention.items():
+            relative = isinstance(self.suites[name], PerplexitySuite)
+            if relative and not isinstance(allowance, str):
+                raise ValueError(f"`retention` of {name!r}: a perplexity may rise by a percentage; write {name}: {allowance:g}%")
+            if isinstance(allowance, str) and not relative:
+                raise ValueError(f"`retention` of {name!r}: a share may fall by points; write {name}: {amount_of(allowance):g}")
         return self
 
     @property
@@ -125,6 +151,11 @@ class Recipe(Options):
         if self.adapter.pissa and (self.precision in QUANTISED or self.evaluate.every):
             raise ValueError(
                 "`adapter.pissa` changes the base's weights during training: set a precision of 16 bits or more, and no `evaluate.every`"
+            )
+        near_base = [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
+        if self.adapter.pissa and near_base:
+            raise ValueError(
+                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{near_base[0]}.retain: answers"
             )
         for start, shares in self.phases():
             if sum(shares.values()) <= 0:

@@ -110,12 +110,25 @@ class ProductSuite(Words):
 
 
 class VqaSuite(Options):
-    """Plain questions, scored by exact match or by VQAv2's rule against ten answers. They measure retention."""
+    """Plain questions, with or without pictures. They measure retention.
+
+    rule: the text is the answer; it contains one of the accepted answers; or VQAv2's rule against ten answers.
+    """
 
     kind: Literal["vqa"]
     source: TaggedQuestions
-    rule: Literal["exact", "vqav2"] = "exact"
+    rule: Literal["exact", "contains", "vqav2"] = "exact"
     published: Literal["vqav2"] | None = None
+
+
+class PerplexitySuite(Options):
+    """Perplexity of a plain text: how well the model still predicts language. Lower is better.
+
+    Every sentence is predicted after the earlier ones of its paragraph, outside of any chat. Blank lines divide paragraphs.
+    """
+
+    kind: Literal["perplexity"]
+    file: Path = Path("photo:text/page.txt")
 
 
 class PopeSuite(Options):
@@ -167,6 +180,7 @@ SuiteOptions = (
     | InspectionSuite
     | ProductSuite
     | VqaSuite
+    | PerplexitySuite
     | PopeSuite
     | RecSuite
     | LocateSuite

@@ -9,7 +9,7 @@ from typing import Any
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
-from lcl_adapter.report.table import format_figure, retention_line
+from lcl_adapter.report.table import format_chance, format_figure, retention_line
 
 
 def write_card(run: Path) -> Path:
@@ -55,7 +55,7 @@ def _results(report: dict[str, Any] | None) -> str:
         baseline, own = row["baseline"], row["adapter"]
         untrained = baseline and baseline["value"]
         rows.append(
-            f"| {row['name']} | {count_of(row)} | {row['metric']} | {row['chance']:.2f} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
+            f"| {row['name']} | {count_of(row)} | {row['metric']} | {format_chance(row)} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
             f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {format_figure(own['greedy'])} |"
         )
     published = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]

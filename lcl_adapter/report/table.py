@@ -31,7 +31,7 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
             escape(row["name"]),
             count_of(row),
             row["metric"],
-            f"{row['chance']:.2f}",
+            format_chance(row),
             format_figure(row["baseline"] and row["baseline"]["value"]),
             format_figure(base["value"]),
             f"[bold]{adapter['value']:.3f}[/bold]",
@@ -46,7 +46,12 @@ def format_figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-VERDICTS = {"retained": "retained", "lost": "NOT RETAINED", "undecided": "UNDECIDED, {n} questions are too few to say"}
+def format_chance(row: Mapping[str, Any]) -> str:
+    """The chance level; "-" where there is none."""
+    return "-" if row["chance"] is None else f"{row['chance']:.2f}"
+
+
+VERDICTS = {"retained": "retained", "lost": "NOT RETAINED", "undecided": "UNDECIDED, {n} {cases} are too few to say"}
 
 
 def verdict_of(row: Mapping[str, Any]) -> str:
@@ -57,7 +62,14 @@ def verdict_of(row: Mapping[str, Any]) -> str:
 
 
 def retention_line(row: Mapping[str, Any]) -> str:
-    """How far a suite is from the base in points, its paired 95 % interval, what may be lost, and the verdict."""
+    """How far a suite is from the base in points, its paired 95 % interval, what may be lost, and the verdict. Of a
+    perplexity, by how many percent it rose.
+    """
+    if row.get("unit") == "%":
+        verdict = VERDICTS[verdict_of(row)].format(n=row["n"], cases="sentences")
+        low, high = row["interval"]
+        change = f"perplexity {row['fell']:+.1f} % against the base (95 %: {low:+.1f} to {high:+.1f})"
+        return f"{row['suite']}: {change}, {row['allowed']:+.1f} % is allowed: {verdict}."
     interval = f" (95 %: {-row['interval'][1]:+.1f} to {-row['interval'][0]:+.1f})" if "interval" in row else ""
-    verdict = VERDICTS[verdict_of(row)].format(n=row.get("n"))
+    verdict = VERDICTS[verdict_of(row)].format(n=row.get("n"), cases="questions")
     return f"{row['suite']}: {-row['fell']:+.1f} points against the base{interval}, {row['allowed']:.1f} may be lost: {verdict}."

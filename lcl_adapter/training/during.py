@@ -74,7 +74,7 @@ class MeasureDuring(TrainerCallback):
         self.results["base"] = base_figures
         gate = retention_of([(c.suite, len(c.cases), self.base_estimates[c.name].minus(estimates[c.name])) for c in self.cells], self.recipe)
         passed, within = all(g["retained"] for g in gate), allowance_met(gate)
-        mean = sum(figures.values()) / len(figures)
+        mean = sum(estimate.value for estimate in estimates.values()) / len(estimates)  # more is better, of a perplexity too
         best = self.results["best"]
         better = passed and (best is None or (within, mean) > (best.get("within", True), best["mean"]))
         better = processes.gather(better)[0]  # saving needs all processes, so all follow the first one's decision
@@ -99,7 +99,7 @@ class MeasureDuring(TrainerCallback):
 
 
 def _rounded(estimates: Mapping[str, Estimate]) -> dict[str, float]:
-    return {name: round(estimate.value, 4) for name, estimate in estimates.items()}
+    return {name: round(estimate.shown, 4) for name, estimate in estimates.items()}
 
 
 def since_best(results: Mapping[str, Any], step: int) -> int:

@@ -1,7 +1,8 @@
 """Lengths of a recipe's rows, bounded before any weight is loaded. What does not fit the context is refused or left out.
 
 Of episodes, the longest that a source can draw is encoded. Of questions, every record that could be too long is, and as
-many of the longest as show how long a row can be. Samples of shards are unknown until they are read.
+many of the longest as show how long a row can be. Samples of shards are unknown until they are read. A prompt that the
+base will answer counts with the longest answer.
 
 Lengths are in tokens. A row's whole length counts in memory. Its support set and its longest query must fit the context.
 """
@@ -241,11 +242,12 @@ def _bound_questions(collator: Collator, name: str, pool: QuestionPool, rows: Ro
     if sizes is None:
         return
     base = (encoder.tokenizer.name_or_path, encoder.family.name, encoder.context, len(encoder.image))
-    key = (pool.fingerprint, len(pool), name, options.model_dump_json(), collator.on_fault, *base)
+    key = (pool.fingerprint, len(pool), pool.new_tokens, name, options.model_dump_json(), collator.on_fault, *base)
     measured = MEASUREMENTS.get(key) if pool.fingerprint else None
     box = cache(lambda: longest_box(Wording(), Ruler.of(encoder).examples))
+    answer = _text_of(pool.new_tokens, encoder)
     if measured is None:
-        measured = _measure(collator, name, pool, sizes, options.packed, box)
+        measured = _measure(collator, name, pool, sizes, options.packed, box, answer)
         if len(MEASUREMENTS) >= MOST_MEASUREMENTS:
             MEASUREMENTS.pop(next(iter(MEASUREMENTS)))
         MEASUREMENTS[key] = measured
@@ -261,18 +263,22 @@ def _bound_questions(collator: Collator, name: str, pool: QuestionPool, rows: Ro
         times = 1 if options.packed == 1 else 2 if len(pool) >= options.packed else options.packed
         together = [entry for entry in measured.longest for _ in range(times)][: options.packed]
         rows.bounds[name] = sum(max(length, measured.rest) for length, _ in together)
-        dialogues = tuple(_with_box(pool.dialogues[index], box) for _, index in together)
+        dialogues = tuple(_with_longest(pool.dialogues[index], box, answer) for _, index in together)
         rows.add(encoder.conversation(from_dialogues(dialogues)))
 
 
-def _measure(collator: Collator, name: str, pool: QuestionPool, sizes: np.ndarray, packed: int, box: Callable[[], str]) -> Measured:
+def _measure(
+    collator: Collator, name: str, pool: QuestionPool, sizes: np.ndarray, packed: int, box: Callable[[], str], answer: tuple[str, int]
+) -> Measured:
     """Measure records from the one with the most bytes on, until the others are surely no longer than the longest, or are
     many and surely fit the context: a token has at least one byte.
+
+    answer: a text as long as the longest answer, and the tokens that it lacks.
     """
     encoder, ruler = collator.encoder, Ruler.of(collator.encoder)
     frame = ruler.lengths(_empty(1), 1)[0]
     turn = ruler.lengths(_empty(2), 1)[0] - frame
-    most = sizes[:, 0] + frame + sizes[:, 1] * (turn + 2 * JOINED) + sizes[:, 2] * (encoder.tokens_an_image + turn)
+    most = sizes[:, 0] + frame + sizes[:, 1] * (turn + 2 * JOINED) + sizes[:, 2] * (encoder.tokens_an_image + turn) + pool.new_tokens
     longest: list[tuple[int, int]] = []  # the shortest first
     errors: list[str] = []
     rest = 0
@@ -283,8 +289,11 @@ def _measure(collator: Collator, name: str, pool: QuestionPool, sizes: np.ndarra
             rest = int(most[index])
             break
         try:
-            conversation = from_dialogues((_with_box(pool.dialogues[index], box),))
-            needed, length = ruler.lengths(conversation, encoder.tokens_an_image)
+            conversation = from_dialogues((_with_longest(pool.dialogues[index], box, answer),))
+            needed, length = (tokens + answer[1] for tokens in ruler.lengths(conversation, encoder.tokens_an_image))
+            if needed > encoder.context and pool.new_tokens:
+                fault = f"{needed} tokens, with an answer of up to {pool.new_tokens}, do not fit the {encoder.limit}"
+                raise EpisodeError(f"{conversation.origin}: {fault}. Shorten the prompt, or lower `max_new_tokens`.")
             if needed > encoder.context:
                 encoder.conversation(conversation)  # raises
         except EpisodeError as error:
@@ -299,8 +308,24 @@ def _measure(collator: Collator, name: str, pool: QuestionPool, sizes: np.ndarra
     return Measured(tuple(sorted(longest, reverse=True)), rest, tuple(errors))
 
 
-def _with_box(dialogue: Dialogue, box: Callable[[], str]) -> Dialogue:
-    """The dialogue with the longest text of a box for each region, so that its picture is not opened."""
+def _text_of(tokens: int, encoder: Encoder) -> tuple[str, int]:
+    """A text of at most so many tokens, and how many it lacks. Words of one token, where the tokenizer has such."""
+    if not tokens:
+        return "", 0
+    text = " ".join("a" * tokens)
+    (count,) = encoder.count_tokens([text])
+    if count > tokens:
+        text = " ".join("a" * max(1, tokens * tokens // count))
+        (count,) = encoder.count_tokens([text])
+    return text, max(0, tokens - count)
+
+
+def _with_longest(dialogue: Dialogue, box: Callable[[], str], answer: tuple[str, int]) -> Dialogue:
+    """The dialogue with the longest text of a box for each region, so that its picture is not opened, and the longest answer
+    to a prompt that waits for one.
+    """
+    if answer[0]:
+        return replace(dialogue, exchanges=tuple(replace(e, answer=answer[0]) for e in dialogue.exchanges))
     if not any(exchange.region for exchange in dialogue.exchanges):
         return dialogue
     exchanges = [replace(e, answer=box(), region=None) if e.region else e for e in dialogue.exchanges]

@@ -31,7 +31,7 @@ from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import SourceOptions
-from lcl_adapter.recipe.suites import ImageNet100Suite
+from lcl_adapter.recipe.suites import ImageNet100Suite, PerplexitySuite
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
@@ -59,6 +59,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
             pools[name] = pool
             sources[name] = _open_pictures(name, pool, opened, faults)
     for name, suite in recipe.evaluate.suites.items():
+        if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
+            continue
         pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"suite {name}", suite.source, faults)
         if pool is not None:
             sources[f"suite {name}"] = _open_pictures(f"suite {name}", pool, opened, faults)

@@ -28,6 +28,8 @@ def refuse_unsupported(recipe: Recipe) -> None:
         raise RunError("precision: auto may choose 4 bits, which cannot be sharded; set precision=bf16.")
     if recipe.adapter.pissa:
         raise RunError("adapter.pissa: it changes the base's own weights, which are sharded; set adapter.pissa=false.")
+    if any(getattr(source, "retain", None) == "distribution" for source in recipe.sources.values()):
+        raise RunError("retain: distribution asks the base in every step, which is not supported with sharded weights; set retain: answers.")
     if recipe.evaluate.every:
         raise RunError("evaluate.every: a run with sharded weights is measured at its end only; set evaluate.every=null.")
 

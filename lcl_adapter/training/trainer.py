@@ -30,6 +30,7 @@ from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.base import adapter
 from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import PROJECTOR, Base, attach, load_base, load_encoder, parameters_by_part
+from lcl_adapter.base.precision import allow_gradients
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
@@ -44,7 +45,9 @@ from lcl_adapter.training.card import PROGRESS, Tally, facts_of, print_start
 from lcl_adapter.training.collate import BucketedOrder, Collator, Readable
 from lcl_adapter.training.during import use_best
 from lcl_adapter.training.lengths import check_rows
+from lcl_adapter.training.losses import divergence, own_logits
 from lcl_adapter.training.options import check_options
+from lcl_adapter.training.replay import answer_prompts, has_prompts
 from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
@@ -104,6 +107,8 @@ class LclTrainer(SFTTrainer):
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
         self.tally = Tally()
+        # Sources that stay near the base's own distribution instead of learning their tokens
+        self.near_base = {name for name, source in recipe.sources.items() if getattr(source, "retain", None) == "distribution"}
         self.zero_term: torch.Tensor | None = None
         # A batch without pictures then still runs tower and projector: data parallel expects a gradient of a trained
         # projector in every process, and sharded weights need all processes to run the same modules.
@@ -128,7 +133,8 @@ class LclTrainer(SFTTrainer):
             sharding.shard_weights(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Mean cross entropy over learned tokens. Only their hidden states go through the head.
+        """The mean over learned tokens of the cross entropy or, in rows of ``near_base``, of the distance to the base's own
+        distribution. Only their hidden states go through the head.
 
         num_items_in_batch: learned tokens of the whole step, in all processes.
         """
@@ -137,13 +143,22 @@ class LclTrainer(SFTTrainer):
             raise inputs["error"]
         labels_BT, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
-        self.tally.add_rows(inputs.pop("counts", ()))
+        counts = inputs.pop("counts", ())
+        self.tally.add_rows(counts)
         targets_BT = labels_BT[:, 1:]  # one shorter: position t predicts token t + 1
         learned_BT = targets_BT != IGNORED
-        outputs = model(**inputs, pictures=pictures, logits_to_keep=functional.pad(learned_BT, (0, 1)), use_cache=False)
-        logits_LV = outputs.logits.reshape(-1, outputs.logits.shape[-1]).float()
+        read_BT = functional.pad(learned_BT, (0, 1))
+        near = [row for row, (source, *_) in enumerate(counts) if source in self.near_base]
+        own_KV = own_logits(self.base, self.vision, self.collator.encoder, inputs, pictures, near, read_BT) if near else None
+        outputs = model(**inputs, pictures=pictures, logits_to_keep=read_BT, use_cache=False)
+        logits_LV, targets_L = outputs.logits.reshape(-1, outputs.logits.shape[-1]), targets_BT[learned_BT]
         smoothing = self.recipe.train.label_smoothing_factor if self.model.training else 0.0
-        total = functional.cross_entropy(logits_LV, targets_BT[learned_BT], reduction="sum", label_smoothing=smoothing)
+        if own_KV is None:
+            total = functional.cross_entropy(logits_LV.float(), targets_L, reduction="sum", label_smoothing=smoothing)
+        else:
+            near_L = torch.zeros_like(learned_BT).index_fill_(0, torch.tensor(near, device=learned_BT.device), True)[learned_BT]
+            learned = functional.cross_entropy(logits_LV[~near_L].float(), targets_L[~near_L], reduction="sum", label_smoothing=smoothing)
+            total = learned + divergence(logits_LV[near_L], own_KV)
         loss = total / (learned_BT.sum() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -280,18 +295,24 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         check_unchanged(recipe, mixture)
         if (output / adapter.MANIFEST).exists():
             return adapter.read_manifest(output)
-    total = mixture.total
+    total, steps = mixture.total, mixture.steps
     # Before any weight is loaded.
-    check_options(lambda: sft_config(recipe, mixture.steps))
+    check_options(lambda: sft_config(recipe, steps))
     rows = check_rows(Collator(mixture, load_encoder(BaseRef.of(recipe)), on_fault=recipe.data.on_fault))
-    base = attach(load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device())), recipe.adapter)
+    base = load_base(replace(BaseRef.of(recipe), device="cpu" if processes.sharded() else devices.training_device()))
+    allow_gradients(base.model)
+    if has_prompts(mixture):
+        if processes.is_first():
+            _save_start(recipe, mixture)  # a run that is stopped while the base answers can be resumed
+        mixture = answer_prompts(mixture, base, output)
+        rows = check_rows(Collator(mixture, base.encoder(), on_fault=recipe.data.on_fault))
+    base = attach(base, recipe.adapter)
     if recipe.adapter.pissa and processes.is_first():
         adapter.save_pissa_start(base.model, output / "start")
     vision = VisionFeatures(base, memory_bytes(options.feature_cache), synchronised=processes.uses_deepspeed())
     collator = Collator(mixture, base.encoder(), Readable(), recipe.data.on_fault)
     if processes.is_first():
-        write_json(output / DATA, mixture.hashes())
-        save_recipe(recipe, output / "recipe.yaml")  # last: a folder with this file can be resumed
+        _save_start(recipe, mixture)
     parts = parameters_by_part(base.model)
     print_start(mixture, parts, rows, total)
     rows.show_left_out()
@@ -343,6 +364,12 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         adapter.save_adapter(base, output, recipe.base, facts, state)
     processes.barrier()
     return facts
+
+
+def _save_start(recipe: Recipe, mixture: Mixture) -> None:
+    """Write what a resumed run is compared with."""
+    write_json(recipe.output / DATA, mixture.hashes())
+    save_recipe(recipe, recipe.output / "recipe.yaml")  # last: a folder with this file can be resumed
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:

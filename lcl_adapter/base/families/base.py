@@ -27,6 +27,7 @@ class Rendered:
 @dataclass(frozen=True)
 class Family:
     """A prompt format and its padding. Learned are the answer and ``end``, so that the model also learns to stop.
+    Of an unfinished answer, ``end`` is not learned.
 
     matches: whether a config and a tokenizer belong to this family.
     system: the text before the first turn. user: a user turn, with {image} and {text}. answer: an answer, with {text}.
@@ -67,7 +68,7 @@ class Family:
                 start = len(text)
                 text += self.answer.format(text=turn.text) + self.end
                 if turn.learn:
-                    learned.append((start, len(text)))
+                    learned.append((start, len(text) - (len(self.end) if turn.unfinished else 0)))
         return Rendered(text + self.assistant if opened else text, tuple(learned))
 
     def chat_template(self, image_token: str = IMAGE) -> str:

@@ -68,7 +68,7 @@ class ChatTemplate(Family):
                 prompt, answered = self._text([*before, *turns[: number - 1]], opened=True), self._closed([*before, *turns[:number]])
                 if not (text.startswith(answered) and answered.startswith(prompt)):
                     raise DataError(f"the chat template changes the text before the answer {turn.text!r}, so training would not match prediction.")
-                learned.append((len(prompt) - cut, len(answered) - cut))
+                learned.append((len(prompt) - cut, len(answered) - cut - (len(self.end) if turn.unfinished else 0)))
         return Rendered(text[cut:], tuple(learned))
 
     def _text(self, turns: Sequence[Turn], opened: bool = False) -> str:

@@ -32,6 +32,7 @@ from lcl_adapter.data.sources.isekai import Isekai, read_isekai_questions
 from lcl_adapter.data.sources.llava_json import LlavaJson, read_llava_json
 from lcl_adapter.data.sources.manifest import Manifest
 from lcl_adapter.data.sources.pocket import PocketClasses, read_pocket
+from lcl_adapter.data.sources.self_replay import SelfReplay
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.data.sources.shikra import Shikra, ShikraBoxes
 from lcl_adapter.data.sources.vqa import LlavaQuestions, Pope, VqaV2
@@ -80,6 +81,7 @@ READERS: tuple[type[Reader], ...] = (
     Shikra,
     HfQuestions,
     Shards,
+    SelfReplay,
 )
 register_sources(READERS)
 

@@ -271,6 +271,7 @@ class Exchange:
     answers: all answers that people gave, if a suite scores against several.
     region: if the answer is a box, the region of that box; ``answer`` is then empty, because the picture's size is not
     read yet.
+    unfinished: the answer was cut, so its end is not learned.
     """
 
     question: str
@@ -279,6 +280,7 @@ class Exchange:
     further: tuple[Picture, ...] = ()
     answers: tuple[str, ...] = ()
     region: Region | None = None
+    unfinished: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ class QuestionPool:
 
     dialogues: may read a dialogue from its file each time it is used. fingerprint: a hash of the file's contents.
     shard_sizes: the number of dialogues in each shard, if they are in shards. shards_at_once: how many shards a pass
-    mixes.
+    mixes. new_tokens: each dialogue waits for an answer of the base, of at most so many tokens; 0 where all are answered.
     """
 
     name: str
@@ -309,6 +311,7 @@ class QuestionPool:
     fingerprint: str = ""
     shard_sizes: tuple[int, ...] = ()
     shards_at_once: int = 1
+    new_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.dialogues)

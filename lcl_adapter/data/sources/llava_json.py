@@ -1,13 +1,16 @@
 """LLaVA's training JSON, as a list or as JSON Lines:
-``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}]}``.
+``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}], "answers"?}``.
 
 There is one ``<image>`` for each image, in order. If a turn has one ``<image>``, it is moved to the front, as upstream
 does. If a turn has several, each stays at its place in the text.
+
+``answers`` is not LLaVA's. It lists all accepted answers to the last question, for a suite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,28 +26,30 @@ IMAGE = "<image>"
 
 
 class LlavaJson(QuestionReader):
-    """``type: llava-json``. LLaVA's training JSON (a list or JSON Lines); ``images`` is a folder or a zip archive.
+    """``type: llava-json``. LLaVA's training JSON (a list or JSON Lines); ``images`` is a folder or a zip archive. Leave it out
+    where no record has an image.
 
     limit: use only this many records, from the start of the file.
     """
 
     type: Literal["llava-json"]
     file: Path
-    images: Path
+    images: Path | None = None
     limit: int | None = Field(None, ge=1)
 
     def open(self, name: str, min_pictures: int = 1) -> QuestionPool:
         return read_llava_json(self.file, self.images, name, self.on_fault, self.limit)
 
 
-def read_llava_json(file: Path, images: Path, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
-    """Read the records. Images are referred to under ``images``, a folder or a zip archive, and not opened.
+def read_llava_json(file: Path, images: Path | None, name: str = "", on_fault: str = "refuse", limit: int | None = None) -> QuestionPool:
+    """Read the records. Images are referred to under ``images``, a folder or a zip archive, and not opened; None where there
+    are none.
 
     on_fault: "refuse" raises one DataError that lists the first faults; "skip" leaves bad records out and counts them.
     limit: use only this many records, from the start. A record that occurs twice, byte for byte, is a fault.
     """
     records = Records(file)
-    archive = images.suffix.lower() == ".zip"
+    archive = images is not None and images.suffix.lower() == ".zip"
     parse = partial(_dialogue, records=records, images=images, archive=archive)
     dialogues, faults = read_dialogues(records, parse, limit=limit)
     return check_faults(QuestionPool(name or file.stem, dialogues, {}, tuple(faults), records.sha256), on_fault)
@@ -56,10 +61,16 @@ def picture(images: Path, archive: bool, name: str) -> Picture:
     return Picture(images, name) if archive else Picture(images / name)
 
 
-def _dialogue(record: Any, number: int, records: Records, images: Path, archive: bool) -> Dialogue:
+def _dialogue(record: Any, number: int, records: Records, images: Path | None, archive: bool) -> Dialogue:
     listed = record.get("image") or []
-    pictures = [picture(images, archive, p) for p in ([listed] if isinstance(listed, str) else list(listed))]
-    return Dialogue(exchanges_of(record["conversations"], pictures), record_name(records, number, record))
+    if listed and images is None:
+        raise ValueError("it has an image, and the source has no `images`: set the folder or archive of its images")
+    pictures = [picture(images, archive, p) for p in ([listed] if isinstance(listed, str) else list(listed))] if images else []
+    *earlier, last = exchanges_of(record["conversations"], pictures)
+    accepted = record.get("answers") or []
+    if isinstance(accepted, str) or not all(isinstance(answer, str) and answer.strip() for answer in accepted):
+        raise ValueError("`answers` is a list of texts, all accepted answers to the last question")
+    return Dialogue((*earlier, replace(last, answers=tuple(accepted))), record_name(records, number, record))
 
 
 def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...]:

@@ -16,7 +16,7 @@ from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
 from lcl_adapter.evaluate.cases import Cell, Selection
-from lcl_adapter.evaluate.suites import boxes, inspection, lcl, product, published, questions
+from lcl_adapter.evaluate.suites import boxes, inspection, lcl, perplexity, product, published, questions
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe import Recipe, presets
 from lcl_adapter.recipe.suites import (
@@ -26,6 +26,7 @@ from lcl_adapter.recipe.suites import (
     IsekaiSuite,
     LclSuite,
     LocateSuite,
+    PerplexitySuite,
     PopeSuite,
     ProductSuite,
     RecSuite,
@@ -86,6 +87,8 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Sele
             yield boxes.rec(name, options, selection)
         case VqaSuite():
             yield questions.vqa(name, options, selection)
+        case PerplexitySuite():
+            yield perplexity.page(name, options, selection)
         case PopeSuite():
             yield questions.pope(name, options, selection)
         case InstructSuite():
@@ -118,7 +121,7 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
             )
             faults += [_overlap_message(name, common)] if common else []
         else:
-            files = _files(options.source)
+            files = _files(options if isinstance(options, PerplexitySuite) else options.source)
             same = [s for s, o in mixture.options.items() if files & _files(o)]
             faults += [f"evaluate.suites.{name}: source {same[0]} trains on the same file; measure on another"] if same else []
     if faults:
@@ -155,6 +158,7 @@ def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tu
             for side, class_name in enumerate(pair.names):
                 yield "", class_name, (*pair.support[side], *pair.queries[side])
         return
+    assert not isinstance(options, PerplexitySuite)
     reader: Any = options.source
     pool: ClassPool | InspectionPool = open_reader(name, reader)
     for part in pool.classes if isinstance(pool, ClassPool) else pool.categories:
@@ -190,10 +194,10 @@ def longest_case(recipe: Recipe, encoder: Encoder) -> LongestCase | None:
     for cell in build_cells(recipe, limit=DRAWN):
         for case in cell.cases:
             support = len(encoder.turns(case.support)[0]) if case.support else 0
-            prompt = len(encoder.turns([case.query], opened=True)[0])
-            scored = sum(len(encoder.turns([case.query, Turn("assistant", answer)])[0]) - prompt - 1 for answer in case.answers)
+            prompt, answers = encoder.question(case.query, case.answers)
+            scored = sum(len(ids) - 1 for ids in answers)
             pictures = {picture for turn in (*case.support, case.query) for picture in turn.pictures}
-            cases.append(LongestCase(support, prompt + scored, 1 + scored, cell.new_tokens or 0, len(pictures)))
+            cases.append(LongestCase(support, len(prompt) + scored, 1 + scored, cell.new_tokens or 0, len(pictures)))
     return max(cases, key=lambda case: case.total, default=None)
 
 
@@ -206,10 +210,12 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     watched = tuple(recipe.evaluate.watched)
     during = build_cells(recipe, DRAWN, watched, during=True) if watched else ()
     for cell in chain(build_cells(recipe, limit=DRAWN), during):
-        for case in cell.cases:
+        for case in cell.cases if cell.kind != perplexity.KIND else ():
             _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():
-        if isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
+        if isinstance(options, PerplexitySuite):
+            _check_page(encoder, name, perplexity.page(name, options, Selection(name, 0)))
+        elif isinstance(options, VqaSuite | PopeSuite | RecSuite | InstructSuite):
             pool = open_reader(name, options.source)
             new_tokens = options.new_tokens if isinstance(options, InstructSuite) else boxes.BOX_TOKENS
             for index in longest_dialogues(pool, LONGEST):
@@ -226,6 +232,14 @@ def _check_length(encoder: Encoder, suite: str, turns: Sequence[Turn], new_token
     length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
     if length > encoder.context:
         raise EpisodeError(f"evaluate.suites.{suite}: {length} tokens do not fit the {encoder.limit}; lower its `shots`, or shorten the question.")
+
+
+def _check_page(encoder: Encoder, suite: str, cell: Cell) -> None:
+    for case in cell.cases:
+        prompt, (ids,) = encoder.question(case.query, case.answers)
+        if (length := len(prompt) + len(ids)) > encoder.context:
+            remedy = "divide its paragraphs with blank lines"
+            raise EpisodeError(f"evaluate.suites.{suite}: a paragraph of {length} tokens does not fit the {encoder.limit}; {remedy}.")
 
 
 def _picture_key(picture: Picture) -> tuple[str, str | None]:

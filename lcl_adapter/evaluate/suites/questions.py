@@ -23,8 +23,8 @@ def vqa(name: str, options: VqaSuite, selection: Selection) -> Cell:
                 f"evaluate.suites.{name}: rule vqav2 needs the answers of several people; the question {incomplete.query.text!r} has only one."
             )
     figures = published.VQAV2 if options.published else ()
-    judge = judges.vqav2_figures if options.rule == "vqav2" else judges.exact_figures
-    metric = "VQA accuracy" if options.rule == "vqav2" else "exact match"
+    judge = {"exact": judges.exact_figures, "contains": judges.contained_figures, "vqav2": judges.vqav2_figures}[options.rule]
+    metric = {"exact": "exact match", "contains": "answer contained", "vqav2": "VQA accuracy"}[options.rule]
     return Cell(name, name, "vqa", metric, _majority_share(cases), cases, judge, published=figures, faults=faults)
 
 
