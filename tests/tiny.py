@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from lcl_adapter.base.layouts.tensors import tensors_in_folder
+from lcl_adapter.photo import EfficientNetLiteConfig
 from tools.pocket import tokenizer as tk
 
 WORDS = ["what", "is", "this", "the", "names", "learn", "now", "image", "good", "scratched", "question", "assistant", "user"]
@@ -97,7 +98,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
         case "llava-next-llama-3":
             special = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
             return byte_tokenizer(special, "<|eot_id|>", "<image>", "<|begin_of_text|>")
-        case "llava-onevision" | "llava-interleave":
+        case "photo" | "llava-onevision" | "llava-interleave":
             return byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", "<image>")
         case "qwen2-vl":
             special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
@@ -152,7 +153,7 @@ def config_of(family: str, tokenizer: Any) -> Any:
         )
     clip = CLIPVisionConfig(**small, image_size=SIDE)
     siglip = SiglipVisionConfig(**small, image_size=SIDE)
-    tied = family == "pocket"
+    tied = family in {"pocket", "photo"}
     common = {"image_token_id": image, "image_seq_length": 4, "vision_feature_layer": -2, "tie_word_embeddings": tied}
     pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     match family:
@@ -162,6 +163,13 @@ def config_of(family: str, tokenizer: Any) -> Any:
                 vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9", **{**common, "vision_feature_layer": -1},
                 video_token_id=len(tokenizer) + 5,
             )  # fmt: skip
+        case "photo":
+            # The tower's widths are fixed; 9 MB are its smallest size.
+            text = language(LlamaConfig, tokenizer, tie_word_embeddings=tied)
+            options = {**common, "image_seq_length": 2, "vision_feature_layer": -1, "projector_hidden_act": "linear"}
+            return LlavaConfig(
+                vision_config=EfficientNetLiteConfig(image_size=SIDE), text_config=text, vision_feature_select_strategy="full", **options
+            )
         case "llava-interleave":
             text = language(Qwen2Config, tokenizer)
             return LlavaConfig(
@@ -177,7 +185,7 @@ def config_of(family: str, tokenizer: Any) -> Any:
 
 
 def save_tiny(folder: Path, family: str = "pocket", seed: int = 0) -> Path:
-    """Write a random base in Hugging Face's layout, with 4 tokens for each image."""
+    """Write a random base in Hugging Face's layout, with 4 tokens for each image; of the family ``photo``, with 2."""
     tokenizer = tokenizer_of(family)
     config = config_of(family, tokenizer)
     torch.manual_seed(seed)
@@ -208,6 +216,8 @@ def save_tiny(folder: Path, family: str = "pocket", seed: int = 0) -> Path:
             images = CLIPImageProcessorPil(size=side, crop_size=side)
             template = tk.CHAT_TEMPLATE if family == "pocket" else None
             settings = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+            if family == "photo":
+                settings |= {"patch_size": SIDE, "vision_feature_select_strategy": "full"}
             LlavaProcessor(images, tokenizer, **settings, chat_template=template).save_pretrained(folder)
             return folder
     images.save_pretrained(folder)

@@ -31,6 +31,7 @@ from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import PARTIAL, scratch_folder, write_json
+from lcl_adapter.packaged import adapter_folder
 from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"
@@ -153,7 +154,7 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
 
     Raises AdapterError where the base is another one.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
     given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation}

@@ -29,6 +29,7 @@ from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision,
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import ModelError
+from lcl_adapter.photo import EfficientNetLiteConfig
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision
 from lcl_adapter.terminal import console
 
@@ -113,7 +114,7 @@ def tokens_an_image(config: Any, tiles: bool = False) -> int:
     """
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
-    class_token = "clip" in vision.model_type
+    class_token = "clip" in vision.model_type or vision.model_type == EfficientNetLiteConfig.model_type
     patches = side * side + class_token - (config.vision_feature_select_strategy == "default")
     line_break = config.model_type in TILED_TYPES
     return int(patches + (2 * side * (2 * side + 1) if tiles else line_break))

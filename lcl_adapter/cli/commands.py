@@ -23,6 +23,7 @@ from lcl_adapter.evaluate import check_held_out, check_suites
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
+from lcl_adapter.photo.packages import PACKAGES
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.terminal import console
 from lcl_adapter.training import hub, preflight, trainer
@@ -116,7 +117,7 @@ def _print_retention_failure(run: Path, best: dict[str, Any] | None) -> None:
 def list_bases() -> list[dict[str, Any]]:
     """The bases known by name, each with its state, folder, and what it takes. Prints them."""
     folder = photo.base_folder()
-    bases = [
+    bases: list[dict[str, Any]] = [
         {"name": pocket.NAME, "state": "ships", "folder": str(pocket.BASE), "about": "emoji at 64 pixels; 4 M parameters, 7 MB"},
         {
             "name": photo.NAME,
@@ -124,7 +125,7 @@ def list_bases() -> list[dict[str, Any]]:
             "folder": str(folder),
             "about": "photos at 224 pixels, English; 140 M parameters, 300 MB in fp16",
             "download": photo.download_size(),
-            "packages": [f"{package.project}=={package.version} ({package.licence})" for package in photo.PACKAGES],
+            "packages": [f"{package.project}=={package.version} ({package.licence})" for package in PACKAGES],
         },
     ]
     for base in bases:

@@ -63,6 +63,21 @@ class Memory(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Adapter(click.Path):
+    """A run's or an adapter's folder, or the name of a shipped adapter."""
+
+    name = "adapter"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from lcl_adapter.packaged import adapter_folder
+
+        return adapter_folder(str(super().convert(value, param, ctx)))
+
+
+ADAPTER = Adapter()
 PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
 LAYOUT = click.Choice(["hf", "original"])
 

@@ -110,9 +110,11 @@ def demo(options: Options) -> None:
 
 
 def _parse_adapter(text: str) -> tuple[str, Path]:
-    """``NAME=RUN``, or a run's folder; then the folder's name is the model's."""
+    """``NAME=RUN``, or a run's folder; then the folder's name is the model's. A shipped adapter's name stands for its folder."""
+    from lcl_adapter.packaged import adapter_folder
+
     name, separator, folder = text.partition("=")
-    return (name, Path(folder)) if separator else (Path(text).name, Path(text))
+    return (name, adapter_folder(folder)) if separator else (Path(text).name, adapter_folder(text))
 
 
 @main.group()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import PATH, Memory, base_options, emit, json_option, main
+from lcl_adapter.cli.common import ADAPTER, PATH, Memory, base_options, emit, json_option, main
 
 if TYPE_CHECKING:
     from lcl_adapter.base.ref import BaseRef
@@ -37,7 +37,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 
 
 @main.command("eval")
-@click.argument("run_folder", metavar="RUN", type=PATH)
+@click.argument("run_folder", metavar="RUN", type=ADAPTER)
 @click.argument("overrides", nargs=-1)
 @click.option(
     "--suite", "suites", multiple=True, help="Only this suite: one of the recipe, or the name of a shipped one. May be given several times."

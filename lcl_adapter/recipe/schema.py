@@ -19,6 +19,7 @@ from lcl_adapter.recipe.suites import PerplexitySuite, SuiteOptions, TaggedSuite
 from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
+WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data/conversations.py
 QUANTISED = ("int8", "nf4")
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
@@ -126,7 +127,7 @@ class Recipe(Options):
     attn_implementation: Attention = Field("sdpa", description="how attention is computed in training; flash_attention needs flash-attn and a GPU")
     vision_tower: str | None = Field(None, description="the vision tower's folder, if a base in the original layout does not contain it")
     tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: read pictures in tiles at twice the size; about five times the tokens")
-    wording: Literal["short", "lcl"] = "short"
+    wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()
     adapter: AdapterOptions = AdapterOptions()

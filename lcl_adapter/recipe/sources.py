@@ -48,6 +48,7 @@ class EpisodeOptions(Words):
         "tiles": ("jigsaw",),
         "ways": ("n-way",),
         "augment": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight"),
+        "copied": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight"),
         "blended": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight"),
         "turned": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "product"),
         "hard": ("n-way", "product"),
@@ -64,6 +65,7 @@ class EpisodeOptions(Words):
     other_artists: bool = Field(True, description="show support pictures by other artists than the query's, where artists are known")
     further_views: int = Field(0, ge=0, le=16, description="how many further views of each picture may be used when pictures run out")
     turned: Share = Field(0.0, description="share of episodes whose pictures are all rotated by 0 to 3 quarter turns; a turned object is a new class")
+    copied: Share = Field(0.0, description="share of queries that are a support picture itself: the easiest match, for the beginning of a run")
     blended: Share = Field(0.0, description="share of episodes whose classes are blends of two classes each: classes without end")
     augment: int = Field(0, ge=0, le=16, description="show each picture as it is or in one of this many further views, drawn anew each time")
     neither: Share = Field(0.5, description="policy product: share of queries that are neither of the two products shown")

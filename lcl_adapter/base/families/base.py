@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lcl_adapter.data.conversations import Turn
+from lcl_adapter.recipe.schema import WordingName
 
 IMAGE = "<image>"
 TOWERS = ("clip", "siglip")  # beginnings of the model types of LLaVA\'s usual towers
@@ -22,6 +23,14 @@ class Rendered:
 
     text: str
     learned: tuple[tuple[int, int], ...]
+
+
+class Frame(NamedTuple):
+    """The text around a question and its answer: a user turn, with {image} and {text}; what opens an answer; an answer, with {text}."""
+
+    user: str
+    assistant: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -52,24 +61,30 @@ class Family:
     padding: Literal["mean", "white"] = "mean"
     version: int = 1
     both_layouts: bool = False
-    wording: Literal["short", "lcl"] = "lcl"
+    wording: WordingName = "lcl"
 
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
         """Turns as text. opened: ends with ``assistant``, ready for an answer. first: begins with ``system``."""
         text, learned = self.system if first else "", []
+        frame = Frame(self.user, self.assistant, self.answer)
         for turn in turns:
             if turn.role == "user":
                 image = self.image if turn.picture and not turn.further else ""
                 # The text of a turn with several images contains the place of each.
                 content = turn.text.replace(IMAGE, self.image.rstrip("\n")) if turn.further else turn.text
-                text += self.user.format(text=content, image=image)
+                frame = self.frame(turn)
+                text += frame.user.format(text=content, image=image)
             else:
-                text += self.assistant
+                text += frame.assistant
                 start = len(text)
-                text += self.answer.format(text=turn.text) + self.end
+                text += frame.answer.format(text=turn.text) + self.end
                 if turn.learn:
                     learned.append((start, len(text) - (len(self.end) if turn.unfinished else 0)))
-        return Rendered(text + self.assistant if opened else text, tuple(learned))
+        return Rendered(text + frame.assistant if opened else text, tuple(learned))
+
+    def frame(self, question: Turn) -> Frame:
+        """The text around a question and its answer."""
+        return Frame(self.user, self.assistant, self.answer)
 
     def chat_template(self, image_token: str = IMAGE) -> str:
         """The same prompt as a Jinja template, for transformers and vLLM. Tokenizers add the begin token."""

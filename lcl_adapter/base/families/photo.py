@@ -1,18 +1,37 @@
-"""The photo base, on SmolLM2-135M-Instruct: the chat format of that model, with its own system text."""
+"""The photo base, on SmolLM2-135M-Instruct: the chat format of that model, and a short form for pictures alone."""
 
 from __future__ import annotations
 
-from lcl_adapter.base.families.base import Family, Match
+from dataclasses import dataclass
 
-PHOTO = Family(
+from lcl_adapter.base.families.base import IMAGE, Family, Frame, Match
+from lcl_adapter.data.conversations import Turn
+from lcl_adapter.photo import prompt
+
+SHORT = Frame(prompt.SHORT_USER, prompt.SHORT_ASSISTANT, prompt.SHORT_ANSWER)
+
+
+@dataclass(frozen=True)
+class PhotoFamily(Family):
+    """A picture without a text is written as a line: the picture, a colon, its label."""
+
+    def frame(self, question: Turn) -> Frame:
+        alone = question.picture is not None and not question.further and not question.text
+        return SHORT if alone else super().frame(question)
+
+    def chat_template(self, image_token: str = IMAGE) -> str:
+        return prompt.chat_template(image_token)
+
+
+PHOTO = PhotoFamily(
     "photo",
-    Match("llava", "llama", "<|im_start|>", "<|im_end|>", towers=("efficientnet_lite",)),
-    system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>",
-    user="\n<|im_start|>user\n{image}{text}<|im_end|>",
-    assistant="\n<|im_start|>assistant\n",
-    answer="{text}",
-    end="<|im_end|>",
+    Match("llava", "llama", "<|im_start|>", prompt.END, towers=("efficientnet_lite",)),
+    system=prompt.SYSTEM,
+    user=prompt.USER,
+    assistant=prompt.ASSISTANT,
+    answer=prompt.ANSWER,
+    end=prompt.END,
     special_tokens=("<|im_start|>",),
-    image="<image>",
-    wording="short",
+    image=prompt.IMAGE,
+    wording="bare",
 )

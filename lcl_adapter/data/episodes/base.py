@@ -192,6 +192,12 @@ def _draw_partners(rng: Rng, pool: ClassPool, classes: Sequence[int]) -> dict[in
     return {index: (pool.classes[others[n % len(others)]], float(rng.uniform(*BLENDS))) for n, index in enumerate(classes)}
 
 
+def _copied(rng: Rng, query: Example, support: Sequence[Example]) -> Example:
+    """The query with a picture of its class out of the support set; unchanged where that has none."""
+    same = [example for example in support if example.class_index == query.class_index]
+    return replace(query, picture=same[int(rng.integers(len(same)))].picture) if same else query
+
+
 def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, classes: Sequence[int], names: Sequence[str], shots: int) -> Episode:
     """The episode of these classes and names: queries from random classes, support set and labels in random order.
 
@@ -216,6 +222,8 @@ def assemble(pool: ClassPool, options: EpisodeOptions, rng: Rng, origin: str, cl
     named = list(zip(classes, names, divided, strict=True))
     queries = [example(picture, name, index) for index, name, pictures in named for picture in pictures.queries]
     support = [example(picture, name, index) for index, name, pictures in named for picture in pictures.support]
+    if options.copied:
+        queries = [_copied(rng, query, support) if rng.random() < options.copied else query for query in queries]
     return Episode(
         support=shuffled_examples(rng, support),
         queries=shuffled_examples(rng, queries),
