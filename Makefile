@@ -2,6 +2,7 @@
 # make test         set-up, then the whole suite
 # make check        lint, format, types
 # make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
+# make photos       set-up, the base for photos, then a real result: labelled photos in, judged photos out
 # make photos-data  fetches photos from three Debian packages (300 MB), and prepares the photo data sets (docs/photo-data.md)
 # make bench        the side-by-side measurements under benchmarks/, stored in benchmarks/results/
 
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE = 1
 UPSTREAM := build/upstream
 DEEPSPEED := build/deepspeed
 
-.PHONY: quickstart test check interop photos-data bench clean
+.PHONY: quickstart test check interop photos photos-data bench clean
 
 quickstart: $(READY)
 	rm -rf runs/quickstart
@@ -45,6 +46,11 @@ $(DEEPSPEED)/ready: $(READY) interop/deepspeed.txt
 	rm -rf $(DEEPSPEED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(DEEPSPEED) -r interop/deepspeed.txt
 	touch $(DEEPSPEED)/ready
+
+photos: $(READY)
+	$(BIN)/lcl-adapter base build photo
+	rm -rf judged
+	$(BIN)/lcl-adapter ask lcl_adapter/photo/example/labelled lcl_adapter/photo/example/new --base photo --adapter photo-lcl --compare --out judged
 
 photos-data: $(READY)
 	$(BIN)/python -m tools.photo.data

@@ -70,6 +70,25 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
     assert read_manifest(run)["shares"]["realised"]["photos"] > 0
 
 
+def test_photo_own_trains_on_a_users_folders(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """The recipe as it stands, on made-up photos and a tiny base of the photo family."""
+    for number in range(14):
+        for index in range(4):
+            paint(tmp_path / "photos" / f"part {number}" / f"{index}.png", (17 * number, 90, 250 - 17 * number), seed=100 * number + index)
+    run = tmp_path / "run"
+    changes = [f"data.root={tmp_path}", f"base={tiny_folder('photo')}", "precision=fp32", f"output={run}", "sources.photos.hold_out=0.4"]
+    changes += ["train.max_steps=2", "train.warmup_steps=1", "train.logging_steps=1", "sources.own.max_new_tokens=2"]
+    for suite in ("2way", "own-shuffled"):
+        changes += [f"evaluate.suites.{suite}.source.hold_out=0.4", f"evaluate.suites.{suite}.episodes=6"]
+    result = CliRunner().invoke(main, ["train", "recipes/photo-own.yaml", *changes, "--json"])
+    assert result.exit_code in {0, 3}, result.output  # 3: after two steps on random weights a suite may have fallen
+    report = json.loads(result.stdout)
+    assert {row["suite"] for row in report["suites"]} == {"2way", "own-shuffled", "page", "questions"}
+    manifest = read_manifest(run)
+    assert manifest["family"] == "photo"
+    assert set(manifest["held_in"]) == {"photos"}
+
+
 def test_own_photos_without_data_to_replay(tmp_path: Path, pocket_tiny: Path) -> None:
     """The lines that the recipe's comment gives to users without VQA data: checked, trained on and measured."""
     text = (recipes_folder() / "own-photos.yaml").read_text(encoding="utf-8")
