@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModel
 
+from lcl_adapter import packaged
 from lcl_adapter.base.layouts import find_base
 from lcl_adapter.cli import main
-from lcl_adapter.errors import ModelError, RunError
+from lcl_adapter.errors import DataError, ModelError, RunError
 from lcl_adapter.files import sha256_of
 from lcl_adapter.photo import EfficientNetLite, EfficientNetLiteConfig, build, packages
 from lcl_adapter.photo.tower import CLASSES, FEATURES, NORM_EPSILON, SCALES, STAGES, SamePadConv, folded, scaled_channels
@@ -294,3 +295,34 @@ def test_the_commands_list_build_and_check(wheels: Path) -> None:
     assert built.exit_code == 0, built.output
     assert json.loads(run(main, ["base", "build", "photo", "--check", "--json"]).stdout) == json.loads(built.stdout)
     assert {base["state"] for base in json.loads(run(main, ["base", "list", "--json"]).stdout)} == {"ships", "built"}
+
+
+# --- adapters known by name
+
+
+def test_a_shipped_adapter_is_copied_once_and_a_folder_of_its_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "adapter_model.safetensors").write_bytes(b"weights")
+    (shipped / "recipe.yaml").write_text("base: photo")
+    monkeypatch.setitem(packaged.ADAPTERS, "photo-lcl", shipped)
+    monkeypatch.setenv("LCL_ADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    copy = packaged.adapter_folder("photo-lcl")
+    assert copy.parent == tmp_path / "cache" / "adapters"
+    assert (copy / "recipe.yaml").read_text() == "base: photo"
+    (copy / "report.json").write_text("{}")  # what an evaluation writes stays
+    assert packaged.adapter_folder(Path("photo-lcl")) == copy
+    assert (copy / "report.json").exists()
+    (shipped / "adapter_model.safetensors").write_bytes(b"other weights")
+    assert packaged.adapter_folder("photo-lcl") != copy
+    (tmp_path / "photo-lcl").mkdir()
+    assert packaged.adapter_folder("photo-lcl") == Path("photo-lcl")
+    assert packaged.adapter_folder("runs/mine") == Path("runs/mine")
+
+
+def test_a_photo_file_that_was_not_fetched_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCL_ADAPTER_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=r"photo:real\.zip: not fetched yet .*make photos-data"):
+        packaged.packaged("photo:real.zip")
+    assert packaged.packaged("photo:imagenet_names.json").is_file()

@@ -150,12 +150,12 @@ def write_base(language_file: Path, tower_file: Path, folder: Path, softmax_temp
 
 def text_config(read: Any, vocabulary: int) -> LlamaConfig:
     """The language model's config without the traces of the GGUF that it was read from. vocabulary: rows of the embedding."""
-    kept = {
+    values = {
         name: value
         for name, value in read.to_diff_dict().items()
         if name not in {"quantization_config", "transformers_version", "architectures", "dtype"} and "name_or_path" not in name
     }
-    return LlamaConfig(**{**kept, "vocab_size": vocabulary, "bos_token_id": None})
+    return LlamaConfig(**{**values, "vocab_size": vocabulary, "bos_token_id": None})
 
 
 def read_language_model(path: Path) -> tuple[Any, Any]:
@@ -167,9 +167,9 @@ def read_language_model(path: Path) -> tuple[Any, Any]:
         raise RunError('the photo base needs the package gguf: pip install "lcl-adapter[photo]".') from error
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         raise ModelError(f"{path}: not a GGUF that transformers reads ({error}).") from error
-    found = {name: getattr(model.config, name, None) for name in LANGUAGE_SHAPE}
-    if found != LANGUAGE_SHAPE:
-        raise ModelError(f"{path}: a GGUF of another model ({found}); SmolLM2-135M-Instruct is expected ({LANGUAGE_SHAPE}).")
+    shape = {name: getattr(model.config, name, None) for name in LANGUAGE_SHAPE}
+    if shape != LANGUAGE_SHAPE:
+        raise ModelError(f"{path}: a GGUF of another model ({shape}); SmolLM2-135M-Instruct is expected ({LANGUAGE_SHAPE}).")
     return tokenizer, model.eval()
 
 

@@ -188,7 +188,7 @@ def _draw_partners(rng: Rng, pool: ClassPool, classes: Sequence[int]) -> dict[in
 
     A blend of two classes is a third one, so that no model learns all classes by heart (docs/lab.md).
     """
-    others = [int(i) for i in rng.permutation(len(pool)) if i not in classes] or list(classes)
+    others = [int(i) for i in rng.permutation(len(pool)) if i not in classes] or [*classes[1:], classes[0]]
     return {index: (pool.classes[others[n % len(others)]], float(rng.uniform(*BLENDS))) for n, index in enumerate(classes)}
 
 
