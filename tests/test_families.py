@@ -308,11 +308,12 @@ def test_published_models_have_the_tokens_of_their_papers() -> None:
     assert tokens_an_image(config("llava_next", "clip_vision_model", 336, 14, "default"), tiles=True) == 576 + 48 * 49
 
 
+@pytest.mark.parametrize("wording", ["lcl", "bare"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "pocket"])
-def test_the_chat_template_is_the_prompt(family: str, tiny_folder: Callable[[str], Path]) -> None:
+def test_the_chat_template_is_the_prompt(family: str, wording: str, tiny_folder: Callable[[str], Path]) -> None:
     """The template that a merged checkpoint has for transformers and vLLM renders the same text."""
     base = load_base(str(tiny_folder(family)))
-    sample = conversation("lcl")
+    sample = conversation(wording)
     turns = [*sample.shared, *sample.branches[0]]
     messages = [chat_template.message(t) for t in turns]
     template = FAMILIES[family].chat_template()

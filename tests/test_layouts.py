@@ -366,7 +366,7 @@ def test_a_base_without_tokenizer_model_cannot_become_original(copied: Callable[
     assert not (tmp_path / "llava-out.partial").exists()
 
 
-@pytest.mark.parametrize("family", ["pocket", "llava-onevision", "qwen2-vl"])
+@pytest.mark.parametrize("family", ["pocket", "photo", "llava-onevision", "qwen2-vl"])
 def test_a_family_that_upstream_lacks_cannot_become_original(tmp_path: Path, family: str) -> None:
     base = save_tiny(tmp_path / "base", family)
     with pytest.raises(ModelError, match="has no layout of haotian-liu's"):

@@ -16,9 +16,7 @@ END = "<|im_end|>"
 
 def chat_template(image_token: str = IMAGE) -> str:
     """The prompt as a Jinja template."""
-    text = (
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{% set ns.text = ns.text + c['text'] %}{% else %}{% set ns.images = ns.images + 1 %}"
-    )
+    text = "{% for c in m['content'] %}{% if c['type'] == 'text' %}{% set ns.text = ns.text + c['text'] %}{% else %}"
     image = repr(image_token)
     return (
         f"{{{{ {SYSTEM!r} }}}}{{% set ns = namespace(text='', images=0, short=false) %}}"
