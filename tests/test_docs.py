@@ -17,10 +17,11 @@ from click.testing import CliRunner
 
 from lcl_adapter import recipe
 from lcl_adapter.cli import main
+from lcl_adapter.photo import build as photo_build
 from tests.conftest import paint
 from tests.live import serving
 from tests.test_merge import adapter_on
-from tests.tiny import save_original
+from tests.tiny import save_original, save_tiny
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -166,6 +167,9 @@ def models_and_runs(run_folder: Path, tiny_folder: Callable[[str], Path], tmp_pa
     made = {"models/llava-v1.5-7b": llava, "models/lcl-7b": lcl, "models/clip-vit-large-patch14": folder / "lcl-7b-tower"}
     made |= {"runs/mix": adapter_on(llava, folder / "mix"), "runs/lcl-2way-weight": adapter_on(lcl, folder / "lcl-2way-weight")}
     made |= {f"runs/{name}": adapter_on(tiny_folder("llava-1.5"), folder / name, seed=seed) for seed, name in enumerate("ab")}
+    photo = save_tiny(folder / "photo", "photo")
+    (photo / "build.json").write_text("{}")
+    made |= {"photo-base": photo, "photo-lcl": adapter_on(photo, folder / "photo-lcl")}
     return made | {"runs/pocket": run_folder, "runs/quickstart": run_folder}
 
 
@@ -183,6 +187,7 @@ def folder(models_and_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(place)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.setattr(photo_build, "base_folder", lambda: tmp_path / "photo-base")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

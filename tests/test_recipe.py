@@ -193,7 +193,7 @@ def test_an_old_key_beside_its_new_name_is_a_fault_with_its_line(tmp_path: Path)
 
 def test_a_fault_below_an_old_key_has_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "evaluate:\n  suites: {vqa: {preset: vqa}}\n  keep:\n    vqa: much\n")
-    assert faults(path)[0].startswith(f"{path}, line 9: 'evaluate.retention.vqa': ")
+    assert faults(path)[0].startswith(f"{path}, line 9: evaluate.retention.vqa: 'much' is neither points")
 
 
 def test_old_and_new_names_meet_where_recipes_extend_each_other(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lcl_adapter import recipe
+from lcl_adapter import packaged, recipe
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.base.ref import BaseRef
@@ -179,6 +180,23 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.fixture
+def photo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training photos of `photo:train.csv`, made up: 12 classes of 5."""
+    folder = tmp_path / "photo-data"
+    lines = ["image,class,group,split"]
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "train.zip", "w") as archive:
+        for number in range(12):
+            for index in range(5):
+                picture = paint(tmp_path / "painted.png", (20 * number, 90, 250 - 20 * number), seed=10 * number + index)
+                archive.write(picture, f"{number}/{index}.png")
+                lines.append(f"{number}/{index}.png,part {number},group {number // 4},train")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(packaged, "photo_data_folder", lambda: folder)
+
+
+@pytest.mark.usefixtures("photo_data")
 def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
     """To one that is not forked, without the model: it reads the same rows from files that it opens itself."""
     lengths, files = [], []

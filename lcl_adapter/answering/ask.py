@@ -236,7 +236,7 @@ def _notes(new: NewPhotos, lines: Sequence[str] = ()) -> list[str]:
     if new.skipped:
         all_lines.append(f"skipped, for a picture's name ends in {', '.join(sorted(SUFFIXES))}: {_named(new.skipped)}")
     for line in all_lines:
-        console.print(f"note: {line}", style="yellow", markup=False, highlight=False)
+        console.print(f"note: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return all_lines
 
 
