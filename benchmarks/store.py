@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import write_result
-from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.adapter import MANIFEST, read_manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, with its report.json")
+    parser.add_argument("run", type=Path, help="a run's folder, or `partial` in it, with its report.json")
     parser.add_argument("--as", dest="name", help="the name of the result [default: the folder's]")
     parser.add_argument("--command", required=True, help="what was typed to train and evaluate the run")
     options = parser.parse_args(arguments)
     report = options.run / "report.json"
     if not report.exists():
         parser.error(f"{report} is missing: `lcl-adapter eval {options.run}` writes it")
-    seconds = read_manifest(options.run).get("training_seconds")
+    run = options.run if (options.run / MANIFEST).exists() else options.run.parent  # of a part of an evaluation, in `partial/`
+    seconds = read_manifest(run).get("training_seconds")
     return write_result(options.name or options.run.name, json.loads(report.read_text(encoding="utf-8")), options.command, training_seconds=seconds)
 
 
