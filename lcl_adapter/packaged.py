@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lcl_adapter import pocket
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import cache_folder, sha256_of, whole_folder
 
 BASES = ("pocket", "photo")  # names of bases, in the place of a folder
@@ -35,9 +35,13 @@ def adapter_folder(path: Path | str) -> Path:
         return Path(path)
     copy = cache_folder() / "adapters" / f"{path}-{sha256_of(shipped / 'adapter_model.safetensors')[:8]}"
     if not copy.exists():
-        with whole_folder(copy) as partial:
-            for file in shipped.iterdir():
-                shutil.copyfile(file, partial / file.name)
+        try:
+            with whole_folder(copy) as partial:
+                for file in shipped.iterdir():
+                    shutil.copyfile(file, partial / file.name)
+        except RunError:
+            if not copy.exists():  # else another process has written it meanwhile
+                raise
     return copy
 
 

@@ -53,7 +53,7 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
 @click.option("--stored", is_flag=True, help="SUPPORT is the name of a support set stored on the `lcl-adapter serve` at --endpoint.")
 @click.option(
     "--wording",
-    type=click.Choice(["lcl", "short"]),
+    type=click.Choice(["lcl", "short", "bare"]),
     default="lcl",
     show_default=True,
     help="The wording of the questions to --endpoint, as in a recipe.",

@@ -14,7 +14,7 @@ from lcl_adapter.data.conversations import Turn
 from lcl_adapter.recipe.schema import WordingName
 
 IMAGE = "<image>"
-TOWERS = ("clip", "siglip")  # beginnings of the model types of LLaVA\'s usual towers
+TOWERS = ("clip", "siglip")  # beginnings of the model types of LLaVA's usual towers
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Family:
     def render(self, turns: Sequence[Turn], opened: bool = False, first: bool = True) -> Rendered:
         """Turns as text. opened: ends with ``assistant``, ready for an answer. first: begins with ``system``."""
         text, learned = self.system if first else "", []
-        frame = Frame(self.user, self.assistant, self.answer)
+        frame = self.chat_frame
         for turn in turns:
             if turn.role == "user":
                 image = self.image if turn.picture and not turn.further else ""
@@ -82,9 +82,13 @@ class Family:
                     learned.append((start, len(text) - (len(self.end) if turn.unfinished else 0)))
         return Rendered(text + frame.assistant if opened else text, tuple(learned))
 
-    def frame(self, question: Turn) -> Frame:
-        """The text around a question and its answer."""
+    @property
+    def chat_frame(self) -> Frame:
         return Frame(self.user, self.assistant, self.answer)
+
+    def frame(self, question: Turn) -> Frame:
+        """The text around a question and its answer. A family with a short form chooses here."""
+        return self.chat_frame
 
     def chat_template(self, image_token: str = IMAGE) -> str:
         """The same prompt as a Jinja template, for transformers and vLLM. Tokenizers add the begin token."""
