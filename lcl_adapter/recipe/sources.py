@@ -52,6 +52,7 @@ class EpisodeOptions(Words):
         "blended": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight"),
         "turned": ("n-way", "2way-weight", "2way-random-shot", "2way-ref", "ref-or-weight", "product"),
         "hard": ("n-way", "product"),
+        "other_names": ("n-way",),
     }
 
     policy: PolicyName = "n-way"
@@ -60,6 +61,9 @@ class EpisodeOptions(Words):
     queries: int = Field(1, ge=1, le=32, description="queries behind one support set; no query can see another")
     names: Names = Field("random", description="labels: random letters, the class's own name, or either of them for each episode")
     real_names: Share = Field(0.2, description="with `names: mixed`, the share of episodes that use real names")
+    other_names: Share = Field(
+        0.0, description="share of the episodes with real names whose names are those of other classes: they mean something else"
+    )
     hard: Share = Field(0.5, description="share of episodes whose classes are near neighbours")
     learn: Literal["query", "repeated"] = Field("query", description="`repeated` also learns support labels that were shown before")
     other_artists: bool = Field(True, description="show support pictures by other artists than the query's, where artists are known")
@@ -155,6 +159,12 @@ class Reader(Options):
         raise NotImplementedError
 
 
+White = Annotated[
+    float | None,
+    Field(gt=0, description="the value that is white, of pictures with more than 8 bits; by default the file's own depth, else one scale for all"),
+]
+
+
 class ClassReader(Reader):
     """Reads classes of pictures (a ClassPool).
 
@@ -163,6 +173,8 @@ class ClassReader(Reader):
 
     policy_options: ClassVar[type[Options]] = EpisodeOptions
     shipped: ClassVar[bool] = False
+
+    white: White = None
 
 
 class FileReader(Reader):
@@ -175,6 +187,8 @@ class PartReader(FileReader):
     """Reads categories of parts to inspect (an InspectionPool)."""
 
     policy_options: ClassVar[type[Options]] = InspectionOptions
+
+    white: White = None
 
 
 class QuestionReader(FileReader):

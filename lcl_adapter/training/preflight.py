@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.progress import Progress
 
 from lcl_adapter.base.model import load_encoder
@@ -38,6 +40,9 @@ from lcl_adapter.training.lengths import check_rows
 
 THREADS = 4
 TOGETHER = 256  # entries whose pictures are opened together
+DARK, FLAT = 24, 4  # of 255: a picture whose brightest pixel is below, and one whose pixels differ by less
+DULL = "nearly black or flat"  # no fault: a note
+NOTED = 10  # such pictures that are named
 BAD_SAMPLE = "bad sample"  # of a shard, which is discovered when it is read
 Check = tuple[str, Picture, Region | None]  # the record that names the picture, the picture, a region of it to check
 Faults = list[tuple[str, Fault]]  # (source, fault)
@@ -58,12 +63,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
         if pool is not None:
             pools[name] = pool
             sources[name] = _open_pictures(name, pool, opened, faults)
-    for name, suite in recipe.evaluate.suites.items():
-        if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
-            continue
-        pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"suite {name}", suite.source, faults)
-        if pool is not None:
-            sources[f"suite {name}"] = _open_pictures(f"suite {name}", pool, opened, faults)
+    for kind, suites in (("suite", recipe.evaluate.suites), ("validation", recipe.evaluate.validation)):
+        for name, suite in suites.items():
+            if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
+                continue
+            pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"{kind} {name}", suite.source, faults)
+            if pool is not None:
+                sources[f"{kind} {name}"] = _open_pictures(f"{kind} {name}", pool, opened, faults)
     rows: dict[str, Any] | None = None
     notes: list[str] = []
     if len(pools) == len(recipe.sources):
@@ -75,13 +81,21 @@ def check(recipe: Recipe) -> dict[str, Any]:
                 _collect("recipe", step, faults, notes)
         except (RecipeError, DataError, EpisodeError) as error:
             faults.append(("recipe", Fault("recipe", str(error))))
-    if recipe.evaluate.suites:
+    if recipe.evaluate.suites or recipe.evaluate.validation:
         _collect("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), faults, notes)
+    notes += _notes_of([fault.message for _, fault in faults if fault.kind == DULL])
+    faults = [(source, fault) for source, fault in faults if fault.kind != DULL]
     distinct: dict[str, tuple[str, Fault]] = {}
     for source, fault in faults:  # a suite can read the same file as a source
         distinct.setdefault(fault.message, (source, fault))
     reported = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in distinct.values()]
     return {"faults": reported, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
+
+
+def _notes_of(messages: Sequence[str]) -> list[str]:
+    """The first messages, and how many more there are."""
+    distinct = list(dict.fromkeys(messages))
+    return distinct[:NOTED] + ([f"and {len(distinct) - NOTED:,} more pictures that are nearly black or flat"] if len(distinct) > NOTED else [])
 
 
 def _counting_faults(recipe: Recipe) -> Recipe:
@@ -90,9 +104,12 @@ def _counting_faults(recipe: Recipe) -> Recipe:
     def skipping(options: Any) -> Any:
         return options.model_copy(update={"on_fault": "skip"}) if hasattr(options, "on_fault") else options
 
-    suites = {n: s.model_copy(update={"source": skipping(s.source)}) if hasattr(s, "source") else s for n, s in recipe.evaluate.suites.items()}
+    def with_skipping(suites: dict[str, Any]) -> dict[str, Any]:
+        return {n: s.model_copy(update={"source": skipping(s.source)}) if hasattr(s, "source") else s for n, s in suites.items()}
+
+    changed = {part: with_skipping(getattr(recipe.evaluate, part)) for part in ("suites", "validation")}
     sources = {n: skipping(s) for n, s in recipe.sources.items()}
-    return recipe.model_copy(update={"sources": sources, "evaluate": recipe.evaluate.model_copy(update={"suites": suites})})
+    return recipe.model_copy(update={"sources": sources, "evaluate": recipe.evaluate.model_copy(update=changed)})
 
 
 def _collect(where: str, step: Any, faults: Faults, notes: list[str]) -> None:
@@ -195,7 +212,8 @@ def _fault_of(check: Check) -> Fault | None:
     origin, picture, region = check
     try:
         if region is None:
-            read_image(picture)
+            if dull := _dullness(read_image(picture)):
+                return Fault(DULL, f"{origin}: {picture} {dull}" if origin else f"{picture} {dull}")
         else:
             region_box(region)
     except DataError as error:
@@ -207,6 +225,15 @@ def _fault_of(check: Check) -> Fault | None:
         if kind:  # none for a region whose picture cannot be read: the picture's own check reports that
             return Fault(kind, f"{origin}: {message}" if origin else message)
     return None
+
+
+def _dullness(image: Image.Image) -> str:
+    """What is suspicious about a picture's light; "" for nothing."""
+    grey = np.asarray(image.convert("L"))
+    low, high = int(grey.min()), int(grey.max())
+    if high < DARK:
+        return f"is nearly black (its brightest pixel has {high} of 255); if it has more than 8 bits, give `white`"
+    return f"is flat (all its pixels have {low} to {high} of 255)" if high - low < FLAT else ""
 
 
 KINDS = (  # (kind of fault, words of its message)

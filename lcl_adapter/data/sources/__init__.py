@@ -24,6 +24,7 @@ from lcl_adapter.data.sources.base import (
     Specimen,
 )
 from lcl_adapter.data.sources.class_folder import ClassFolders, read_class_folders
+from lcl_adapter.data.sources.depth import with_white
 from lcl_adapter.data.sources.hugging_face import HfClasses, HfQuestions
 from lcl_adapter.data.sources.imagenet_lcl import ImageNetLcl, read_test_pairs
 from lcl_adapter.data.sources.images import read as read_image
@@ -103,4 +104,4 @@ def open_reader(name: str, reader: Reader, min_pictures: int = 1) -> Pool:
     """
     paths = {key: packaged(value) for key in type(reader).model_fields if isinstance(value := getattr(reader, key), Path)}
     pool: Pool = reader.model_copy(update=paths).open(name, min_pictures)
-    return pool
+    return pool if getattr(reader, "shipped", False) else with_white(pool, getattr(reader, "white", None))

@@ -44,6 +44,7 @@ class Picture:
     turned: quarter turns counter-clockwise, applied first.
     tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
     data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
+    white: the value that is white, of a picture with more than 8 bits; None: by its own values (``depth``).
     blend: another picture whose features are mixed into this one's, and its weight. It is of a class without end: a blend
     of two classes.
     """
@@ -56,6 +57,7 @@ class Picture:
     tile: tuple[int, int, int] | None = None
     data: bytes | None = field(default=None, repr=False, compare=False)
     blend: tuple[Picture, float] | None = None
+    white: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script

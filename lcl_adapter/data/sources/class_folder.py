@@ -8,7 +8,7 @@ from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, pixel_box
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
-from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
 from lcl_adapter.recipe.sources import ClassReader
@@ -74,7 +74,7 @@ def read_class_folders(
     classes = []
     for class_name, names in names_of.items():
         if not names:
-            suffixes = ", ".join(sorted(SUFFIXES))
+            suffixes = ", ".join(sorted(READ))
             faults.append(Fault("empty class", f"{root}: class {class_name!r} has no images ({suffixes}): add some or remove the folder"))
         elif len(names) < min_pictures:
             message = f"{root}: class {class_name!r} has {len(names)} images, {min_pictures} are needed: add photos or lower `shots`"

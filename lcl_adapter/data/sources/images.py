@@ -11,9 +11,9 @@ import threading
 import warnings
 import zipfile
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,22 @@ from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.randomness import generator
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+with suppress(ImportError):  # optional
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+# Photos too, so that none is passed over in silence: HEIC is read where pillow-heif is installed, AVIF where Pillow has it
+HEIF = frozenset({".heic", ".heif", ".hif"})
+RAW = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
+SUFFIXES = READ | HEIF | RAW | {".avif"}
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
 MIN_SIDE = 2
 REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
+DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # of more than 8 bits
+RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8, 10, 12, 14 and 16 bits
+BITS_PER_SAMPLE, LARGEST_SAMPLE = 258, 281  # TIFF's tags
 LARGE = 16_000_000  # pixels; of such pictures, one at a time is decoded
 
 
@@ -50,11 +62,11 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
                 if min(opened.size) < MIN_SIDE:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
                 whole = side is None or picture.view or picture.tile
-                image = _decoded(opened, None if whole else side)
+                image = _decoded(opened, None if whole else side, picture.white)
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{picture}: not an image that can be read. Remove it or save it again as JPEG or PNG.") from error
+        raise DataError(f"{picture}: not an image that can be read. {_remedy(picture)}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
@@ -72,6 +84,16 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         other, weight = picture.blend
         image = Image.blend(image, read(other).resize(image.size), weight)
     return image
+
+
+def _remedy(picture: Picture) -> str:
+    """What to do with a photo that Pillow does not recognise, by its suffix."""
+    suffix = PurePosixPath(picture.member or picture.path.name).suffix.lower()
+    if suffix in HEIF:
+        return "A phone's HEIC photo needs pillow-heif: pip install pillow-heif, or save it as JPEG."
+    if suffix in RAW:
+        return "A camera's raw photo is not developed here: save it as JPEG, PNG or TIFF."
+    return "Remove it or save it again as JPEG or PNG."
 
 
 def read_bytes(picture: Picture) -> bytes:
@@ -136,15 +158,15 @@ def saved_dataset(folder: Path) -> Any:
     return dataset
 
 
-def _decoded(image: Image.Image, side: int | None) -> Image.Image:
-    """An opened picture in RGB, reduced for ``side`` if that is given."""
+def _decoded(image: Image.Image, side: int | None, white: float | None) -> Image.Image:
+    """An opened picture in RGB, reduced for ``side`` if that is given. white: as in :class:`Picture`."""
     image.seek(0)
     if side is not None:
         fraction = REDUCING_GAP * side / max(image.size)
         if fraction < 1:  # a JPEG is decoded at 1/2, 1/4 or 1/8; other formats ignore it
             image.draft(None, (max(1, round(image.width * fraction)), max(1, round(image.height * fraction))))
     with _large(os.getpid()) if image.width * image.height > LARGE else nullcontext():
-        upright = _rgb(image)
+        upright = _rgb(image, white)
         factor = 1 if side is None else max(upright.size) // (REDUCING_GAP * side)
         if factor > 1:
             return upright.reduce(factor)
@@ -157,21 +179,42 @@ def _large(_process: int) -> threading.Lock:
     return threading.Lock()
 
 
-def _rgb(upright: Image.Image) -> Image.Image:
+def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
     """In place, where nothing but the orientation changes: of a large picture each copy counts."""
-    ImageOps.exif_transpose(upright, in_place=True)
-    if upright.mode in {"I", "I;16", "I;16B", "I;16L", "F"}:  # 16 bit and float: scaled to 8 bit by the values' range
+    deep_white = None
+    if upright.mode in DEEP_MODES:  # before it is turned, which loses the file's tags
         values = np.asarray(upright, dtype=np.float32)
-        low, high = float(values.min()), float(values.max())
-        top = 65535.0 if upright.mode.startswith("I") and high > 255 else max(high, 255.0)
-        scaled = (values - min(low, 0.0)) * (255.0 / top)
-        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+        from_0_to_1 = upright.mode == "F" and values.max(initial=0.0) <= 1  # beside pictures of whole numbers too
+        deep_white = white_of(upright, values) if white is None or (from_0_to_1 and white > 1) else white
+    ImageOps.exif_transpose(upright, in_place=True)
+    if deep_white is not None:
+        values = np.asarray(upright, dtype=np.float32)
+        scaled = (values - min(float(values.min()), 0.0)) * (255.0 / deep_white)
+        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         page = Image.new("RGBA", upright.size, "white")
         page.alpha_composite(upright)
         return page.convert("RGB")
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def white_of(image: Image.Image, values: np.ndarray) -> float:
+    """The value that is white, of an opened picture in one of DEEP_MODES."""
+    tags = getattr(image, "tag_v2", {})
+    if largest := tags.get(LARGEST_SAMPLE):
+        return float(largest[0] if isinstance(largest, tuple) else largest)
+    bits = tags.get(BITS_PER_SAMPLE)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    if bits and 8 < bits < 16:
+        return float(2**bits - 1)
+    return range_of(float(values.max(initial=0.0)), image.mode == "F")
+
+
+def range_of(highest: float, floats: bool) -> float:
+    """The smallest usual range that holds a value; of whole numbers, from 255 on."""
+    usual = RANGES if floats else RANGES[1:]
+    return next((top for top in usual if highest <= top), highest)
 
 
 def further_view(image: Image.Image, name: str, view: int) -> Image.Image:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcl_adapter.data.sources.base import Picture
-from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.errors import DataError
 
 
@@ -55,7 +55,7 @@ def list_photos(paths: Sequence[Path]) -> NewPhotos:
                 listed.add(real)
                 pictures.append(Picture(file))
         if not has_pictures:
-            raise DataError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))}). Add some, or name another folder.")
+            raise DataError(f"{path}: no pictures in this folder ({', '.join(sorted(READ))}). Add some, or name another folder.")
     return NewPhotos(tuple(pictures), tuple(skipped), tuple(repeated))
 
 

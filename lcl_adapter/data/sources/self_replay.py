@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
-from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
@@ -94,7 +94,7 @@ def _pictures(root: Path) -> list[Picture]:
     tree = Tree(root)
     pictures = [tree.picture(name) for name in tree.files if Path(name).suffix.lower() in SUFFIXES]
     if not pictures:
-        raise DataError(f"{root}: no pictures in it ({', '.join(sorted(SUFFIXES))}).")
+        raise DataError(f"{root}: no pictures in it ({', '.join(sorted(READ))}).")
     return pictures
 
 
