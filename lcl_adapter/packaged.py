@@ -12,9 +12,11 @@ from lcl_adapter import pocket
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import cache_folder, sha256_of, whole_folder
 
-BASES = ("pocket", "photo")  # names of bases, in the place of a folder
+POCKET, PHOTO = "pocket", "photo"
+BASES = (POCKET, PHOTO)  # names of bases, in the place of a folder
 PREFIXES = tuple(f"{name}:" for name in BASES)
 ADAPTERS = {"photo-lcl": Path(__file__).parent / "photo" / "adapter"}  # adapters that ship, by name
+PHOTO_EXAMPLE = Path(__file__).parent / "photo" / "example"
 PHOTO_DATA = Path(__file__).parent / "photo" / "data"
 PHOTO_VERSION = "v1"  # of the fetched photos: raise it when the code that prepares them changes
 

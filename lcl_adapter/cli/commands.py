@@ -19,7 +19,7 @@ from lcl_adapter.checkpoints import merge as merging
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import read_image
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
-from lcl_adapter.evaluate import check_held_out, check_suites
+from lcl_adapter.evaluate import check_held_out, check_suites, weigh_run
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
@@ -84,6 +84,8 @@ def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers
         if not result["retained"]:
             result["best"] = best_of(recipe.output)
             _print_retention_failure(recipe.output, result["best"])
+    elif recipe.evaluate.validation:
+        weigh_run(recipe.output)
     if repository and result["retained"]:
         result["pushed"] = hub.push(recipe, repository)
         console.print(f"pushed to {result['pushed']}", highlight=False, markup=False)
@@ -123,7 +125,7 @@ def list_bases() -> list[dict[str, Any]]:
             "name": photo.NAME,
             "state": "built" if photo.is_built() else "not built",
             "folder": str(folder),
-            "about": "photos at 224 pixels, English; 140 M parameters, 300 MB in fp16",
+            "about": "photos at 260 pixels, English; 143 M parameters, 300 MB in fp16",
             "download": photo.download_size(),
             "packages": [f"{package.project}=={package.version} ({package.licence})" for package in PACKAGES],
         },

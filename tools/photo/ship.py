@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lcl_adapter.answering.judgement import STATISTICS
 from lcl_adapter.base.adapter import FILES, MANIFEST, read_manifest
 from lcl_adapter.files import sha256_of, write_json, write_text
 from lcl_adapter.packaged import ADAPTERS
@@ -40,8 +41,9 @@ def main() -> None:
     files = {name: sha256_of(folder / name) for name in FILES}
     # `auto` chooses the precision of the machine that it is used on.
     write_json(folder / MANIFEST, {**manifest, "base": "photo", "precision": "auto", "compute_dtype": "float32", "files": files})
-    if (run / "report.json").exists():
-        shutil.copyfile(run / "report.json", folder / "report.json")
+    for name in ("report.json", STATISTICS):
+        if (run / name).exists():
+            shutil.copyfile(run / name, folder / name)
     print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
 
 

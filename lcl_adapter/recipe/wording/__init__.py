@@ -123,8 +123,8 @@ def _wording(entry: Any, where: str, faults: list[str]) -> Wording | None:
     if unknown:
         faults.append(f"{where}: unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}; known: {', '.join(known)}")
         return None
-    if not entry.get("query"):
-        faults.append(f"{where}: a phrasing needs a `query`")
+    if "query" not in entry:
+        faults.append(f'{where}: a phrasing needs a `query`; "" for a picture alone')
         return None
     wording = Wording(**entry)
     if "{name}" not in wording.answer:
