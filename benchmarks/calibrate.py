@@ -56,16 +56,15 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
     labels = [chosen[0].name, chosen[1].name]
     answers = tuple(wording.answered(label) for label in labels)
     with engine.using("adapter"):
-        steps = calibrate(engine, shown, wording, None)
+        steps = calibrate(engine, "adapter", shown, wording, None)
         while True:
             try:
                 next(steps)
             except StopIteration as finished:
                 calibration = finished.value
                 break
-        ready = engine.prefill(support_turns(shown, wording))
         queries = [pictures[0][shots], pictures[1][shots], pictures[2][0], pictures[3][0]]
-        replies = engine.ask(ready, [(Turn("user", wording.query, query), answers) for query in queries])
+        replies = engine.judge("adapter", support_turns(shown, wording), [(Turn("user", wording.query, query), answers) for query in queries])
         cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T
     rows = []
     for number, reply in enumerate(replies):

@@ -5,7 +5,8 @@
 A figure's marker is a comment directly behind it, which a reader of the page does not see:
 
     8.1<!-- predict:prefilled_speedup -->                    a ratio or figure of benchmarks/results/predict.json
-    0.951<!-- quickstart:2way-2shot-easy.adapter -->         a row of a report: base, adapter, prototype, low, high (95 %), greedy, n, chance
+    0.951<!-- quickstart:2way-2shot-easy.adapter -->         a row of a report: base, adapter, prototype, low, high (95 %), greedy, n, chance; of
+                                                             judgements: tower, both, calibration_error, gain, gain_low, gain_high
     70eeca4<!-- quickstart:commit -->                        what it was measured with: commit, date, training_seconds
     70<!-- percent calibrate:2 shots: strangers rejected --> a hundred times as much
     2.4<!-- points A.prototype minus A.adapter -->           a hundred times a difference
@@ -30,6 +31,8 @@ COMMENT = re.compile(r"<!--(.*?)-->", re.S)
 COLUMNS = {  # of a report's row
     "base": ("base", "value"), "adapter": ("adapter", "value"), "prototype": ("baseline", "value"), "greedy": ("adapter", "greedy"),
     "low": ("adapter", "ci95", 0), "high": ("adapter", "ci95", 1), "n": ("n",), "chance": ("chance",),
+    "tower": ("tower", "value"), "both": ("both", "value"), "calibration_error": ("both", "calibration_error"),
+    "gain": ("both", "gain", "value"), "gain_low": ("both", "gain", "ci95", 0), "gain_high": ("both", "gain", "ci95", 1),
 }  # fmt: skip
 
 
@@ -114,7 +117,7 @@ def _value(term: str) -> float | str | None:
         raise FigureError(f"{name}.json has no {key!r}; it has {', '.join(known)}")
     value: Any = rows[0]
     for step in COLUMNS[column]:
-        value = None if value is None else value[step]
+        value = None if value is None else value.get(step) if isinstance(value, dict) else value[step]
     return None if value is None else (value if isinstance(value, int | str) else float(value))
 
 

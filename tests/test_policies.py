@@ -16,6 +16,7 @@ from lcl_adapter.data.conversations import WORDINGS, from_episode
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, InspectionPool, PartCategory, Picture, Specimen, read_image
 from lcl_adapter.data.sources.boxes import parse, region_box
+from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import EpisodeError, RecipeError
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.wording import load, phrase
@@ -293,6 +294,24 @@ def test_a_users_own_phrasings(tmp_path: Path) -> None:
             phrase("inspection.plain", other, 0)
     with pytest.raises(RecipeError, match="no phrasing in ja"):
         phrase("inspection.one-class", own, 0, ["ja"])
+
+
+def test_pictures_alone_have_no_words() -> None:
+    words = phrase("inspection.one-class", Path("photo:phrases.yaml"), 0)
+    assert (words.instruction, words.question, words.query) == ("", "", "")
+    assert (words.answered("x"), words.good, words.bad) == ("x", "good", "defective")
+
+
+def test_names_of_other_classes_mean_something_else() -> None:
+    pool = read_pocket("train")
+    names = {c.name for c in pool.classes}
+    drawn = [
+        episodes.draw(pool, EpisodeOptions(names="real", other_names=share, shots=[1]), 0, 0, index) for share in (0.0, 1.0) for index in range(30)
+    ]
+    own = [all(pool.classes[e.class_index].name == e.label for e in episode.support) for episode in drawn]
+    assert all(own[:30])
+    assert not any(own[30:])
+    assert all(label in names for episode in drawn for label in episode.labels)
 
 
 def test_turned_parts_are_turned_alike(tmp_path: Path) -> None:

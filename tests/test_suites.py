@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from lcl_adapter import recipe as recipes
 from lcl_adapter.answering.predict import Predictor
+from lcl_adapter.base import prototypes
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, RecipeError
-from lcl_adapter.evaluate import ModelPair, baselines, build_cells, runner
+from lcl_adapter.evaluate import ModelPair, build_cells, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.metrics import ranking
@@ -164,7 +165,7 @@ def test_patch_distances_stay_within_their_memory(pocket_tiny: Path, monkeypatch
         return distances
 
     monkeypatch.setattr(torch, "cdist", recorded)
-    monkeypatch.setattr(baselines, "PATCH_BYTES", 10_000)
+    monkeypatch.setattr(prototypes, "PATCH_BYTES", 10_000)
     assert patch_distances(cases, vision) == pytest.approx(whole, abs=1e-5)
     assert len(largest) > 1
     assert max(largest) <= 10_000

@@ -163,6 +163,7 @@ class ClassifyOut(ApiModel):
     support_set: str
     version: int
     calibration: CalibrationOut
+    judge: Literal["model", "both"] = Field("model", description="what decided: the model's scores, or model and tower with the adapter's weights")
     results: list[Judgement]
 
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_adapter.answering.client import Endpoint, RemotePredictor, judge
+from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
 from lcl_adapter.answering.judged import CLOSE_MARGIN, NONE_OF_THESE, Judged, margin_of, summary
+from lcl_adapter.answering.judgement import Evidence, JudgeName, TowerEvidence, Weighing, read_weighing
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
-from lcl_adapter.base.prototypes import unit_vectors
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
-from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.depth import common_white
+from lcl_adapter.data.sources.images import READ
 from lcl_adapter.data.sources.new_photos import NewPhotos, list_photos
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import AdapterError, DataError
 from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
@@ -54,49 +56,64 @@ def ask_model(
     question: str | None = None,
     compare: bool = False,
     brief: bool = False,
+    judge: JudgeName | None = None,
 ) -> Judged:
     """Classify pictures with a model on this machine. It reads the support set once for all queries.
 
     support: a folder with a folder of photos for each class. queries: files, and folders of pictures at any depth.
     adapter: a run's folder; None asks the base alone. compare: also ask the base without the adapter.
-    brief: print only what failed.
+    brief: print only what failed. judge: what decides; None means model and tower, where the adapter has weights for them, else the model.
 
     Raises DataError for a broken labelled picture, a single class, an empty class, a folder without pictures, or if no
-    query can be read.
+    query can be read; AdapterError if the tower is to judge and the adapter has no weights.
     """
-    labelled, new = _Labelled.read(support, shots), list_photos(queries)
+    labelled, new = _on_one_scale(_Labelled.read(support, shots), list_photos(queries))
     notes = labelled.notes(new)
+    weighed = None
     if adapter is None:
         loaded = load_base(base.defaulting_to(precision="auto"))
         wording = WORDINGS[loaded.family.wording]
     else:
-        loaded, _ = load_adapter(adapter, base)
+        loaded, manifest = load_adapter(adapter, base)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
+        weighed = read_weighing(adapter, manifest)
+    judge = judge or ("model" if weighed is None else "both")
+    if judge != "model" and weighed is None:
+        raise AdapterError(
+            f"{adapter or 'the base alone'}: has no weights for `judge: {judge}`; use `model`, or train with suites under `evaluate.validation`."
+        )
     vision = VisionFeatures(loaded, FEATURE_BYTES, BLOCK)
+    weighing, statistics_2C = weighed or (Weighing(), None)
+    tower = TowerEvidence(vision, statistics_2C)
     predictor = Predictor(loaded, vision)
     turns, answers = support_turns(labelled.shown, wording), labelled.answers(wording)
     prefilled = predictor.prefill([turns])
     if compare:
         with loaded.without_adapter():
             prefilled_by_base = predictor.prefill([turns])
-    vectors_SC = unit_vectors([picture for picture, _ in labelled.shown], vision)
+    vectors_SC = tower.vectors([picture for picture, _ in labelled.shown])
 
     def answer(block: Sequence[Picture]) -> list[Row]:
         asked = [Question(0, Turn("user", question or wording.query, picture), answers) for picture in block]
-        rows = [labelled.row(reply) for reply in predictor.ask(prefilled, asked)]
-        cosines_NS = unit_vectors(block, vision) @ vectors_SC.T
+        replies = predictor.ask(prefilled, asked, generate=judge != "tower")
+        if judge == "model":
+            rows = [labelled.row(reply) for reply in replies]
+        else:
+            evidence = tower.of(labelled.shown, block, labelled.labels)
+            rows = [labelled.judged_row(reply, own, weighing, judge) for reply, own in zip(replies, evidence, strict=True)]
+        cosines_NS = tower.vectors(block) @ vectors_SC.T
         for row, cosines in zip(rows, cosines_NS.tolist(), strict=True):
             row["most_alike"] = labelled.most_alike(cosines)
         if compare:
             with loaded.without_adapter():
-                replies = predictor.ask(prefilled_by_base, asked, generate=False)
-            for row, reply in zip(rows, replies, strict=True):
+                by_base = predictor.ask(prefilled_by_base, asked, generate=False)
+            for row, reply in zip(rows, by_base, strict=True):
                 scores = labelled.scores(reply)
                 row["base"] = {"label": labelled.label(reply), "probability": max(scores.values()), "scores": scores}
         return rows
 
     rows = _in_blocks(_blocks(new.pictures), vision.tower_features, answer, brief)
-    return Judged(labelled.shown, new.pictures, {**labelled.fields(), **_listing(new), "notes": notes, "answers": rows})
+    return Judged(labelled.shown, new.pictures, {"judge": judge, **labelled.fields(), **_listing(new), "notes": notes, "answers": rows})
 
 
 def ask_endpoint(
@@ -150,7 +167,7 @@ def ask_stored_set(
 
         def answer(block: Sequence[Picture]) -> list[Row]:
             # Later blocks ask the version that the first one was answered by.
-            response = judge(endpoint, name, block, model, question, answered.get("version"))
+            response = judge_by_stored_set(endpoint, name, block, model, question, answered.get("version"))
             answered.update(support_set=name, version=response.version, model=response.model)
             rows: list[Row] = []
             for result in response.results:
@@ -208,6 +225,13 @@ class _Labelled:
         unsure = margin < CLOSE_MARGIN
         return {"answer": reply.text, "label": self.label(reply), "margin": margin, "unsure": unsure, "scores": self.scores(reply)}
 
+    def judged_row(self, reply: Reply, evidence: Sequence[Evidence], weighing: Weighing, judge: JudgeName) -> Row:
+        """The row of a judgement in which the tower counts; ``model`` and ``tower`` have each one's own label and its probability."""
+        logs = {name: weighing.scores(reply.log_likelihoods, evidence, name) for name in dict.fromkeys((judge, "model", "tower"))}
+        replies = {name: replace(reply, log_likelihoods=own) for name, own in logs.items() if own is not None}
+        alone = {name: {"label": self.label(replies[name]), "probability": max(replies[name].probabilities)} for name in ("model", "tower")}
+        return {**self.row(replies[judge]), **alone}
+
     def most_alike(self, cosines: Sequence[float]) -> Row:
         """The labelled photo with the highest cosine. cosines: one for each of them."""
         example = max(range(len(cosines)), key=cosines.__getitem__)
@@ -228,13 +252,22 @@ class _Labelled:
         return _notes(new, lines)
 
 
+def _on_one_scale(labelled: _Labelled, new: NewPhotos) -> tuple[_Labelled, NewPhotos]:
+    """The same photos, with one white for all that have more than 8 bits."""
+    white = common_white([*(picture for picture, _ in labelled.shown), *new.pictures])
+    if white is None:
+        return labelled, new
+    shown = tuple((replace(picture, white=white), label) for picture, label in labelled.shown)
+    return replace(labelled, shown=shown), replace(new, pictures=tuple(replace(picture, white=white) for picture in new.pictures))
+
+
 def _notes(new: NewPhotos, lines: Sequence[str] = ()) -> list[str]:
     """These lines, and what was not asked about. Prints them too."""
     all_lines = list(lines)
     if new.repeated:
         all_lines.append(f"pictures that were given twice, and are asked about once: {_named(new.repeated)}")
     if new.skipped:
-        all_lines.append(f"skipped, for a picture's name ends in {', '.join(sorted(SUFFIXES))}: {_named(new.skipped)}")
+        all_lines.append(f"skipped, for a picture's name ends in {', '.join(sorted(READ))}: {_named(new.skipped)}")
     for line in all_lines:
         console.print(f"note: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return all_lines
@@ -320,12 +353,15 @@ def _errors(pictures: Sequence[Picture], read: Callable[[Sequence[Picture]], obj
 
 
 def _print_scores(name: str, row: Row) -> None:
-    title = row["answer"]
+    title = row["label"] if "tower" in row else row["answer"]
     if row["label"] is None:
         title = f"{NONE_OF_THESE} (nearest: {row['nearest']})"
     console.print(f"{name}: {title}", highlight=False, markup=False, style="bold")
     for label, score in sorted(row["scores"].items(), key=lambda item: -item[1]):
         console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
+    for judge in ("model", "tower"):
+        if judge in row and row[judge]["label"] != row["label"]:
+            console.print(f"  the {judge} alone: {row[judge]['label']}, {row[judge]['probability']:.1%}", highlight=False, markup=False)
     if "base" in row:
         base = row["base"]
         console.print(f"  the base alone: {base['label'] or 'undecided'}, {base['probability']:.1%}", highlight=False, markup=False)

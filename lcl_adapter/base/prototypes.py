@@ -1,6 +1,7 @@
-"""Pictures as unit vectors of the frozen tower, and their class means: a classifier without any training.
+"""What the frozen tower says of pictures without any training: class means of unit vectors, and distances of patches.
 
-Shapes: N pictures, C width of a patch, K classes.
+Shapes: N pictures, C width of a patch, K classes, R references, Q queries, P patches of a picture,
+X = R * P patches of all references.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 from lcl_adapter.base.vision import BATCH, VisionFeatures
 from lcl_adapter.data.sources import Picture
+
+PATCH_BYTES = 256 * 10**6  # for the patches of some queries and their distances; ``plan`` counts them
 
 
 def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
@@ -44,3 +47,30 @@ def class_means(vectors_NC: torch.Tensor, class_N: Sequence[int]) -> torch.Tenso
     owners_N = torch.tensor(class_N, device=vectors_NC.device)
     sums_KC = torch.zeros(max(class_N) + 1, vectors_NC.shape[1], device=vectors_NC.device).index_add_(0, owners_N, vectors_NC)
     return functional.normalize(sums_KC, dim=1)
+
+
+@torch.inference_mode()
+def patch_distances(references: Sequence[Picture], queries: Sequence[Picture], vision: VisionFeatures) -> list[float]:
+    """For each query, the largest distance of one of its patches to the nearest patch of the references (after PatchCore,
+    arXiv 2106.08265). Patches are standardised over the references.
+    """
+    references_RPC = vision.patches(references).float()
+    mean_C, spread_C = references_RPC.mean((0, 1)), references_RPC.std((0, 1)) + 1e-6
+    known_XC = ((references_RPC - mean_C) / spread_C).flatten(0, 1)  # the patches of all references in one list
+    patches, width = references_RPC.shape[1:]
+    # Of each query: its patches as they come, in fp32 and standardised, and their distances to all known ones
+    together = max(1, PATCH_BYTES // (4 * patches * (3 * width + len(known_XC))))
+    distances: list[float] = []
+    for start in range(0, len(queries), together):
+        chunk = queries[start : start + together]
+        queries_QPC = (vision.patches(chunk).float() - mean_C) / spread_C
+        nearest_QP = torch.cdist(queries_QPC.flatten(0, 1), known_XC).min(1).values.view(len(chunk), -1)
+        distances += nearest_QP.max(1).values.tolist()
+    return distances
+
+
+@torch.inference_mode()
+def statistics_of(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
+    """Mean and deviation of the tower's features over pictures, [2, C], on the CPU."""
+    features_NC = mean_patches(pictures, vision).cpu()
+    return torch.stack([features_NC.mean(0), features_NC.std(0) + 1e-6])

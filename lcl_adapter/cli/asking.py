@@ -13,6 +13,7 @@ from lcl_adapter.cli.common import ADAPTER, PATH, base_options, emit, json_optio
 
 if TYPE_CHECKING:
     from lcl_adapter.answering.judged import Judged
+    from lcl_adapter.answering.judgement import JudgeName
     from lcl_adapter.base.ref import BaseRef
 
 
@@ -47,6 +48,11 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
 @click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
 @click.option("--question", help="Ask this about the queries, instead of the recipe's question.")
 @click.option("--out", type=PATH, help="A folder for the results: judged.csv, judged.json, and index.html with thumbnails by label.")
+@click.option(
+    "--judge",
+    type=click.Choice(["model", "tower", "both"]),
+    help="What decides: the model's scores, the tower's likeness, or both [default: both, where the adapter has weights for them].",
+)
 @click.option("--compare", is_flag=True, help="Also ask the base without the adapter.")
 @click.option("--endpoint", metavar="URL", help="Ask a model behind this server instead. Its API key is read from LCL_API_KEY.")
 @click.option("--model", help="The model's name on the server [default: its only one; with --stored, the server's choice].")
@@ -62,7 +68,8 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
 @json_option
 def ask(
     support: Path, queries: tuple[Path, ...], adapter: Path | None, base: BaseRef, shots: int | None, question: str | None,
-    out: Path | None, compare: bool, endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool, as_json: bool,
+    out: Path | None, judge: JudgeName | None, compare: bool, endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Classify QUERIES by labelled photos. SUPPORT holds a folder of photos for each class. A query is a photo, or a
     folder with photos at any depth.
@@ -84,11 +91,15 @@ def ask(
             raise click.UsageError(f"{'--stored' if stored else '--model'} needs --endpoint.")
         if compare and adapter is None:
             raise click.UsageError("--compare needs --adapter: without one, the base alone is asked.")
-        answers = partial(ask_model, support, queries, adapter=adapter, base=base, shots=shots, question=question, compare=compare, brief=brief)
+        answers = partial(
+            ask_model, support, queries, adapter=adapter, base=base, shots=shots, question=question, compare=compare, brief=brief, judge=judge
+        )
     else:
         local = {"--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision}
         if given := [name for name, value in local.items() if value is not None]:
             raise click.UsageError(f"{', '.join(given)}: with --endpoint, the model is the server's; name it with --model.")
+        if judge not in {None, "model"}:
+            raise click.UsageError(f"--judge {judge} cannot be used with --endpoint, which has no tower: the model judges.")
         if compare:
             raise click.UsageError("--compare cannot be used with --endpoint: ask the server's base too, with --model.")
         if stored and shots:

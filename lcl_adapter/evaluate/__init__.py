@@ -5,7 +5,7 @@
 
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import allowance_met, retention_of
-from lcl_adapter.evaluate.runner import drop_unreadable, evaluate, measure_adapter, measure_base
+from lcl_adapter.evaluate.runner import drop_unreadable, evaluate, measure_adapter, measure_base, weigh_run
 from lcl_adapter.evaluate.suites import build_cells, check_held_out, check_measured, check_suites
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "measure_adapter",
     "measure_base",
     "retention_of",
+    "weigh_run",
 ]

@@ -4,8 +4,7 @@ prototype   class means of the shown pictures; the query gets the label of the n
 patches     the largest distance of a patch of the query to its nearest patch in the references (after PatchCore, arXiv 2106.08265)
 copied      the box that was shown last
 
-Shapes: N pictures, M shown pictures of a case, K labels of a case, R references, Q queries, P patches of a picture,
-C width of a patch, X = R * P patches of all references.
+Shapes: N pictures, M shown pictures of a case, K labels of a case, C width of a patch.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcl_adapter.base import prototypes
 from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
@@ -23,8 +23,6 @@ from lcl_adapter.data.sources.boxes import parse
 from lcl_adapter.evaluate import judges
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.evaluate.metrics import mean, mean_recall
-
-PATCH_BYTES = 256 * 10**6  # for the patches of some queries and their distances; ``plan`` counts them
 
 
 def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any] | None, list[bool | None]]:
@@ -106,16 +104,7 @@ def patch_distances(cases: Sequence[Case], vision: VisionFeatures) -> list[float
         groups.setdefault(tuple(p for t in case.support for p in t.pictures), []).append(index)
     distances = [0.0] * len(cases)
     for references, members in groups.items():
-        references_RPC = vision.patches(references).float()
-        mean_C, spread_C = references_RPC.mean((0, 1)), references_RPC.std((0, 1)) + 1e-6
-        known_XC = ((references_RPC - mean_C) / spread_C).flatten(0, 1)  # the patches of all references in one list
-        patches, width = references_RPC.shape[1:]
-        # Of each query: its patches as they come, in fp32 and standardised, and their distances to all known ones
-        together = max(1, PATCH_BYTES // (4 * patches * (3 * width + len(known_XC))))
-        for start in range(0, len(members), together):
-            chunk = members[start : start + together]
-            queries_QPC = (vision.patches([p for i in chunk for p in cases[i].query.pictures]).float() - mean_C) / spread_C
-            nearest_QP = torch.cdist(queries_QPC.flatten(0, 1), known_XC).min(1).values.view(len(chunk), -1)
-            for index, distance in zip(chunk, nearest_QP.max(1).values.tolist(), strict=True):
-                distances[index] = distance
+        queries = [picture for index in members for picture in cases[index].query.pictures]
+        for index, distance in zip(members, prototypes.patch_distances(references, queries, vision), strict=True):
+            distances[index] = distance
     return distances

@@ -196,6 +196,18 @@ def auroc(truth: Sequence[bool] | np.ndarray, scores: Sequence[float] | np.ndarr
     return float((below + not_above).mean() / (2 * len(good)))
 
 
+def calibration_error(certainty: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
+    """Expected calibration error: how far the certainty of answers is from the share of right ones, over ranges of equal width
+    (Guo et al., arXiv 1706.04599).
+    """
+    bin_of = np.minimum((np.asarray(certainty) * bins).astype(int), bins - 1)
+    error = 0.0
+    for number in np.unique(bin_of):
+        own = bin_of == number
+        error += own.mean() * abs(float(np.asarray(certainty)[own].mean()) - float(np.asarray(right)[own].mean()))
+    return float(error)
+
+
 def decisions(truth: Sequence[bool], decided: Sequence[bool]) -> dict[str, float]:
     """Balanced accuracy and MCC of yes-or-no decisions, and the share of yes, which is 0 or 1 for a model with a
     constant answer.

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.judgement import TowerEvidence, Weighing
 from lcl_adapter.answering.predict import Predictor, Reply, Request
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.errors import MissingError
@@ -26,23 +29,31 @@ class ModelPair:
 
     vision: the base's tower for the baselines, None if a server holds the models. identity: which models these are, as
     JSON: the precision and the device of a base on this machine, or the names on a server. Cached figures depend on it.
+    weighing, tower: of judgements by model and tower; None where no weights were fitted.
     """
 
     base: Answerer
     adapter: Answerer
     vision: VisionFeatures | None
     identity: Any = ""
+    weighing: Weighing | None = None
+    tower: TowerEvidence | None = None
 
     @classmethod
-    def local(cls, predictor: Predictor) -> ModelPair:
-        """A base on this machine, without its adapter and with it."""
+    def local(cls, predictor: Predictor, weighed: tuple[Weighing, torch.Tensor] | None = None) -> ModelPair:
+        """A base on this machine, without its adapter and with it. weighed: the adapter's weights, and its tower's statistics."""
 
         def without_adapter(requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
             with predictor.base.without_adapter():
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 
         base = predictor.base
-        return cls(without_adapter, predictor.run, predictor.vision, [base.precision, str(base.dtype), base.device.type])
+        identity = [base.precision, str(base.dtype), base.device.type]
+        if weighed is None:
+            return cls(without_adapter, predictor.run, predictor.vision, identity)
+        weighing, statistics_2C = weighed
+        tower = TowerEvidence(predictor.vision, statistics_2C)
+        return cls(without_adapter, predictor.run, predictor.vision, [*identity, weighing.to_json()], weighing, tower)
 
     @classmethod
     def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:

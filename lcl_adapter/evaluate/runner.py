@@ -14,6 +14,7 @@ import torch
 from rich.progress import Progress
 
 from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.model import Base
@@ -23,11 +24,12 @@ from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines, judges
 from lcl_adapter.evaluate.caching import cache_key, read_cached
-from lcl_adapter.evaluate.cases import Case, Cell
-from lcl_adapter.evaluate.metrics import Estimate
+from lcl_adapter.evaluate.cases import Case, Cell, Judged
+from lcl_adapter.evaluate.metrics import Estimate, calibration_error
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import retention_of
 from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity
+from lcl_adapter.evaluate.weighing import evidence_of, weigh
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
 from lcl_adapter.terminal import console
@@ -52,6 +54,9 @@ def evaluate(
     same adapter, questions, code and libraries, are read from ``evaluation/``. A suite that the recipe does not have is looked up
     among the shipped ones, and reads its data under ``data.root``.
 
+    Where the recipe has suites under ``evaluate.validation``, the weights of model and tower in a judgement are fitted on them first,
+    unless they were before.
+
     fresh: measure again instead of reading cached cells. served: ask models behind a server instead. The report then goes
     to ``served/`` in the run's folder, and has no baselines, because there is no vision tower.
 
@@ -65,7 +70,7 @@ def evaluate(
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     rows, lines, falls = [], [], []
-    with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe)) as pair:
+    with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe, run, manifest)) as pair:
         for cell in build_cells(recipe, limit, suites, seed, added=added):
             if served and cell.kind == perplexity.KIND:
                 console.print(f"{cell.name}: left out, because a server gives no likelihood of a text", style="yellow", markup=False, highlight=False)
@@ -98,9 +103,19 @@ def evaluate(
     return report
 
 
-def _local_pair(base: Base | None, recipe: Recipe) -> ModelPair:
+def _local_pair(base: Base | None, recipe: Recipe, run: Path, manifest: Mapping[str, Any]) -> ModelPair:
     assert base is not None
-    return ModelPair.local(Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size))
+    predictor = Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size)
+    weighed = read_weighing(run, manifest)
+    if weighed is None and recipe.evaluate.validation:
+        weighed = weigh(run, recipe, predictor)
+    return ModelPair.local(predictor, weighed)
+
+
+def weigh_run(run: Path) -> None:
+    """Fit the weights of a run's judgements, where its recipe has suites under ``evaluate.validation``."""
+    loaded, manifest = load_adapter(run)
+    _local_pair(loaded, load(run / "recipe.yaml", resolved=True), run, manifest)
 
 
 def report_folder(run: Path, suites: tuple[str, ...], limit: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Path:
@@ -128,6 +143,7 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
         base_replies = pair.base(requests, done=done, new_tokens=cell.new_tokens)
         adapter_replies = pair.adapter(requests, done=done, new_tokens=cell.new_tokens)
     base, adapter = cell.judge(cases, base_replies), cell.judge(cases, adapter_replies)
+    judged = _judged(cell, adapter_replies, pair)
     fall, gain = base.estimate.minus(adapter.estimate), adapter.estimate.minus(base.estimate)
     baseline, nearest = baselines.measure_baseline(cell, pair.vision) if pair.vision else (None, [None] * len(cases))
     row = {
@@ -140,10 +156,44 @@ def measure_cell(cell: Cell, pair: ModelPair) -> dict[str, Any]:
         "base": base.figures,
         "adapter": adapter.figures,
         "difference": _difference(gain),
+        **_figures_of_judges(adapter, judged, cases),
     }
     compared = zip(cases, base_replies, adapter_replies, nearest, strict=True)
     predictions = [_prediction(cell, index, *replies) for index, replies in enumerate(compared)]
+    for name, (replies, _) in judged.items():
+        for line, case, reply in zip(predictions, cases, replies, strict=True):
+            line[name] = dict(zip(case.labels, (round(value, 5) for value in reply.log_likelihoods), strict=True))
     return {"row": row, "predictions": predictions, "fall": fall.to_json()}
+
+
+def _judged(cell: Cell, replies: Sequence[Reply], pair: ModelPair) -> dict[str, tuple[list[Reply], Judged]]:
+    """Replies and figures of the tower alone, and of model and tower; empty where the cell's questions have no weights."""
+    if pair.weighing is None or pair.tower is None or not cell.cases[0].labels:
+        return {}
+    evidence = evidence_of(cell.cases, pair.tower)
+    judged = {}
+    for name in ("tower", "both"):
+        scores = [pair.weighing.scores(reply.log_likelihoods, own, name) for reply, own in zip(replies, evidence, strict=True)]
+        if any(score is None for score in scores):
+            return {}
+        scored = [replace(reply, log_likelihoods=score) for reply, score in zip(replies, scores, strict=True) if score is not None]
+        judged[name] = (scored, cell.judge(cell.cases, scored))
+    return judged
+
+
+def _figures_of_judges(model: Judged, judged: Mapping[str, tuple[list[Reply], Judged]], cases: Sequence[Case]) -> dict[str, Any]:
+    """A row's figures of ``judge: tower`` and ``judge: both``, and how far ``both`` is from the better of model and tower."""
+    if not judged:
+        return {}
+    tower, (replies, both) = judged["tower"][1], judged["both"]
+    better = max(("model", model), ("tower", tower), key=lambda one: one[1].estimate.value)
+    gain = both.estimate.minus(better[1].estimate)
+    right = [judges.answer_of(case, reply) == case.gold for case, reply in zip(cases, replies, strict=True)]
+    error = calibration_error([max(reply.probabilities) for reply in replies], right)
+    return {
+        "tower": tower.figures,
+        "both": {**both.figures, "calibration_error": round(error, 4), "against": better[0], "gain": _difference(gain)},
+    }
 
 
 def _difference(gain: Estimate) -> dict[str, Any]:
@@ -247,6 +297,7 @@ def _summary_line(row: dict[str, Any]) -> str:
     parts += [f"chance {row['chance']:.2f}"] if row["chance"] is not None else []
     parts += [f"{row['baseline']['name']} {row['baseline']['value']:.3f}"] if row["baseline"] else []
     parts += [f"base {row['base']['value']:.3f}", f"adapter {own['value']:.3f} [{own['ci95'][0]:.3f}, {own['ci95'][1]:.3f}]"]
+    parts += [f"tower {row['tower']['value']:.3f}", f"both {row['both']['value']:.3f}"] if "both" in row else []
     parts += [f"text {own['greedy']:.3f}"] if own["greedy"] is not None else []
     figures = ", ".join(f"{p['who']} {p['value']:.2f}" for p in row["published"])
     parts += [f"published: {figures}"] if figures else []

@@ -25,12 +25,12 @@ from lcl_adapter.base.encoder import Encoded
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import attach, load_base, load_encoder
 from lcl_adapter.base.precision import choose_precision
+from lcl_adapter.base.prototypes import PATCH_BYTES
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.devices import free_memory, training_device
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError
-from lcl_adapter.evaluate.baselines import PATCH_BYTES
 from lcl_adapter.evaluate.suites import LongestCase, longest_case
 from lcl_adapter.memory import budget
 from lcl_adapter.recipe import Recipe

@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint, judge
 from lcl_adapter.answering.client.messages import image_of
-from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources import Picture, read_class_folders
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.errors import ConflictError, DataError, UserError
+from lcl_adapter.packaged import PHOTO_EXAMPLE
 from lcl_adapter.page import MAX_LABELS, html
 from lcl_adapter.page.photos import Gallery, bytes_of, labelled_bytes, new_folder, paths_of, picture_of, unpack, write_photos
 from lcl_adapter.page.texts import language_of, message
@@ -43,17 +44,35 @@ OpenedSet = tuple[str, int, str | None] | None
 ChatMessage = Mapping[str, Any]  # role, text, files
 
 
+Example = tuple[list[tuple[str, Picture]], list[Picture]]  # labelled pictures, and those to ask about
+
+
+def example_drawings() -> Example:
+    pool = {held_out.name: held_out.pictures for held_out in read_pocket("held_out").classes}
+    shown = [(name, picture) for name in EXAMPLE_CLASSES for picture in pool[name][:EXAMPLE_SHOTS]]
+    queries = [picture for name in EXAMPLE_CLASSES for picture in pool[name][EXAMPLE_SHOTS : EXAMPLE_SHOTS + EXAMPLE_QUERIES]]
+    return shown, [*queries, pool[EXAMPLE_UNKNOWN][0]]
+
+
+def example_photos() -> Example:
+    pool = read_class_folders(PHOTO_EXAMPLE / "labelled")
+    shown = [(tools.name, picture) for tools in pool.classes for picture in tools.pictures]
+    return shown, [Picture(path) for path in sorted((PHOTO_EXAMPLE / "new").iterdir())]
+
+
 @dataclass
 class Handlers:
     """The functions behind the page's buttons.
 
     url: of the API. scratch: a folder for photos.
     keys: of the visitors who logged in, by name; None: one visitor, on this machine.
+    photos: whether the example set is of photos, for the photo base.
     """
 
     url: str
     scratch: Path
     keys: Mapping[str, str] | None = None
+    photos: bool = False
     _clients: dict[str, Endpoint] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _last_turn: int = 0
@@ -150,15 +169,13 @@ class Handlers:
         return [html.note(message(language, "removed", name=name)), opened, *self._set_pickers(request, choose_first=True)]
 
     def example(self, request: gr.Request) -> list[Any]:
-        """Fill the groups and the queries with drawings of classes that the shipped base was not trained on."""
-        pool = {held_out.name: held_out.pictures for held_out in read_pocket("held_out").classes}
-        shown = [(name, picture) for name in EXAMPLE_CLASSES for picture in pool[name][:EXAMPLE_SHOTS]]
+        """Fill the groups and the queries: with photos on the photo base, else with drawings that the shipped base was not trained on."""
+        shown, queries = example_photos() if self.photos else example_drawings()
         groups = write_photos(self.scratch, [(name, read_bytes(picture)) for name, picture in shown])
-        queries = [picture for name in EXAMPLE_CLASSES for picture in pool[name][EXAMPLE_SHOTS : EXAMPLE_SHOTS + EXAMPLE_QUERIES]]
-        queries.append(pool[EXAMPLE_UNKNOWN][0])
         paths = write_photos(self.scratch, [("query", read_bytes(picture)) for picture in queries])["query"]
         gallery = [str(path) for path in paths]
-        return [*self._filled_groups(message(language_of(request), "example"), None, "example", groups), gallery, gallery]
+        text = message(language_of(request), "example_photos" if self.photos else "example")
+        return [*self._filled_groups(text, None, "tools" if self.photos else "example", groups), gallery, gallery]
 
     def clear(self) -> list[Any]:
         return self._filled_groups("", None, "", {})
@@ -199,9 +216,12 @@ class Handlers:
         language = language_of(request)
         try:
             paths = self._query_paths(language, name, photos)
-            response = self._classify(request, str(name), model or self._models(request)[2], paths, question.strip() or None)
+            _, base, default = self._models(request)
+            asked, own_question = model or default, question.strip() or None
+            response = self._classify(request, str(name), asked, paths, own_question)
+            by_base = self._classify(request, str(name), base, paths, own_question) if base not in {None, asked} else None
             thumbs = self._cached_thumbs(_visitor(request), str(name), response.version)
-            return html.results(language, paths, response, thumbs, reject)
+            return html.results(language, paths, response, thumbs, reject, by_base)
         except (UserError, ValidationError) as error:
             return self._error_note(language, error)
 

@@ -22,13 +22,22 @@ def note(text: str, error: bool = False) -> str:
     return f'<p class="{css_class}" role="{role}">{escape(text)}</p>' if text else '<p role="status"></p>'
 
 
-def results(language: str, photos: Sequence[Path], response: api_types.ClassifyOut, examples: Sequence[str], reject: bool = True) -> str:
+def results(
+    language: str,
+    photos: Sequence[Path],
+    response: api_types.ClassifyOut,
+    examples: Sequence[str],
+    reject: bool = True,
+    by_base: api_types.ClassifyOut | None = None,
+) -> str:
     """A card for each photo.
 
-    examples: the set's photos as data URLs, in their order. reject: a photo that is none of these has no label.
+    examples: the set's photos as data URLs, in their order. reject: a photo that is none of these has no label. by_base: what
+    the base answers without the adapter.
     """
-    pairs = enumerate(zip(photos, response.results, strict=True), 1)
-    cards = [_card(language, number, photo, result, response, examples, reject) for number, (photo, result) in pairs]
+    of_base: Sequence[api_types.Judgement | None] = by_base.results if by_base else [None] * len(photos)
+    triples = enumerate(zip(photos, response.results, of_base, strict=True), 1)
+    cards = [_card(language, number, photo, result, response, examples, reject, by_base=base) for number, (photo, result, base) in triples]
     return f'<div class="lcl-cards">{"".join(cards)}</div>'
 
 
@@ -86,6 +95,7 @@ def _card(
     examples: Sequence[str],
     reject: bool,
     heading: str = "h2",
+    by_base: api_types.Judgement | None = None,
 ) -> str:
     name = f"{message(language, 'photo')} {number}"
     try:
@@ -106,7 +116,10 @@ def _card(
     if result.most_alike is not None and result.most_alike.example < len(examples):
         caption = escape(message(language, "most_alike", label=result.most_alike.label))
         figure = f'<figure><img src="{escape(examples[result.most_alike.example])}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    lines = "".join(f"<p>{escape(line)}</p>" for line in reasons(language, result, response.calibration))
+    why = reasons(language, result, response.calibration)
+    if by_base is not None and by_base.nearest is not None:
+        why.append(message(language, "base_alone", label=by_base.nearest, chance=by_base.probabilities[by_base.nearest]))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in why)
     return (
         f'<section class="lcl-card" aria-label="{escape(name)}">{image}<div><{heading}>{escape(title)}{nearest}</{heading}>'
         f'<ul class="lcl-bars">{bars}</ul><div class="lcl-why">{lines}</div></div>{figure}</section>'

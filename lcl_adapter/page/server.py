@@ -10,6 +10,7 @@ import gradio as gr
 from anyio import CapacityLimiter
 from fastapi import FastAPI
 
+from lcl_adapter.packaged import PHOTO
 from lcl_adapter.page.blocks import STYLE, THEME, make_page
 from lcl_adapter.page.handlers import Handlers
 from lcl_adapter.page.texts import translations
@@ -52,7 +53,8 @@ def with_page(service: Service, keys: Keys | None, url: str, scratch: Path) -> F
         visitor_keys[name] = key
         return True
 
-    handlers = Handlers(url, scratch / "opened", visitor_keys if keys else None)
+    on_photos = service.engine.base.family.name == PHOTO
+    handlers = Handlers(url, scratch / "opened", visitor_keys if keys else None, on_photos)
     page = make_page(handlers)
     page.queue(max_size=64, default_concurrency_limit=8)
     # its own threads: handlers wait for the API, which needs threads too

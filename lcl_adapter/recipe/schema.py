@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from lcl_adapter.errors import did_you_mean
 from lcl_adapter.recipe.options import Options, Share, Weight
 from lcl_adapter.recipe.sources import Reader, TaggedSource, set_readers
-from lcl_adapter.recipe.suites import PerplexitySuite, SuiteOptions, TaggedSuite, fill_presets
+from lcl_adapter.recipe.suites import PerplexitySuite, SuiteOptions, TaggedSuite, ValidationSuite, fill_presets
 from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
@@ -77,6 +77,10 @@ class EvaluateOptions(Options):
     """
 
     suites: Annotated[dict[str, TaggedSuite], BeforeValidator(fill_presets)] = {}
+    validation: Annotated[dict[str, ValidationSuite], BeforeValidator(fill_presets)] = Field(
+        {},
+        description="suites on classes that are neither trained on nor reported: the weights of model and tower in a judgement are fitted on them",
+    )
     retention: dict[str, Allowance] = Field(
         {},
         description="points that a suite may fall below the base, or the percentage by which a perplexity may rise; the run fails if the "
@@ -140,7 +144,7 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _names_and_shares(self) -> Self:
-        for key, names in (("sources", self.sources), ("evaluate.suites", self.evaluate.suites)):
+        for key, names in (("sources", self.sources), ("evaluate.suites", self.evaluate.suites), ("evaluate.validation", self.evaluate.validation)):
             unfit = [name for name in names if not re.fullmatch(r"\w[\w .+-]*", name)]
             if unfit:
                 raise ValueError(f"`{key}`: the name {unfit[0]!r} may hold letters, digits, spaces and . _ + - only: files are named after it")

@@ -24,6 +24,7 @@ from lcl_adapter.recipe.sources import (
 )
 
 Neighbours = Literal["easy", "hard"]
+NewTokens = Annotated[int, Field(ge=1, le=2048, description="longest answer that is generated, in tokens; scored labels do not depend on it")]
 Control = Literal["shuffled-names", "no-support"]
 
 
@@ -43,6 +44,7 @@ class LclSuite(Options):
     names: Names = "random"
     episodes: int = Field(1024, ge=1)
     further_views: int = Field(0, ge=0, le=16)
+    new_tokens: NewTokens = 24
 
 
 class ControlSuite(LclSuite):
@@ -94,6 +96,7 @@ class InspectionSuite(Words):
     also_shots: IntList = Field([1], description="number of references, and of photos of each defect, for the forms under `also`")
     episodes: int = Field(200, ge=1, description="episodes of each form under `also`")
     limit: int | None = Field(None, ge=1, description="at most this many photos of each category and label")
+    new_tokens: NewTokens = 24
     published: Literal["mvtec", "visa"] | None = None
 
 
@@ -107,6 +110,7 @@ class ProductSuite(Words):
     neither: Share = 0.5
     near_neither: Share = 0.5
     episodes: int = Field(600, ge=1)
+    new_tokens: NewTokens = 24
 
 
 class VqaSuite(Options):
@@ -187,6 +191,8 @@ SuiteOptions = (
     | InstructSuite
 )
 TaggedSuite = Annotated[SuiteOptions, Field(discriminator="kind")]
+# Of these, model and tower are weighed: the answers are labels, and photos are shown
+ValidationSuite = Annotated[LclSuite | InspectionSuite | ProductSuite, Field(discriminator="kind")]
 
 
 @lru_cache(maxsize=1)

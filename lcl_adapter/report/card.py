@@ -9,7 +9,7 @@ from typing import Any
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import write_text
-from lcl_adapter.report.table import format_chance, format_figure, retention_line
+from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
 
 
 def write_card(run: Path) -> Path:
@@ -49,15 +49,24 @@ def _head(name: str, manifest: dict[str, Any]) -> str:
 def _results(report: dict[str, Any] | None) -> str:
     if report is None:
         return ""
-    head = "| suite | n | figure | chance | without training | base | adapter | 95 % | adapter's text |\n|---|---|---|---|---|---|---|---|---|\n"
+    columns = ("suite", "n", "figure", "chance", "without training", "base", "adapter", "95 %", "tower", "model and tower", "adapter's text")
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     rows = []
     for row in report["suites"]:
         baseline, own = row["baseline"], row["adapter"]
-        untrained = baseline and baseline["value"]
-        rows.append(
-            f"| {row['name']} | {count_of(row)} | {row['metric']} | {format_chance(row)} | {format_figure(untrained)} | {row['base']['value']:.3f} | "
-            f"**{own['value']:.3f}** | {own['ci95'][0]:.3f} - {own['ci95'][1]:.3f} | {format_figure(own['greedy'])} |"
+        figures = (
+            *(
+                row["name"],
+                count_of(row),
+                row["metric"],
+                format_chance(row),
+                format_figure(baseline and baseline["value"]),
+                f"{row['base']['value']:.3f}",
+            ),
+            *(f"**{own['value']:.3f}**", f"{own['ci95'][0]:.3f} - {own['ci95'][1]:.3f}"),
+            *(format_judge(row, "tower"), format_judge(row, "both"), format_figure(own["greedy"])),
         )
+        rows.append(f"| {' | '.join(map(str, figures))} |")
     published = [(row["name"], ", ".join(f"{p['who']} {p['value']:.3f}" for p in row["published"])) for row in report["suites"] if row["published"]]
     heading = "\n\nPublished by others, by the same protocol:\n\n"
     others = heading + "\n".join(f"- {name}: {figures}" for name, figures in published) if published else ""

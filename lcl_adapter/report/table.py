@@ -16,12 +16,25 @@ from lcl_adapter.terminal import console
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print the suites.
 
-    ``untrained`` is the figure of a method without training, on the base's tower. ``text`` is how often the adapter's
+    ``untrained`` is the figure of a method without training, on the base's tower. ``tower`` and ``both`` are those of judgements
+    by the tower, and by model and tower, with fitted weights. ``text`` is how often the adapter's
     greedy answer is exactly right; it is left out on a narrow terminal.
     """
     wide = console.width >= 100
     table = Table(title="base against adapter, the same questions", title_justify="left", box=SIMPLE if wide else None, padding=(0, 1, 0, 0))
-    columns = ["suite", "n", "figure", "chance", "untrained", "base", "adapter", "95 %", *(["text"] if wide else [])]
+    judged = any("both" in row for row in rows)
+    columns = [
+        "suite",
+        "n",
+        "figure",
+        "chance",
+        "untrained",
+        "base",
+        "adapter",
+        "95 %",
+        *(["tower", "both"] if judged else []),
+        *(["text"] if wide else []),
+    ]
     for column in columns:
         left = column in {"suite", "figure"}
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "figure")
@@ -36,6 +49,7 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
             format_figure(base["value"]),
             f"[bold]{adapter['value']:.3f}[/bold]",
             f"{adapter['ci95'][0]:.3f}-{adapter['ci95'][1]:.3f}",
+            *([format_judge(row, "tower"), format_judge(row, "both")] if judged else []),
             format_figure(adapter["greedy"]),
         ]
         table.add_row(*cells[: len(columns)])
@@ -44,6 +58,11 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def format_figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def format_judge(row: Mapping[str, Any], name: str) -> str:
+    """The figure of a judge; "-" where there is none."""
+    return f"{row[name]['value']:.3f}" if name in row else "-"
 
 
 def format_chance(row: Mapping[str, Any]) -> str:

@@ -30,8 +30,9 @@ def matching_manifest(folder: Path, base: Base) -> dict[str, Any]:
 
 
 def identity_of(manifest: dict[str, Any]) -> str:
-    """A hash of the weights, base's and adapter's."""
-    return digest_of(json.dumps([manifest["base_hash"], manifest["files"]], sort_keys=True).encode())
+    """A hash of the weights, base's and adapter's, and of those of its judgements."""
+    judgement = [manifest["judgement"]] if manifest.get("judgement") else []
+    return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement], sort_keys=True).encode())
 
 
 def check_effect(base: Base, peft_name: str, folder: Path) -> None:

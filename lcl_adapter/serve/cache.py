@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lcl_adapter.answering.cache import Prefilled
+from lcl_adapter.answering.judgement import ShownLabels
 from lcl_adapter.serve.jobs import SetKey
 
 CacheKey = tuple[str, SetKey]  # a model's name, and a support set
@@ -20,12 +21,13 @@ class CachedSet:
     """A prefilled set.
 
     vectors: its N pictures as unit vectors of the vision tower, [N, C], in the order of its turns.
-    bytes: of its keys and values.
+    bytes: of its keys and values. shown: its labels, for a judgement in which the tower counts.
     """
 
     prefilled: Prefilled
     vectors: torch.Tensor
     bytes: int
+    shown: ShownLabels | None = None
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The temperature of a stored set's probabilities, and its threshold of "none of these".
 
-Temperature: photos of the set are left out, one of each label at a time, and the model classifies them by the remaining
+Temperature: photos of the set are left out, one of each label at a time, and are judged, as new photos are, by the remaining
 photos. The temperature is the one that fits the probabilities of these answers best (Guo et al., arXiv 1706.04599).
 With few answers it stays near 1.
 
@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.recipe.wording import Wording
 
-FORMAT = 2  # of a stored calibration; one of another format is computed again
+FORMAT = 3  # of a stored calibration; one of another format is computed again
 MAX_FOLDS = 6  # rounds in which one photo per label is left out
 
 # The spread (standard deviation) of familiarity within a label. A few photos give a bad estimate of it, so the estimate
@@ -76,9 +75,7 @@ class Calibration:
 class CalibrationEngine(Protocol):
     """The part of an engine that calibration needs."""
 
-    def prefill(self, turns: Sequence[Turn]) -> Prefilled: ...
-
-    def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]: ...
+    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]: ...
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor: ...
 
@@ -92,21 +89,20 @@ def familiarity(similarities: Sequence[float]) -> float:
 
 
 def calibrate(
-    engine: CalibrationEngine, examples: Sequence[tuple[Picture, str]], wording: Wording, question: str | None
+    engine: CalibrationEngine, model: str, examples: Sequence[tuple[Picture, str]], wording: Wording, question: str | None
 ) -> Generator[None, None, Calibration]:
     """Calibrate a set of labelled photos; the generator's return value is the result.
 
     It runs on the engine's thread and yields after each fold, so that other jobs run in between.
-    question: the set's own; without it the wording's query is asked.
+    model: its name at the engine. question: the set's own; without it the wording's query is asked.
     """
     labels = list(dict.fromkeys(label for _, label in examples))
     answers = tuple(wording.answered(label) for label in labels)
     judged: list[tuple[tuple[float, ...], int]] = []  # log-likelihoods of all labels, and the index of the true label
     for fold in _folds([label for _, label in examples]):
         remaining = [example for place, example in enumerate(examples) if place not in fold]
-        prefilled = engine.prefill(support_turns(remaining, wording))
         questions = [(Turn("user", question or wording.query, examples[place][0]), answers) for place in fold]
-        replies = engine.ask(prefilled, questions)
+        replies = engine.judge(model, support_turns(remaining, wording), questions)
         judged += [(reply.log_likelihoods, labels.index(examples[place][1])) for place, reply in zip(fold, replies, strict=True)]
         yield
     vectors_NC = engine.vectors([picture for picture, _ in examples])

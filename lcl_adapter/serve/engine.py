@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from peft import PeftModel
 
 from lcl_adapter import devices
 from lcl_adapter.answering.cache import Prefilled
+from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Predictor, Question, Reply
+from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import unit_vectors
 from lcl_adapter.base.vision import VisionFeatures
@@ -33,11 +35,12 @@ from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
 from lcl_adapter.recipe import load
-from lcl_adapter.recipe.wording import Wording
+from lcl_adapter.serve import judging
 from lcl_adapter.serve.adapters import check_effect, identity_of, matching_manifest
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
 from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
+from lcl_adapter.serve.model import Model
 
 VISION_CACHE_BYTES = 64 * 2**20  # vision features that are cached between requests
 MAX_DECODED = 4  # decoded pictures in memory at a time; one padded to a square can have 200 MB
@@ -54,22 +57,6 @@ class Scored:
 
     reply: Reply
     similarities: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that clients can name: the base alone, or the base with one adapter.
-
-    adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
-    identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
-    """
-
-    name: str
-    wording: Wording
-    folder: Path | None = None
-    adapter: str = ""
-    identity: str = ""
-    created: float = field(default_factory=time.time)
 
 
 class Engine:
@@ -239,7 +226,9 @@ class Engine:
                 cached = self._prefilled(first)
                 self.counters.waves += 1
                 if first.answers:
-                    replies = self.ask(cached.prefilled, [(job.turn, job.answers) for job in jobs])
+                    questions = [(job.turn, job.answers) for job in jobs]
+                    replies = self.ask(cached.prefilled, questions)
+                    replies = judging.judged(self.find(first.model), cached.shown, questions, replies, self._predictor.vision)
                     vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
                     cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
                     for job, reply, cosines in zip(jobs, replies, cosines_NS, strict=True):
@@ -298,6 +287,11 @@ class Engine:
         """Score the worded labels of each question by one prefilled set."""
         return self._predictor.ask(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
+    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
+        """Judge by labelled photos that are not cached. The model of this name must be in use."""
+        model, vision = self.find(name), self._predictor.vision
+        return judging.judged(model, judging.shown_labels(model, turns, vision), questions, self.ask(self.prefill(turns), questions), vision)
+
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""
         return unit_vectors(pictures, self._predictor.vision)
@@ -311,7 +305,8 @@ class Engine:
         prefilled = self.prefill(turns)
         needs_vectors = bool(job.answers) or key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
-        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes)
+        shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
+        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown)
         if key is not None:
             self.cache.put(key, cached)
         return cached
@@ -394,7 +389,8 @@ class Engine:
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
-        self.models[name] = Model(name, wording, folder, peft_name, identity)
+        weighing, statistics_2C = read_weighing(folder, read_manifest(folder)) or (None, None)
+        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C)
         self._predictor = self._new_predictor(self.base)
         return self.models[name]
 

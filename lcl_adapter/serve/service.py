@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, RunError, UserError
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
-from lcl_adapter.serve.engine import Engine, Model, Scored
+from lcl_adapter.serve.engine import Engine, Scored
 from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
 from lcl_adapter.serve.jobs import Job, SetKey, Task
+from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.store import Store, StoredSet
 
 MAX_CALIBRATIONS = 1000  # in memory; all are stored on disk
@@ -46,6 +48,7 @@ class Service:
     timeout: float = 120.0
     _calibrating: dict[CalibrationKey, Future[Calibration]] = field(default_factory=dict)
     _calibrations: dict[CalibrationKey, Calibration] = field(default_factory=dict)
+    _whites: dict[int, float | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(CONCURRENT_DECODES))
 
@@ -119,7 +122,17 @@ class Service:
         return Picture(Path(namespace) / digest_of(data), data=data)
 
     def _examples(self, stored: StoredSet) -> list[tuple[Picture, str]]:
-        return [(self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)), e.label) for e in stored.examples]
+        pictures = [self._picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)) for e in stored.examples]
+        white = common_white(pictures)
+        return [(replace(picture, white=white), e.label) for picture, e in zip(pictures, stored.examples, strict=True)]
+
+    def _white(self, stored: StoredSet) -> float | None:
+        """The value that is white in the set's photos, if they have more than 8 bits: new photos are read alike."""
+        if stored.id not in self._whites:
+            if len(self._whites) >= MAX_CALIBRATIONS:
+                self._whites.pop(next(iter(self._whites)))
+            self._whites[stored.id] = self._examples(stored)[0][0].white
+        return self._whites[stored.id]
 
     def _turns(self, stored: StoredSet, model: Model) -> tuple[Turn, ...]:
         return support_turns(self._examples(stored), model.wording)
@@ -138,10 +151,11 @@ class Service:
         deadline = time.monotonic() + self.timeout
         answers = tuple(model.wording.answered(label) for label in stored.labels)
         question = request.question or stored.question or model.wording.query
+        white = self._white(stored)
         jobs: list[Job | UserError] = []
         for number, url in enumerate(request.images):
             try:
-                picture = self._picture(namespace, self._decode(url, f"images[{number}]"))
+                picture = replace(self._picture(namespace, self._decode(url, f"images[{number}]")), white=white)
             except RequestError as error:
                 jobs.append(error)
                 continue
@@ -174,7 +188,7 @@ class Service:
 
     def _calibration_steps(self, engine: Engine, stored: StoredSet, model: Model) -> Generator[None, None, Calibration]:
         """The steps of a task. Its last one stores the calibration and returns it."""
-        steps = calibrate(engine, self._examples(stored), model.wording, stored.question)
+        steps = calibrate(engine, model.name, self._examples(stored), model.wording, stored.question)
         while True:
             with engine.using(model.name):  # between two steps a job may have switched to another adapter
                 try:
@@ -315,6 +329,7 @@ class Classification:
             calibration=api_types.CalibrationOut(
                 temperature=calibration.temperature, threshold=calibration.threshold, left_out=calibration.left_out, right=calibration.right
             ),
+            judge="model" if self.model.weighing is None else "both",
             results=[self._judgement(calibration, job) for job in self.jobs],
         )
 

@@ -128,6 +128,9 @@ def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], rows: Rows, 
         ended = f", stops at its {mixture.ended[name]} of {mixture.limits[name]:,} rows" if name in mixture.ended else ""
         share = f"share {mixture.requested[name]:.2f} requested, {realised[name]:.2f} realised"
         console.print(f"{name:>15}: {share}, {len(pool):,} entries{photos}{repeats}{ended}{average}", highlight=False)
+        if pool.skipped:
+            left_out = ", ".join(f"{count:,} x {reason}" for reason, count in pool.skipped.items())
+            console.print(f"{'':>17}left out: {left_out}", style="yellow", highlight=False, markup=False)
     shortest = min(length for source_lengths in rows.lengths.values() for length in source_lengths)
     longest = max(rows.most(name) for name in rows.lengths)
     console.print(f"{'rows':>15}: {total:,} of {shortest} to {longest} tokens", highlight=False)

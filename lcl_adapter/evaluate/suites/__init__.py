@@ -68,6 +68,12 @@ def build_cells(
             yield from cells_of(name, options, wording, Selection(name, chosen, limit, during, set_aside))
 
 
+def validation_cells(recipe: Recipe, limit: int | None = None) -> Iterator[Cell]:
+    """The cells of the suites under ``evaluate.validation``. limit: only the first cases of each."""
+    for name, options in recipe.evaluate.validation.items():
+        yield from cells_of(name, options, WORDINGS[recipe.wording], Selection(name, recipe.evaluate.seed, limit))
+
+
 def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Selection) -> Iterator[Cell]:
     """The cells of one suite."""
     match options:
@@ -108,22 +114,22 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
-    if any(isinstance(options, CLASS_SUITES) for options in recipe.evaluate.suites.values()):
+    if recipe.evaluate.validation or any(isinstance(options, CLASS_SUITES) for options in recipe.evaluate.suites.values()):
         for source, trained in mixture.pools.items():
             names |= {(mixture.options[source].type, n) for n in names_of(trained)}
             if not getattr(mixture.options[source], "reads_late", False):
                 pictures |= {_picture_key(p) for p in pictures_of(trained)}
-    faults = []
-    for name, options in recipe.evaluate.suites.items():
+    faults = _reported_too(recipe)
+    for key, options in _suites_of(recipe):
         if isinstance(options, CLASS_SUITES):
             common = sorted(
-                {n for kind, n, shown in _classes_of(name, options) if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)}
+                {n for kind, n, shown in _classes_of(key, options) if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)}
             )
-            faults += [_overlap_message(name, common)] if common else []
+            faults += [_overlap_message(key, common)] if common else []
         else:
             files = _files(options if isinstance(options, PerplexitySuite) else options.source)
             same = [s for s, o in mixture.options.items() if files & _files(o)]
-            faults += [f"evaluate.suites.{name}: source {same[0]} trains on the same file; measure on another"] if same else []
+            faults += [f"{key}: source {same[0]} trains on the same file; measure on another"] if same else []
     if faults:
         raise RecipeError(faults)
 
@@ -135,10 +141,10 @@ def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: t
     """
     names = {(recipe.sources[source].type, n) for source, trained in held_in.items() if source in recipe.sources for n in trained}
     faults = []
-    for name, options in recipe.evaluate.suites.items():
-        if isinstance(options, CLASS_SUITES) and (not only or name in only):
-            common = sorted({n for kind, n, _ in _classes_of(name, options) if (kind, n) in names})
-            faults += [_overlap_message(name, common)] if common else []
+    for key, options in _suites_of(recipe):
+        if isinstance(options, CLASS_SUITES) and (not only or key.rpartition(".")[2] in only):
+            common = sorted({n for kind, n, _ in _classes_of(key, options) if (kind, n) in names})
+            faults += [_overlap_message(key, common)] if common else []
     if faults:
         raise RecipeError(faults)
 
@@ -165,9 +171,36 @@ def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tu
         yield reader.type, part.name, part.pictures
 
 
-def _overlap_message(name: str, common: Sequence[str]) -> str:
-    shown = ", ".join(common[:5]) + (f" and {len(common) - 5} more" if len(common) > 5 else "")
-    return f"evaluate.suites.{name}: {shown} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
+def _suites_of(recipe: Recipe) -> Iterator[tuple[str, SuiteOptions]]:
+    """Every suite, by its key in the recipe."""
+    for part in ("suites", "validation"):
+        for name, options in getattr(recipe.evaluate, part).items():
+            yield f"evaluate.{part}.{name}", options
+
+
+def _reported_too(recipe: Recipe) -> list[str]:
+    """A message for each validation suite that has classes of a reported one: its weights would be chosen on the test."""
+    reported = {
+        (kind, n): name
+        for name, options in (recipe.evaluate.suites.items() if recipe.evaluate.validation else ())
+        if isinstance(options, CLASS_SUITES)
+        for kind, n, _ in _classes_of(name, options)
+        if kind
+    }
+    messages = []
+    for name, options in recipe.evaluate.validation.items():
+        common = sorted({n for kind, n, _ in _classes_of(name, options) if (kind, n) in reported})
+        if common:
+            messages.append(f"evaluate.validation.{name}: {_some(common)} are reported too; the weights would be chosen on the test")
+    return messages
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _overlap_message(key: str, common: Sequence[str]) -> str:
+    return f"{key}: {_some(common)} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
 
 
 @dataclass(frozen=True)
@@ -209,7 +242,7 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     """
     watched = tuple(recipe.evaluate.watched)
     during = build_cells(recipe, DRAWN, watched, during=True) if watched else ()
-    for cell in chain(build_cells(recipe, limit=DRAWN), during):
+    for cell in chain(build_cells(recipe, limit=DRAWN), during, validation_cells(recipe, DRAWN)):
         for case in cell.cases if cell.kind != perplexity.KIND else ():
             _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():

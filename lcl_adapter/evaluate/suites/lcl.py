@@ -56,6 +56,7 @@ def cells(name: str, options: LclSuite, wording: Wording, selection: Selection) 
                 shots=shots,
                 neighbours=neighbours,
                 control=control,
+                new_tokens=options.new_tokens,
             )
 
 

@@ -35,6 +35,7 @@ def cells(name: str, options: ProductSuite, wording: Wording, selection: Selecti
             chance=1 / 3,
             cases=tuple(case_of(e, wording, pool.classes[e.queries[0].class_index].name, 0, _truth(e, pool)) for e in drawn),
             judge=judges.product_figures,
+            new_tokens=options.new_tokens,
             baseline="prototype or neither",
             policy="product",
             shots=shots,

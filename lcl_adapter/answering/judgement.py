@@ -1,0 +1,184 @@
+"""A judgement by two kinds of evidence: the model's label scores, and what the frozen tower says without any training.
+
+The tower's evidence for a label is how alike the query is to the label's photos: the cosine with their mean. Where one
+label is shown, as good parts are, it is that cosine, and how far the query's patches are from the photos' patches. A label
+that is not shown ("defective", "neither") has a constant instead: it is the answer where no shown label is alike enough.
+
+Both kinds are added with weights, and one softmax over the labels gives the probabilities. The weights are fitted on classes that
+were not trained on (``lcl_adapter.evaluate.weighing``), and stand in the adapter's manifest.
+
+Shapes: N pictures, C width of a patch, M shown photos, K labels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from lcl_adapter.base.adapter import MANIFEST
+from lcl_adapter.base.prototypes import class_means, mean_patches, patch_distances
+from lcl_adapter.base.vision import VisionFeatures
+from lcl_adapter.data.sources import Picture
+from lcl_adapter.errors import AdapterError
+from lcl_adapter.files import sha256_of, write_json
+
+STATISTICS = "tower.safetensors"
+JudgeName = Literal["model", "tower", "both"]
+JUDGES: tuple[JudgeName, ...] = get_args(JudgeName)
+Shown = tuple[tuple[Picture, str], ...]  # labelled photos
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tower's evidence for one label. shown: whether it has photos; without them, the two figures are 0.
+
+    likeness: the cosine of the query with the mean of the label's photos. distance: from a patch of the query to the nearest
+    one of the photos, the largest; 0 where several labels are shown.
+    """
+
+    shown: bool
+    likeness: float = 0.0
+    distance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each kind of evidence counts. A label's score is
+    ``model * log-likelihood + likeness * cosine - distance * patch distance``, plus ``unshown`` for one that is not shown.
+    """
+
+    model: float
+    likeness: float
+    distance: float = 0.0
+    unshown: float = 0.0
+
+    def score(self, log_likelihood: float, evidence: Evidence, judge: JudgeName = "both") -> float:
+        """A label's score; ``judge`` leaves one of the two kinds of evidence out."""
+        own = self.model * log_likelihood if judge != "tower" else 0.0
+        if judge == "model":
+            return own
+        return own + (self.likeness * evidence.likeness - self.distance * evidence.distance if evidence.shown else self.unshown)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """The weights of an adapter, or of a base.
+
+    several: where two or more labels are shown. single: where one is. fitted_on: how many questions each was fitted on.
+    """
+
+    several: Weights | None = None
+    single: Weights | None = None
+    fitted_on: tuple[int, int] = (0, 0)
+
+    def of(self, evidence: Sequence[Evidence]) -> Weights | None:
+        """The weights for a question with this evidence; None where none were fitted, or nothing is shown."""
+        shown = sum(one.shown for one in evidence)
+        return self.several if shown > 1 else self.single if shown == 1 else None
+
+    def scores(self, log_likelihoods: Sequence[float], evidence: Sequence[Evidence], judge: JudgeName = "both") -> tuple[float, ...] | None:
+        """Logarithms of the labels' probabilities. None where there are no weights for this kind of question."""
+        weights = self.of(evidence)
+        if weights is None:
+            return None
+        return log_softmax([weights.score(value, one, judge) for value, one in zip(log_likelihoods, evidence, strict=True)])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Weighing:
+        several, single = (Weights(**fields[name]) if fields.get(name) else None for name in ("several", "single"))
+        return cls(several, single, tuple(fields.get("fitted_on", (0, 0))))
+
+
+def log_softmax(scores: Sequence[float]) -> tuple[float, ...]:
+    top = max(scores)
+    total = top + math.log(sum(math.exp(score - top) for score in scores))
+    return tuple(score - total for score in scores)
+
+
+@dataclass(frozen=True)
+class ShownLabels:
+    """What a tower remembers of labelled photos: the labels, the mean of each one's photos as a unit vector, [K, C], and the photos."""
+
+    names: tuple[str, ...]
+    means: torch.Tensor
+    photos: tuple[Picture, ...]
+
+
+class TowerEvidence:
+    """The tower's evidence, with the vectors of pictures that were seen before.
+
+    statistics: mean and deviation of the tower's features, [2, C], over pictures of the adapter's validation classes. A tower's
+    raw features have a few that are large for every picture, and cosines of them say little. remembered: how many vectors.
+    """
+
+    def __init__(self, vision: VisionFeatures, statistics_2C: torch.Tensor | None = None, remembered: int = 20_000) -> None:
+        self.vision = vision
+        self.statistics_2C = statistics_2C
+        self.remembered = remembered
+        self._vectors: dict[Picture, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
+        vectors = {picture: self._vectors[picture] for picture in dict.fromkeys(pictures) if picture in self._vectors}
+        missing = [picture for picture in dict.fromkeys(pictures) if picture not in vectors]
+        if missing:
+            features_NC = mean_patches(missing, self.vision).cpu()
+            if self.statistics_2C is not None:
+                features_NC = (features_NC - self.statistics_2C[0]) / self.statistics_2C[1]
+            vectors.update(zip(missing, functional.normalize(features_NC, dim=1), strict=True))
+            for picture in missing[: max(0, self.remembered - len(self._vectors))]:
+                self._vectors[picture] = vectors[picture]
+        return torch.stack([vectors[picture] for picture in pictures])
+
+    def remember(self, shown: Shown) -> ShownLabels:
+        """The means of labelled photos, of which there is at least one."""
+        names = tuple(dict.fromkeys(label for _, label in shown))
+        photos = tuple(picture for picture, _ in shown)
+        return ShownLabels(names, class_means(self.vectors(photos), [names.index(label) for _, label in shown]), photos)
+
+    def about(self, known: ShownLabels, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
+        """For each query, the evidence for each label."""
+        cosines = (self.vectors(queries) @ known.means.T).tolist()
+        distances = patch_distances(known.photos, queries, self.vision) if len(known.names) == 1 else [0.0] * len(queries)
+        return [
+            [Evidence(True, row[known.names.index(label)], distance) if label in known.names else Evidence(False) for label in labels]
+            for row, distance in zip(cosines, distances, strict=True)
+        ]
+
+    def of(self, shown: Shown, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
+        """:meth:`about` for photos that are not remembered. Photos of other labels than these count for none."""
+        own = tuple((picture, label) for picture, label in shown if label in labels)
+        return self.about(self.remember(own), queries, labels) if own else [[Evidence(False) for _ in labels] for _ in queries]
+
+
+def save_weighing(folder: Path, weighing: Weighing, statistics_2C: torch.Tensor) -> None:
+    """Write the weights into an adapter's manifest, and the tower's statistics beside it."""
+    save_file({"tower": statistics_2C.contiguous()}, folder / STATISTICS)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_json(folder / MANIFEST, {**manifest, "judgement": {**weighing.to_json(), "statistics": sha256_of(folder / STATISTICS)}})
+
+
+def read_weighing(folder: Path, manifest: Mapping[str, Any]) -> tuple[Weighing, torch.Tensor] | None:
+    """The weights of an adapter, and the tower's statistics; None where none were fitted.
+
+    Raises AdapterError where the file of statistics is missing or not the one that was saved.
+    """
+    fields = manifest.get("judgement")
+    if not fields:
+        return None
+    file = folder / STATISTICS
+    if not file.exists() or sha256_of(file) != fields["statistics"]:
+        raise AdapterError(f"{file}: missing, or not the file that was saved; copy the folder again.")
+    return Weighing.from_json(fields), load_file(file)["tower"]

@@ -1,0 +1,133 @@
+"""How much the model and its tower count in a judgement: weights fitted on classes that neither training nor the report has.
+
+The questions are those of the suites under ``evaluate.validation``. Each label's score is a weighted sum of its evidence
+(``lcl_adapter.answering.judgement``), and the weights make the right labels most likely: a logistic regression. So the scores are
+also calibrated, on classes that are new to the adapter.
+
+Shapes: J questions, K labels (the most that a question has), F kinds of evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lcl_adapter.answering.judgement import Evidence, Shown, TowerEvidence, Weighing, Weights, save_weighing
+from lcl_adapter.answering.predict import Predictor, Reply
+from lcl_adapter.base.prototypes import statistics_of
+from lcl_adapter.evaluate.cases import Case
+from lcl_adapter.evaluate.suites import validation_cells
+from lcl_adapter.recipe import Recipe
+from lcl_adapter.terminal import console
+
+# The prior of the logarithms of weights: with few questions, or questions that are all answered right, they stay near it
+PRIOR = {"model": 1.0, "likeness": 10.0, "distance": 0.1}
+PRIOR_SPREAD = 2.0
+PRIOR_SPREAD_OF_UNSHOWN = 10.0
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A question of the validation suites: each label's log-likelihood and evidence, and the index of the right label."""
+
+    log_likelihoods: tuple[float, ...]
+    evidence: tuple[Evidence, ...]
+    right: int
+
+    @property
+    def shown(self) -> int:
+        return sum(one.shown for one in self.evidence)
+
+
+def evidence_of(cases: Sequence[Case], tower: TowerEvidence) -> list[tuple[Evidence, ...]]:
+    """The tower's evidence for each label of each case; of a case without labelled photos or labels, evidence for none."""
+    groups: dict[tuple[Shown, tuple[str, ...]], list[int]] = {}
+    for index, case in enumerate(cases):
+        shown = tuple((example.picture, example.label) for example in case.episode.support) if case.episode and case.query.picture else ()
+        groups.setdefault((shown, case.labels), []).append(index)
+    evidence: list[tuple[Evidence, ...]] = [()] * len(cases)
+    for (shown, labels), members in groups.items():  # a set's photos are compared once
+        queries = [picture for index in members if (picture := cases[index].query.picture) is not None]
+        rows = tower.of(shown, queries, labels) if shown else [[Evidence(False)] * len(labels)] * len(members)
+        for index, row in zip(members, rows, strict=True):
+            evidence[index] = tuple(row)
+    return evidence
+
+
+def questions_of(cases: Sequence[Case], replies: Sequence[Reply], tower: TowerEvidence) -> list[Weighed]:
+    """The cases with labels, as questions to fit weights on."""
+    evidence = evidence_of(cases, tower)
+    return [
+        Weighed(reply.log_likelihoods, own, case.labels.index(case.gold))
+        for case, reply, own in zip(cases, replies, evidence, strict=True)
+        if case.labels
+    ]
+
+
+def fit(questions: Iterable[Weighed]) -> Weighing:
+    """Weights for questions with several shown labels, and with one."""
+    questions = list(questions)
+    several = [question for question in questions if question.shown > 1]
+    single = [question for question in questions if question.shown == 1]
+    return Weighing(_fitted(several), _fitted(single), (len(several), len(single)))
+
+
+def _fitted(questions: Sequence[Weighed]) -> Weights | None:
+    """The most probable weights; None without questions."""
+    if not questions:
+        return None
+    most = max(len(question.evidence) for question in questions)
+    features_JKF = torch.zeros(len(questions), most, 3, dtype=torch.float64)
+    unshown_JK = torch.zeros(len(questions), most, dtype=torch.float64)
+    absent_JK = torch.full((len(questions), most), -math.inf, dtype=torch.float64)
+    for j, question in enumerate(questions):
+        for k, (likely, one) in enumerate(zip(question.log_likelihoods, question.evidence, strict=True)):
+            features_JKF[j, k] = torch.tensor([likely, one.likeness, -one.distance])
+            unshown_JK[j, k], absent_JK[j, k] = float(not one.shown), 0.0
+    right_J = torch.tensor([question.right for question in questions])
+    prior_F = torch.tensor([math.log(value) for value in PRIOR.values()], dtype=torch.float64)
+    logs_F, unshown = prior_F.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        scores_JK = features_JKF @ logs_F.exp() + unshown * unshown_JK + absent_JK
+        fault = torch.nn.functional.cross_entropy(scores_JK, right_J, reduction="sum")
+        strayed = ((logs_F - prior_F) / PRIOR_SPREAD).square().sum() + (unshown / PRIOR_SPREAD_OF_UNSHOWN).square()
+        return (fault + strayed / 2) / len(questions)
+
+    optimiser = torch.optim.LBFGS([logs_F, unshown], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(closure)  # type: ignore[arg-type]
+    model, likeness, distance = logs_F.detach().exp().tolist()
+    has_distance = bool(features_JKF[..., 2].abs().sum())
+    return Weights(model, likeness, distance if has_distance else 0.0, unshown.item() if bool(unshown_JK.sum()) else 0.0)
+
+
+def weigh(run: Path, recipe: Recipe, predictor: Predictor) -> tuple[Weighing, torch.Tensor]:
+    """Fit the weights of a run's adapter, and write them into its folder. Returns them, and the tower's statistics [2, C]."""
+    cells = list(validation_cells(recipe))
+    pictures = list(dict.fromkeys(p for cell in cells for case in cell.cases for turn in (*case.support, case.query) for p in turn.pictures))
+    statistics_2C = statistics_of(pictures, predictor.vision)
+    tower = TowerEvidence(predictor.vision, statistics_2C)
+    questions: list[Weighed] = []
+    for cell in cells:
+        replies = predictor.run([(c.support, c.query, c.answers) for c in cell.cases], generate=False)
+        questions += questions_of(cell.cases, replies, tower)
+    weighing = fit(questions)
+    save_weighing(run, weighing, statistics_2C)
+    for name, weights, count in zip(
+        ("several labels shown", "one label shown"), (weighing.several, weighing.single), weighing.fitted_on, strict=True
+    ):
+        if weights is not None:
+            parts = f"model {weights.model:.2g}, likeness {weights.likeness:.3g}, distance {weights.distance:.2g}, not shown {weights.unshown:.3g}"
+            console.print(f"judgement, {name}: {parts} ({count} questions of validation classes)", highlight=False, markup=False)
+    return weighing, statistics_2C

@@ -1,0 +1,31 @@
+"""A model of the server: the base alone, or the base with one adapter."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lcl_adapter.answering.judgement import Weighing
+from lcl_adapter.recipe.wording import Wording
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that clients can name: the base alone, or the base with one adapter.
+
+    adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
+    identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
+    weighing, statistics: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
+    """
+
+    name: str
+    wording: Wording
+    folder: Path | None = None
+    adapter: str = ""
+    identity: str = ""
+    created: float = field(default_factory=time.time)
+    weighing: Weighing | None = None
+    statistics: torch.Tensor | None = field(default=None, compare=False)
