@@ -43,6 +43,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def adapter_on(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
     """A run folder with a random adapter of any kind, saved as training saves it."""
+    torch.manual_seed(seed)  # of PEFT's own start, which no earlier test may decide
     adapted = attach(load_base(BaseRef(str(base), device="cpu")), AdapterOptions(**{"rank": 4, "alpha": 8, **options}))
     torch.manual_seed(seed)
     for name, parameter in adapted.model.named_parameters():

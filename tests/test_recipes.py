@@ -182,17 +182,21 @@ for name in sys.argv[1:]:
 
 @pytest.fixture
 def photo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training photos of `photo:train.csv`, made up: 12 classes of 5."""
+    """The training photos of `photo:train.csv`, the products and the parts, made up: 12 of each, of 5 photos."""
     folder = tmp_path / "photo-data"
-    lines = ["image,class,group,split"]
     folder.mkdir()
-    with zipfile.ZipFile(folder / "train.zip", "w") as archive:
+    lines = ["image,class,group,split"]
+    places = ["train/good/0", "train/good/1", "train/good/2", "train/good/3", "test/good/0", "test/crack/0", "test/crack/1"]
+    with zipfile.ZipFile(folder / "train.zip", "w") as archive, zipfile.ZipFile(folder / "inspection-train.zip", "w") as parts:
         for number in range(12):
-            for index in range(5):
+            for index, place in enumerate(places):
                 picture = paint(tmp_path / "painted.png", (20 * number, 90, 250 - 20 * number), seed=10 * number + index)
                 archive.write(picture, f"{number}/{index}.png")
+                parts.write(picture, f"part {number}/{place}.png")
                 lines.append(f"{number}/{index}.png,part {number},group {number // 4},train")
-    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    shutil.copy(folder / "train.zip", folder / "products.zip")
+    for name in ("train.csv", "products.csv"):
+        (folder / name).write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(packaged, "photo_data_folder", lambda: folder)
 
 
