@@ -149,11 +149,11 @@ def check_measured(recipe: Recipe, held_in: Mapping[str, Sequence[str]], only: t
         raise RecipeError(faults)
 
 
-def _files(options: Any) -> set[str]:
-    """The files of questions that a reader reads."""
+def _files(options: Any) -> frozenset[str]:
+    """The files that a reader reads, of questions or of classes."""
     if isinstance(options, Shards):
-        return options.shards()
-    return {str(file) for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None}
+        return frozenset(options.shards())
+    return frozenset(str(file) for key in ("file", "questions", "path") if (file := getattr(options, key, None)) is not None)
 
 
 def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tuple[Picture, ...]]]:
@@ -179,19 +179,24 @@ def _suites_of(recipe: Recipe) -> Iterator[tuple[str, SuiteOptions]]:
 
 
 def _reported_too(recipe: Recipe) -> list[str]:
-    """A message for each validation suite that has classes of a reported one: its weights would be chosen on the test."""
-    reported = {
-        (kind, n): name
-        for name, options in (recipe.evaluate.suites.items() if recipe.evaluate.validation else ())
-        if isinstance(options, CLASS_SUITES)
-        for kind, n, _ in _classes_of(name, options)
-        if kind
-    }
+    """A message for each validation suite that has a reported one's pictures, or its classes out of the same file: its weights
+    would be chosen on the test.
+    """
+    if not recipe.evaluate.validation:
+        return []
+    names: set[tuple[str, frozenset[str], str]] = set()
+    pictures: set[tuple[str, str | None]] = set()
+    for name, options in recipe.evaluate.suites.items():
+        if isinstance(options, CLASS_SUITES):
+            for kind, n, shown in _classes_of(name, options):
+                names.add((kind, _files(getattr(options, "source", None)), n))
+                pictures.update(map(_picture_key, shown))
     messages = []
     for name, options in recipe.evaluate.validation.items():
-        common = sorted({n for kind, n, _ in _classes_of(name, options) if (kind, n) in reported})
+        files = _files(options.source)
+        common = {n for kind, n, shown in _classes_of(name, options) if (kind, files, n) in names or any(_picture_key(p) in pictures for p in shown)}
         if common:
-            messages.append(f"evaluate.validation.{name}: {_some(common)} are reported too; the weights would be chosen on the test")
+            messages.append(f"evaluate.validation.{name}: {_some(sorted(common))} are reported too; the weights would be chosen on the test")
     return messages
 
 
