@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parser.error(f"{report} is missing: `lcl-adapter eval {options.run}` writes it")
     run = options.run if (options.run / MANIFEST).exists() else options.run.parent  # of a part of an evaluation, in `partial/`
     seconds = read_manifest(run).get("training_seconds")
-    return write_result(options.name or options.run.name, json.loads(report.read_text(encoding="utf-8")), options.command, training_seconds=seconds)
+    stored = json.loads(report.read_text(encoding="utf-8"))
+    stored.pop("folder", None)  # where the run was on this machine
+    return write_result(options.name or options.run.name, stored, options.command, training_seconds=seconds)
 
 
 if __name__ == "__main__":
