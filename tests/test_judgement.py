@@ -253,6 +253,28 @@ def test_asking_uses_both_where_the_adapter_has_weights(run: Path, photos: Path,
     assert "query.png: green" in shown
 
 
+def test_weights_for_one_shown_label_leave_several_to_the_model(run: Path, photos: Path) -> None:
+    commands.evaluate(run)
+    manifest = read_manifest(run)
+    fields = manifest["judgement"]
+    write_json(run / MANIFEST, {**manifest, "judgement": {**fields, "several": None, "single": fields["several"]}})
+    assert ask_model(photos, [photos / "red" / "0.png"], adapter=run).result["judge"] == "model"
+    with pytest.raises(AdapterError, match="has no weights for `judge: both`"):
+        ask_model(photos, [photos / "red" / "0.png"], adapter=run, judge="both")
+
+
+def test_a_broken_photo_after_training_does_not_stop_the_weighing(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "red" / "0.png").write_bytes(b"none")
+    commands.evaluate(run)
+    weighing, _ = read_weighing(run, read_manifest(run)) or (Weighing(), None)
+    assert 0 < weighing.fitted_on[0] < 16
+    assert "left out" in capsys.readouterr().err
+    for photo in photos.rglob("*.png"):
+        photo.write_bytes(b"none")
+    with pytest.raises(DataError, match=r"evaluate\.validation\.new: no case"):
+        commands.evaluate(run, fresh=True)
+
+
 def test_a_tower_cannot_judge_behind_an_endpoint(photos: Path) -> None:
     result = CliRunner().invoke(main, ["ask", str(photos), str(photos / "red" / "0.png"), "--endpoint", "http://h", "--judge", "both"])
     assert result.exit_code == 2

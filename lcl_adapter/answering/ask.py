@@ -77,6 +77,8 @@ def ask_model(
         loaded, manifest = load_adapter(adapter, base)
         wording = WORDINGS[load(adapter / "recipe.yaml").wording]
         weighed = read_weighing(adapter, manifest)
+        if weighed is not None and weighed[0].several is None:  # weighed on sets with one label alone; here are several
+            weighed = None
     judge = judge or ("model" if weighed is None else "both")
     if judge != "model" and weighed is None:
         raise AdapterError(

@@ -70,7 +70,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Weighing:
-    """The weights of an adapter, or of a base.
+    """The weights of an adapter.
 
     several: where two or more labels are shown. single: where one is. fitted_on: how many questions each was fitted on.
     """

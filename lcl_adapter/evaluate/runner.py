@@ -28,7 +28,7 @@ from lcl_adapter.evaluate.cases import Case, Cell, Judged
 from lcl_adapter.evaluate.metrics import Estimate, calibration_error
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import retention_of
-from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity
+from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity, validation_cells
 from lcl_adapter.evaluate.weighing import evidence_of, weigh
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
@@ -57,7 +57,7 @@ def evaluate(
     Where the recipe has suites under ``evaluate.validation``, the weights of model and tower in a judgement are fitted on them first,
     unless they were before.
 
-    fresh: measure again instead of reading cached cells. served: ask models behind a server instead. The report then goes
+    fresh: measure again instead of reading cached cells, and fit the weights again. served: ask models behind a server instead. The report then goes
     to ``served/`` in the run's folder, and has no baselines, because there is no vision tower.
 
     Raises AdapterError, RecipeError, DataError; with ``served`` EndpointError, MissingError, RequestError.
@@ -70,7 +70,7 @@ def evaluate(
     check_measured(recipe, manifest.get("held_in", {}), suites)
     torch.set_num_threads(recipe.train.threads or torch.get_num_threads())
     rows, lines, falls = [], [], []
-    with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe, run, manifest)) as pair:
+    with served.connect(run) if served else nullcontext(_local_pair(loaded, recipe, run, manifest, fresh)) as pair:
         for cell in build_cells(recipe, limit, suites, seed, added=added):
             if served and cell.kind == perplexity.KIND:
                 console.print(f"{cell.name}: left out, because a server gives no likelihood of a text", style="yellow", markup=False, highlight=False)
@@ -103,12 +103,12 @@ def evaluate(
     return report
 
 
-def _local_pair(base: Base | None, recipe: Recipe, run: Path, manifest: Mapping[str, Any]) -> ModelPair:
+def _local_pair(base: Base | None, recipe: Recipe, run: Path, manifest: Mapping[str, Any], fresh: bool = False) -> ModelPair:
     assert base is not None
     predictor = Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size)
     weighed = read_weighing(run, manifest)
-    if weighed is None and recipe.evaluate.validation:
-        weighed = weigh(run, recipe, predictor)
+    if recipe.evaluate.validation and (weighed is None or fresh):
+        weighed = weigh(run, [drop_unreadable(cell, predictor.vision, "validation")[0] for cell in validation_cells(recipe)], predictor)
     return ModelPair.local(predictor, weighed)
 
 
@@ -204,10 +204,10 @@ def _difference(gain: Estimate) -> dict[str, Any]:
     return {"value": round(math.expm1(-gain.value), 4), "ci95": [round(math.expm1(-high), 4), round(math.expm1(-low), 4)], "relative": True}
 
 
-def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, list[str]]:
+def drop_unreadable(cell: Cell, vision: VisionFeatures | None, part: str = "suites") -> tuple[Cell, list[str]]:
     """The cell without the cases whose pictures cannot be read, and the messages about those pictures.
 
-    Prints what is left out, records without a case included.
+    Prints what is left out, records without a case included. part: of the recipe's ``evaluate``, where the cell comes from.
 
     Raises DataError if no case remains.
     """
@@ -229,7 +229,7 @@ def drop_unreadable(cell: Cell, vision: VisionFeatures | None) -> tuple[Cell, li
         console.print(f"{cell.name}: left out: {message}", style="yellow", markup=False, highlight=False)
     if not readable:
         reason = broken[0] if broken else "it is empty"
-        raise DataError(f"evaluate.suites.{cell.suite}: no case of {cell.name} has pictures that can be read: {reason}")
+        raise DataError(f"evaluate.{part}.{cell.suite}: no case of {cell.name} has pictures that can be read: {reason}")
     return (cell if not broken else replace(cell, cases=readable)), broken
 
 

@@ -19,9 +19,7 @@ import torch
 from lcl_adapter.answering.judgement import Evidence, Shown, TowerEvidence, Weighing, Weights, save_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.prototypes import statistics_of
-from lcl_adapter.evaluate.cases import Case
-from lcl_adapter.evaluate.suites import validation_cells
-from lcl_adapter.recipe import Recipe
+from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.terminal import console
 
 # The prior of the logarithms of weights: with few questions, or questions that are all answered right, they stay near it
@@ -112,9 +110,10 @@ def _fitted(questions: Sequence[Weighed]) -> Weights | None:
     return Weights(model, likeness, distance if has_distance else 0.0, unshown.item() if bool(unshown_JK.sum()) else 0.0)
 
 
-def weigh(run: Path, recipe: Recipe, predictor: Predictor) -> tuple[Weighing, torch.Tensor]:
-    """Fit the weights of a run's adapter, and write them into its folder. Returns them, and the tower's statistics [2, C]."""
-    cells = list(validation_cells(recipe))
+def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor) -> tuple[Weighing, torch.Tensor]:
+    """Fit the weights of a run's adapter on cells of validation suites, whose pictures can be read, and write them into its
+    folder. Returns them, and the tower's statistics [2, C].
+    """
     pictures = list(dict.fromkeys(p for cell in cells for case in cell.cases for turn in (*case.support, case.query) for p in turn.pictures))
     statistics_2C = statistics_of(pictures, predictor.vision)
     tower = TowerEvidence(predictor.vision, statistics_2C)
