@@ -31,9 +31,9 @@ from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
-from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.page import html
-from lcl_adapter.page.handlers import Handlers
+from lcl_adapter.page.handlers import Handlers, example_drawings, example_photos
 from lcl_adapter.page.server import with_page
 from lcl_adapter.page.texts import ENGLISH, JAPANESE, MESSAGES
 from lcl_adapter.serve.engine import Engine
@@ -532,3 +532,12 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "close (55% and 45%)" in page
     assert "1 of 4 were right" in page
+
+
+def test_the_photo_bases_example_is_of_photos() -> None:
+    shown, queries = example_photos()
+    assert len(shown) == len({label for label, _ in shown}) == 4
+    assert len(queries) == 5
+    assert all(min(read_image(picture).size) > 50 for picture in (*(picture for _, picture in shown), *queries))
+    labels = {label for label, _ in example_drawings()[0]}
+    assert not labels & {label for label, _ in shown}
