@@ -223,22 +223,25 @@ def test_the_test_file_that_is_a_copy_of_the_training_file(tmp_path: Path) -> No
 def test_fifty_planted_faults_of_twelve_kinds_are_all_reported(tmp_path: Path) -> None:
     """10,000 images in four layouts; every fault is named, and nothing else."""
     rng = np.random.default_rng(0)
-    flat = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]
+
+    def picture() -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+
     photos, tree, files = tmp_path / "photos", tmp_path / "parts", tmp_path / "files"
     for n in range(100):
         (photos / f"class {n:03}").mkdir(parents=True)
         for k in range(80):
-            flat[(n + k) % 8].save(photos / f"class {n:03}" / f"{k:02}.png")
+            picture().save(photos / f"class {n:03}" / f"{k:02}.png")
     files.mkdir()
     for n in range(1600):
-        flat[n % 8].save(files / f"{n:04}.png")
+        picture().save(files / f"{n:04}.png")
     mask = Image.new("L", (8, 8))
     mask.paste(255, (2, 2, 5, 5))
     for n in range(10):
         for place, count in (("train/good", 10), ("test/good", 10), ("test/scratch", 20)):
             (tree / f"part {n}" / place).mkdir(parents=True)
             for k in range(count):
-                flat[k % 8].save(tree / f"part {n}" / place / f"{k:03}.png")
+                picture().save(tree / f"part {n}" / place / f"{k:03}.png")
         (tree / f"part {n}" / "ground_truth" / "scratch").mkdir(parents=True)
         for k in range(20):
             mask.save(tree / f"part {n}" / "ground_truth" / "scratch" / f"{k:03}_mask.png")

@@ -41,9 +41,9 @@ def test_a_photo_that_cannot_be_read_has_a_remedy(tmp_path: Path, suffix: str, r
 
 def test_phone_photos_in_a_class_are_counted_and_named_by_every_command(tmp_path: Path, pocket_tiny: Path) -> None:
     photos = tmp_path / "photos"
-    for name in ("nut", "screw"):
+    for place, name in enumerate(("nut", "screw")):
         for number in range(3):
-            paint(photos / name / f"{number}.jpg", (100, 90, 80), seed=number)
+            paint(photos / name / f"{number}.jpg", (100, 90, 80), seed=3 * place + number)
     Image.open(photos / "nut" / "0.jpg").save(photos / "nut" / "saved.jfif", format="JPEG")
     (photos / "screw" / "IMG_0001.HEIC").write_bytes(HEIC)
     (photos / "nut" / "Thumbs.db").write_bytes(b"\xd0\xcf")

@@ -81,8 +81,8 @@ def test_the_shipped_prompts_are_many_different_and_no_question_of_the_suite() -
         ("What?\n", {"images": "photos"}, "nothing would be asked about the pictures"),
         ("<image> and <image>?\n", {}, "line 1: <image> twice"),
         ("<image> What?\n", {"images": "empty"}, "no pictures in it"),
-        (None, {}, "cannot be read"),
-        (b"\xff\xfe", {}, "not UTF-8"),
+        (None, {}, "no such file"),
+        (b"\xff\xff", {}, "not UTF-8"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path: Path, photos: Path, text: str | bytes | None, more: dict[str, str], message: str) -> None:

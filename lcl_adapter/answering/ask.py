@@ -29,6 +29,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
+from lcl_adapter.data.sources.base import remarks
 from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.data.sources.images import READ
 from lcl_adapter.data.sources.new_photos import NewPhotos, list_photos
@@ -36,7 +37,7 @@ from lcl_adapter.errors import AdapterError, DataError
 from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, show_notes
 
 BLOCK = 16  # pictures that are read and answered at a time
 FEATURE_BYTES = 300 * 10**6  # of cached features: those of a block are used more than once
@@ -193,10 +194,11 @@ def ask_stored_set(
 
 @dataclass(frozen=True)
 class _Labelled:
-    """The labelled photos. shown: each with its label. labels: in the order of the scores."""
+    """The labelled photos. shown: each with its label. labels: in the order of the scores. remarks: what was passed over."""
 
     shown: tuple[tuple[Picture, str], ...]
     labels: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, support: Path, shots: int | None) -> _Labelled:
@@ -206,7 +208,7 @@ class _Labelled:
             raise DataError(f"{support}: has only one class ({pool.classes[0].name!r}). Add a folder of photos for each further class.")
         shown = tuple((picture, c.name) for c in pool.classes for picture in c.pictures[:shots])
         _check([picture for picture, _ in shown])
-        return cls(shown, tuple(c.name for c in pool.classes))
+        return cls(shown, tuple(c.name for c in pool.classes), tuple(remarks(pool)))
 
     def answers(self, wording: Wording) -> tuple[str, ...]:
         return tuple(wording.answered(label) for label in self.labels)
@@ -244,7 +246,8 @@ class _Labelled:
         """What is worth knowing before the answers. Prints it too."""
         own = {os.path.realpath(picture.path) for picture, _ in self.shown}
         labelled = [picture.path for picture in new.pictures if os.path.realpath(picture.path) in own]
-        lines = [f"photos to classify that are labelled photos too, so that their answers prove little: {_named(labelled)}"] if labelled else []
+        lines = list(self.remarks)
+        lines += [f"photos to classify that are labelled photos too, so that their answers prove little: {_named(labelled)}"] if labelled else []
         for number, label in enumerate(self.labels):
             for earlier in self.labels[:number]:
                 if clash(label, earlier):
@@ -270,8 +273,7 @@ def _notes(new: NewPhotos, lines: Sequence[str] = ()) -> list[str]:
         all_lines.append(f"pictures that were given twice, and are asked about once: {_named(new.repeated)}")
     if new.skipped:
         all_lines.append(f"skipped, for a picture's name ends in {', '.join(sorted(READ))}: {_named(new.skipped)}")
-    for line in all_lines:
-        console.print(f"note: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    show_notes(all_lines)
     return all_lines
 
 

@@ -17,10 +17,11 @@ from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
+from lcl_adapter.data.sources.base import remarks
 from lcl_adapter.data.sources.class_folder import NEIGHBOURS
 from lcl_adapter.errors import DataError
 from lcl_adapter.files import write_json
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, show_notes
 
 NEAREST = 16
 
@@ -34,6 +35,7 @@ def index(folder: Path, base: BaseRef | str, out: Path | None = None) -> dict[st
     if not folder.is_dir() and out is None:
         raise DataError(f"{folder}: not a folder; for an archive, name the file to write with --out.")
     pool = read_class_folders(folder, on_fault="skip")
+    show_notes(remarks(pool))
     if len(pool) < 2:
         raise DataError(f"{folder}: {len(pool)} class; neighbours need at least two.")
     vision = VisionFeatures(load_base(base))

@@ -25,6 +25,7 @@ from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
 from lcl_adapter.data.sources.base import pictures_of
+from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.packaged import packaged
 from lcl_adapter.randomness import generator
@@ -244,9 +245,9 @@ def _name_and_size(picture: Picture | None) -> str:
     if picture is None:
         return ""
     if picture.member:
-        return picture.member
+        return nfc(picture.member)
     size = picture.path.stat().st_size if picture.path.exists() else 0
-    return f"{picture.path.parent.name}/{picture.path.name} {size}"
+    return nfc(f"{picture.path.parent.name}/{picture.path.name} {size}")
 
 
 @lru_cache(maxsize=16)

@@ -6,9 +6,10 @@
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import allowance_met, retention_of
 from lcl_adapter.evaluate.runner import drop_unreadable, evaluate, measure_adapter, measure_base, weigh_run
-from lcl_adapter.evaluate.suites import build_cells, check_held_out, check_measured, check_suites
+from lcl_adapter.evaluate.suites import CLASS_SUITES, build_cells, check_held_out, check_measured, check_suites
 
 __all__ = [
+    "CLASS_SUITES",
     "ModelPair",
     "ServedModels",
     "allowance_met",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
+from lcl_adapter.data.sources.archive import names_of_archive
+from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.errors import DataError
 from lcl_adapter.page import MAX_LABELS
 from lcl_adapter.serve import folders
@@ -51,13 +53,17 @@ def write_photos(scratch: Path, examples: Sequence[tuple[str, bytes]]) -> dict[s
 def unpack(file: Path, out: Path) -> Path:
     """Unpack a zip file; return the set's folder in it. Raises DataError for more bytes or files than a set can have.
 
-    ``zipfile`` writes nothing outside ``out``: it strips paths that lead outside, and links become plain files.
+    Names that lead out of it are refused, and links become plain files.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
             raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
-        archive.extractall(out)
+        for shown, stored in names_of_archive(file, entries).stored.items():
+            check_inside(shown, file.name)
+            target = out / shown
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(stored))
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
     return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
 

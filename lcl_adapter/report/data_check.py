@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, show_notes
 
 
 def show_check(result: dict[str, Any]) -> None:
@@ -32,8 +32,7 @@ def show_check(result: dict[str, Any]) -> None:
     console.print(table)
     if "context" in rows:
         console.print(f"the context holds {rows['context']:,} tokens", highlight=False)
-    for note in result["notes"]:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    show_notes(result["notes"])
     for fault in result["faults"]:
         console.print(f"{fault['source']}: {fault['kind']}: {fault['message']}", style="red", markup=False, highlight=False, soft_wrap=True)
     count = len(result["faults"])

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import read_class_folders
+from lcl_adapter.data.sources.base import remarks
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import read_object, whole_folder, write_json
 from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.terminal import show_notes
 
 INDEX = "support-set.json"  # name, version, question, and label and file of each example in order
 MAX_BYTES = 256 * 2**20  # of a set's photos together
@@ -47,11 +49,12 @@ def write(out: Path, name: str, version: int, question: str | None, examples: Se
 
 
 def read_photos(source: Path, shots: int | None = None) -> tuple[tuple[str, bytes], ...]:
-    """Read ``source/<label>/*``, at most ``shots`` of each label.
+    """Read ``source/<label>/*``, at most ``shots`` of each label. What is passed over is printed.
 
     Raises DataError, with the photo's name if a photo is the cause.
     """
     pool = read_class_folders(source)
+    show_notes(remarks(pool))
     pictures = [(folder.name, picture) for folder in pool.classes for picture in folder.pictures[:shots]]
     return tuple((label, _checked(read_bytes(picture), str(picture))) for label, picture in pictures)
 

@@ -131,6 +131,8 @@ def print_start(mixture: Mixture, parts: dict[str, dict[str, int]], rows: Rows, 
         if pool.skipped:
             left_out = ", ".join(f"{count:,} x {reason}" for reason, count in pool.skipped.items())
             console.print(f"{'':>17}left out: {left_out}", style="yellow", highlight=False, markup=False)
+        for note in pool.notes:
+            console.print(f"{'':>17}note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     shortest = min(length for source_lengths in rows.lengths.values() for length in source_lengths)
     longest = max(rows.most(name) for name in rows.lengths)
     console.print(f"{'rows':>15}: {total:,} of {shortest} to {longest} tokens", highlight=False)

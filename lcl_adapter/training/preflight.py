@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,12 @@ from lcl_adapter.data.sources import (
     read_image,
     read_test_pairs,
 )
-from lcl_adapter.data.sources.base import pictures_of
+from lcl_adapter.data.sources.base import NothingLeftError, pictures_of
 from lcl_adapter.data.sources.boxes import region_box
+from lcl_adapter.data.sources.copies import COMPARED, digest, nearly_equal, one_held_out, signature, two_labels
+from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
-from lcl_adapter.evaluate import check_held_out, check_suites
+from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import SourceOptions
@@ -55,23 +59,28 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     recipe = _counting_faults(recipe)
     faults: Faults = []
+    notes: list[str] = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
-    opened: set[str] = set()
+    seen = _Seen()
     for name, options in recipe.sources.items():
         pool = _open_pool(name, options, faults)
         if pool is not None:
             pools[name] = pool
-            sources[name] = _open_pictures(name, pool, opened, faults)
+            notes += pool.notes
+            sources[name] = _open_pictures(name, pool, seen, faults, not _is_shipped(options))
     for kind, suites in (("suite", recipe.evaluate.suites), ("validation", recipe.evaluate.validation)):
         for name, suite in suites.items():
             if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
                 continue
             pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"{kind} {name}", suite.source, faults)
             if pool is not None:
-                sources[f"{kind} {name}"] = _open_pictures(f"{kind} {name}", pool, opened, faults)
+                notes += pool.notes
+                sources[f"{kind} {name}"] = _open_pictures(
+                    f"{kind} {name}", pool, seen, faults, isinstance(suite, CLASS_SUITES) and not _is_shipped(getattr(suite, "source", None))
+                )
+    faults += _copies(seen)
     rows: dict[str, Any] | None = None
-    notes: list[str] = []
     if len(pools) == len(recipe.sources):
         try:
             mixture = Mixture(recipe, pools)
@@ -83,6 +92,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             faults.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites or recipe.evaluate.validation:
         _collect("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), faults, notes)
+    notes += _nearly_the_same(seen)
     notes += _notes_of([fault.message for _, fault in faults if fault.kind == DULL])
     faults = [(source, fault) for source, fault in faults if fault.kind != DULL]
     distinct: dict[str, tuple[str, Fault]] = {}
@@ -90,6 +100,10 @@ def check(recipe: Recipe) -> dict[str, Any]:
         distinct.setdefault(fault.message, (source, fault))
     reported = [{"source": source, "kind": fault.kind, "message": fault.message} for source, fault in distinct.values()]
     return {"faults": reported, "sources": sources, "rows": rows, "notes": list(dict.fromkeys(notes))}
+
+
+def _is_shipped(options: Any) -> bool:
+    return bool(getattr(options, "shipped", False))
 
 
 def _notes_of(messages: Sequence[str]) -> list[str]:
@@ -130,6 +144,9 @@ def _open_pool(name: str, options: Any, faults: Faults) -> Pool | None:
     """Open a source and collect its faults; None where it cannot be opened at all."""
     try:
         pool: Pool = open_options(name, options) if isinstance(options, SourceOptions) else open_reader(name, options)
+    except NothingLeftError as error:
+        faults += [(name, fault) for fault in error.faults] or [(name, Fault("source", str(error)))]
+        return None
     except DataError as error:
         faults.append((name, Fault("source", str(error))))
         return None
@@ -147,12 +164,43 @@ def _open_pairs(name: str, suite: ImageNet100Suite, faults: Faults) -> ClassPool
     return ClassPool(name, tuple(PictureClass(p.names[s], (*p.support[s], *p.queries[s])) for p in pairs for s in (0, 1)))
 
 
-def _open_pictures(name: str, pool: Pool, opened: set[str], faults: Faults) -> dict[str, Any]:
-    """Open every picture, mask and box of a pool, except those in ``opened``, which it extends.
+@dataclass
+class _Photo:
+    """A photo of a class or category that was opened. where: the source or suite. digest: of the file's bytes."""
+
+    where: str
+    label: str
+    picture: Picture
+    digest: bytes
+    signature: np.ndarray
+
+
+@dataclass
+class _Seen:
+    """opened: names of what was opened. photos: those of classes and categories, to be compared."""
+
+    opened: set[str] = field(default_factory=set)
+    photos: list[_Photo] = field(default_factory=list)
+
+
+@dataclass
+class _Opened:
+    """What opening one picture or region gave."""
+
+    fault: Fault | None = None
+    digest: bytes | None = None
+    signature: np.ndarray | None = None
+
+
+def _open_pictures(name: str, pool: Pool, seen: _Seen, faults: Faults, compare: bool) -> dict[str, Any]:
+    """Open every picture, mask and box of a pool, except those in ``seen``, which it extends.
+
+    compare: whether its pictures are compared with each other and with those of other sources.
 
     Returns the pool's counts.
     """
     pictures, bad_samples = 0, 0
+    labels = _labels(pool) if compare else {}
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(THREADS) as threads,
@@ -161,15 +209,73 @@ def _open_pictures(name: str, pool: Pool, opened: set[str], faults: Faults) -> d
         for entries, checks, bad in _parts(pool):
             faults += [(name, fault) for fault in bad]
             bad_samples += len(bad)
-            new_checks = {key: check for key, check in checks if key not in opened}
-            opened.update(new_checks)
+            new_checks = {key: check for key, check in checks if key not in seen.opened}
+            seen.opened.update(new_checks)
             pictures += sum(region is None for _, _, region in new_checks.values())
-            for fault in threads.map(_fault_of, new_checks.values()):
-                if fault is not None:
-                    faults.append((name, fault))
+            for (key, check), found in zip(new_checks.items(), threads.map(partial(_open, compare=compare), new_checks.values()), strict=True):
+                if found.fault is not None:
+                    faults.append((name, found.fault))
+                if found.digest is not None and found.signature is not None and key in labels:
+                    seen.photos.append(_Photo(name, labels[key], check[1], found.digest, found.signature))
             bar.advance(task, entries)
     left_out = {**pool.skipped, **({BAD_SAMPLE: bad_samples} if bad_samples else {})}
     return {"entries": len(pool), "pictures": pictures, "left_out": left_out}
+
+
+def _labels(pool: Pool) -> dict[str, str]:
+    """What each picture shows, by the picture's name; nothing for questions."""
+    if isinstance(pool, ClassPool):
+        return {str(picture): one.name for one in pool.classes for picture in one.pictures}
+    if isinstance(pool, InspectionPool):
+        good = {str(p): f"{one.name}, good" for one in pool.categories for p in (*one.references, *(s.picture for s in one.good))}
+        return good | {str(s.picture): f"{one.name}, {kind}" for one in pool.categories for kind, some in one.defects.items() for s in some}
+    return {}
+
+
+def _copies(seen: _Seen) -> Faults:
+    """The same file, byte for byte: in two classes of one source, or in training and among what is held out."""
+    by_digest: dict[bytes, list[_Photo]] = {}
+    for photo in seen.photos:
+        by_digest.setdefault(photo.digest, []).append(photo)
+    faults: Faults = []
+    for first, *others in by_digest.values():
+        for other in others:
+            if first.where == other.where and first.label != other.label:
+                faults.append((other.where, two_labels(first.picture, first.label, other.picture, other.label)))
+            elif _is_held_out(first.where) != _is_held_out(other.where):
+                trained, held_out = (other, first) if _is_held_out(first.where) else (first, other)
+                faults.append((held_out.where, one_held_out(trained.picture, trained.where, held_out.picture, held_out.where)))
+    return faults
+
+
+def _is_held_out(where: str) -> bool:
+    return where.startswith(("suite ", "validation "))
+
+
+def _nearly_the_same(seen: _Seen) -> list[str]:
+    """A note for each source with photos of two classes that look alike as one photo in two sizes does, and for training and
+    held-out photos.
+    """
+    photos = seen.photos
+    if not 1 < len(photos) <= COMPARED:
+        return []
+    found: dict[tuple[str, ...], list[tuple[_Photo, _Photo]]] = {}
+    for i, j in nearly_equal(np.stack([photo.signature for photo in photos])):
+        one, other = photos[i], photos[j]
+        if one.digest == other.digest:
+            continue
+        if one.where == other.where and one.label != other.label:
+            found.setdefault((one.where,), []).append((one, other))
+        elif _is_held_out(one.where) != _is_held_out(other.where):
+            found.setdefault((one.where, other.where), []).append((one, other))
+    notes = []
+    for where, pairs in found.items():
+        one, other = pairs[0]
+        between = f"of two classes in {where[0]}" if len(where) == 1 else f"of {where[0]} and {where[1]}"
+        count = "1 pair" if len(pairs) == 1 else f"{len(pairs):,} pairs"
+        example = f"{one.picture} ({one.label!r}) and {other.picture} ({other.label!r})"
+        notes.append(f"{count} of photos {between} look nearly the same, for instance {example}: one photo twice?")
+    return notes
 
 
 def _parts(pool: Pool) -> Iterator[tuple[int, list[tuple[str, Check]], list[Fault]]]:
@@ -207,15 +313,17 @@ def _region_check(region: Region) -> tuple[str, Check]:
     return f"{region.mask or region.picture} {region.box}", ("", region.picture, region)
 
 
-def _fault_of(check: Check) -> Fault | None:
-    """The fault of a picture or of a region; None where it can be read."""
+def _open(check: Check, compare: bool) -> _Opened:
+    """Opens a picture or a region. compare: also what pictures are compared by."""
     origin, picture, region = check
     try:
-        if region is None:
-            if dull := _dullness(read_image(picture)):
-                return Fault(DULL, f"{origin}: {picture} {dull}" if origin else f"{picture} {dull}")
-        else:
+        if region is not None:
             region_box(region)
+            return _Opened()
+        image = read_image(picture)
+        dull = _dullness(image)
+        fault = Fault(DULL, f"{origin}: {picture} {dull}" if origin else f"{picture} {dull}") if dull else None
+        return _Opened(fault, digest(read_bytes(picture)), signature(image)) if compare and not picture.crop else _Opened(fault)
     except DataError as error:
         message = str(error)
         if region is None:
@@ -223,8 +331,8 @@ def _fault_of(check: Check) -> Fault | None:
         else:
             kind = "box out of range" if "out of range" in message else "bad mask" if "mask" in message else ""
         if kind:  # none for a region whose picture cannot be read: the picture's own check reports that
-            return Fault(kind, f"{origin}: {message}" if origin else message)
-    return None
+            return _Opened(Fault(kind, f"{origin}: {message}" if origin else message))
+    return _Opened()
 
 
 def _dullness(image: Image.Image) -> str:
@@ -238,6 +346,7 @@ def _dullness(image: Image.Image) -> str:
 
 KINDS = (  # (kind of fault, words of its message)
     ("missing image", "no such"),
+    ("box out of range", "box is out of range"),
     ("empty image", "is empty"),
     ("not an image", "not an image"),
     ("image too large", "bound of"),

@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError
 
+NAMED = 3  # names that a note lists
 NEAREST = 8  # the first of a ranked list are hard neighbours
 MAX_LISTED = 10  # faults listed in one error; `data check` lists all
 
@@ -29,7 +31,8 @@ class Fault(NamedTuple):
     message: str
 
 
-PICTURE_NAME = re.compile(r"(.*?)(?:!(.*?))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
+PixelBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the upright picture
+PICTURE_NAME = re.compile(r"(.*?)(?:!(.*?))?(?: \(cut out at ([\d., ]+)\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Picture:
     turned: quarter turns counter-clockwise, applied first.
     tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
     data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
+    crop: the box that is cut out of the upright picture, before anything else is done to it.
     white: the value that is white, of a picture with more than 8 bits; None: by its own values (``depth``).
     blend: another picture whose features are mixed into this one's, and its weight. It is of a class without end: a blend
     of two classes.
@@ -58,6 +62,7 @@ class Picture:
     data: bytes | None = field(default=None, repr=False, compare=False)
     blend: tuple[Picture, float] | None = None
     white: float | None = None
+    crop: PixelBox | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script
@@ -65,6 +70,7 @@ class Picture:
 
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
+        name += " (cut out at {:g}, {:g}, {:g}, {:g})".format(*self.crop) if self.crop else ""
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
         name += " (tile {}x{}:{})".format(*self.tile) if self.tile else ""
         return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
@@ -74,15 +80,21 @@ class Picture:
         """The inverse of ``str``, for a picture that is no blend."""
         match = PICTURE_NAME.fullmatch(name)
         assert match is not None
-        tile = tuple(int(n) for n in re.findall(r"\d+", match[5])) if match[5] else None
-        return cls(Path(match[1]), match[2], view=int(match[3] or 0), turned=int(match[4] or 0), tile=tile)  # type: ignore[arg-type]
+        crop = tuple(float(n) for n in match[3].split(", ")) if match[3] else None
+        tile = tuple(int(n) for n in re.findall(r"\d+", match[6])) if match[6] else None
+        return cls(Path(match[1]), match[2], view=int(match[4] or 0), turned=int(match[5] or 0), tile=tile, crop=crop)  # type: ignore[arg-type]
+
+    def cropped(self, box: PixelBox) -> Picture:
+        """What is inside a box of the same picture, to tenths of a pixel."""
+        x0, y0, x1, y1 = (round(edge, 1) for edge in box)
+        return replace(self, crop=(x0, y0, x1, y1))
 
     def in_view(self, view: int) -> Picture:
         """The same picture in its ``view``-th further view."""
         return replace(self, view=view)
 
 
-PixelBox = tuple[float, float, float, float]
+ROUNDED = 1.0  # pixels by which a box may be outside: tools round
 
 
 def pixel_box(value: Any) -> PixelBox:
@@ -93,7 +105,11 @@ def pixel_box(value: Any) -> PixelBox:
     numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
     if len(numbers) != 4:
         raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels")
-    x0, y0, x1, y1 = (float(v) for v in numbers)
+    try:
+        x0, y0, x1, y1 = (float(v) for v in numbers)
+    except (TypeError, ValueError):
+        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels") from None
+    x0, y0 = (0.0 if -ROUNDED < edge < 0 else edge for edge in (x0, y0))
     if not (0 <= x0 < x1 and 0 <= y0 < y1):
         raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
     return x0, y0, x1, y1
@@ -127,6 +143,11 @@ class PictureClass:
     boxes: tuple[PixelBox | None, ...] = ()
     ranked: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", nfc(self.name))
+        object.__setattr__(self, "groups", tuple(map(nfc, self.groups)))
+        object.__setattr__(self, "ranked", tuple(map(nfc, self.ranked)))
+
     @cached_property
     def artists(self) -> frozenset[str]:
         return frozenset(p.artist for p in self.pictures if p.artist is not None)
@@ -134,12 +155,16 @@ class PictureClass:
 
 @dataclass(frozen=True)
 class ClassPool:
-    """The classes that episodes are drawn from. ``skipped`` counts what was left out, by reason."""
+    """The classes that episodes are drawn from.
+
+    skipped: how many were left out, by reason. notes: what was guessed or passed over, for people.
+    """
 
     name: str
     classes: tuple[PictureClass, ...]
     skipped: dict[str, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -238,6 +263,7 @@ class InspectionPool:
     categories: tuple[PartCategory, ...]
     skipped: dict[str, int] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.categories)
@@ -314,6 +340,7 @@ class QuestionPool:
     shard_sizes: tuple[int, ...] = ()
     shards_at_once: int = 1
     new_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dialogues)
@@ -339,13 +366,32 @@ def pictures_of(pool: Pool) -> Iterator[Picture]:
         yield from (p for dialogue in pool.dialogues for p in dialogue.pictures)
 
 
+class NothingLeftError(DataError):
+    """A source of which nothing can be used. faults: why."""
+
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
+
+
+def first_names(names: Sequence[str], count: int = NAMED) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count:,} more" if len(names) > count else "")
+
+
+def remarks(pool: Pool) -> list[str]:
+    """What a person should know of a source that was opened: its notes, and what was left out."""
+    left_out = ", ".join(f"{count:,} x {reason}" for reason, count in pool.skipped.items())
+    return [*pool.notes, *([f"{pool.name}: left out: {left_out}"] if left_out else [])]
+
+
 AnyPool = TypeVar("AnyPool", ClassPool, QuestionPool, InspectionPool)
 
 
 def check_faults(pool: AnyPool, on_fault: str) -> AnyPool:
     """The pool with its faults counted as skipped. With "refuse", raises one DataError that lists the first ten faults.
 
-    Raises DataError too if the pool is empty.
+    Raises NothingLeftError if the pool is empty.
     """
     if pool.faults and on_fault == "refuse":
         count = "1 fault" if len(pool.faults) == 1 else f"{len(pool.faults)} faults"
@@ -355,6 +401,7 @@ def check_faults(pool: AnyPool, on_fault: str) -> AnyPool:
         raise DataError("\n  ".join(lines))
     if not len(pool):
         reasons = [f.message for f in pool.faults[:1]] or [f"{count} x {reason}" for reason, count in pool.skipped.items()]
+        reasons += pool.notes[:1]
         explanation = f": {', '.join(reasons)}." if reasons else "; nothing is left for this split, or the file is empty."
-        raise DataError(f"{pool.name}: nothing of use in it{explanation}")
+        raise NothingLeftError(f"{pool.name}: nothing of use in it{explanation}", pool.faults)
     return replace(pool, skipped={**pool.skipped, **Counter(f.kind for f in pool.faults)})

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lcl_adapter.data.sources.base import Picture, PixelBox, Region
+from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox, Region
 from lcl_adapter.data.sources.images import MAX_PIXELS, read, read_bytes
 from lcl_adapter.errors import DataError
 
@@ -73,6 +73,8 @@ def region_box(region: Region) -> Box:
         assert region.mask is not None
         box = mask_box(region.mask, (width, height))
     x0, y0, x1, y1 = box
+    x1, y1 = (edge if edge < most or edge > most + ROUNDED else float(most) for edge, most in ((x1, width), (y1, height)))
+    box = (x0, y0, x1, y1)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise DataError(f"{region.picture}: the box {list(box)} is out of range; x runs from 0 to {width}, y from 0 to {height}, x0 < x1, y0 < y1.")
     return on_square(box, (width, height))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, pixel_box
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
+from lcl_adapter.data.sources.copies import in_two_classes
+from lcl_adapter.data.sources.encodings import Encoding
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
@@ -15,6 +17,8 @@ from lcl_adapter.recipe.sources import ClassReader
 
 NEIGHBOURS = "neighbours.json"
 BOXES = "boxes.jsonl"
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})  # folders of splits, as others export them
+DEEPER, LOOSE = "photo one folder too deep", "photo beside the class folders"
 
 
 class ClassFolders(ClassReader, HeldOut):
@@ -25,36 +29,47 @@ class ClassFolders(ClassReader, HeldOut):
 
     type: Literal["class-folder"]
     path: Path
+    encoding: Encoding = None
 
     def open(self, name: str, min_pictures: int = 1) -> ClassPool:
-        return read_class_folders(self.path, name, min_pictures, self.split, self.hold_out, self.on_fault)
+        return read_class_folders(self.path, name, min_pictures, self.split, self.hold_out, self.on_fault, self.encoding)
 
 
 def read_class_folders(
-    root: Path, name: str = "", min_pictures: int = 1, split: str = "all", hold_out: float = 0.0, on_fault: str = "refuse"
+    root: Path,
+    name: str = "",
+    min_pictures: int = 1,
+    split: str = "all",
+    hold_out: float = 0.0,
+    on_fault: str = "refuse",
+    encoding: str | None = None,
 ) -> ClassPool:
     """Every sub-folder is a class, sorted by name.
 
-    Hidden files are ignored; other files that are no images are counted as skipped.
+    Hidden files are ignored. Other files that are no images are counted as skipped; so are, with a note that names them,
+    photos that lie beside the class folders or one folder too deep.
 
-    root: a folder or a zip archive.
+    root: a folder or a zip archive. encoding: of an archive's names, see :class:`~lcl_adapter.data.sources.tree.Tree`.
     min_pictures: how many pictures a class needs (shots + 1 query); a class with fewer is a fault.
     split: only the classes of this split, see :func:`~lcl_adapter.data.sources.held_out.in_split`.
     ``neighbours.json`` beside the folders may group classes, ``{"group": ["class", ...]}``, or rank them,
     ``{"ranked": {"class": ["nearest", ...]}}``. ``boxes.jsonl`` may give boxes:
     ``{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}``.
 
-    Raises DataError: no such folder, no class folders, and, unless ``on_fault`` is "skip", a class with no or too few
-    pictures.
+    Raises DataError: no such folder, no class folders, folders of splits instead of classes, and, unless ``on_fault`` is
+    "skip", a class with no or too few pictures, a photo that is in two classes, a link that leads nowhere.
     """
     if not root.exists():
         raise DataError(f"{root}: no such folder. A class folder holds one folder of photos a class: photos/<class>/*.jpg.")
-    tree = Tree(root)
+    tree = Tree(root, encoding)
+    folders = tree.folders()
+    _refuse_folders_of_splits(tree, folders)
     names_of: dict[str, list[str]] = {}  # class -> names of its images
+    deeper_of: dict[str, list[str]] = {}  # class -> names of images in its sub-folders
     other_files = 0
-    for folder in tree.folders():
+    for folder in folders:
         files = tree.within(f"{folder}/")
-        names_of[folder] = [n for n in files if Path(n).suffix.lower() in SUFFIXES]
+        names_of[folder], deeper_of[folder] = _photos(files), _photos(tree.below(f"{folder}/"))
         other_files += len(files) - len(names_of[folder])
     if split != "all":
         names_of = {n: names for n, names in names_of.items() if in_split(n, split, hold_out)}
@@ -67,24 +82,63 @@ def read_class_folders(
         raise DataError(f"{root}: its only folder {first!r} holds folders itself; give {root / first} as the path, or pack what is in it.")
     groups, ranked = neighbours(tree)
     boxes, faults = _boxes(tree)
-    unknown = sorted({*groups, *ranked} - set(tree.folders()))
+    faults += tree.faults
+    unknown = sorted({*groups, *ranked} - set(folders))
     if unknown:
         listed = ", ".join(f"{n!r}{did_you_mean(n, list(names_of))}" for n in unknown[:5])
         faults.append(Fault("unknown class", f"{root}: {NEIGHBOURS} names {listed}, which is no folder here"))
-    classes = []
-    for class_name, names in names_of.items():
-        if not names:
-            suffixes = ", ".join(sorted(READ))
-            faults.append(Fault("empty class", f"{root}: class {class_name!r} has no images ({suffixes}): add some or remove the folder"))
-        elif len(names) < min_pictures:
-            message = f"{root}: class {class_name!r} has {len(names)} images, {min_pictures} are needed: add photos or lower `shots`"
+    pictures_of = {class_name: {n: tree.picture(n) for n in names} for class_name, names in names_of.items()}
+    twice = in_two_classes({class_name: list(pictures.values()) for class_name, pictures in pictures_of.items()})
+    faults += twice.faults
+    classes, of_copies = [], 0
+    for class_name, pictures in pictures_of.items():
+        usable = {n: picture for n, picture in pictures.items() if picture not in twice.pictures}
+        if not pictures:
+            faults.append(_empty_class(root, class_name, deeper_of[class_name]))
+        elif len(usable) < min(min_pictures, len(pictures)) or not usable:
+            of_copies += 1  # each of them is a fault by itself
+        elif len(usable) < min_pictures:
+            message = f"{root}: class {class_name!r} has {len(usable)} images, {min_pictures} are needed: add photos or lower `shots`"
             faults.append(Fault("class of too few images", message))
         else:
-            own_boxes = tuple(boxes.get(n) for n in names) if boxes else ()
-            pictures = tuple(tree.picture(n) for n in names)
-            classes.append(PictureClass(class_name, pictures, groups.get(class_name, ()), boxes=own_boxes, ranked=ranked.get(class_name, ())))
-    skipped = {"not an image file": other_files} if other_files else {}
-    return check_faults(ClassPool(name or root.name, tuple(classes), skipped, tuple(faults)), on_fault)
+            own_boxes = tuple(boxes.get(n) for n in usable) if boxes else ()
+            own_ranked = ranked.get(class_name, ())
+            classes.append(PictureClass(class_name, tuple(usable.values()), groups.get(class_name, ()), boxes=own_boxes, ranked=own_ranked))
+    deeper = [n for class_name, names in deeper_of.items() if names_of.get(class_name) for n in names]
+    loose = _photos(tree.within(""))
+    skipped = {"class of photos of other classes": of_copies, "not an image file": other_files, DEEPER: len(deeper), LOOSE: len(loose)}
+    passed_over = (
+        f"{root}: not used, {what}: {first_names(names)}; {remedy}"
+        for what, names, remedy in ((DEEPER, deeper, "move it up into its class"), (LOOSE, loose, "move it into a class"))
+        if names
+    )
+    notes = (*tree.notes, *passed_over)
+    pool = ClassPool(name or root.name, tuple(classes), {reason: count for reason, count in skipped.items() if count}, tuple(faults), notes)
+    return check_faults(pool, on_fault)
+
+
+def _photos(names: list[str]) -> list[str]:
+    return [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
+
+
+def _refuse_folders_of_splits(tree: Tree, folders: list[str]) -> None:
+    """Raises DataError for ``photos/{train,valid,test}/<class>``: its folders would be three classes."""
+    splits = [f for f in folders if f.lower() in SPLITS]
+    of_classes = [f for f in splits if not _photos(tree.within(f"{f}/")) and any(_photos(tree.within(f"{f}/{c}/")) for c in tree.folders(f"{f}/"))]
+    if not of_classes or len(folders) > len(splits):
+        return
+    named = ", ".join(of_classes)
+    first = next((f for f in of_classes if f.lower().startswith("train")), of_classes[0])
+    remedy = "unpack it, and give the folder" if tree.archive else "give"
+    raise DataError(f"{tree.root}: its folders {named} are splits, and hold the class folders: {remedy} {tree.root / first} as the path.")
+
+
+def _empty_class(root: Path, name: str, deeper: list[str]) -> Fault:
+    if deeper:
+        message = f"{root}: class {name!r} has its {len(deeper)} images one folder too deep ({first_names(deeper)}): move them up into {name!r}"
+        return Fault("empty class", message)
+    suffixes = ", ".join(sorted(READ))
+    return Fault("empty class", f"{root}: class {name!r} has no images ({suffixes}): add some or remove the folder")
 
 
 def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
@@ -96,7 +150,7 @@ def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[
         return {}, {}
     where = f"{tree.root}: {NEIGHBOURS}"
     try:
-        raw = json.loads(tree.text(NEIGHBOURS))
+        raw = json.loads(tree.text(NEIGHBOURS).text)
         ranked = raw.pop("ranked", {}) if isinstance(raw.get("ranked"), dict) else {}
         if any(isinstance(members, str) for members in (*raw.values(), *ranked.values())):
             raise TypeError("a list of classes is expected")
@@ -112,7 +166,7 @@ def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
     faults: list[Fault] = []
     if BOXES not in tree:
         return boxes, faults
-    for number, line in enumerate(tree.text(BOXES).split("\n"), 1):
+    for number, line in enumerate(tree.text(BOXES).text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{tree.root}: {BOXES}, line {number}"

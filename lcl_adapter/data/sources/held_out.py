@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.recipe.options import Share
 from lcl_adapter.recipe.sources import FileReader
 
@@ -28,7 +29,7 @@ class HeldOut(FileReader):
 
 def is_held_out(class_name: str, share: float) -> bool:
     """Whether a class is held out. Its name alone decides, so that a new class changes nothing for the others."""
-    digest = hashlib.sha256(class_name.encode()).digest()
+    digest = hashlib.sha256(nfc(class_name).encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 

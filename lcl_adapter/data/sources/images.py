@@ -6,6 +6,7 @@ A broken image raises :class:`DataError` with its name and what is wrong, and no
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 import warnings
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
-from lcl_adapter.data.sources.base import Picture
+from lcl_adapter.data.sources.archive import open_archive
+from lcl_adapter.data.sources.base import ROUNDED, Picture
+from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError
 from lcl_adapter.randomness import generator
 
@@ -61,7 +64,7 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
                 if min(opened.size) < MIN_SIDE:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
-                whole = side is None or picture.view or picture.tile
+                whole = side is None or picture.view or picture.tile or picture.crop
                 image = _decoded(opened, None if whole else side, picture.white)
     except DataError:
         raise
@@ -71,6 +74,8 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
+    if picture.crop:
+        image = _cut_out(image, picture)
     if picture.turned:
         image = image.rotate(90 * picture.turned, expand=True)
     if picture.tile:
@@ -79,11 +84,23 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         edges = (column * image.width / columns, row * image.height / rows, (column + 1) * image.width / columns, (row + 1) * image.height / rows)
         image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
     if picture.view:
-        image = further_view(image, picture.member or picture.path.name, picture.view)
+        image = further_view(image, nfc(picture.member or picture.path.name), picture.view)
     if picture.blend is not None:
         other, weight = picture.blend
         image = Image.blend(image, read(other).resize(image.size), weight)
     return image
+
+
+def _cut_out(image: Image.Image, picture: Picture) -> Image.Image:
+    """Raises DataError for a box outside of the picture, or of less than MIN_SIDE pixels."""
+    assert picture.crop is not None
+    left, top, right, bottom = picture.crop
+    if right > image.width + ROUNDED or bottom > image.height + ROUNDED:
+        raise DataError(f"{picture}: the box is out of range; the picture is {image.width} x {image.height} pixels, upright.")
+    edges = (math.floor(left), math.floor(top), min(image.width, math.ceil(right)), min(image.height, math.ceil(bottom)))
+    if min(edges[2] - edges[0], edges[3] - edges[1]) < MIN_SIDE:
+        raise DataError(f"{picture}: a box of {edges[2] - edges[0]} x {edges[3] - edges[1]} pixels shows nothing. Remove it.")
+    return image.crop(edges)
 
 
 def _remedy(picture: Picture) -> str:
@@ -107,7 +124,7 @@ def read_bytes(picture: Picture) -> bytes:
         elif picture.member and picture.path.is_dir():
             data = _row(picture.path, picture.member)
         else:
-            data = _archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
+            data = open_archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
@@ -117,12 +134,6 @@ def read_bytes(picture: Picture) -> bytes:
     if not data:
         raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")
     return data
-
-
-@lru_cache(maxsize=16)
-def _archive(path: Path, _process: int) -> zipfile.ZipFile:
-    """One open archive for each process. Forked workers with a common one would share its file position."""
-    return zipfile.ZipFile(path)
 
 
 def _row(folder: Path, member: str) -> bytes:

@@ -142,7 +142,7 @@ def read_visa(
     if VISA_SPLIT not in tree:
         hint = "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
         raise DataError(f"{root}: no {VISA_SPLIT}, which says what is trained on and what is tested{hint}.")
-    reader = csv.DictReader(io.StringIO(tree.text(VISA_SPLIT)))
+    reader = csv.DictReader(io.StringIO(tree.text(VISA_SPLIT).text))
     expected = ("object", "split", "label", "image", "mask")
     missing = [c for c in expected if c not in (reader.fieldnames or ())]
     if missing:
@@ -181,7 +181,7 @@ def _visa_kinds(tree: Tree, category: str) -> dict[str, str]:
     file = f"{category}/image_anno.csv"
     if file not in tree:
         return {}
-    return {row["image"]: row["label"].split(",")[0].strip() for row in csv.DictReader(io.StringIO(tree.text(file))) if row.get("image")}
+    return {row["image"]: row["label"].split(",")[0].strip() for row in csv.DictReader(io.StringIO(tree.text(file).text)) if row.get("image")}
 
 
 def _images(tree: Tree, folder: str) -> list[str]:

@@ -65,7 +65,8 @@ def read_prompts(options: SelfReplay, name: str = "") -> QuestionPool:
     """
     texts: list[tuple[str, str]] = []
     about_pictures: list[tuple[str, str]] = []
-    for number, line in enumerate(read_text(options.prompts).splitlines(), 1):
+    listed = read_text(options.prompts)
+    for number, line in enumerate(listed.text.splitlines(), 1):
         prompt = line.strip()
         if prompt and not prompt.startswith(COMMENT):
             where = f"{options.prompts}, line {number}"
@@ -87,7 +88,7 @@ def read_prompts(options: SelfReplay, name: str = "") -> QuestionPool:
     described = [[prompt, picture and (picture.member or picture.path.name)] for prompt, _, picture in asked]
     key = json.dumps([described, options.answers, options.temperature, options.max_new_tokens])
     fingerprint = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-    return QuestionPool(name or options.prompts.stem, dialogues, {}, (), fingerprint, new_tokens=options.max_new_tokens)
+    return QuestionPool(name or options.prompts.stem, dialogues, {}, (), fingerprint, new_tokens=options.max_new_tokens, notes=listed.notes)
 
 
 def _pictures(root: Path) -> list[Picture]:

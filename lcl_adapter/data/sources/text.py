@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from pathlib import Path
 
+from lcl_adapter.data.sources.encodings import Decoded, decode
 from lcl_adapter.errors import DataError
 
 
-def read_text(file: Path) -> str:
-    """The file's text. Raises DataError where it cannot be read, or is not UTF-8."""
+def read_text(file: Path, encoding: str | None = None) -> Decoded:
+    """The file's text, also of one that ends in .gz, with a note where its encoding was guessed.
+
+    Raises DataError where it cannot be read, or where its encoding cannot be recognised.
+    """
     try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). A text file is expected.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.") from error
+        raw = file.read_bytes()
+        return decode(gzip.decompress(raw) if file.suffix == ".gz" else raw, str(file), encoding)
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: no such file.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}). A text file is expected.") from error

@@ -1,30 +1,66 @@
 """A folder or a zip archive as a list of names, so that a reader works with either.
 
+Names are shown in one form (:func:`~lcl_adapter.data.sources.encodings.nfc`), and files are opened by their names on disk.
 Names that lead out of it (``../``), absolute names and circular links are refused before anything is read.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 import zipfile
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from lcl_adapter.data.sources.base import Picture
+from lcl_adapter.data.sources.archive import names_of_archive, read_member, same_names
+from lcl_adapter.data.sources.base import Fault, Picture
+from lcl_adapter.data.sources.encodings import Decoded, decode, nfc
 from lcl_adapter.errors import DataError
 
 ARCHIVES = frozenset({".zip"})
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of Windows; elsewhere a colon is a letter as any other
+
+
+@dataclass
+class _Listing:
+    """stored: shown name -> name on disk or in the archive. same: shown names that several files or folders have. dangling:
+    links that lead nowhere, with their targets. note: how names were read, if that was a guess.
+    """
+
+    stored: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    dangling: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 class Tree:
-    """``root`` is a folder or a zip archive; names are relative, with forward slashes."""
+    """``root`` is a folder or a zip archive; names are relative, with forward slashes.
 
-    def __init__(self, root: Path) -> None:
+    encoding: of an archive's names that have no mark of their own; None recognises it.
+    """
+
+    def __init__(self, root: Path, encoding: str | None = None) -> None:
         self.root = root
+        self.encoding = encoding
         self.archive = root.suffix.lower() in ARCHIVES and root.is_file()
         if not self.archive and not root.is_dir():
             packed = " (an archive must be a .zip: unpack others first)" if root.is_file() else ""
             raise DataError(f"{root}: no such folder or archive{packed}.")
+
+    @cached_property
+    def _listing(self) -> _Listing:
+        listing = self._members() if self.archive else _Listing()
+        if not self.archive:
+            names: list[tuple[str, str]] = []
+            self._walk(self.root, "", frozenset(), listing, names)
+            listing.stored = dict(reversed(names))  # the first of a name
+            listing.same = same_names(names)
+        for name in listing.stored:
+            if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+                raise DataError(f"{self.root}: the name {name!r} is not UTF-8. Rename it.")
+        return listing
 
     @cached_property
     def files(self) -> tuple[str, ...]:
@@ -32,25 +68,49 @@ class Tree:
 
         Raises DataError for a name that leads out, or for a circle of links.
         """
-        names = self._members() if self.archive else self._walk(self.root, "", frozenset())
-        for name in names:
-            if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
-                raise DataError(f"{self.root}: the name {name!r} is not UTF-8. Rename it.")
-        return tuple(sorted(n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))))
+        return tuple(sorted(n for n in self._listing.stored if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))))
 
-    @cached_property
-    def _known(self) -> frozenset[str]:
-        return frozenset(self.files)
+    @property
+    def faults(self) -> list[Fault]:
+        """Links that lead nowhere, and names that cannot be told apart."""
+        dangling = [
+            Fault("link that leads nowhere", f"{self.root}: {name} is a link to {target}, which is not there: is it mounted, or fetched?")
+            for name, target in sorted(self.dangling.items())
+        ]
+        same = [
+            Fault("two names that are one", f"{self.root}: {name!r} is there twice, in two ways of writing its letters; join or rename them")
+            for name in self._listing.same
+        ]
+        return dangling + same
+
+    @property
+    def dangling(self) -> dict[str, str]:
+        """Links that lead nowhere, with their targets."""
+        return self._listing.dangling
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How an archive's names were read, if that was a guess."""
+        return (self._listing.note,) if self.archive and self._listing.note else ()
 
     def __contains__(self, name: str) -> bool:
-        """Looks one name up. A folder is not listed for that: it may have a million files."""
-        if self.archive or not isinstance(name, str) or not name:
-            return name in self._known
+        """Looks one name up. A folder is not listed for that, if the name is on disk as it is: it may have a million files."""
+        if not isinstance(name, str) or not name:
+            return False
+        if self.archive:
+            return nfc(name) in self._listing.stored
+        return self._on_disk(name) is not None
+
+    def _on_disk(self, name: str) -> str | None:
+        """The name on disk of a shown name; None if there is no such file."""
         try:
             check_inside(name, str(self.root))
-            return (self.root / name).is_file()
-        except (OSError, DataError):  # too long for any file, or outside
-            return False
+            for form in (name,) if name.isascii() else (name, nfc(name), unicodedata.normalize("NFD", name)):
+                if (self.root / form).is_file():
+                    return form
+        except (OSError, ValueError, DataError):  # too long for any file, or outside
+            return None
+        return None if name.isascii() else self._listing.stored.get(nfc(name))
 
     @cached_property
     def _by_folder(self) -> dict[str, list[str]]:
@@ -64,57 +124,69 @@ class Tree:
         """Names of the folders directly below ``under`` that have a file at any depth. On disk, empty folders too."""
         names = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
         if not self.archive and (self.root / under).is_dir():
-            names |= {p.name for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
+            names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
         return sorted(names)
 
     def within(self, folder: str) -> list[str]:
         """Files directly in a folder (``a/b/``), sorted."""
         return self._by_folder.get(folder, [])
 
+    def below(self, folder: str) -> list[str]:
+        """Files in the folders of a folder (``a/b/``), at any depth, sorted."""
+        return sorted(name for inner, names in self._by_folder.items() if inner.startswith(folder) and inner != folder for name in names)
+
     def picture(self, name: str, artist: str | None = None) -> Picture:
         """A reference to one file. Raises DataError for a name that leads out."""
         check_inside(name, str(self.root))
-        return Picture(self.root, name, artist) if self.archive else Picture(self.root / name, None, artist)
+        if self.archive:
+            return Picture(self.root, nfc(name), artist)
+        return Picture(self.root / (name if name.isascii() else self._on_disk(name) or name), None, artist)
 
-    def text(self, name: str) -> str:
-        """One file's text. Raises DataError if there is no such file, or if it is not UTF-8."""
+    def text(self, name: str) -> Decoded:
+        """One file's text. Raises DataError if there is no such file, or if its encoding cannot be recognised."""
         try:
-            raw = zipfile.ZipFile(self.root).read(name) if self.archive else (self.root / name).read_bytes()
-            return raw.decode("utf-8-sig")
-        except (OSError, KeyError, UnicodeDecodeError) as error:
+            raw = read_member(self.root, self._listing.stored[nfc(name)]) if self.archive else (self.root / name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.root}: {name} cannot be read ({error}).") from error
+        return decode(raw, f"{self.root}: {name}", self.encoding)
 
-    def _members(self) -> list[str]:
+    def _members(self) -> _Listing:
         try:
             with zipfile.ZipFile(self.root) as archive:
-                names = [i.filename for i in archive.infolist() if not i.is_dir()]
+                members = archive.infolist()
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.root}: cannot be read as an archive ({error}).") from error
-        for name in names:
+        names = names_of_archive(self.root, members, self.encoding)
+        for name in names.stored:
             check_inside(name, str(self.root))
-        return names
+        return _Listing(names.stored, names.same, note=names.note)
 
-    def _walk(self, folder: Path, prefix: str, above: frozenset[str]) -> list[str]:
+    def _walk(self, folder: Path, prefix: str, above: frozenset[str], listing: _Listing, names: list[tuple[str, str]]) -> None:
+        """Adds the files of a folder and of those in it to ``names``, as shown and as stored. prefix: the folder's name below
+        the root, on disk.
+        """
         real = os.path.realpath(folder)
         if real in above:
             raise DataError(f"{folder}: a link that leads back to a folder above it. Remove the link.")
-        names = []
         try:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
         except OSError as error:
             raise DataError(f"{folder}: cannot be read ({error.strerror}).") from error
         for entry in entries:
+            name = prefix + entry.name
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError as error:
-                raise DataError(f"{entry.path}: a link that leads nowhere ({error.strerror}). Remove the link.") from error
+            except OSError as error:  # a link to itself
+                listing.dangling[nfc(name)] = f"itself ({error.strerror})"
+                continue
             if is_folder:
                 if not entry.name.startswith("."):
-                    names += self._walk(Path(entry.path), f"{prefix}{entry.name}/", above | {real})
+                    self._walk(Path(entry.path), f"{name}/", above | {real}, listing, names)
             elif is_file:
-                names.append(prefix + entry.name)
-        return names
+                names.append((nfc(name), name))
+            elif entry.is_symlink() and not entry.name.startswith("."):
+                listing.dangling[nfc(name)] = str(Path(entry.path).readlink())
 
 
 def check_inside(name: str, where: str) -> None:
@@ -122,5 +194,6 @@ def check_inside(name: str, where: str) -> None:
     if ".." not in name and "\\" not in name and ":" not in name and not name.startswith("/"):
         return  # nearly every name
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
+    drive = DRIVE.match(name) or (os.name == "nt" and ":" in name)
+    if path.is_absolute() or ".." in path.parts or drive:
         raise DataError(f"{where}: the name {name!r} leads out of it. Names must stay inside; nothing was read.")

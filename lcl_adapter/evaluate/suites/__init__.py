@@ -10,8 +10,9 @@ from typing import Any
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, open_reader, read_test_pairs
+from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_test_pairs
 from lcl_adapter.data.sources.base import names_of, pictures_of
+from lcl_adapter.data.sources.copies import copies_held_out
 from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.errors import DataError, EpisodeError, RecipeError, did_you_mean
@@ -38,6 +39,7 @@ from lcl_adapter.recipe.wording import Wording
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 
 DRAWN = 4  # cases of a cell whose lengths are measured before training
+SHOWN = 5  # photos that are trained on and held out, that an error names
 LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
@@ -114,14 +116,22 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
+    own: dict[str, list[Picture]] = {}  # source -> pictures of its classes
     if recipe.evaluate.validation or any(isinstance(options, CLASS_SUITES) for options in recipe.evaluate.suites.values()):
         for source, trained in mixture.pools.items():
             names |= {(mixture.options[source].type, n) for n in names_of(trained)}
             if not getattr(mixture.options[source], "reads_late", False):
                 pictures |= {_picture_key(p) for p in pictures_of(trained)}
+            if not isinstance(trained, QuestionPool) and not getattr(mixture.options[source], "shipped", False):
+                own[source] = list(pictures_of(trained))
     faults = _reported_too(recipe)
+    held_out: dict[str, list[Picture]] = {}
     for key, options in _suites_of(recipe):
         if isinstance(options, CLASS_SUITES):
+            if not getattr(getattr(options, "source", None), "shipped", False):
+                held_out[key.removeprefix("evaluate.").replace("suites.", "suite ").replace("validation.", "validation ")] = [
+                    picture for _, _, shown in _classes_of(key, options) for picture in shown
+                ]
             common = sorted(
                 {n for kind, n, shown in _classes_of(key, options) if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)}
             )
@@ -130,6 +140,8 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
             files = _files(options if isinstance(options, PerplexitySuite) else options.source)
             same = [s for s, o in mixture.options.items() if files & _files(o)]
             faults += [f"{key}: source {same[0]} trains on the same file; measure on another"] if same else []
+    for copied in copies_held_out(own, held_out).values():
+        faults += copied[:SHOWN] + ([f"and {len(copied) - SHOWN} more; `lcl-adapter data check` lists them all"] if len(copied) > SHOWN else [])
     if faults:
         raise RecipeError(faults)
 

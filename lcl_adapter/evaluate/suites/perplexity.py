@@ -19,7 +19,7 @@ KIND = "perplexity"
 
 def page(name: str, options: PerplexitySuite, selection: Selection) -> Cell:
     """One cell. Raises DataError for a file that cannot be read, or that has no two sentences."""
-    pieces = sentences(read_text(packaged(options.file)))
+    pieces = sentences(read_text(packaged(options.file)).text)
     if len(pieces) < 2:
         raise DataError(f"evaluate.suites.{name}: {options.file} has no two sentences; a page of text is expected.")
     chosen = [(index, pieces[index]) for index in selection.of_list([""] * len(pieces))[: selection.limit]]

@@ -1,0 +1,93 @@
+"""Bytes of lists and of names in archives -> text: the given encoding, what the bytes say, else a guess that is told.
+
+UTF-8 is not assumed in silence: other bytes are guessed only where the guess can be checked, and refused otherwise.
+"""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from typing import Annotated, NamedTuple
+
+from pydantic import AfterValidator, Field
+
+from lcl_adapter.errors import DataError
+
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+JAPANESE = "cp932"  # Shift-JIS as Windows writes it
+SUGGESTED = "`encoding: cp932` (Japanese Windows), gbk, euc-kr, big5, cp1252 or another"
+CHECKED = 1 << 16  # bytes at the start of a list that show what it is
+
+
+def _known(encoding: str | None) -> str | None:
+    try:
+        return None if encoding is None else codecs.lookup(encoding).name
+    except LookupError as error:
+        raise ValueError(f"no encoding {encoding!r}: give {SUGGESTED} of Python's") from error
+
+
+Encoding = Annotated[
+    str | None,
+    AfterValidator(_known),
+    Field(description="of the list, and of names in an archive that are not UTF-8, for instance cp932 or gbk; by default it is recognised, and told"),
+]
+
+
+class Decoded(NamedTuple):
+    """note: what was guessed; "" where nothing was."""
+
+    text: str
+    note: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self.note,) if self.note else ()
+
+
+def nfc(text: str) -> str:
+    """A name in the form in which names are compared, hashed and shown. A Mac writes them decomposed (NFD)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def decode(raw: bytes, what: str, encoding: str | None = None) -> Decoded:
+    """The text of a list. what: its name, for messages.
+
+    Raises DataError where it is neither in the given encoding, nor UTF-8, UTF-16 or Shift-JIS.
+    """
+    if encoding is not None:
+        try:
+            return Decoded(raw.decode(encoding).removeprefix("\ufeff"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{what}: not {encoding} (byte {error.start}: {error.reason}). Give its own `encoding`.") from error
+    for mark, marked in MARKS:
+        if raw.startswith(mark):
+            try:
+                return Decoded(raw.decode(marked))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{what}: begins like {marked} and is not ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    if raw[1:2] == b"\0" or raw[:1] == b"\0":
+        half = "utf-16-le" if raw[1:2] == b"\0" else "utf-16-be"
+        try:
+            return Decoded(raw.decode(half), f"{what}: read as {half}; if that is wrong, give `encoding`")
+        except UnicodeDecodeError:
+            raise DataError(f"{what}: has zero bytes, and is not UTF-16. Is it a text file?") from None
+    try:
+        return Decoded(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if is_japanese(raw):
+            return Decoded(raw.decode(JAPANESE), f"{what}: not UTF-8; read as Shift-JIS ({JAPANESE}); if that is wrong, give `encoding`")
+        raise DataError(f"{what}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8, or set {SUGGESTED}.") from error
+
+
+def is_japanese(raw: bytes) -> bool:
+    """Whether bytes that are not UTF-8 are Shift-JIS: all of them can be, and most of what is not ASCII is Japanese."""
+    try:
+        other = [c for c in raw.decode(JAPANESE) if not c.isascii()]
+    except UnicodeDecodeError:
+        return False
+    return 2 * sum(map(_is_japanese_letter, other)) > len(other)
+
+
+def _is_japanese_letter(letter: str) -> bool:
+    """Kana, kanji or Japanese punctuation of full width. Half-width katakana are single bytes, as accented Latin letters are."""
+    return "\u3000" <= letter <= "\u30ff" or "\u4e00" <= letter <= "\u9fff"

@@ -1,0 +1,220 @@
+"""Lists as tools write them -> rows: CSV and its relatives, JSON Lines, a JSON list, COCO JSON, Label Studio's JSON.
+
+A row is a mapping from column to value. What is wrong with one row stands in it under FAULT, so that the rest is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcl_adapter.data.sources.text import read_text
+from lcl_adapter.errors import DataError, did_you_mean
+
+Row = tuple[str, dict[str, Any]]  # where it was read, and its values by column
+LINES = (".jsonl", ".json", ".ndjson")
+DELIMITERS = ("\t", ",", ";", "|", " ")
+NO_VALUE = frozenset({"", "nan", "null", "<na>"})  # what pandas and JSON write where there is nothing
+FAULT = "fault"
+ANNOTATION = "annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
+
+
+@dataclass
+class Table:
+    """The rows of one list or of several. notes: of guessed encodings, complete once the rows are read."""
+
+    files: Path
+    wanted: tuple[str, ...]
+    encoding: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises DataError for a file that cannot be read, or that lacks a wanted column."""
+        matches = sorted(self.files.parent.glob(self.files.name)) if "*" in self.files.name else [self.files]
+        if not matches:
+            raise DataError(f"{self.files}: no such file.")
+        for file in matches:
+            text, note = read_text(file, self.encoding)
+            self.notes += [note] if note else []
+            stem = Path(file.stem) if file.suffix == ".gz" else file
+            begins = text.lstrip()[:1]
+            if stem.suffix not in LINES:
+                yield from _delimited(file, text, self.wanted)
+            elif begins == "[":
+                yield from _listed(file, text)
+            elif begins == "{" and '"annotations"' in text and '"categories"' in text:
+                yield from _coco(file, text)
+            else:
+                yield from _json_lines(file, text)
+
+
+def value(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """The first column's value as text; of a list (ABO has values in several languages), the first. "" where there is none."""
+    return next(iter(values(row, columns[:1])), "")
+
+
+def values(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """All values of these columns as text. A list gives all its elements; an element may be {"value": ...}."""
+    texts = []
+    for column in columns:
+        cell = row.get(column)
+        for element in cell if isinstance(cell, list) else [cell]:
+            inner = element.get("value") if isinstance(element, dict) else element
+            if not is_empty(inner):
+                texts.append(str(inner).strip())
+    return texts
+
+
+def is_empty(cell: Any) -> bool:
+    """Whether a cell has no value: nothing, blanks, null, or NaN."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip().lower() in NO_VALUE
+
+
+def _delimited(file: Path, text: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """CSV, TSV and what else has a heading. Any line break; the delimiter is the one that splits the wanted columns."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    first, _, rest = lines.partition("\n")
+    given = first.strip().strip('"')
+    skipped = 0
+    if given.lower().startswith("sep=") and len(given) == 5:  # Excel's line that names the delimiter
+        delimiter, lines, skipped = given[4], rest, 1
+    else:
+        delimiter = _delimiter(first, wanted)
+    try:
+        reader = csv.reader(io.StringIO(lines), delimiter=delimiter, skipinitialspace=True)
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in wanted if name not in header]
+        if missing:
+            near = ", ".join(f"{name!r}{did_you_mean(name, header)}" for name in missing)
+            raise DataError(f"{file}: no column {near}; there are {', '.join(map(repr, header))}. Set `columns` in the recipe.")
+        for cells in reader:
+            inside = sum(cell.count("\n") for cell in cells)
+            origin = f"{file}, line {reader.line_num - inside + skipped}"
+            if not any(map(str.strip, cells)):  # a spreadsheet's empty row
+                continue
+            while len(cells) > len(header) and not cells[-1].strip():
+                cells.pop()
+            row = dict(zip(header, cells, strict=False))
+            if any("\n" in str(row.get(name)) for name in wanted):
+                yield origin, {FAULT: f"a quote that is not closed: the row runs to line {reader.line_num + skipped}"}
+            elif len(cells) != len(header):
+                yield origin, {FAULT: f"{len(header)} columns are expected ({', '.join(header)}), this line has {len(cells)}"}
+            else:
+                yield origin, row
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num + skipped}: not a table that can be read ({error}); is a quote not closed?") from error
+
+
+def _delimiter(heading: str, wanted: Sequence[str]) -> str:
+    """The first delimiter that splits all wanted columns from the heading; else the first that is in it."""
+    for delimiter in DELIMITERS:
+        try:
+            names = {name.strip() for name in next(csv.reader([heading], delimiter=delimiter, skipinitialspace=True), [])}
+        except csv.Error:
+            continue
+        if set(wanted) <= names and (len(names) > 1 or len(wanted) < 2):
+            return delimiter
+    return next((delimiter for delimiter in DELIMITERS if delimiter in heading), ",")
+
+
+def _json_lines(file: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at other characters too, which JSON text may contain
+        if line.strip():
+            yield from _record(f"{file}, line {number}", lambda line=line: json.loads(line))  # type: ignore[misc]
+
+
+def _listed(file: Path, text: str) -> Iterator[Row]:
+    """A JSON list of records, or Label Studio's tasks."""
+    for number, record in enumerate(_whole(file, text), 1):
+        yield from _record(f"{file}: record {number}", lambda record=record: record)  # type: ignore[misc]
+
+
+def _whole(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON ({error or 'too deep'}).") from error
+
+
+def _record(origin: str, parse: Any) -> Iterator[Row]:
+    try:
+        record = parse()
+    except (ValueError, RecursionError) as error:
+        yield origin, {FAULT: f"not JSON ({error or 'too deep'})"}
+        return
+    if not isinstance(record, dict):
+        yield origin, {FAULT: "not a JSON object"}
+    elif isinstance(record.get("data"), dict) and isinstance(record.get("annotations"), list):
+        yield from _label_studio(origin, record)
+    else:
+        yield origin, record
+
+
+def _label_studio(origin: str, task: Mapping[str, Any]) -> Iterator[Row]:
+    """A task of Label Studio's JSON: a row for each choice and each box, in the columns of its data and of its controls.
+
+    A box is in the column ``box``, in pixels. A cancelled annotation has no row; a task without annotations has one
+    without its label.
+    """
+    rows = 0
+    for annotation in task["annotations"]:
+        if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
+            continue
+        for result in annotation.get("result") or ():
+            if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
+                continue
+            control, marked = str(result.get("from_name", "label")), result["value"]
+            labels: list[Any] = next((marked[kind] for kind in ("choices", "rectanglelabels", "labels") if isinstance(marked.get(kind), list)), [])
+            row: dict[str, Any] = dict(task["data"])
+            try:
+                width, height = float(result["original_width"]), float(result["original_height"])
+                x, y = float(marked["x"]) * width / 100, float(marked["y"]) * height / 100
+                row["box"] = [x, y, x + float(marked["width"]) * width / 100, y + float(marked["height"]) * height / 100]
+            except (KeyError, TypeError, ValueError):  # a choice has no place
+                pass
+            for label in labels:
+                rows += 1
+                yield origin, {**row, control: label, ANNOTATION: rows}
+    if not rows:
+        yield origin, dict(task["data"])
+
+
+def _coco(file: Path, text: str) -> Iterator[Row]:
+    """COCO JSON: a row for each annotation. Its columns are image, class, group, box, width, height."""
+    raw = _whole(file, text)
+    try:
+        names = {c["id"]: (str(c["name"]), str(c.get("supercategory") or "")) for c in raw["categories"]}
+        images = {i["id"]: i for i in raw["images"]}
+        paths = {key: str(image["file_name"]) for key, image in images.items()}
+        annotations: Iterable[Any] = raw["annotations"]
+        iter(annotations)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({error!r}).") from error
+    for number, annotation in enumerate(annotations, 1):
+        origin = f"{file}: annotation {number}"
+        if not isinstance(annotation, dict):
+            yield origin, {FAULT: "not a JSON object"}
+            continue
+        category, image = annotation.get("category_id"), annotation.get("image_id")
+        if _hashable(category) not in names or _hashable(image) not in paths:
+            what = f"category_id {category!r} is no category" if _hashable(category) not in names else f"image_id {image!r} is no image"
+            yield origin, {FAULT: f"{what} of the file"}
+            continue
+        label, group = names[category]
+        row: dict[str, Any] = {ANNOTATION: number, "image": paths[image], "class": label, "group": "" if group.lower() == "none" else group}
+        try:
+            x, y, width, height = map(float, annotation["bbox"])
+            row["box"] = [x, y, x + width, y + height]
+        except (KeyError, TypeError, ValueError):  # a classification has no boxes; where one is wanted, it is missing
+            row["box"] = annotation.get("bbox") or None
+        yield origin, {**row, "width": images[image].get("width"), "height": images[image].get("height")}
+
+
+def _hashable(key: Any) -> Any:
+    return key if isinstance(key, int | str | float) else None
