@@ -264,7 +264,7 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
 
 
 def test_one_photo_has_one_label(tmp_path: Path, pocket_tiny: Path) -> None:
-    for number, name in enumerate(("nut/0.png", "nut/1.png", "screw/0.png", "screw/1.png", "ring/0.png", "ring/1.png")):
+    for number, name in enumerate(("nut/0.png", "nut/1.png", "nut/2.png", "screw/0.png", "screw/1.png", "ring/0.png", "ring/1.png")):
         paint(tmp_path / "photos" / name, (90, 90, 90), seed=number)
     (tmp_path / "photos/screw/copy.png").write_bytes((tmp_path / "photos/nut/0.png").read_bytes())
     drawn = Image.fromarray(np.add.outer(np.arange(0, 128, 2), np.arange(0, 128, 2)).astype(np.uint8))
@@ -273,7 +273,7 @@ def test_one_photo_has_one_label(tmp_path: Path, pocket_tiny: Path) -> None:
     with pytest.raises(DataError, match=r"nut/0\.png \('nut'\) and .*screw/copy\.png \('screw'\) are the same file: which is it"):
         read_class_folders(tmp_path / "photos")
     pool = read_class_folders(tmp_path / "photos", on_fault="skip")
-    assert {one.name: len(one.pictures) for one in pool.classes} == {"nut": 1, "ring": 3, "screw": 2}
+    assert {one.name: len(one.pictures) for one in pool.classes} == {"nut": 2, "ring": 3, "screw": 2}
     source = {"type": "class-folder", "path": str(tmp_path / "photos"), "shots": [1]}
     recipe = {"base": str(pocket_tiny), "output": str(tmp_path / "run"), "sources": {"a": {**source, "on_fault": "skip", "ways": [2]}}}
     checked = preflight.check(Recipe.model_validate(recipe))
