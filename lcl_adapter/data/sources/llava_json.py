@@ -1,5 +1,5 @@
 """LLaVA's training JSON, as a list or as JSON Lines:
-``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}], "answers"?}``.
+``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}], "answers"?}``; and the records of other trainers (``chat``).
 
 There is one ``<image>`` for each image, in order. If a turn has one ``<image>``, it is moved to the front, as upstream
 does. If a turn has several, each stays at its place in the text.
@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lcl_adapter.data.sources import chat
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, check_faults
+from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.data.sources.records import Records, read_dialogues
-from lcl_adapter.data.sources.tree import check_inside
+from lcl_adapter.data.sources.tree import check_inside, on_disk
 from lcl_adapter.recipe.sources import QuestionReader
 
 IMAGE = "<image>"
@@ -57,42 +59,55 @@ def read_llava_json(file: Path, images: Path | None, name: str = "", on_fault: s
 
 def picture(images: Path, archive: bool, name: str) -> Picture:
     """A record's image. Raises DataError for a name that leads out of the folder."""
+    if not archive and Path(name).is_absolute():
+        for root in (images.absolute(), images.resolve()):
+            if Path(name).is_relative_to(root):
+                name = Path(name).relative_to(root).as_posix()
+                break
     check_inside(name, str(images))
-    return Picture(images, name) if archive else Picture(images / name)
+    return Picture(images, nfc(name)) if archive else Picture(images / on_disk(images, name))
 
 
 def _dialogue(record: Any, number: int, records: Records, images: Path | None, archive: bool) -> Dialogue:
-    listed = record.get("image") or []
-    if listed and images is None:
+    turns, inline = chat.turns_of(record)
+    listed = [*chat.images_of(record), *inline]
+    if images is None and any(isinstance(one, str) for one in listed):
         raise ValueError("it has an image, and the source has no `images`: set the folder or archive of its images")
-    pictures = [picture(images, archive, p) for p in ([listed] if isinstance(listed, str) else list(listed))] if images else []
-    *earlier, last = exchanges_of(record["conversations"], pictures)
+    pictures = [picture(images, archive, one) if images is not None and isinstance(one, str) else chat.embedded(one) for one in listed]
+    *earlier, last = exchanges_of(turns, pictures, marked="image" in record)
     accepted = record.get("answers") or []
     if isinstance(accepted, str) or not all(isinstance(answer, str) and answer.strip() for answer in accepted):
         raise ValueError("`answers` is a list of texts, all accepted answers to the last question")
     return Dialogue((*earlier, replace(last, answers=tuple(accepted))), record_name(records, number, record))
 
 
-def exchanges_of(turns: Any, pictures: Sequence[Picture]) -> tuple[Exchange, ...]:
-    """LLaVA's ``conversations`` with their images. Raises ValueError, KeyError or TypeError for any other form."""
+def exchanges_of(turns: Sequence[chat.Turn], pictures: Sequence[Picture], marked: bool = True) -> tuple[Exchange, ...]:
+    """Questions and answers with their images. Raises ValueError where they do not fit each other.
+
+    marked: whether each image must have its ``<image>``, as in LLaVA's own form. If not, images of a record without any
+    are of its first question, as in ms-swift.
+    """
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError(f"{len(turns)} turns; pairs of human and gpt are expected")
     exchanges: list[Exchange] = []
     used = 0
+    marked = marked or any(IMAGE in turn.text for turn in turns if turn.asks)
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        if human["from"] != "human" or gpt["from"] != "gpt":
-            raise ValueError(f"turns must alternate human, gpt; here {human['from']!r}, {gpt['from']!r}")
-        count = human["value"].count(IMAGE)
+        if not human.asks or gpt.asks:
+            raise ValueError(f"turns must alternate human, gpt; here {human.role!r}, {gpt.role!r}")
+        count = human.text.count(IMAGE) if marked else 0 if exchanges else len(pictures)
         if used + count > len(pictures):
             raise ValueError(f"more <image> than its {len(pictures)} images")
         own = pictures[used : used + count]
         used += count
-        if IMAGE in gpt["value"]:
+        if IMAGE in gpt.text:
             raise ValueError("an answer with <image> in it; images belong to the questions")
-        if not gpt["value"].strip():
+        if not gpt.text.strip():
             raise ValueError("an empty answer: nothing to learn")
-        text = human["value"] if count > 1 else human["value"].replace(IMAGE, "")
-        exchanges.append(Exchange(text.strip(), gpt["value"].strip(), own[0] if own else None, tuple(own[1:])))
+        text = human.text if marked else IMAGE * count + human.text
+        exchanges.append(
+            Exchange((text if count > 1 else text.replace(IMAGE, "")).strip(), gpt.text.strip(), own[0] if own else None, tuple(own[1:]))
+        )
     if used < len(pictures):
         raise ValueError(f"{len(pictures)} images, {used} <image>")
     return tuple(exchanges)

@@ -30,6 +30,7 @@ import fsspec
 from pydantic import Field, field_validator, model_validator
 
 from lcl_adapter.amounts import memory_bytes
+from lcl_adapter.data.sources import chat
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, Picture, QuestionPool, check_faults
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.llava_json import exchanges_of
@@ -243,7 +244,7 @@ class ShardDialogues(Sequence[Dialogue]):
         try:
             record = json.loads(raw_json)
             if "conversations" in record:
-                return Dialogue(exchanges_of(record["conversations"], pictures), origin)
+                return Dialogue(exchanges_of(chat.turns_of(record)[0], pictures), origin)
             question, answer = str(record["question"]).strip(), str(record["answer"]).strip()
             if not question or not answer or len(pictures) > 1:
                 raise ValueError("a question, an answer and at most one image are expected")

@@ -105,9 +105,8 @@ class Tree:
         """The name on disk of a shown name; None if there is no such file."""
         try:
             check_inside(name, str(self.root))
-            for form in (name,) if name.isascii() else (name, nfc(name), unicodedata.normalize("NFD", name)):
-                if (self.root / form).is_file():
-                    return form
+            if (self.root / (form := on_disk(self.root, name))).is_file():
+                return form
         except (OSError, ValueError, DataError):  # too long for any file, or outside
             return None
         return None if name.isascii() else self._listing.stored.get(nfc(name))
@@ -187,6 +186,12 @@ class Tree:
                 names.append((nfc(name), name))
             elif entry.is_symlink() and not entry.name.startswith("."):
                 listing.dangling[nfc(name)] = str(Path(entry.path).readlink())
+
+
+def on_disk(root: Path, name: str) -> str:
+    """The form of a name under which there is a file; the name itself if there is none."""
+    forms = (name,) if name.isascii() else (name, nfc(name), unicodedata.normalize("NFD", name))
+    return next((form for form in forms if (root / form).is_file()), name)
 
 
 def check_inside(name: str, where: str) -> None:
