@@ -172,9 +172,9 @@ def test_patch_distances_stay_within_their_memory(pocket_tiny: Path, monkeypatch
 
 
 def test_a_suite_of_own_photos_needs_three_lines(tmp_path: Path) -> None:
-    for name in ("good", "dented"):
+    for name, green in (("good", 20), ("dented", 80)):
         for k in range(5):
-            paint(tmp_path / "photos" / name / f"{k}.png", (9 * k, 20, 90))
+            paint(tmp_path / "photos" / name / f"{k}.png", (9 * k, green, 90))
     (tmp_path / "mine.yaml").write_text(
         "base: pocket\nsources: {a: {type: pocket}}\nevaluate:\n  suites:\n"
         f"    mine:\n      kind: lcl\n      source: {{type: class-folder, path: {tmp_path / 'photos'}}}\n"

@@ -235,7 +235,7 @@ def _fingerprint(pool: Pool) -> list[list[object]]:
         entries: list[list[object]] = [[c.name, *map(_name_and_size, c.references)] for c in pool.categories]
         for category in pool.categories:
             for s in category.specimens:
-                entries.append([category.name, s.defect, _name_and_size(s.picture), _name_and_size(s.mask)])
+                entries.append([category.name, s.defect, _name_and_size(s.picture), *map(_name_and_size, (s.mask, *s.further_masks))])
         return entries
     return [[pool.fingerprint, len(pool)]]
 

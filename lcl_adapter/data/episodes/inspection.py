@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Rng, random_names, retry, shuffled, shuffled_examples
-from lcl_adapter.data.sources import InspectionPool, PartCategory, Picture, Region, Specimen
+from lcl_adapter.data.sources import InspectionPool, PartCategory, Picture, Specimen
 from lcl_adapter.data.sources.boxes import region_box
 from lcl_adapter.errors import EpisodeError
 from lcl_adapter.recipe.sources import InspectionOptions
@@ -106,7 +106,7 @@ def _localise(rng: Rng, part: PartCategory, index: int, shots: int, options: Ins
         raise EpisodeError(f"part {part.name!r}: no defect has a mask, so none can be located: leave form localise out.")
     support = tuple(Example(p, words.good, index) for p in _draw_photos(rng, part.references, shots, part, "references"))
     chosen = [masked[int(rng.integers(len(masked)))] for _ in range(options.queries)]
-    queries = tuple(Example(s.picture, region_box(Region(s.picture, mask=s.mask)).text(), index) for s in chosen)
+    queries = tuple(Example(s.picture, region_box(s.region).text(), index) for s in chosen)
     return Episode(support, queries, tuple(dict.fromkeys(q.label for q in queries)), LearnedAnswers.QUERY, part.name, words)
 
 

@@ -117,11 +117,12 @@ def pixel_box(value: Any) -> PixelBox:
 
 @dataclass(frozen=True)
 class Region:
-    """Where something is in a picture: a box in pixels, or a mask that is black everywhere else."""
+    """Where something is in a picture: a box in pixels, or masks that are black everywhere else."""
 
     picture: Picture
     box: PixelBox | None = None
     mask: Picture | None = None
+    further_masks: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,12 +229,19 @@ def _boxed(picture_class: PictureClass) -> tuple[Region, ...]:
 class Specimen:
     """One test photo of a part.
 
-    ``defect`` is the kind of defect, None for a good part; ``mask`` shows where the defect is.
+    ``defect`` is the kind of defect, None for a good part; ``mask`` shows where the defect is, and ``further_masks`` where
+    it is too.
     """
 
     picture: Picture
     defect: str | None = None
     mask: Picture | None = None
+    further_masks: tuple[Picture, ...] = ()
+
+    @property
+    def region(self) -> Region:
+        """Where the defect is."""
+        return Region(self.picture, mask=self.mask, further_masks=self.further_masks)
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ class InspectionPool:
         regions = {}
         for category in self.categories:
             for kind, specimens in category.defects.items():
-                masked = tuple(Region(s.picture, mask=s.mask) for s in specimens if s.mask is not None)
+                masked = tuple(s.region for s in specimens if s.mask is not None)
                 regions[f"{kind} on the {category.name}"] = masked
         return regions
 

@@ -71,7 +71,8 @@ def region_box(region: Region) -> Box:
     box = region.box
     if box is None:
         assert region.mask is not None
-        box = mask_box(region.mask, (width, height))
+        lefts, tops, rights, bottoms = zip(*(mask_box(mask, (width, height)) for mask in (region.mask, *region.further_masks)), strict=True)
+        box = min(lefts), min(tops), max(rights), max(bottoms)
     x0, y0, x1, y1 = box
     x1, y1 = (edge if edge < most or edge > most + ROUNDED else float(most) for edge, most in ((x1, width), (y1, height)))
     box = (x0, y0, x1, y1)

@@ -1,6 +1,10 @@
-"""Visual inspection: MVTec AD's tree, and VisA's.
+"""Visual inspection: MVTec AD's tree and its relatives, and VisA's.
 
     MVTec AD   <category>/train/good/000.png   test/{good,<defect>}/000.png   ground_truth/<defect>/000_mask.png
+    MVTec LOCO the same, ground_truth/<defect>/000/000.png; validation/good are references too
+    MVTec AD 2 <category>/train/good   test_public/{good,bad}   test_public/ground_truth/bad/000_mask.png
+    BTAD       <category>/train/ok   test/{ok,ko}   ground_truth/ko/0000.bmp, with `good: ok`
+    folders    [<category>/]{normal,abnormal}/000.png, with `good: normal`
     VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv
 
 References are the training photos, so that no test photo is ever in a support set.
@@ -11,10 +15,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, check_faults
 from lcl_adapter.data.sources.held_out import HeldOut, is_held_out
@@ -25,6 +29,12 @@ from lcl_adapter.recipe.options import as_list
 from lcl_adapter.recipe.sources import PartReader
 
 GOOD = "good"
+LOOKS_GOOD = frozenset({"good", "ok", "okay", "normal", "pass", "passed", "fine", "io", "nodefect", "no_defect", "non_defective", "良品", "正常"})
+TESTS = ("test", "test_public")
+TRAININGS = ("train", "validation")
+MASKS = "ground_truth"
+MASK_ENDS = ("_mask", "_gt", "_label")
+DEFECTIVE_TRAINING = "defective training photo"
 VISA_SPLIT = "split_csv/1cls.csv"
 
 
@@ -42,12 +52,13 @@ class Parts(PartReader, HeldOut):
 
 
 class Mvtec(Parts):
-    """``type: mvtec``. MVTec AD's tree, or anything laid out like it, a folder or a zip archive."""
+    """``type: mvtec``. MVTec AD's tree, or anything laid out like it, a folder or a zip archive: one category or several."""
 
     type: Literal["mvtec"]
+    good: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1, description="names of the folders of good parts")] = [GOOD]
 
     def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
-        return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault)
+        return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.good)
 
 
 class Visa(Parts):
@@ -81,53 +92,154 @@ def categories_of_split(categories: Sequence[str], split: str, held_out: Sequenc
 
 
 def read_mvtec(
-    root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
+    root: Path,
+    name: str = "",
+    split: str = "all",
+    held_out: Sequence[str] = (),
+    hold_out: float = 0.0,
+    on_fault: str = "refuse",
+    good: Sequence[str] = (GOOD,),
 ) -> InspectionPool:
-    """Every folder with a ``test`` folder is a category.
+    """Every folder with a ``test`` folder is a category; so is the root, if it has one. A folder of folders of photos, one of
+    them good, is a category too: every second good photo is then a reference.
 
-    ``root`` may be a zip archive. An underscore in a name is a space.
+    ``root`` may be a zip archive. An underscore in a name is a space. good: names of folders with good parts.
 
-    Raises DataError for no category or an unknown held-out one and, unless ``on_fault`` is "skip", for a missing mask
-    or an empty folder.
+    Raises DataError for no category or an unknown held-out one and, unless ``on_fault`` is "skip", for a missing mask,
+    an empty folder, or a folder whose name says that its parts are good, which is not in ``good``.
     """
     tree = Tree(root)
-    faults: list[Fault] = []
-    all_categories = [f for f in tree.folders() if "test" in tree.folders(f"{f}/")]
-    if not all_categories:
-        raise DataError(f"{root}: no category in it; MVTec's layout is <category>/train/good, <category>/test/<defect>, ground_truth/<defect>.")
+    faults, notes = list(tree.faults), list(tree.notes)
+    prefixes = _categories(tree, tuple(good))
+    if not prefixes:
+        raise DataError(
+            f"{root}: no category in it; MVTec's layout is <category>/train/good, <category>/test/<defect>, ground_truth/<defect>.{_hint(tree)}"
+        )
     categories = []
-    for category in categories_of_split(all_categories, split, held_out, hold_out, root):
-        references = tuple(tree.picture(n) for n in _images(tree, f"{category}/train/{GOOD}/"))
-        if not references:
-            faults.append(Fault("no references", f"{root}: {category}/train/{GOOD} has no images: no good part can be shown"))
-        good: tuple[Specimen, ...] = ()
+    skipped: dict[str, int] = {}
+    for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root):
+        found = _Category(tree, prefixes[category], tuple(good))
+        read = found.read()
+        faults += found.faults
+        notes += found.notes
+        for reason, count in found.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+        if read is not None:
+            categories.append(read)
+    return check_faults(InspectionPool(name or root.stem, tuple(categories), skipped, tuple(faults), tuple(notes)), on_fault)
+
+
+def _categories(tree: Tree, good: tuple[str, ...]) -> dict[str, str]:
+    """category -> the prefix of its files."""
+
+    def is_category(prefix: str) -> bool:
+        inside = tree.folders(prefix)
+        if any(test in inside for test in TESTS):
+            return True
+        photos = [folder for folder in inside if _images(tree, f"{prefix}{folder}/")]
+        return len(photos) > 1 and any(folder in good or _looks_good(folder) for folder in photos)
+
+    if is_category(""):
+        return {tree.root.stem if tree.archive else tree.root.name: ""}
+    return {folder: f"{folder}/" for folder in tree.folders() if is_category(f"{folder}/")}
+
+
+def _hint(tree: Tree) -> str:
+    """What a tree without a category may be instead."""
+    if any("/Data/Images/" in name for name in tree.files):
+        return " This looks like VisA as it is published: use `type: visa`."
+    return ""
+
+
+def _looks_good(folder: str) -> bool:
+    return folder.lower() in LOOKS_GOOD
+
+
+class _Category:
+    """Reads one category. prefix: of its files, with a slash behind, or "" for the root."""
+
+    def __init__(self, tree: Tree, prefix: str, good: tuple[str, ...]) -> None:
+        self.tree, self.prefix, self.good = tree, prefix, good
+        self.name = prefix.rstrip("/") or (tree.root.stem if tree.archive else tree.root.name)
+        self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        self.skipped: dict[str, int] = {}
+
+    def read(self) -> PartCategory | None:
+        """None, with its faults, where nothing can be shown or asked about."""
+        inside = self.tree.folders(self.prefix)
+        test = next((f"{self.prefix}{folder}/" for folder in TESTS if folder in inside), self.prefix)
+        kinds = [kind for kind in self.tree.folders(test) if kind not in {*TRAININGS, MASKS}]
+        named_good = [kind for kind in kinds if kind not in self.good and _looks_good(kind)]
+        if named_good:
+            remedy = f"set `good: [{', '.join(dict.fromkeys((*self.good, *named_good)))}]`"
+            self.faults.append(
+                Fault("good parts by another name", f"{self.tree.root}: {test}{named_good[0]} looks like good parts, and would be a defect: {remedy}")
+            )
+            return None
+        references = [n for folder in TRAININGS if folder in inside for n in self._training(f"{self.prefix}{folder}/")]
+        good: list[str] = []
         defects: dict[str, tuple[Specimen, ...]] = {}
-        for kind in tree.folders(f"{category}/test/"):
-            names = _images(tree, f"{category}/test/{kind}/")
+        for kind in kinds:
+            names = _images(self.tree, f"{test}{kind}/")
             if not names:
-                faults.append(Fault("empty defect folder", f"{root}: {category}/test/{kind} has no images: add some or remove the folder"))
-            elif kind == GOOD:
-                good = tuple(Specimen(tree.picture(n)) for n in names)
+                self.faults.append(Fault("empty defect folder", f"{self.tree.root}: {test}{kind} has no images: add some or remove the folder"))
+            elif kind in self.good:
+                good += names
             else:
-                defects[spaced(kind)] = tuple(_defective(tree, category, kind, names, faults))
-        if references and (good or defects):
-            categories.append(PartCategory(spaced(category), references, good, {k: s for k, s in defects.items() if s}))
-    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults)), on_fault)
+                defects[spaced(kind)] = tuple(self._defective(test, kind, names))
+        if test == self.prefix:  # without a division into training and test photos
+            references, good = good[::2], good[1::2]
+        if not references:
+            folders = " or ".join(f"{self.prefix}train/{name}" for name in self.good)
+            self.faults.append(Fault("no references", f"{self.tree.root}: {folders} has no images: no good part can be shown"))
+        if not references or not (good or defects):
+            return None
+        picture = self.tree.picture
+        specimens = tuple(Specimen(picture(n)) for n in good)
+        return PartCategory(spaced(self.name), tuple(map(picture, references)), specimens, {k: s for k, s in defects.items() if s})
 
+    def _training(self, folder: str) -> list[str]:
+        """Good training photos. Others are counted: a support set of good parts shows none of them."""
+        names = _images(self.tree, folder)
+        for kind in self.tree.folders(folder):
+            own = _images(self.tree, f"{folder}{kind}/")
+            if kind in self.good or _looks_good(kind):
+                names += own
+            elif own:
+                self.skipped[DEFECTIVE_TRAINING] = self.skipped.get(DEFECTIVE_TRAINING, 0) + len(own)
+        return names
 
-def _defective(tree: Tree, category: str, kind: str, names: Sequence[str], faults: list[Fault]) -> list[Specimen]:
-    """The photos of one kind of defect. A category without any mask can be used too, but not to locate defects."""
-    specimens = []
-    masked = bool(tree.folders(f"{category}/ground_truth/"))
-    for name in names:
-        mask = f"{category}/ground_truth/{kind}/{Path(name).stem}_mask.png"
-        if not masked:
-            specimens.append(Specimen(tree.picture(name), spaced(kind)))
-        elif mask not in tree:
-            faults.append(Fault("missing mask", f"{tree.root}: {name} has no mask {mask}"))
-        else:
-            specimens.append(Specimen(tree.picture(name), spaced(kind), tree.picture(mask)))
-    return specimens
+    def _defective(self, test: str, kind: str, names: Sequence[str]) -> list[Specimen]:
+        """The photos of one kind of defect. Without any mask they can be used too, but not to locate defects."""
+        roots = [root for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/") if kind in self.tree.folders(root)]
+        if not roots:
+            if any(self.tree.folders(root) for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/")):
+                self.notes.append(f"{self.tree.root}: {test}{kind} has no masks: it is used for good or defective, and not to locate defects")
+            return [Specimen(self.tree.picture(name), spaced(kind)) for name in names]
+        masks_of = self._masks(f"{roots[0]}{kind}/")
+        specimens = []
+        for name in names:
+            masks = masks_of.get(PurePosixPath(name).stem, [])
+            if not masks:
+                expected = f"{roots[0]}{kind}/{PurePosixPath(name).stem}_mask.png"
+                self.faults.append(Fault("missing mask", f"{self.tree.root}: {name} has no mask {expected}"))
+                continue
+            first, *others = map(self.tree.picture, masks)
+            specimens.append(Specimen(self.tree.picture(name), spaced(kind), first, tuple(others)))
+        return specimens
+
+    def _masks(self, folder: str) -> dict[str, list[str]]:
+        """A photo's stem -> its masks: ``<stem>_mask.*`` (MVTec AD), ``<stem>.*`` (BTAD), or all of ``<stem>/`` (MVTec LOCO)."""
+        masks: dict[str, list[str]] = {}
+        for name in _images(self.tree, folder):
+            stem = PurePosixPath(name).stem
+            masks.setdefault(stem, []).append(name)
+            if stem.endswith(MASK_ENDS):
+                masks.setdefault(stem.rpartition("_")[0], []).append(name)
+        for stem in self.tree.folders(folder):
+            masks.setdefault(stem, []).extend(_images(self.tree, f"{folder}{stem}/"))
+        return masks
 
 
 def read_visa(
@@ -138,7 +250,7 @@ def read_visa(
     Raises DataError as :func:`read_mvtec` does, and if the split file or one of its columns is missing.
     """
     tree = Tree(root)
-    faults: list[Fault] = []
+    faults = tree.faults
     if VISA_SPLIT not in tree:
         hint = "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
         raise DataError(f"{root}: no {VISA_SPLIT}, which says what is trained on and what is tested{hint}.")
