@@ -249,7 +249,7 @@ def test_asking_uses_both_where_the_adapter_has_weights(run: Path, photos: Path,
     assert row["model"]["label"] == judged["model"].answers[0]["label"]
     assert row["tower"]["label"] == judged["tower"].answers[0]["label"] == "green", "the tower sees the colour"
     assert judged["tower"].answers[0]["answer"] == "", "nothing is generated where the tower judges alone"
-    shown = capsys.readouterr().err.replace("\n", "")  # a long path is wrapped
+    shown = capsys.readouterr().out.replace("\n", "")  # a long path is wrapped
     assert "query.png: green" in shown
 
 

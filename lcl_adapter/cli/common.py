@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lcl_adapter.errors import LclError, MergeError, UserError
+from lcl_adapter.terminal import print_json_only
 
 if TYPE_CHECKING:
     from lcl_adapter.recipe.schema import Precision
@@ -46,7 +47,15 @@ def emit(result: Any, as_json: bool) -> None:
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, and all else on standard error.")
+def _only_json(ctx: click.Context, _param: click.Parameter, as_json: bool) -> bool:
+    print_json_only(as_json)
+    ctx.call_on_close(lambda: print_json_only(False))
+    return as_json
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_only_json, help="Print one JSON object on standard output, and all else on standard error."
+)
 
 
 class Memory(click.ParamType[int]):

@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lcl_adapter.terminal import console, show_notes
+from lcl_adapter.terminal import results, show_notes
 
 
 def show_check(result: dict[str, Any]) -> None:
@@ -29,14 +29,14 @@ def show_check(result: dict[str, Any]) -> None:
             str(rows.get("longest", {}).get(name, "-")),
             ", ".join(f"{count} x {reason}" for reason, count in counts["left_out"].items()) or "-",
         )
-    console.print(table)
+    results().print(table)
     if "context" in rows:
-        console.print(f"the context holds {rows['context']:,} tokens", highlight=False)
+        results().print(f"the context holds {rows['context']:,} tokens", highlight=False)
     show_notes(result["notes"])
     for fault in result["faults"]:
-        console.print(f"{fault['source']}: {fault['kind']}: {fault['message']}", style="red", markup=False, highlight=False, soft_wrap=True)
+        results().print(f"{fault['source']}: {fault['kind']}: {fault['message']}", style="red", markup=False, highlight=False, soft_wrap=True)
     count = len(result["faults"])
-    console.print("no faults" if not count else f"{count} fault{'s' if count > 1 else ''}", style="bold" if not count else "bold red")
+    results().print("no faults" if not count else f"{count} fault{'s' if count > 1 else ''}", style="bold" if not count else "bold red")
 
 
 def _format_share(share: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import results
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -20,27 +20,27 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     for moment in dict.fromkeys(m for f in forecasts.values() for m in f["moments"]):
         table.add_row(f"  or {moment}", *(_marked_size(f["moments"].get(moment), f["moments"]) for f in forecasts.values()), style="dim")
     table.add_row("peak", *(_size(f["total"]) for f in forecasts.values()), style="bold")
-    console.print(table)
+    results().print(table)
     images = f"{plan['images_in_it']} images of {plan['tokens_an_image']}"
     rows = f"longest row {plan['longest_row']:,} tokens with {images}; context {plan['context']:,}"
-    console.print(rows, highlight=False)
+    results().print(rows, highlight=False)
     device = "GPU" if plan["device"] == "cuda" else "CPU"
     names = [name for name in forecasts if name != "serving"]
     all_of_it = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     too_large = [name for name in names if forecasts[name]["total"] > plan["memory"]]
     fit = f"{all_of_it} {'fits' if len(names) == 1 else 'fit'}" if plan["fits"] else f"{' and '.join(too_large)} DO NOT FIT"
-    console.print(f"{plan['precision']} on a {device} of {_size(plan['memory'])}: {fit}", style="bold" if plan["fits"] else "bold red")
+    results().print(f"{plan['precision']} on a {device} of {_size(plan['memory'])}: {fit}", style="bold" if plan["fits"] else "bold red")
     if plan["support_sets_beside"]:
-        console.print(f"serving leaves room for {plan['support_sets_beside']:,} support sets of that length", highlight=False)
+        results().print(f"serving leaves room for {plan['support_sets_beside']:,} support sets of that length", highlight=False)
     for remedy in plan["remedies"]:
-        console.print(
+        results().print(
             f"  {' '.join(remedy['overrides'])}: {_size(remedy['total'])}; costs {remedy['cost']}", highlight=False, markup=False, soft_wrap=True
         )
     if not plan["fits"] and not plan["remedies"]:
-        console.print("  none of the known changes is enough: use a smaller base", highlight=False)
+        results().print("  none of the known changes is enough: use a smaller base", highlight=False)
     if "probe" in plan:
         peak = f", peak {plan['probe']['peak'] / 1e9:.2f} GB" if "peak" in plan["probe"] else ""
-        console.print(f"a step took {plan['probe']['seconds_a_step']:.2f} s{peak}", highlight=False)
+        results().print(f"a step took {plan['probe']['seconds_a_step']:.2f} s{peak}", highlight=False)
 
 
 def _marked_size(size: int | None, among: Mapping[str, int] | None = None) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lcl_adapter.evaluate.runner import count_of
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, results
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -53,7 +53,7 @@ def show_table(rows: Sequence[dict[str, Any]]) -> None:
             format_figure(adapter["greedy"]),
         ]
         table.add_row(*cells[: len(columns)])
-    console.print(table)
+    results().print(table)
 
 
 def format_figure(value: float | None) -> str:

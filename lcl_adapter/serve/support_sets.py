@@ -19,7 +19,7 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.serve import folders
 from lcl_adapter.serve.service import summary
 from lcl_adapter.serve.store import Store, StoredSet
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import results
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, byte
     labels = [example.label for example in request.examples]
     with _open(folder) as store:
         stored = store.put(namespace, name, list(zip(labels, [data for _, data in examples], strict=True)), question, expected)
-    console.print(f"{name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
+    results().print(f"{name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
     return summary(stored).model_dump()
 
 
@@ -62,9 +62,9 @@ def list_sets(folder: Path, namespace: str) -> dict[str, Any]:
     with _open(folder) as store:
         sets = [store.get(namespace, name) for name in store.names(namespace)]
     for stored in sets:
-        console.print(f"{stored.name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
+        results().print(f"{stored.name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
     if not sets:
-        console.print("no support sets; `lcl-adapter support add NAME PHOTOS` stores one", highlight=False)
+        results().print("no support sets; `lcl-adapter support add NAME PHOTOS` stores one", highlight=False)
     return {"sets": [summary(stored).model_dump() for stored in sets]}
 
 
@@ -74,11 +74,11 @@ def show(folder: Path, namespace: str, name: str, version: int | None = None) ->
         stored = store.get(namespace, name, version)
         versions = [number for number, _ in store.versions(namespace, name)]
     numbers = ", ".join(map(str, versions))
-    console.print(f"{name}: version {stored.version}, {_label_counts(stored)}; stored versions: {numbers}", highlight=False, markup=False)
+    results().print(f"{name}: version {stored.version}, {_label_counts(stored)}; stored versions: {numbers}", highlight=False, markup=False)
     if stored.question:
-        console.print(f"question: {stored.question}", highlight=False, markup=False)
+        results().print(f"question: {stored.question}", highlight=False, markup=False)
     for example in stored.examples:
-        console.print(f"  {example.image[:12]}  {example.label}", highlight=False, markup=False)
+        results().print(f"  {example.image[:12]}  {example.label}", highlight=False, markup=False)
     examples = [{"label": example.label, "sha256": example.image} for example in stored.examples]
     return {**summary(stored).model_dump(), "examples": examples, "versions": versions}
 
@@ -87,7 +87,7 @@ def remove(folder: Path, namespace: str, name: str) -> dict[str, Any]:
     """Raises MissingError."""
     with _open(folder) as store:
         store.remove(namespace, name)
-    console.print(f"{name}: removed", highlight=False, markup=False)
+    results().print(f"{name}: removed", highlight=False, markup=False)
     return {"removed": name}
 
 
@@ -100,7 +100,7 @@ def export(folder: Path, namespace: str, name: str, out: Path, version: int | No
         stored = store.get(namespace, name, version)
         examples = [(example.label, store.bytes_of(namespace, example.image)) for example in stored.examples]
     folders.write(out, name, stored.version, stored.question, examples)
-    console.print(f"{out}: {_label_counts(stored)}", highlight=False, markup=False)
+    results().print(f"{out}: {_label_counts(stored)}", highlight=False, markup=False)
     return {"out": str(out), **summary(stored).model_dump()}
 
 

@@ -30,7 +30,7 @@ from lcl_adapter.data.sources import (
 )
 from lcl_adapter.data.sources.base import NothingLeftError, pictures_of
 from lcl_adapter.data.sources.boxes import region_box
-from lcl_adapter.data.sources.copies import COMPARED, digest, nearly_equal, one_held_out, signature, two_labels
+from lcl_adapter.data.sources.copies import digest, signature
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites
@@ -41,6 +41,7 @@ from lcl_adapter.recipe.suites import ImageNet100Suite, PerplexitySuite
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
+from lcl_adapter.training.photo_copies import Photo, nearly_the_same, same_files
 
 THREADS = 4
 TOGETHER = 256  # entries whose pictures are opened together
@@ -62,13 +63,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
     notes: list[str] = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
-    seen = _Seen()
+    known = _Known()
     for name, options in recipe.sources.items():
         pool = _open_pool(name, options, faults)
         if pool is not None:
             pools[name] = pool
             notes += pool.notes
-            sources[name] = _open_pictures(name, pool, seen, faults, not _is_shipped(options))
+            sources[name] = _open_pictures(name, pool, known, faults, not _is_shipped(options))
     for kind, suites in (("suite", recipe.evaluate.suites), ("validation", recipe.evaluate.validation)):
         for name, suite in suites.items():
             if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
@@ -77,9 +78,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
             if pool is not None:
                 notes += pool.notes
                 sources[f"{kind} {name}"] = _open_pictures(
-                    f"{kind} {name}", pool, seen, faults, isinstance(suite, CLASS_SUITES) and not _is_shipped(getattr(suite, "source", None))
+                    f"{kind} {name}", pool, known, faults, isinstance(suite, CLASS_SUITES) and not _is_shipped(getattr(suite, "source", None))
                 )
-    faults += _copies(seen)
+    faults += same_files(known.photos)
     rows: dict[str, Any] | None = None
     if len(pools) == len(recipe.sources):
         try:
@@ -92,7 +93,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             faults.append(("recipe", Fault("recipe", str(error))))
     if recipe.evaluate.suites or recipe.evaluate.validation:
         _collect("suites", lambda: check_suites(recipe, load_encoder(BaseRef.of(recipe))), faults, notes)
-    notes += _nearly_the_same(seen)
+    notes += nearly_the_same(known.photos)
     notes += _notes_of([fault.message for _, fault in faults if fault.kind == DULL])
     faults = [(source, fault) for source, fault in faults if fault.kind != DULL]
     distinct: dict[str, tuple[str, Fault]] = {}
@@ -165,22 +166,11 @@ def _open_pairs(name: str, suite: ImageNet100Suite, faults: Faults) -> ClassPool
 
 
 @dataclass
-class _Photo:
-    """A photo of a class or category that was opened. where: the source or suite. digest: of the file's bytes."""
-
-    where: str
-    label: str
-    picture: Picture
-    digest: bytes
-    signature: np.ndarray
-
-
-@dataclass
-class _Seen:
+class _Known:
     """opened: names of what was opened. photos: those of classes and categories, to be compared."""
 
     opened: set[str] = field(default_factory=set)
-    photos: list[_Photo] = field(default_factory=list)
+    photos: list[Photo] = field(default_factory=list)
 
 
 @dataclass
@@ -192,8 +182,8 @@ class _Opened:
     signature: np.ndarray | None = None
 
 
-def _open_pictures(name: str, pool: Pool, seen: _Seen, faults: Faults, compare: bool) -> dict[str, Any]:
-    """Open every picture, mask and box of a pool, except those in ``seen``, which it extends.
+def _open_pictures(name: str, pool: Pool, known: _Known, faults: Faults, compare: bool) -> dict[str, Any]:
+    """Open every picture, mask and box of a pool, except those in ``known``, which it extends.
 
     compare: whether its pictures are compared with each other and with those of other sources.
 
@@ -209,14 +199,14 @@ def _open_pictures(name: str, pool: Pool, seen: _Seen, faults: Faults, compare: 
         for entries, checks, bad in _parts(pool):
             faults += [(name, fault) for fault in bad]
             bad_samples += len(bad)
-            new_checks = {key: check for key, check in checks if key not in seen.opened}
-            seen.opened.update(new_checks)
+            new_checks = {key: check for key, check in checks if key not in known.opened}
+            known.opened.update(new_checks)
             pictures += sum(region is None for _, _, region in new_checks.values())
-            for (key, check), found in zip(new_checks.items(), threads.map(partial(_open, compare=compare), new_checks.values()), strict=True):
-                if found.fault is not None:
-                    faults.append((name, found.fault))
-                if found.digest is not None and found.signature is not None and key in labels:
-                    seen.photos.append(_Photo(name, labels[key], check[1], found.digest, found.signature))
+            for (key, check), opened in zip(new_checks.items(), threads.map(partial(_open, compare=compare), new_checks.values()), strict=True):
+                if opened.fault is not None:
+                    faults.append((name, opened.fault))
+                if opened.digest is not None and opened.signature is not None and key in labels:
+                    known.photos.append(Photo(name, labels[key], check[1], opened.digest, opened.signature))
             bar.advance(task, entries)
     left_out = {**pool.skipped, **({BAD_SAMPLE: bad_samples} if bad_samples else {})}
     return {"entries": len(pool), "pictures": pictures, "left_out": left_out}
@@ -230,52 +220,6 @@ def _labels(pool: Pool) -> dict[str, str]:
         good = {str(p): f"{one.name}, good" for one in pool.categories for p in (*one.references, *(s.picture for s in one.good))}
         return good | {str(s.picture): f"{one.name}, {kind}" for one in pool.categories for kind, some in one.defects.items() for s in some}
     return {}
-
-
-def _copies(seen: _Seen) -> Faults:
-    """The same file, byte for byte: in two classes of one source, or in training and among what is held out."""
-    by_digest: dict[bytes, list[_Photo]] = {}
-    for photo in seen.photos:
-        by_digest.setdefault(photo.digest, []).append(photo)
-    faults: Faults = []
-    for first, *others in by_digest.values():
-        for other in others:
-            if first.where == other.where and first.label != other.label:
-                faults.append((other.where, two_labels(first.picture, first.label, other.picture, other.label)))
-            elif _is_held_out(first.where) != _is_held_out(other.where):
-                trained, held_out = (other, first) if _is_held_out(first.where) else (first, other)
-                faults.append((held_out.where, one_held_out(trained.picture, trained.where, held_out.picture, held_out.where)))
-    return faults
-
-
-def _is_held_out(where: str) -> bool:
-    return where.startswith(("suite ", "validation "))
-
-
-def _nearly_the_same(seen: _Seen) -> list[str]:
-    """A note for each source with photos of two classes that look alike as one photo in two sizes does, and for training and
-    held-out photos.
-    """
-    photos = seen.photos
-    if not 1 < len(photos) <= COMPARED:
-        return []
-    found: dict[tuple[str, ...], list[tuple[_Photo, _Photo]]] = {}
-    for i, j in nearly_equal(np.stack([photo.signature for photo in photos])):
-        one, other = photos[i], photos[j]
-        if one.digest == other.digest:
-            continue
-        if one.where == other.where and one.label != other.label:
-            found.setdefault((one.where,), []).append((one, other))
-        elif _is_held_out(one.where) != _is_held_out(other.where):
-            found.setdefault((one.where, other.where), []).append((one, other))
-    notes = []
-    for where, pairs in found.items():
-        one, other = pairs[0]
-        between = f"of two classes in {where[0]}" if len(where) == 1 else f"of {where[0]} and {where[1]}"
-        count = "1 pair" if len(pairs) == 1 else f"{len(pairs):,} pairs"
-        example = f"{one.picture} ({one.label!r}) and {other.picture} ({other.label!r})"
-        notes.append(f"{count} of photos {between} look nearly the same, for instance {example}: one photo twice?")
-    return notes
 
 
 def _parts(pool: Pool) -> Iterator[tuple[int, list[tuple[str, Check]], list[Fault]]]:

@@ -118,14 +118,14 @@ def read_mvtec(
     categories = []
     skipped: dict[str, int] = {}
     for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root):
-        found = _Category(tree, prefixes[category], tuple(good))
-        read = found.read()
-        faults += found.faults
-        notes += found.notes
-        for reason, count in found.skipped.items():
+        reader = _Category(tree, prefixes[category], tuple(good))
+        part = reader.read()
+        faults += reader.faults
+        notes += reader.notes
+        for reason, count in reader.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
-        if read is not None:
-            categories.append(read)
+        if part is not None:
+            categories.append(part)
     return check_faults(InspectionPool(name or root.stem, tuple(categories), skipped, tuple(faults), tuple(notes)), on_fault)
 
 

@@ -231,8 +231,8 @@ class _Finder:
     def notes(self) -> list[str]:
         if not self.renamed:
             return []
-        name, found = next(iter(self.renamed.items()))
-        return [f"{self.tree.root}: {len(self.renamed):,} listed images are found under other names, for instance {name!r} as {found!r}"]
+        listed, there = next(iter(self.renamed.items()))
+        return [f"{self.tree.root}: {len(self.renamed):,} listed images are found under other names, for instance {listed!r} as {there!r}"]
 
     def _candidates(self, image: str) -> list[tuple[str, bool]]:
         """Names to look for, and whether finding one must be told."""
@@ -249,7 +249,7 @@ class _Finder:
         if plain.startswith("/data/"):
             local = parse_qs(urlsplit(plain).query).get("d", [])  # /data/local-files/?d=folder/photo.jpg
             uploaded = PurePosixPath(urlsplit(plain).path).name
-            names += [(found, True) for given in local for found in (given, PurePosixPath(given).name)]
+            names += [(name, True) for given in local for name in (given, PurePosixPath(given).name)]
             names += [(uploaded, True), (LABEL_STUDIO.sub("", uploaded, count=1), True)] if uploaded else []
         return names
 
