@@ -532,7 +532,7 @@ def test_bytes_of_a_character_are_held_back_together() -> None:
         ({"messages": [{"role": "user", "content": "a <image> here"}]}, "a special token of the model's prompt"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"n": 2}, "n: "),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 4000}, "the context is"),
         ({"support_set_version": 10**30}, "support_set_version"),

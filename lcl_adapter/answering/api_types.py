@@ -7,29 +7,59 @@ Server and client share them. Unknown fields are refused: a misspelt one would o
 from __future__ import annotations
 
 import base64
+import json
 import time
 import unicodedata
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+SET_NAME = r"^\w[\w.-]{0,63}$"  # letters of any script
+SET_NAME_RULE = "letters of any script, digits, dots, dashes and underscores, at most 64, a letter or digit first"
 MAX_LABEL_LENGTH = 200
 MAX_TEXT_LENGTH = 32_000
 MAX_TURNS = 512
 MAX_IMAGES = 256
 MAX_VERSION = 2**53
 
-Name = Annotated[str, Field(pattern=SET_NAME)]
+
+def normalized_name(name: Any) -> Any:
+    """A set's name in one form of Unicode: a Mac types it in another."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+Name = Annotated[str, BeforeValidator(normalized_name), Field(pattern=SET_NAME)]
 Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Question = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class ApiModel(BaseModel):
-    """A JSON object that refuses unknown fields."""
+    """A JSON object that refuses unknown fields. Null means "not given", and so does the neutral value of a field that is not
+    supported: clients send both.
+
+    neutral: field -> the values that change nothing. Others are refused.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key, allowed in cls.neutral.items():
+            if key in values and values[key] is not None and allowed and not any(_same(values[key], one) for one in allowed):
+                raise ValueError(f"{key}: only {' or '.join(json.dumps(one) for one in allowed)} is supported")
+        required = {key for key, field in cls.model_fields.items() if field.is_required()}
+        return {key: value for key, value in values.items() if key not in cls.neutral and (value is not None or key in required)}
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equal, and not a number where true or false is meant."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
 def normalized_label(label: str) -> str:
@@ -167,17 +197,25 @@ class ClassifyOut(ApiModel):
     results: list[Judgement]
 
 
+PART_HINTS: Mapping[str, tuple[Any, ...]] = {"cache_control": (), "uuid": ()}  # hints for other servers' caches: any value
+
+
 class ImageUrl(ApiModel):
+    neutral = {"detail": ()}
+
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
 
 
 class TextPart(ApiModel):
+    neutral = PART_HINTS
+
     type: Literal["text"]
     text: Text
 
 
 class ImagePart(ApiModel):
+    neutral = PART_HINTS
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -186,22 +224,86 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(ApiModel):
+    """A message as clients write it, or as they hand a reply back whole."""
+
+    neutral = {"refusal": ("",), "tool_calls": ([],), "annotations": ([],), "audio": ({},), "reasoning": (), "reasoning_content": (), "id": ()}
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=2 * MAX_IMAGES)]
     name: str | None = None
-    refusal: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _readable(cls, content: Any) -> Any:
+        """Says what is wrong with a content before the alternatives of its type are tried one by one."""
+        if isinstance(content, str):
+            if len(content) > MAX_TEXT_LENGTH:
+                raise ValueError(f"a text of {len(content):,} characters; at most {MAX_TEXT_LENGTH:,} are allowed")
+            return content
+        if not isinstance(content, list) or not content:
+            raise ValueError("a text, or a list of parts, is expected")
+        return [_readable_part(part, number) for number, part in enumerate(content)]
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
 
 
+def _readable_part(part: Any, number: int) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    if kind not in {"text", "image_url"}:
+        responses = '; "input_text" and "input_image" are of the Responses API' if str(kind).startswith("input_") else ""
+        raise ValueError(f"part {number} has the type {str(kind)[:40]!r}; text and image_url are supported{responses}")
+    if isinstance(part, dict) and isinstance(part.get("image_url"), str):
+        return {**part, "image_url": {"url": part["image_url"]}}
+    if isinstance(part, dict) and kind == "text" and not isinstance(part.get("text"), str):
+        raise ValueError(f"part {number} has no text")
+    return part
+
+
 class StreamOptions(ApiModel):
+    neutral = {"include_obfuscation": (), "continuous_usage_stats": (False,)}
+
     include_usage: bool = False
+
+
+NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {  # of OpenAI's and vLLM's fields: field -> the values that change nothing
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "top_k": (-1, 0),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none", "minimal"),
+    "verbosity": ("low", "medium"),
+    "service_tier": ("auto", "default"),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "skip_special_tokens": (True,),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "echo": (False,),
+    "prompt_cache_key": (),  # names for the provider's own books: any value
+    "prompt_cache_retention": (),
+    "safety_identifier": (),
+}
 
 
 class ChatIn(ApiModel):
     """OpenAI's chat request. A setting that is not supported is refused, not ignored."""
+
+    neutral = NOT_SUPPORTED
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
@@ -211,15 +313,12 @@ class ChatIn(ApiModel):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, where OpenAI has 1: a classification must not be random")
     top_p: float = Field(default=1.0, gt=0, le=1)
-    n: Literal[1] = 1
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
-    presence_penalty: float = Field(default=0, ge=0, le=0)
-    frequency_penalty: float = Field(default=0, ge=0, le=0)
     response_format: dict[str, Any] | None = None
     user: str | None = None
     store: bool | None = None

@@ -7,6 +7,7 @@ nothing of other callers.
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -324,7 +325,8 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _field_of(fault: Any) -> str:
-    return ".".join(str(part) for part in fault["loc"][1:])
+    """The field's place, without the names of types that the validator adds to it."""
+    return ".".join(str(part) for part in fault["loc"][1:] if isinstance(part, int) or re.fullmatch(r"[a-z]\w*", part))
 
 
 def _fault_message(fault: Any) -> str:

@@ -18,7 +18,9 @@ from PIL import Image
 from lcl_adapter.errors import DataError
 
 TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF"}
-DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,", re.IGNORECASE)
+OTHER_TYPES = {"image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "application/octet-stream"}  # as clients write them; the bytes decide
+DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w-]+=[\w.-]+)*;base64,", re.IGNORECASE)
+URL_SAFE = str.maketrans("-_", "+/")
 SMALLER = "Make it smaller first."
 
 
@@ -47,13 +49,14 @@ def from_data_url(url: str, bounds: Bounds) -> bytes:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
         kind = f"a URL of {scheme[0]}" if scheme and scheme[0].lower() != "data:" else "not a base64 data URL"
         raise DataError(f"the image is {kind}. The server fetches nothing: send data:image/png;base64,… with the image file's bytes.")
-    if head[1].lower() not in TYPES:
+    if head[1].lower() not in {*TYPES, *OTHER_TYPES}:
         raise DataError(f"the image has type {head[1][:40]}; the server accepts {', '.join(TYPES)}.")
     size = (len(url) - head.end()) * 3 // 4
     if size > bounds.bytes:
         raise DataError(_too_many_bytes(size, bounds))
     try:
-        data = base64.b64decode(url[head.end() :], validate=True)
+        text = "".join(url[head.end() :].split()).translate(URL_SAFE).rstrip("=")
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError("the image's base64 is broken.") from error
     check(data, bounds)

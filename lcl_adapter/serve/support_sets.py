@@ -43,8 +43,9 @@ def add(
 
 def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, bytes]], question: str | None, expected: int | None) -> dict[str, Any]:
     """Store examples by the rules of the HTTP API."""
+    name = api_types.normalized_name(name)
     if not re.fullmatch(api_types.SET_NAME, name):
-        raise DataError(f"{name!r} is not a valid name for a support set: letters, digits, dots, dashes and underscores, at most 64.")
+        raise DataError(f"{name!r} is not a valid name for a support set: {api_types.SET_NAME_RULE}.")
     try:
         request = api_types.SupportSetIn(
             examples=[api_types.LabelledImage(label=label, image="data:") for label, _ in examples], question=question, expected_version=expected
@@ -70,6 +71,7 @@ def list_sets(folder: Path, namespace: str) -> dict[str, Any]:
 
 def show(folder: Path, namespace: str, name: str, version: int | None = None) -> dict[str, Any]:
     """Raises MissingError."""
+    name = api_types.normalized_name(name)
     with _open(folder) as store:
         stored = store.get(namespace, name, version)
         versions = [number for number, _ in store.versions(namespace, name)]
@@ -85,6 +87,7 @@ def show(folder: Path, namespace: str, name: str, version: int | None = None) ->
 
 def remove(folder: Path, namespace: str, name: str) -> dict[str, Any]:
     """Raises MissingError."""
+    name = api_types.normalized_name(name)
     with _open(folder) as store:
         store.remove(namespace, name)
     results().print(f"{name}: removed", highlight=False, markup=False)
@@ -96,6 +99,7 @@ def export(folder: Path, namespace: str, name: str, out: Path, version: int | No
 
     Raises MissingError; RunError if ``out`` exists.
     """
+    name = api_types.normalized_name(name)
     with _open(folder) as store:
         stored = store.get(namespace, name, version)
         examples = [(example.label, store.bytes_of(namespace, example.image)) for example in stored.examples]

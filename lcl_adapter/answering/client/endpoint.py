@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -211,9 +212,10 @@ def _set_path(name: str) -> str:
 
 def _path_of(kind: str, name: str, noun: str) -> str:
     """Raises RequestError for an invalid name: a slash or a question mark in it would lead to another route."""
+    name = api_types.normalized_name(name)
     if not re.fullmatch(api_types.SET_NAME, name):
-        raise RequestError(f"{name!r} is no name for {noun}: use at most 64 letters, digits, dots, dashes and underscores.")
-    return f"/v1/{kind}/{name}"
+        raise RequestError(f"{name!r} is no name for {noun}: {api_types.SET_NAME_RULE}.")
+    return f"/v1/{kind}/{quote(name)}"
 
 
 def _error_message(response: httpx2.Response) -> str:
