@@ -7,7 +7,9 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.layouts import open_checkpoint
@@ -32,7 +36,7 @@ from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, ModelError, RunError, UserError
 from tests.test_merge import WEIGHTS, adapter_on, delta, rewritten, weights_in
-from tests.tiny import VERSIONS, save_language, save_original
+from tests.tiny import VERSIONS, save_language, save_original, save_tiny
 
 # peft 0.7.1, src/peft/tuners/lora/config.py and src/peft/config.py
 FIELDS_OF_PEFT_07 = {
@@ -557,3 +561,40 @@ def test_parts_that_do_not_fit_are_refused(on_vicuna: Path, vicuna: Path, tmp_pa
     with pytest.raises(UserError, match=message):
         import_adapter(on_vicuna, tmp_path / "theirs", BaseRef(str(vicuna)))
     assert not list(tmp_path.glob("theirs*"))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_an_adapter_that_reaches_the_tower_is_refused_with_commands_that_work(tmp_path: Path, targets: Any) -> None:
+    """PEFT's and TRL's own defaults for a LLaVA."""
+    save_tiny(tmp_path / "base", "llava-1.5")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="Merge it into a base of its own") as refused:
+        import_adapter(tmp_path / "adapter", tmp_path / "run", BaseRef(str(tmp_path / "base")))
+    python, inspect = str(refused.value).splitlines()[1:]
+    subprocess.run([sys.executable, *shlex.split(python)[1:]], check=True, cwd=tmp_path, capture_output=True)
+    name = "vision_tower.encoder.layers.0.self_attn.q_proj.weight"
+    merged = open_checkpoint(str(tmp_path / shlex.split(inspect)[-1]))
+    (weight,) = (weight for key, weight in merged.weights.items() if key.endswith(name))
+    (before,) = (weight for key, weight in open_checkpoint(str(tmp_path / "base")).weights.items() if key.endswith(name))
+    assert not torch.equal(weight.read(), before.read())
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq, 8 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+    ],
+)
+def test_a_base_that_was_saved_quantised_is_told(tmp_path: Path, config: dict[str, Any], told: str) -> None:
+    save_tiny(tmp_path / "base", "llava-1.5")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+    with pytest.raises(ModelError, match=rf"saved quantised \({told}\).*`precision: nf4`"):
+        open_checkpoint(str(tmp_path / "base"))

@@ -293,6 +293,16 @@ def layout_of(raw: dict[str, Any]) -> Layout | None:
     return "hf" if "vision_config" in raw else None
 
 
+def quantised_as(raw: dict[str, Any]) -> str:
+    """How the weights of a checkpoint were quantised before they were saved, by its config; "" where they were not."""
+    for part in (raw, raw.get("text_config")):
+        config = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(config, dict):
+            bits = "8 bits" if config.get("load_in_8bit") else "4 bits" if config.get("load_in_4bit") else f"{config.get('bits', '?')} bits"
+            return f"{config.get('quant_method', 'bitsandbytes')}, {bits}"
+    return ""
+
+
 def find_base(name: str) -> Path:
     """The folder of a base: ``pocket``, ``photo``, a folder, or a name in the local Hugging Face cache.
 
@@ -333,6 +343,11 @@ def open_checkpoint(base: BaseRef | str) -> Checkpoint:
     folder = find_base(str(ref.name))
     raw = read_config(folder)
     layout = layout_of(raw)
+    if method := quantised_as(raw):
+        raise ModelError(
+            f"base {folder}: saved quantised ({method}), so its weights cannot be read, merged or trained on here. Give the 16-bit checkpoint "
+            "that it was made of; `precision: nf4` or int8 quantises that while it is loaded."
+        )
     if layout is None:
         raise ModelError(f"base {folder}: a {raw.get('model_type')!r} model without a vision tower, not a LLaVA.")
     if layout == "hf":

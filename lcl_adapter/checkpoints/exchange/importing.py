@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,15 @@ def read_upstream(folder: Path, checkpoint: Checkpoint) -> UpstreamAdapter:
         elif "vision_tower" in key or "vision_model" in key:
             # In 1.6 upstream's target suffixes also match the tower, which is not trained: B is zero there.
             if "lora_B" in key and bool(value.any()):
-                raise AdapterError(f"{folder}: {key} adapts the vision tower. It cannot be imported, because vision towers are frozen here.")
+                raise AdapterError(
+                    f"{folder}: {key} adapts the vision tower. It cannot be imported, because vision towers are frozen here. "
+                    + _merge_first(folder, checkpoint)
+                )
             adapter.dropped.append(key)
         elif "multi_modal_projector" in key and ".lora_" in key:
             raise AdapterError(
-                f"{folder}: {key} is LoRA on the projector, which cannot be imported: here a projector is trained in full or not at all."
+                f"{folder}: {key} is LoRA on the projector, which cannot be imported: here a projector is trained in full or not at all. "
+                + _merge_first(folder, checkpoint)
             )
         elif "multi_modal_projector" in key:
             name = key.removeprefix(names.PREFIX)
@@ -205,6 +210,22 @@ def read_upstream(folder: Path, checkpoint: Checkpoint) -> UpstreamAdapter:
     if (folder / "non_lora_trainables.bin").exists():
         _add_full_weights(adapter, folder, checkpoint)
     return adapter
+
+
+MERGE = (
+    "from peft import PeftModel; from transformers import AutoModelForImageTextToText as Model, AutoProcessor as Processor; "
+    "PeftModel.from_pretrained(Model.from_pretrained({base!r}, dtype='auto'), {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
+    "Processor.from_pretrained({base!r}, backend='pil').save_pretrained({out!r})"
+)
+
+
+def _merge_first(folder: Path, checkpoint: Checkpoint) -> str:
+    """The two commands that make a base of the adapter instead, as text."""
+    out = f"{folder.name}-merged"
+    if checkpoint.layout != "hf":
+        return "Merge it where it was trained, and use the result as the base."
+    merge = MERGE.format(base=str(checkpoint.folder), adapter=str(folder), out=out)
+    return f"Merge it into a base of its own, and train or ask that one:\n  python -c {shlex.quote(merge)}\n  lcl-adapter inspect {shlex.quote(out)}"
 
 
 def _add_full_weights(adapter: UpstreamAdapter, folder: Path, checkpoint: Checkpoint) -> None:
