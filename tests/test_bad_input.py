@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -220,8 +221,8 @@ def test_the_test_file_that_is_a_copy_of_the_training_file(tmp_path: Path) -> No
     assert any("copy of train900_pairs.jsonl" in f["message"] for f in report["faults"])
 
 
-def test_fifty_planted_faults_of_twelve_kinds_are_all_reported(tmp_path: Path) -> None:
-    """10,000 images in four layouts; every fault is named, and nothing else."""
+def test_a_hundred_planted_faults_of_24_kinds_are_all_reported(tmp_path: Path) -> None:
+    """10,000 images in six layouts; every fault is named, and nothing else."""
     rng = np.random.default_rng(0)
 
     def picture() -> Image.Image:
@@ -289,7 +290,46 @@ def test_fifty_planted_faults_of_twelve_kinds_are_all_reported(tmp_path: Path) -
     plant("duplicate id", 4)
     (tmp_path / "pope.jsonl").write_text("\n".join(lines))
     (tmp_path / "rec.jsonl").write_text("\n".join(json.dumps(b) for b in boxes))
-    assert (sum(planted.values()), len(planted)) == (50, 12)
+    for n in range(10):
+        (photos / f"class {50 + n:03}" / "far.png").symlink_to(f"/mnt/share/{n}.png")
+    plant("link that leads nowhere", 10)
+    for n in range(5):
+        (photos / f"class {60 + n:03}" / "copy.png").write_bytes((photos / f"class {70 + n:03}" / "05.png").read_bytes())
+    plant("one photo in two classes", 5)
+    for n in range(3):
+        (photos / f"few {n}").mkdir()
+        picture().save(photos / f"few {n}" / "0.png")
+    plant("class of too few images", 3)
+    for number, form in enumerate(("NFC", "NFD")):
+        for name in ("café", "größe"):
+            (photos / unicodedata.normalize(form, name)).mkdir()
+            for k in range(5):
+                picture().save(photos / unicodedata.normalize(form, name) / f"{number}{k}.png")
+    plant("two names that are one", 2)
+    (photos / "neighbours.json").write_text('{"round": ["class 000", "clas 001"]}')
+    plant("unknown class", 1)
+    for n in range(2):
+        Image.new("1", (8_100, 8_100)).save(photos / f"class {80 + n:03}" / "06.png")
+    plant("image too large", 2)
+    for n, folders in enumerate((("train/good", "test/OK"), ("train/good", "test/normal"), ("test/good", "test/dent"), ("test/good", "test/dent"))):
+        for place in folders:
+            (tree / f"odd {n}" / place).mkdir(parents=True)
+            picture().save(tree / f"odd {n}" / place / "0.png")
+    plant("good parts by another name", 2)
+    plant("no references", 2)
+    listed = [(f"{n:04}.png", f"product {n % 40}") for n in range(200, 400)]
+    rows = [*listed, *((f"../{n}.png", "product 1") for n in range(5)), *((f"{n:04}.png", "") for n in range(400, 407)), *listed[:7]]
+    (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{image},{label}\n" for image, label in rows))
+    plant("path that climbs out", 5)
+    plant("bad record", 7)
+    plant("duplicate record", 7)
+    for n in range(4):
+        (tmp_path / "test" / f"new {n}").mkdir(parents=True)
+        for k in range(5):
+            picture().save(tmp_path / "test" / f"new {n}" / f"{k}.png")
+        (tmp_path / "test" / "new 0" / f"old {n}.png").write_bytes((photos / f"class {90 + n:03}" / "07.png").read_bytes())
+    plant("training photo held out", 4)
+    assert (sum(planted.values()), len(planted)) == (100, 24)
     assert sum(p.suffix == ".png" for p in tmp_path.rglob("*")) > 9_990
     made = {
         "base": "pocket",
@@ -298,11 +338,13 @@ def test_fifty_planted_faults_of_twelve_kinds_are_all_reported(tmp_path: Path) -
             "parts": {"type": "mvtec", "path": tree},
             "pope": {"type": "pope", "file": tmp_path / "pope.jsonl", "images": files},
             "rec": {"type": "shikra", "file": tmp_path / "rec.jsonl", "images": files},
+            "products": {"type": "manifest", "file": tmp_path / "list.csv", "images": files},
         },
+        "evaluate": {"suites": {"new": {"kind": "lcl", "source": {"type": "class-folder", "path": tmp_path / "test"}, "shots": [1]}}},
     }
     report = check(Recipe.model_validate(made))
     assert Counter(f["kind"] for f in report["faults"]) == planted
-    assert len({f["message"] for f in report["faults"]}) == 50, "each with its own place"
+    assert len({f["message"] for f in report["faults"]}) == 100, "each with its own place"
     assert all(str(tmp_path) in f["message"] for f in report["faults"])
     listed = [f["message"] for f in report["faults"] if f["kind"] == "missing image"]
     assert all("pope.jsonl, line 1" in message for message in listed), "the record that names the picture"

@@ -249,7 +249,7 @@ def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
     for process in second:
         process.join(120)
     assert [process.exitcode for process in second] == [0, 0]
-    assert capfd.readouterr().err.count("adapter saved in") == 1  # one process prints
+    assert capfd.readouterr().out.count("adapter saved in") == 1  # one process prints
     assert_same_run(tmp_path / "two", single)
 
 

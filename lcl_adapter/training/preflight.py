@@ -87,7 +87,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             mixture = Mixture(recipe, pools)
             rows = {"requested": mixture.requested, "realised": mixture.realised(range(mixture.total)), "ended": mixture.ended}
             rows["passes"] = mixture.repeats(mixture.total)
-            for step in (lambda: check_held_out(recipe, mixture), lambda: rows.update(_lengths(recipe, mixture, faults))):
+            for step in (lambda: check_held_out(recipe, mixture, copies=False), lambda: rows.update(_lengths(recipe, mixture, faults))):
                 _collect("recipe", step, faults, notes)
         except (RecipeError, DataError, EpisodeError) as error:
             faults.append(("recipe", Fault("recipe", str(error))))

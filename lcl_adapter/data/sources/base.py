@@ -48,6 +48,7 @@ class Picture:
     tile: one piece of the picture, (rows, columns, place); places are counted from 0 along the rows.
     data: the image file's bytes, if they are in no file; ``path`` is then only a unique name.
     crop: the box that is cut out of the upright picture, before anything else is done to it.
+    listed_size: width and height by the list that has its boxes, which may be of the picture as it is stored, not yet upright.
     white: the value that is white, of a picture with more than 8 bits; None: by its own values (``depth``).
     blend: another picture whose features are mixed into this one's, and its weight. It is of a class without end: a blend
     of two classes.
@@ -63,6 +64,7 @@ class Picture:
     blend: tuple[Picture, float] | None = None
     white: float | None = None
     crop: PixelBox | None = None
+    listed_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script

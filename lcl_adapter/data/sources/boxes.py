@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox, Region
-from lcl_adapter.data.sources.images import MAX_PIXELS, read, read_bytes
+from lcl_adapter.data.sources.images import MAX_PIXELS, SIDEWAYS, orientation_of, read, read_bytes, upright_box
 from lcl_adapter.errors import DataError
 
 PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")
@@ -67,8 +67,9 @@ def region_box(region: Region) -> Box:
 
     Raises DataError for a box out of range or of zero size, an empty mask, or a mask of another size than the picture.
     """
+    stored, orientation = stored_size(region.picture)
     width, height = picture_size(region.picture)
-    box = region.box
+    box = None if region.box is None else upright_box(region.box, region.picture, stored, orientation)
     if box is None:
         assert region.mask is not None
         lefts, tops, rights, bottoms = zip(*(mask_box(mask, (width, height)) for mask in (region.mask, *region.further_masks)), strict=True)
@@ -81,9 +82,15 @@ def region_box(region: Region) -> Box:
     return on_square(box, (width, height))
 
 
-@lru_cache(maxsize=65536)
 def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, from the file's header.
+    """Width and height after the EXIF rotation, from the file's header. Raises DataError for a file that is no image."""
+    (width, height), orientation = stored_size(picture)
+    return (height, width) if orientation in SIDEWAYS else (width, height)
+
+
+@lru_cache(maxsize=65536)
+def stored_size(picture: Picture) -> tuple[tuple[int, int], int]:
+    """Width and height as stored, and the EXIF orientation, from the file's header.
 
     Raises DataError for a file that is no image.
     """
@@ -92,8 +99,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
             warnings.simplefilter("ignore")
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
-            sideways = opened.getexif().get(0x0112, 1) in {5, 6, 7, 8}
-            return (opened.height, opened.width) if sideways else opened.size
+            return opened.size, orientation_of(opened)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture}: not an image that can be read ({error}).") from error
 

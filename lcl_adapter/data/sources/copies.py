@@ -17,7 +17,7 @@ from PIL import Image
 
 from lcl_adapter.data.sources.archive import open_archive
 from lcl_adapter.data.sources.base import Fault, Picture
-from lcl_adapter.data.sources.images import MIN_SIDE, read_bytes
+from lcl_adapter.data.sources.images import MAX_PIXELS, MIN_SIDE, read_bytes
 from lcl_adapter.errors import DataError
 
 COMPARED = 20_000  # pictures of a source whose sizes are compared whenever it is opened; `data check` compares all
@@ -95,16 +95,16 @@ def identical(pictures: Sequence[Picture]) -> list[list[int]]:
                 by_digest.setdefault(digest(read_bytes(pictures[number])), []).append(number)
             except DataError:
                 continue
-        groups += [same for same in by_digest.values() if len(same) > 1 and _is_image(pictures[same[0]])]
+        groups += [same for same in by_digest.values() if len(same) > 1 and _can_be_shown(pictures[same[0]])]
     return sorted(groups)
 
 
-def _is_image(picture: Picture) -> bool:
-    """Whether it begins like an image that shows something. What does not is a fault of another kind."""
+def _can_be_shown(picture: Picture) -> bool:
+    """Whether it begins like an image that shows something, and is within the bounds. What does not is a fault of another kind."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as image:
             warnings.simplefilter("ignore")
-            return min(image.size) >= MIN_SIDE
+            return min(image.size) >= MIN_SIDE and image.width * image.height <= MAX_PIXELS
     except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from lcl_adapter.data.sources.archive import open_archive
-from lcl_adapter.data.sources.base import ROUNDED, Picture
+from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox
 from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError
 from lcl_adapter.randomness import generator
@@ -41,6 +41,7 @@ MIN_SIDE = 2
 REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # of more than 8 bits
 RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8, 10, 12, 14 and 16 bits
+ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF's tag, and its values that exchange width and height
 BITS_PER_SAMPLE, LARGEST_SAMPLE = 258, 281  # TIFF's tags
 LARGE = 16_000_000  # pixels; of such pictures, one at a time is decoded
 
@@ -64,6 +65,7 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
                 if min(opened.size) < MIN_SIDE:
                     raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
+                box = picture.crop and upright_box(picture.crop, picture, opened.size, orientation_of(opened))
                 whole = side is None or picture.view or picture.tile or picture.crop
                 image = _decoded(opened, None if whole else side, picture.white)
     except DataError:
@@ -74,8 +76,8 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
-    if picture.crop:
-        image = _cut_out(image, picture)
+    if box:
+        image = _cut_out(image, box, picture)
     if picture.turned:
         image = image.rotate(90 * picture.turned, expand=True)
     if picture.tile:
@@ -91,10 +93,36 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     return image
 
 
-def _cut_out(image: Image.Image, picture: Picture) -> Image.Image:
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8 (EXIF): how an opened picture must be turned to be upright."""
+    return int(image.getexif().get(ORIENTATION, 1))
+
+
+def upright_box(box: PixelBox, picture: Picture, stored: tuple[int, int], orientation: int) -> PixelBox:
+    """The box on the upright picture, where the list's own size says that it is on the picture as it is stored.
+
+    stored: the file's width and height. Raises DataError where the listed size is neither the stored nor the upright one.
+    """
+    width, height = stored
+    upright = (height, width) if orientation in SIDEWAYS else stored
+    if picture.listed_size in {None, upright}:
+        return box
+    if picture.listed_size != stored:
+        listed = "{} x {}".format(*picture.listed_size or ())
+        raise DataError(f"{picture}: its list says {listed} pixels, the file has {width} x {height}: was it resized after its boxes were drawn?")
+    corners = [_turned(x, y, width, height, orientation) for x, y in ((box[0], box[1]), (box[2], box[3]))]
+    (x0, x1), (y0, y1) = (sorted(values) for values in zip(*corners, strict=True))
+    return x0, y0, x1, y1
+
+
+def _turned(x: float, y: float, width: int, height: int, orientation: int) -> tuple[float, float]:
+    """A point of a stored picture, on the upright one. Only sideways orientations change the size."""
+    return {5: (y, x), 6: (height - y, x), 7: (height - y, width - x), 8: (y, width - x)}[orientation]
+
+
+def _cut_out(image: Image.Image, box: PixelBox, picture: Picture) -> Image.Image:
     """Raises DataError for a box outside of the picture, or of less than MIN_SIDE pixels."""
-    assert picture.crop is not None
-    left, top, right, bottom = picture.crop
+    left, top, right, bottom = box
     if right > image.width + ROUNDED or bottom > image.height + ROUNDED:
         raise DataError(f"{picture}: the box is out of range; the picture is {image.width} x {image.height} pixels, upright.")
     edges = (math.floor(left), math.floor(top), min(image.width, math.ceil(right)), min(image.height, math.ceil(bottom)))

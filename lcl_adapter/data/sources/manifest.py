@@ -7,7 +7,7 @@ A column map says which column has what, so that any product catalogue can be re
     Products-10K               {image: name, class: class, group: group}, train.csv
     ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, with `lookup`
     RPC                        {image: image, class: class, group: group, box: box}: COCO JSON; its fields have these names
-    Roboflow, TensorFlow       {image: filename, class: class, box: [xmin, ymin, xmax, ymax]}, _annotations.csv
+    Roboflow, TensorFlow       {image: filename, class: class, box: [xmin, ymin, xmax, ymax], size: [width, height]}, _annotations.csv
     Label Studio               {image: image, class: choice}: its CSV, JSON or JSON-MIN; `choice` is the name of the control
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -46,7 +46,7 @@ class Manifest(ClassReader, HeldOut):
     type: Literal["manifest"]
     file: Path
     images: Path
-    columns: dict[Literal["image", "class", "group", "artist", "box"], Columns] = {"image": ["image"], "class": ["class"]}
+    columns: dict[Literal["image", "class", "group", "artist", "box", "size"], Columns] = {"image": ["image"], "class": ["class"]}
     where: dict[str, str | int] = {}
     crop: bool = Field(False, description="show each object of a detection export by itself, cut out at its box")
     lookup: Path | None = Field(None, description="a CSV with image_id and path, where `image` is an id (ABO)")
@@ -55,11 +55,13 @@ class Manifest(ClassReader, HeldOut):
     @model_validator(mode="after")
     def _mapped(self) -> Self:
         missing = [c for c in ("image", "class") if c not in self.columns]
-        several = [c for c, names in self.columns.items() if c not in {"image", "box"} and len(names) > 1]
+        several = [c for c, names in self.columns.items() if c not in {"image", "box", "size"} and len(names) > 1]
         if several:
             raise ValueError(f"`columns`: {several[0]} is one column; only `image` may be several")
         if len(self.columns.get("box", ["box"])) not in {1, 4}:
             raise ValueError("`columns`: box is one column, or four: x0, y0, x1, y1")
+        if len(self.columns.get("size", ["width", "height"])) != 2:
+            raise ValueError("`columns`: size is two columns: width, height")
         if missing:
             raise ValueError(f"`columns` must say which column is {' and which is '.join(missing)}")
         if self.crop and "box" not in self.columns:
@@ -90,7 +92,8 @@ def read_manifest(
     """The classes of a list. ``files`` may contain ``*``; ``images`` is a folder or a zip archive.
 
     columns: ``image`` (several columns are allowed, and lists in them; every value is used) and ``class``; optionally
-    ``group`` (near classes), ``artist`` (who photographed it), ``box`` ("x0 y0 x1 y1", or four columns).
+    ``group`` (near classes), ``artist`` (who photographed it), ``box`` ("x0 y0 x1 y1", or four columns), ``size`` (two
+    columns, width and height, which COCO has by itself).
     where: only rows with this value in this column. lookup: a CSV with ``image_id`` and ``path``, if ``image`` is an
     id. crop: cut every object out at its box. encoding: of the list and of an archive's names.
 
@@ -133,6 +136,8 @@ def read_manifest(
             except _MissingError as missing:
                 faults.append(missing.fault)
                 continue
+            if boxed and (size := _size(row, columns.get("size", ("width", "height")))):
+                picture = replace(picture, listed_size=size)
             if picture in listed.get(label, {}):
                 if not boxed and ANNOTATION not in row:
                     faults.append(Fault("duplicate record", f"{origin}: the image {PurePosixPath(image).as_posix()!r} is listed twice"))
@@ -172,6 +177,15 @@ def read_manifest(
 def _box(row: Mapping[str, Any], columns: Sequence[str]) -> PixelBox:
     """Raises ValueError."""
     return pixel_box(row.get(columns[0]) if len(columns) == 1 else [row.get(column) for column in columns])
+
+
+def _size(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[int, int] | None:
+    """Width and height by the list; None where it has none."""
+    try:
+        width, height = (int(float(str(row.get(column)))) for column in columns)
+    except (ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
 
 
 def _of_several_classes(listed: Mapping[str, Mapping[Picture, object]]) -> list[Picture]:

@@ -106,13 +106,14 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Sele
 CLASS_SUITES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
 
 
-def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
+def check_held_out(recipe: Recipe, mixture: Mixture, copies: bool = True) -> None:
     """Refuse to evaluate a class or category that is trained on: by name in a source of the same type, or by any
     picture.
 
     Plain questions may be about training classes, because they measure retention. For them, the same file in training
     and evaluation is refused. Samples of shards are not read for this: their pictures are inside the shard, and no class
-    is read from there. Raises RecipeError with everything in common.
+    is read from there. copies: whether files under different names are compared too. Raises RecipeError with everything in
+    common.
     """
     pictures: set[tuple[str, str | None]] = set()
     names: set[tuple[str, str]] = set()
@@ -140,7 +141,7 @@ def check_held_out(recipe: Recipe, mixture: Mixture) -> None:
             files = _files(options if isinstance(options, PerplexitySuite) else options.source)
             same = [s for s, o in mixture.options.items() if files & _files(o)]
             faults += [f"{key}: source {same[0]} trains on the same file; measure on another"] if same else []
-    for copied in copies_held_out(own, held_out).values():
+    for copied in copies_held_out(own, held_out).values() if copies else ():
         faults += copied[:SHOWN] + ([f"and {len(copied) - SHOWN} more; `lcl-adapter data check` lists them all"] if len(copied) > SHOWN else [])
     if faults:
         raise RecipeError(faults)
