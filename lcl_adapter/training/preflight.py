@@ -264,10 +264,10 @@ def _open(check: Check, compare: bool) -> _Opened:
         if region is not None:
             region_box(region)
             return _Opened()
-        image = read_image(picture)
-        dull = _dullness(image)
+        grey = read_image(picture).convert("L")
+        dull = _dullness(grey)
         fault = Fault(DULL, f"{origin}: {picture} {dull}" if origin else f"{picture} {dull}") if dull else None
-        return _Opened(fault, digest(read_bytes(picture)), signature(image)) if compare and not picture.crop else _Opened(fault)
+        return _Opened(fault, digest(read_bytes(picture)), signature(grey)) if compare and not picture.crop else _Opened(fault)
     except DataError as error:
         message = str(error)
         if region is None:
@@ -279,10 +279,9 @@ def _open(check: Check, compare: bool) -> _Opened:
     return _Opened()
 
 
-def _dullness(image: Image.Image) -> str:
-    """What is suspicious about a picture's light; "" for nothing."""
-    grey = np.asarray(image.convert("L"))
-    low, high = int(grey.min()), int(grey.max())
+def _dullness(grey: Image.Image) -> str:
+    """What is suspicious about a grey picture's light; "" for nothing."""
+    low, high = (int(value) for value in grey.getextrema())  # type: ignore[arg-type]
     if high < DARK:
         return f"is nearly black (its brightest pixel has {high} of 255); if it has more than 8 bits, give `white`"
     return f"is flat (all its pixels have {low} to {high} of 255)" if high - low < FLAT else ""
