@@ -13,10 +13,15 @@ from lcl_adapter.data.sources.copies import COMPARED, nearly_equal, one_held_out
 
 @dataclass
 class Photo:
-    """A photo of a class or category that was opened. where: the source or suite. digest: of the file's bytes."""
+    """A photo of a class or category that was opened.
+
+    where: the source or suite. label: what it is shown as. category: of parts, without what is wrong with them: a good part and
+    a defective one look alike. digest: of the file's bytes.
+    """
 
     where: str
     label: str
+    category: str
     picture: Picture
     digest: bytes
     signature: np.ndarray
@@ -53,7 +58,7 @@ def nearly_the_same(photos: Sequence[Photo]) -> list[str]:
         one, other = photos[i], photos[j]
         if one.digest == other.digest:
             continue
-        if one.where == other.where and one.label != other.label:
+        if one.where == other.where and one.category != other.category:
             pairs_of.setdefault((one.where,), []).append((one, other))
         elif _is_held_out(one.where) != _is_held_out(other.where):
             pairs_of.setdefault((one.where, other.where), []).append((one, other))

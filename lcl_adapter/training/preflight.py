@@ -206,19 +206,20 @@ def _open_pictures(name: str, pool: Pool, known: _Known, faults: Faults, compare
                 if opened.fault is not None:
                     faults.append((name, opened.fault))
                 if opened.digest is not None and opened.signature is not None and key in labels:
-                    known.photos.append(Photo(name, labels[key], check[1], opened.digest, opened.signature))
+                    known.photos.append(Photo(name, *labels[key], check[1], opened.digest, opened.signature))
             bar.advance(task, entries)
     left_out = {**pool.skipped, **({BAD_SAMPLE: bad_samples} if bad_samples else {})}
     return {"entries": len(pool), "pictures": pictures, "left_out": left_out}
 
 
-def _labels(pool: Pool) -> dict[str, str]:
-    """What each picture shows, by the picture's name; nothing for questions."""
+def _labels(pool: Pool) -> dict[str, tuple[str, str]]:
+    """The label and category of each picture, by the picture's name; nothing for questions."""
     if isinstance(pool, ClassPool):
-        return {str(picture): one.name for one in pool.classes for picture in one.pictures}
+        return {str(picture): (one.name, one.name) for one in pool.classes for picture in one.pictures}
     if isinstance(pool, InspectionPool):
-        good = {str(p): f"{one.name}, good" for one in pool.categories for p in (*one.references, *(s.picture for s in one.good))}
-        return good | {str(s.picture): f"{one.name}, {kind}" for one in pool.categories for kind, some in one.defects.items() for s in some}
+        good = {str(p): (f"{one.name}, good", one.name) for one in pool.categories for p in (*one.references, *(s.picture for s in one.good))}
+        bad = {str(s.picture): (f"{one.name}, {kind}", one.name) for one in pool.categories for kind, some in one.defects.items() for s in some}
+        return good | bad
     return {}
 
 
