@@ -235,6 +235,36 @@ def test_names_of_an_archive_are_never_garbage(tmp_path: Path) -> None:
     assert ([one.name for one in mac.classes], mac.notes) == (["ring", "ガスケット"], ())
 
 
+@pytest.mark.parametrize("label", ["Löcher", "Ölfleck", "schön", "pièce", "modèle", "défaut"])
+def test_accented_letters_are_not_taken_for_kanji(tmp_path: Path, images: Path, label: str) -> None:
+    """Ö with the letter behind it is a kanji in Shift-JIS."""
+    archive = packed(tmp_path / "photos.zip", [f"{label}/0.png", "gut/0.png"], "cp850")
+    assert {one.name for one in read_class_folders(archive).classes} == {label, "gut"}
+    (tmp_path / "list.csv").write_bytes(table().replace("ネジ", label).replace("ボルト", "gut").encode("cp1252"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_manifest(tmp_path / "list.csv", images, COLUMNS)
+
+
+def test_an_encoding_of_the_list_leaves_an_archives_utf8_names(tmp_path: Path) -> None:
+    archive = packed(tmp_path / "photos.zip", ["ネジ/0.png", "ボルト/1.png"], "utf-8")
+    (tmp_path / "list.csv").write_bytes("photo,label\nネジ/0.png,ネジ\nボルト/1.png,ボルト\n".encode("cp932"))
+    for encoding in (None, "cp932"):
+        assert len(read_manifest(tmp_path / "list.csv", archive, COLUMNS, encoding=encoding).classes) == 2
+
+
+def test_an_archive_with_a_repeated_entry_is_read(tmp_path: Path) -> None:
+    names = ["nut/0.png", "nut/0.png", "__MACOSX/nut/._0.png", "__MACOSX/nut/._0.png", "screw/0.png"]
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive = packed(tmp_path / "photos.zip", names)
+    assert [one.name for one in read_class_folders(archive).classes] == ["nut", "screw"]
+
+
+def test_columns_may_have_any_name(images: Path) -> None:
+    (images.parent / "list.csv").write_text("image,fault,annotation\n" + "".join(f"p{i}.png,{'ab'[i % 2]},x\n" for i in range(6)))
+    pool = read_manifest(images.parent / "list.csv", images, {"image": ["image"], "class": ["fault"]})
+    assert {one.name: len(one.pictures) for one in pool.classes} == {"a": 3, "b": 3}
+
+
 def test_a_macs_names_are_those_that_were_typed(tmp_path: Path) -> None:
     def decomposed(text: str) -> str:
         return unicodedata.normalize("NFD", text)

@@ -102,6 +102,7 @@ def test_a_reply_can_be_handed_back_whole(api: httpx2.Client) -> None:
     [
         ([{"type": "input_image", "image_url": url()}], "part 0 has the type 'input_image'; text and image_url are supported"),
         ([{"type": "text"}], "part 0 has no text"),
+        ([{"type": ["text"], "text": "x"}], "part 0 has the type"),
         (7, "a text, or a list of parts, is expected"),
         ([], "a text, or a list of parts, is expected"),
     ],

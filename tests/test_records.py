@@ -52,7 +52,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "image_path": {"image_path": "0.png", "conversations": UNMARKED},
     "OpenAI": {"messages": parts({"type": "image_url", "image_url": {"url": "0.png"}})},
     "transformers": {"messages": parts({"type": "image"}), "images": ["0.png"]},
-    "more keys": {"image": "0.png", "conversations": SHAREGPT, "image_id": 7, "source": "coco", "video": None, "tools": []},
+    "the same twice": {"image": "0.png", "images": ["0.png"], "image_path": "/elsewhere/0.png", "conversations": SHAREGPT},
+    "more keys": {
+        "id": "0.png",
+        "image": "0.png",
+        "conversations": SHAREGPT,
+        "coco_url": "http://host/0.png",
+        "image_id": 7,
+        "source": "coco",
+        "video": None,
+        "tools": [],
+    },
 }
 
 
@@ -87,7 +97,7 @@ def test_absolute_names_inside_system_turns_and_numbers_are_read(images: Path) -
         ({"picture_file": ["0.JPG"], "messages": UNMARKED}, "the key 'picture_file' names '0.JPG'"),
         ({"video": "0.mp4", "conversations": UNMARKED}, "the key 'video' names '0.mp4'"),
         ({"conversations": [{"from": "human", "value": "<video>What?"}, SHAREGPT[1]]}, "<video> in a turn"),
-        ({"image": "0.png", "images": ["0.png"], "conversations": SHAREGPT}, "images under image and images"),
+        ({"image": "0.png", "images": ["1.png"], "conversations": SHAREGPT}, "different images under image and images"),
         ({"image": "0.png", "conversations": UNMARKED}, "1 images, 0 <image>"),
         ({"conversations": SHAREGPT}, "more <image> than its 0 images"),
         ({"images": ["https://host/0.png"], "messages": MESSAGES}, "is an address, and nothing is fetched"),

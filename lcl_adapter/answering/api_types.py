@@ -251,7 +251,7 @@ class Message(ApiModel):
 
 def _readable_part(part: Any, number: int) -> Any:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    if kind not in {"text", "image_url"}:
+    if not isinstance(kind, str) or kind not in {"text", "image_url"}:
         responses = '; "input_text" and "input_image" are of the Responses API' if str(kind).startswith("input_") else ""
         raise ValueError(f"part {number} has the type {str(kind)[:40]!r}; text and image_url are supported{responses}")
     if isinstance(part, dict) and isinstance(part.get("image_url"), str):

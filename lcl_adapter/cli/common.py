@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -134,7 +135,9 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Silence the messages of libraries, except in Python's development mode."""
+    """Silence the messages of libraries, except in Python's development mode. A label that a pipe's encoding lacks is escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.flags.dev_mode:
         import logging
         import os

@@ -6,8 +6,8 @@ Japanese Windows), or the standard's cp437 where that gives Latin letters. Anyth
 
 from __future__ import annotations
 
+import unicodedata
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -20,7 +20,8 @@ from lcl_adapter.errors import DataError
 UTF8_FLAG = 0x800
 STANDARD = "cp437"
 GIVEN = (  # what `encoding` may be for names in an archive: a member is found by a name in any of them
-    JAPANESE, "shift_jis", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949", "cp1252", "iso8859-1", "cp850", "cp1251", "cp866", STANDARD
+    JAPANESE, "shift_jis", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949", "cp1252", "cp1250",
+    "cp852", "iso8859-1", "iso8859-2", "cp850", "cp1251", "cp866", STANDARD
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def names_of_archive(path: Path, members: list[zipfile.ZipInfo], encoding: str |
 
     Raises DataError where they are in no encoding that can be recognised, and none is given.
     """
-    files = [member for member in members if not member.is_dir()]
+    files = [m for m in members if m.filename and not m.filename.endswith("/") and not (m.filename.isascii() and m.filename.endswith("\\"))]
     foreign = [m for m in files if not m.flag_bits & UTF8_FLAG and not m.filename.isascii()]
     chosen, note = _encoding_of(path, foreign, encoding)
     unflagged = {m.filename for m in foreign}
@@ -58,35 +59,33 @@ def same_names(names: Sequence[tuple[str, str]]) -> list[str]:
     names: (shown, stored) of every file.
     """
     stored_of: dict[str, set[str]] = {}
-    count_of: Counter[str] = Counter()
+    forms_of: dict[str, set[str]] = {}
     for shown, stored in names:
-        count_of[shown] += 1
+        forms_of.setdefault(shown, set()).add(stored)
         if not shown.isascii():
             parts, own = shown.split("/"), stored.replace("\\", "/").split("/")
             for depth in range(1, len(parts)):
                 stored_of.setdefault("/".join(parts[:depth]) + "/", set()).add("/".join(own[:depth]))
     folders = sorted(folder for folder, forms in stored_of.items() if len(forms) > 1)
     outermost = [folder for folder in folders if not any(folder != other and folder.startswith(other) for other in folders)]
-    files = sorted(name for name, count in count_of.items() if count > 1 and not name.startswith(tuple(outermost)))
+    files = sorted(name for name, forms in forms_of.items() if len(forms) > 1 and not name.startswith(tuple(outermost)))
     return [*outermost, *files]
 
 
 def _encoding_of(path: Path, foreign: list[zipfile.ZipInfo], given: str | None) -> tuple[str, str]:
     """The encoding of names that are not ASCII and have no flag, and what to tell of it."""
-    if foreign and given and given not in GIVEN:
-        raise DataError(f"{path}: names in an archive cannot be in {given}; `encoding` may be {', '.join(GIVEN)}.")
-    if not foreign or given:
-        return given or STANDARD, ""
     together = b"\n".join(_raw(member.filename) for member in foreign)
-    try:
+    with suppress(UnicodeDecodeError):
         together.decode("utf-8")
         return "utf-8", ""
-    except UnicodeDecodeError:
-        pass
+    if given and not given.startswith("utf"):  # which may be the encoding of the list alone
+        if given not in GIVEN:
+            raise DataError(f"{path}: names in an archive cannot be in {given}; `encoding` may be {', '.join(GIVEN)}.")
+        return given, ""
     note = f"{path}: {len(foreign):,} names are not UTF-8; read as {{}}, for instance {{!r}}; if that is wrong, give `encoding`"
     if is_japanese(together):
         return JAPANESE, note.format(f"Shift-JIS ({JAPANESE})", _raw(foreign[0].filename).decode(JAPANESE))
-    if all(letter.isascii() or letter.isalpha() for member in foreign for letter in member.filename):
+    if all(letter.isascii() or unicodedata.name(letter, "").startswith("LATIN ") for member in foreign for letter in member.filename):
         return STANDARD, note.format(STANDARD, foreign[0].filename)
     raise DataError(f"{path}: {len(foreign):,} names are neither UTF-8 nor Shift-JIS, and would be garbage. Set {SUGGESTED}, or pack it again.")
 

@@ -106,30 +106,32 @@ def _text(content: Any, inline: list[Image]) -> str:
     return text
 
 
-def images_of(record: Mapping[str, Any]) -> list[Image]:
-    """The images under a record's own keys.
+def images_of(record: Mapping[str, Any], inline: Sequence[Image] = ()) -> list[Image]:
+    """The images under a record's own keys. inline: those that stand in its turns.
 
-    Raises ValueError for several such keys, and for a key that is not read and names a picture, a video or a sound.
+    Raises ValueError for several such keys with other images, and, where there is no image, for a key that is not read and
+    names a picture; always for one that names a video or a sound.
     """
     given = {key: record[key] for key in IMAGE_KEYS if not _is_nothing(record.get(key))}
-    if len(given) > 1:
-        raise ValueError(f"images under {' and '.join(given)}: keep one key")
+    lists = {key: [_image(one) for one in (value if isinstance(value, list) else [value])] for key, value in given.items()}
+    if len({tuple(one if isinstance(one, bytes) else PurePosixPath(one).name for one in images) for images in lists.values()}) > 1:
+        raise ValueError(f"different images under {' and '.join(given)}: keep one key")
+    unread = OTHER_MEDIA if given or inline else SUFFIXES | OTHER_MEDIA
     for key, value in record.items():
-        if key not in IMAGE_KEYS and (name := _file_in(value)):
+        if key not in IMAGE_KEYS and key != "id" and (name := _file_in(value, unread)):
             raise ValueError(f"the key {key!r} names {name!r} and is not read; pictures are under {', '.join(IMAGE_KEYS[:3])}")
-    (listed,) = given.values() or ([],)
-    return [_image(one) for one in (listed if isinstance(listed, list) else [listed])]
+    return next(iter(lists.values()), [])
 
 
 def _is_nothing(value: Any) -> bool:
     return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
-def _file_in(value: Any) -> str:
-    """The name of a picture, video or sound in a key's value; "" if there is none."""
+def _file_in(value: Any, suffixes: frozenset[str]) -> str:
+    """The name of a file with one of these suffixes in a key's value; "" if there is none."""
     names = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else [value]
     for name in names:
-        if isinstance(name, str) and len(name) < 1000 and " " not in name.strip() and PurePosixPath(name).suffix.lower() in SUFFIXES | OTHER_MEDIA:
+        if isinstance(name, str) and len(name) < 1000 and " " not in name.strip() and PurePosixPath(name).suffix.lower() in suffixes:
             return name
     return ""
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
-from lcl_adapter.data.sources.encodings import Encoding
+from lcl_adapter.data.sources.encodings import Encoding, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
@@ -69,7 +69,7 @@ def read_class_folders(
     other_files = 0
     for folder in folders:
         files = tree.within(f"{folder}/")
-        names_of[folder], deeper_of[folder] = _photos(files), _photos(tree.below(f"{folder}/"))
+        names_of[folder], deeper_of[folder] = _photos(files), _photos(tree.deeper.get(folder, []))
         other_files += len(files) - len(names_of[folder])
     if split != "all":
         names_of = {n: names for n, names in names_of.items() if in_split(n, split, hold_out)}
@@ -154,8 +154,8 @@ def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[
         ranked = raw.pop("ranked", {}) if isinstance(raw.get("ranked"), dict) else {}
         if any(isinstance(members, str) for members in (*raw.values(), *ranked.values())):
             raise TypeError("a list of classes is expected")
-        groups: dict[str, tuple[str, ...]] = {member: (str(group),) for group, members in raw.items() for member in members}
-        return groups, {class_name: tuple(map(str, nearest)) for class_name, nearest in ranked.items()}
+        groups: dict[str, tuple[str, ...]] = {nfc(member): (nfc(str(group)),) for group, members in raw.items() for member in members}
+        return groups, {nfc(class_name): tuple(nfc(str(name)) for name in nearest) for class_name, nearest in ranked.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f'{where}: neither {{"group": ["class", ...]}} nor {{"ranked": {{"class": ["nearest", ...]}}}} ({error}).') from error
 
@@ -180,7 +180,7 @@ def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
             faults.append(Fault("missing image", f"{where}: no image {image!r}"))
             continue
         try:
-            boxes[image] = pixel_box(box)
+            boxes[nfc(PurePosixPath(image).as_posix())] = pixel_box(box)
         except ValueError as error:
             faults.append(Fault("box out of range", f"{where}: {error}"))
     return boxes, faults

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from lcl_adapter.data.sources.images import MAX_PIXELS, MIN_SIDE, read_bytes
 from lcl_adapter.errors import DataError
 
 COMPARED = 20_000  # pictures of a source whose sizes are compared whenever it is opened; `data check` compares all
+PIECE = 1 << 16  # bytes of a file that are compared before it is read whole
 SIDE = 16  # cells to a side of a picture's signature
 NEAR = 2  # mean difference of two signatures, of 255 grey values, below which two pictures are nearly the same
 BLOCKS = 4  # to a side
@@ -92,14 +93,29 @@ def identical(pictures: Sequence[Picture]) -> list[list[int]]:
             by_size.setdefault(size, []).append(number)
     groups: list[list[int]] = []
     for numbers in by_size.values():
-        by_digest: dict[bytes, list[int]] = {}
-        for number in numbers if len(numbers) > 1 else ():
-            try:
-                by_digest.setdefault(digest(read_bytes(pictures[number])), []).append(number)
-            except DataError:
-                continue
-        groups += [same for same in by_digest.values() if len(same) > 1 and _can_be_shown(pictures[same[0]])]
+        for alike in _by_digest(pictures, numbers, _middle):  # files of one camera may all have one size
+            groups += [same for same in _by_digest(pictures, alike, read_bytes) if _can_be_shown(pictures[same[0]])]
     return sorted(groups)
+
+
+def _by_digest(pictures: Sequence[Picture], numbers: Sequence[int], read: Callable[[Picture], bytes]) -> list[list[int]]:
+    """Groups of numbers of pictures for which ``read`` gives the same bytes. A picture that cannot be read is in none."""
+    table: dict[bytes, list[int]] = {}
+    for number in numbers if len(numbers) > 1 else ():
+        try:
+            table.setdefault(digest(read(pictures[number])), []).append(number)
+        except (DataError, OSError):
+            continue
+    return [same for same in table.values() if len(same) > 1]
+
+
+def _middle(picture: Picture) -> bytes:
+    """A piece out of the middle of a file; all of what is in no file of its own."""
+    if picture.data is not None or picture.member is not None:
+        return read_bytes(picture)
+    with picture.path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - PIECE) // 2)
+        return file.read(PIECE)
 
 
 def _can_be_shown(picture: Picture) -> bool:

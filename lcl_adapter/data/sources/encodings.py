@@ -80,12 +80,21 @@ def decode(raw: bytes, what: str, encoding: str | None = None) -> Decoded:
 
 
 def is_japanese(raw: bytes) -> bool:
-    """Whether bytes that are not UTF-8 are Shift-JIS: all of them can be, and most of what is not ASCII is Japanese."""
+    """Whether bytes that are not UTF-8 are Shift-JIS: all of them can be, and most of what is not ASCII is Japanese letters that
+    stand by themselves. Beside an ASCII letter, a kanji is rather an accented letter with the letter behind it: "L把her" is Löcher.
+    """
     try:
-        other = [c for c in raw.decode(JAPANESE) if not c.isascii()]
+        text = raw.decode(JAPANESE)
     except UnicodeDecodeError:
         return False
-    return 2 * sum(map(_is_japanese_letter, other)) > len(other)
+    other = [place for place, letter in enumerate(text) if not letter.isascii()]
+    alone = [place for place in other if _is_japanese_letter(text[place]) and not _beside_ascii_letter(text, place)]
+    return 2 * len(alone) > len(other)
+
+
+def _beside_ascii_letter(text: str, place: int) -> bool:
+    beside = text[max(0, place - 1) : place] + text[place + 1 : place + 2]
+    return any(letter.isascii() and letter.isalpha() for letter in beside)
 
 
 def _is_japanese_letter(letter: str) -> bool:

@@ -70,7 +70,7 @@ def picture(images: Path, archive: bool, name: str) -> Picture:
 
 def _dialogue(record: Any, number: int, records: Records, images: Path | None, archive: bool) -> Dialogue:
     turns, inline = chat.turns_of(record)
-    listed = [*chat.images_of(record), *inline]
+    listed = [*chat.images_of(record, inline), *inline]
     if images is None and any(isinstance(one, str) for one in listed):
         raise ValueError("it has an image, and the source has no `images`: set the folder or archive of its images")
     pictures = [picture(images, archive, one) if images is not None and isinstance(one, str) else chat.embedded(one) for one in listed]

@@ -116,7 +116,7 @@ def read_manifest(
         if FAULT in row:
             faults.append(Fault("broken line", f"{origin}: {row[FAULT]}"))
             continue
-        columns_read |= row.keys()
+        columns_read |= row.keys() - {ANNOTATION}
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
             continue
         label = nfc(value(row, columns["class"]))

@@ -21,8 +21,8 @@ Row = tuple[str, dict[str, Any]]  # where it was read, and its values by column
 LINES = (".jsonl", ".json", ".ndjson")
 DELIMITERS = ("\t", ",", ";", "|", " ")
 NO_VALUE = frozenset({"", "nan", "null", "<na>"})  # what pandas and JSON write where there is nothing
-FAULT = "fault"
-ANNOTATION = "annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
+FAULT = "\0fault"  # no name of a column
+ANNOTATION = "\0annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _delimited(file: Path, text: str, wanted: Sequence[str]) -> Iterator[Row]:
     """CSV, TSV and what else has a heading. Any line break; the delimiter is the one that splits the wanted columns."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     first, _, rest = lines.partition("\n")
-    given = first.strip().strip('"')
+    given = first.strip(' "')
     skipped = 0
     if given.lower().startswith("sep=") and len(given) == 5:  # Excel's line that names the delimiter
         delimiter, lines, skipped = given[4], rest, 1
@@ -166,7 +166,8 @@ def _label_studio(origin: str, task: Mapping[str, Any]) -> Iterator[Row]:
     for annotation in task["annotations"]:
         if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
             continue
-        for result in annotation.get("result") or ():
+        results = annotation.get("result")
+        for result in results if isinstance(results, list) else ():
             if not isinstance(result, dict) or not isinstance(result.get("value"), dict):
                 continue
             control, marked = str(result.get("from_name", "label")), result["value"]

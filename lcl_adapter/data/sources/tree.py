@@ -80,6 +80,7 @@ class Tree:
         same = [
             Fault("two names that are one", f"{self.root}: {name!r} is there twice, in two ways of writing its letters; join or rename them")
             for name in self._listing.same
+            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
         ]
         return dangling + same
 
@@ -130,9 +131,14 @@ class Tree:
         """Files directly in a folder (``a/b/``), sorted."""
         return self._by_folder.get(folder, [])
 
-    def below(self, folder: str) -> list[str]:
-        """Files in the folders of a folder (``a/b/``), at any depth, sorted."""
-        return sorted(name for inner, names in self._by_folder.items() if inner.startswith(folder) and inner != folder for name in names)
+    @cached_property
+    def deeper(self) -> dict[str, list[str]]:
+        """Folder at the root -> the files in folders of it, at any depth, sorted."""
+        table: dict[str, list[str]] = {}
+        for name in self.files:
+            if name.count("/") > 1:
+                table.setdefault(name.partition("/")[0], []).append(name)
+        return table
 
     def picture(self, name: str, artist: str | None = None) -> Picture:
         """A reference to one file. Raises DataError for a name that leads out."""
@@ -190,8 +196,12 @@ class Tree:
 
 def on_disk(root: Path, name: str) -> str:
     """The form of a name under which there is a file; the name itself if there is none."""
-    forms = (name,) if name.isascii() else (name, nfc(name), unicodedata.normalize("NFD", name))
-    return next((form for form in forms if (root / form).is_file()), name)
+    if name.isascii():
+        return name
+    try:
+        return next((form for form in (name, nfc(name), unicodedata.normalize("NFD", name)) if (root / form).is_file()), name)
+    except (OSError, ValueError):  # too long for any file
+        return name
 
 
 def check_inside(name: str, where: str) -> None:
