@@ -82,8 +82,8 @@ def table(between: str = ",", end: str = "\r\n", named: Callable[[str], str] = s
         (('"photo";"label";"note, free"\r\n' + "".join(f"{a};{b};x, y\r\n" for a, b in ROWS)).encode(), ""),
         ((table() + ",\r\n,,\r\n").encode(), ""),
         (table(named=lambda name: "sub\\" + name).encode(), ""),
-        (table(named=lambda name: "/data/upload/1/ab12cd34-" + name).encode(), "found under other names"),
-        (table(named=lambda name: "/data/local-files/?d=sub/" + name).encode(), "found under other names"),
+        (table(named=lambda name: "/data/upload/1/ab12cd34-" + name).encode(), "there under other names"),
+        (table(named=lambda name: "/data/local-files/?d=sub/" + name).encode(), "there under other names"),
     ],
 )
 def test_every_form_of_a_table_is_read(images: Path, raw: bytes, note: str) -> None:

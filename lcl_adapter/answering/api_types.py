@@ -47,7 +47,7 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, values: Any) -> Any:
+    def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         for key, allowed in cls.neutral.items():

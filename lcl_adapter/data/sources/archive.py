@@ -19,7 +19,7 @@ from lcl_adapter.errors import DataError
 
 UTF8_FLAG = 0x800
 STANDARD = "cp437"
-GIVEN = (  # what `encoding` may be for names in an archive: a member is found by a name in any of them
+GIVEN = (  # what `encoding` may be for names in an archive: a member is read by a name in any of them
     JAPANESE, "shift_jis", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949", "cp1252", "cp1250",
     "cp852", "iso8859-1", "iso8859-2", "cp850", "cp1251", "cp866", STANDARD
 )  # fmt: skip
@@ -73,7 +73,7 @@ def same_names(names: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _encoding_of(path: Path, foreign: list[zipfile.ZipInfo], given: str | None) -> tuple[str, str]:
-    """The encoding of names that are not ASCII and have no flag, and what to tell of it."""
+    """The encoding of names that are not ASCII and have no flag, and a note where it is a guess."""
     together = b"\n".join(_raw(member.filename) for member in foreign)
     with suppress(UnicodeDecodeError):
         together.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Bytes of lists and of names in archives -> text: the given encoding, what the bytes say, else a guess that is told.
+"""Bytes of lists and of names in archives -> text: the given encoding, what the bytes say, else a guess, with a note.
 
 UTF-8 is not assumed in silence: other bytes are guessed only where the guess can be checked, and refused otherwise.
 """
@@ -29,7 +29,9 @@ def _known(encoding: str | None) -> str | None:
 Encoding = Annotated[
     str | None,
     AfterValidator(_known),
-    Field(description="of the list, and of names in an archive that are not UTF-8, for instance cp932 or gbk; by default it is recognised, and told"),
+    Field(
+        description="of the list, and of names in an archive that are not UTF-8, for instance cp932 or gbk; by default it is recognised, with a note where that is a guess"
+    ),
 ]
 
 

@@ -21,10 +21,8 @@ from lcl_adapter.data.sources import chat
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, check_faults
 from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.data.sources.records import Records, read_dialogues
-from lcl_adapter.data.sources.tree import check_inside, on_disk
+from lcl_adapter.data.sources.tree import check_inside, on_disk, relative_name
 from lcl_adapter.recipe.sources import QuestionReader
-
-IMAGE = "<image>"
 
 
 class LlavaJson(QuestionReader):
@@ -59,11 +57,7 @@ def read_llava_json(file: Path, images: Path | None, name: str = "", on_fault: s
 
 def picture(images: Path, archive: bool, name: str) -> Picture:
     """A record's image. Raises DataError for a name that leads out of the folder."""
-    if not archive and Path(name).is_absolute():
-        for root in (images.absolute(), images.resolve()):
-            if Path(name).is_relative_to(root):
-                name = Path(name).relative_to(root).as_posix()
-                break
+    name = name if archive else relative_name(images, name)
     check_inside(name, str(images))
     return Picture(images, nfc(name)) if archive else Picture(images / on_disk(images, name))
 
@@ -91,22 +85,22 @@ def exchanges_of(turns: Sequence[chat.Turn], pictures: Sequence[Picture], marked
         raise ValueError(f"{len(turns)} turns; pairs of human and gpt are expected")
     exchanges: list[Exchange] = []
     used = 0
-    marked = marked or any(IMAGE in turn.text for turn in turns if turn.asks)
+    marked = marked or any(chat.IMAGE in turn.text for turn in turns if turn.asks)
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
         if not human.asks or gpt.asks:
             raise ValueError(f"turns must alternate human, gpt; here {human.role!r}, {gpt.role!r}")
-        count = human.text.count(IMAGE) if marked else 0 if exchanges else len(pictures)
+        count = human.text.count(chat.IMAGE) if marked else 0 if exchanges else len(pictures)
         if used + count > len(pictures):
             raise ValueError(f"more <image> than its {len(pictures)} images")
         own = pictures[used : used + count]
         used += count
-        if IMAGE in gpt.text:
+        if chat.IMAGE in gpt.text:
             raise ValueError("an answer with <image> in it; images belong to the questions")
         if not gpt.text.strip():
             raise ValueError("an empty answer: nothing to learn")
-        text = human.text if marked else IMAGE * count + human.text
+        text = human.text if marked else chat.IMAGE * count + human.text
         exchanges.append(
-            Exchange((text if count > 1 else text.replace(IMAGE, "")).strip(), gpt.text.strip(), own[0] if own else None, tuple(own[1:]))
+            Exchange((text if count > 1 else text.replace(chat.IMAGE, "")).strip(), gpt.text.strip(), own[0] if own else None, tuple(own[1:]))
         )
     if used < len(pictures):
         raise ValueError(f"{len(pictures)} images, {used} <image>")

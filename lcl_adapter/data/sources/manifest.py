@@ -14,6 +14,7 @@ A column map says which column has what, so that any product catalogue can be re
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -27,7 +28,7 @@ from lcl_adapter.data.sources.copies import in_two_classes
 from lcl_adapter.data.sources.encodings import Encoding, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.tables import ANNOTATION, FAULT, Table, value, values
-from lcl_adapter.data.sources.tree import Tree
+from lcl_adapter.data.sources.tree import Tree, relative_name
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import as_list
 from lcl_adapter.recipe.sources import ClassReader
@@ -155,7 +156,7 @@ def read_manifest(
         skipped[SEVERAL] = len(several)
         named = first_names([str(p.member or p.path.name) for p in several])
         notes.append(f"{files}: listed in several classes, and left out: {named}; with boxes, `crop: true` shows each object by itself")
-        listed = {label: {p: b for p, b in entries.items() if p not in set(several)} for label, entries in listed.items()}
+        listed = {label: {p: b for p, b in entries.items() if p not in several} for label, entries in listed.items()}
     if not boxed:
         twice = in_two_classes({label: list(entries) for label, entries in listed.items()})
         faults += twice.faults
@@ -188,12 +189,10 @@ def _size(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[int, int] | N
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _of_several_classes(listed: Mapping[str, Mapping[Picture, object]]) -> list[Picture]:
-    counts: dict[Picture, int] = {}
-    for entries in listed.values():
-        for picture in entries:
-            counts[picture] = counts.get(picture, 0) + 1
-    return [picture for picture, count in counts.items() if count > 1]
+def _of_several_classes(listed: Mapping[str, Mapping[Picture, object]]) -> dict[Picture, int]:
+    """The pictures that are listed in more than one class, with the number of classes."""
+    counts = Counter(picture for entries in listed.values() for picture in entries)
+    return {picture: count for picture, count in counts.items() if count > 1}
 
 
 class _MissingError(Exception):
@@ -209,7 +208,7 @@ class _Finder:
     """Finds a list's pictures under the names that tools write: Windows separators, absolute paths inside the folder, and
     Label Studio's paths of uploaded files.
 
-    paths: image id -> path, of a lookup. renamed: listed names that were found under another one.
+    paths: image id -> path, of a lookup. renamed: listed names that are there under another one.
     """
 
     tree: Tree
@@ -246,20 +245,17 @@ class _Finder:
         if not self.renamed:
             return []
         listed, there = next(iter(self.renamed.items()))
-        return [f"{self.tree.root}: {len(self.renamed):,} listed images are found under other names, for instance {listed!r} as {there!r}"]
+        return [f"{self.tree.root}: {len(self.renamed):,} listed images are there under other names, for instance {listed!r} as {there!r}"]
 
     def _candidates(self, image: str) -> list[tuple[str, bool]]:
-        """Names to look for, and whether finding one must be told."""
+        """Names to look for, and whether a match is reported."""
         plain = PurePosixPath(image).as_posix()  # a/./b is a/b
         names = [(plain, False)]
         if "\\" in image:
             plain = PurePosixPath(image.replace("\\", "/")).as_posix()
             names.append((plain, False))
-        path = Path(plain)
-        if path.is_absolute() and not self.tree.archive:
-            for root in {self.tree.root.absolute(), self.tree.root.resolve()}:
-                if path.is_relative_to(root):
-                    names.append((path.relative_to(root).as_posix(), False))
+        if not self.tree.archive:
+            names.append((relative_name(self.tree.root, plain), False))
         if plain.startswith("/data/"):
             local = parse_qs(urlsplit(plain).query).get("d", [])  # /data/local-files/?d=folder/photo.jpg
             uploaded = PurePosixPath(urlsplit(plain).path).name

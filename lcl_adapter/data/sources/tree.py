@@ -68,11 +68,11 @@ class Tree:
 
         Raises DataError for a name that leads out, or for a circle of links.
         """
-        return tuple(sorted(n for n in self._listing.stored if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))))
+        return tuple(sorted(name for name in self._listing.stored if not _is_hidden(name)))
 
     @property
     def faults(self) -> list[Fault]:
-        """Links that lead nowhere, and names that cannot be told apart."""
+        """Links that lead nowhere, and names that cannot be distinguished."""
         dangling = [
             Fault("link that leads nowhere", f"{self.root}: {name} is a link to {target}, which is not there: is it mounted, or fetched?")
             for name, target in sorted(self.dangling.items())
@@ -80,7 +80,7 @@ class Tree:
         same = [
             Fault("two names that are one", f"{self.root}: {name!r} is there twice, in two ways of writing its letters; join or rename them")
             for name in self._listing.same
-            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+            if not _is_hidden(name)
         ]
         return dangling + same
 
@@ -192,6 +192,19 @@ class Tree:
                 names.append((nfc(name), name))
             elif entry.is_symlink() and not entry.name.startswith("."):
                 listing.dangling[nfc(name)] = str(Path(entry.path).readlink())
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def relative_name(root: Path, name: str) -> str:
+    """An absolute name that lies inside the root, relative to it; any other name as it is."""
+    if Path(name).is_absolute():
+        for folder in (root.absolute(), root.resolve()):
+            if Path(name).is_relative_to(folder):
+                return Path(name).relative_to(folder).as_posix()
+    return name
 
 
 def on_disk(root: Path, name: str) -> str:

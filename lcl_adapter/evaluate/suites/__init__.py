@@ -11,7 +11,7 @@ from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_test_pairs
-from lcl_adapter.data.sources.base import names_of, pictures_of
+from lcl_adapter.data.sources.base import first_names, names_of, pictures_of
 from lcl_adapter.data.sources.copies import copies_held_out
 from lcl_adapter.data.sources.records import longest_dialogues
 from lcl_adapter.data.sources.shards import Shards
@@ -39,7 +39,7 @@ from lcl_adapter.recipe.wording import Wording
 __all__ = ["build_cells", "check_held_out", "check_measured", "check_suites"]
 
 DRAWN = 4  # cases of a cell whose lengths are measured before training
-SHOWN = 5  # photos that are trained on and held out, that an error names
+SHOWN = 5  # classes, or photos, that an error names
 LONGEST = 200  # how many questions of a suite, the longest ones, are checked before training
 
 
@@ -129,13 +129,11 @@ def check_held_out(recipe: Recipe, mixture: Mixture, copies: bool = True) -> Non
     held_out: dict[str, list[Picture]] = {}
     for key, options in _suites_of(recipe):
         if isinstance(options, CLASS_SUITES):
+            measured = list(_classes_of(key, options))
             if not getattr(getattr(options, "source", None), "shipped", False):
-                held_out[key.removeprefix("evaluate.").replace("suites.", "suite ").replace("validation.", "validation ")] = [
-                    picture for _, _, shown in _classes_of(key, options) for picture in shown
-                ]
-            common = sorted(
-                {n for kind, n, shown in _classes_of(key, options) if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)}
-            )
+                _, part, name = key.split(".", 2)
+                held_out[f"{'suite' if part == 'suites' else part} {name}"] = [picture for _, _, shown in measured for picture in shown]
+            common = sorted({n for kind, n, shown in measured if (kind, n) in names or any(_picture_key(p) in pictures for p in shown)})
             faults += [_overlap_message(key, common)] if common else []
         else:
             files = _files(options if isinstance(options, PerplexitySuite) else options.source)
@@ -209,16 +207,14 @@ def _reported_too(recipe: Recipe) -> list[str]:
         files = _files(options.source)
         common = {n for kind, n, shown in _classes_of(name, options) if (kind, files, n) in names or any(_picture_key(p) in pictures for p in shown)}
         if common:
-            messages.append(f"evaluate.validation.{name}: {_some(sorted(common))} are reported too; the weights would be chosen on the test")
+            messages.append(
+                f"evaluate.validation.{name}: {first_names(sorted(common), SHOWN)} are reported too; the weights would be chosen on the test"
+            )
     return messages
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _overlap_message(key: str, common: Sequence[str]) -> str:
-    return f"{key}: {_some(common)} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
+    return f"{key}: {first_names(common, SHOWN)} are trained on too; evaluate held-out classes (set `split` in training and evaluation)"
 
 
 @dataclass(frozen=True)
