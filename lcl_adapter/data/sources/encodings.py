@@ -29,9 +29,7 @@ def _known(encoding: str | None) -> str | None:
 Encoding = Annotated[
     str | None,
     AfterValidator(_known),
-    Field(
-        description="of the list, and of names in an archive that are not UTF-8, for instance cp932 or gbk; by default it is recognised, with a note where that is a guess"
-    ),
+    Field(description="of the list, and of names in an archive that are not UTF-8, for instance cp932 or gbk; by default it is recognised"),
 ]
 
 
