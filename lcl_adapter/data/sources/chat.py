@@ -24,7 +24,8 @@ from lcl_adapter.data.sources.images import SUFFIXES
 
 IMAGE = "<image>"
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "img", "img_path")
-OTHER_MEDIA = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".wav", ".mp3", ".flac", ".ogg"})
+PICTURES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
+OTHER_MEDIA = frozenset({"mp4", "avi", "mov", "mkv", "webm", "wav", "mp3", "flac", "ogg"})
 OTHER_MARKS = ("<video>", "<audio>")
 ASKS, ANSWERS = frozenset({"human", "user"}), frozenset({"gpt", "assistant", "model", "bot", "chatgpt"})
 Image = str | bytes  # a name, or the file's bytes
@@ -48,12 +49,12 @@ def turns_of(record: Any) -> tuple[list[Turn], list[Image]]:
     turns: list[Turn] = []
     system = ""
     for written in _written_turns(record):
-        if not isinstance(written, Mapping):
+        if not isinstance(written, dict):
             raise ValueError("a turn that is no object")
         role = str(written.get("from", written.get("role", "")))
         content = written["value"] if "value" in written else written.get("content")
         text = _text(content, inline)
-        if mark := next((mark for mark in OTHER_MARKS if mark in text), ""):
+        if "o>" in text and (mark := next((mark for mark in OTHER_MARKS if mark in text), "")):
             raise ValueError(f"{mark} in a turn: only images are read")
         if role == "system":
             if turns:
@@ -112,33 +113,33 @@ def images_of(record: Mapping[str, Any], inline: Sequence[Image] = ()) -> list[I
     Raises ValueError for several such keys with other images, and, where there is no image, for a key that is not read and
     names a picture; always for one that names a video or a sound.
     """
-    given = {key: record[key] for key in IMAGE_KEYS if not _is_nothing(record.get(key))}
-    lists = {key: [_image(one) for one in (value if isinstance(value, list) else [value])] for key, value in given.items()}
-    if len({tuple(one if isinstance(one, bytes) else PurePosixPath(one).name for one in images) for images in lists.values()}) > 1:
-        raise ValueError(f"different images under {' and '.join(given)}: keep one key")
-    unread = OTHER_MEDIA if given or inline else SUFFIXES | OTHER_MEDIA
+    lists = {
+        key: [_image(one) for one in (value if isinstance(value, list) else [value])]
+        for key in IMAGE_KEYS
+        if (value := record.get(key)) and not (isinstance(value, float) and math.isnan(value))
+    }
+    if len(lists) > 1 and len({tuple(one if isinstance(one, bytes) else PurePosixPath(one).name for one in images) for images in lists.values()}) > 1:
+        raise ValueError(f"different images under {' and '.join(lists)}: keep one key")
+    unread = OTHER_MEDIA if lists or inline else PICTURES | OTHER_MEDIA
     for key, value in record.items():
         if key not in IMAGE_KEYS and key != "id" and (name := _file_in(value, unread)):
             raise ValueError(f"the key {key!r} names {name!r} and is not read; pictures are under {', '.join(IMAGE_KEYS[:3])}")
     return next(iter(lists.values()), [])
 
 
-def _is_nothing(value: Any) -> bool:
-    return value is None or value == "" or value == [] or (isinstance(value, float) and math.isnan(value))
-
-
 def _file_in(value: Any, suffixes: frozenset[str]) -> str:
     """The name of a file with one of these suffixes in a key's value; "" if there is none."""
-    names = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else [value]
-    for name in names:
-        if isinstance(name, str) and len(name) < 1000 and " " not in name.strip() and PurePosixPath(name).suffix.lower() in suffixes:
+    if value is None or isinstance(value, int | float):
+        return ""
+    for name in value if isinstance(value, list) else value.values() if isinstance(value, dict) else (value,):
+        if isinstance(name, str) and name[-6:].rpartition(".")[2].lower() in suffixes and " " not in name.strip():
             return name
     return ""
 
 
 def _image(value: Any) -> Image:
     """A name, or the bytes of a data URL. Raises ValueError for an address: nothing is fetched."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         value = next((value[key] for key in ("url", "path", "image", "file_name") if value.get(key)), None)
     if not isinstance(value, str):
         raise ValueError(f"an image that is {value!r}: its name is expected")

@@ -72,7 +72,8 @@ def _dialogue(record: Any, number: int, records: Records, images: Path | None, a
     accepted = record.get("answers") or []
     if isinstance(accepted, str) or not all(isinstance(answer, str) and answer.strip() for answer in accepted):
         raise ValueError("`answers` is a list of texts, all accepted answers to the last question")
-    return Dialogue((*earlier, replace(last, answers=tuple(accepted))), record_name(records, number, record))
+    last = replace(last, answers=tuple(accepted)) if accepted else last
+    return Dialogue((*earlier, last), record_name(records, number, record))
 
 
 def exchanges_of(turns: Sequence[chat.Turn], pictures: Sequence[Picture], marked: bool = True) -> tuple[Exchange, ...]:

@@ -200,7 +200,7 @@ def _is_hidden(name: str) -> bool:
 
 def relative_name(root: Path, name: str) -> str:
     """An absolute name that lies inside the root, relative to it; any other name as it is."""
-    if Path(name).is_absolute():
+    if os.path.isabs(name):  # noqa: PTH117
         for folder in (root.absolute(), root.resolve()):
             if Path(name).is_relative_to(folder):
                 return Path(name).relative_to(folder).as_posix()
