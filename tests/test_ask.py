@@ -153,6 +153,19 @@ def test_compare_asks_the_base_too(photos: Path, tmp_path: Path, pocket_tiny: Pa
     assert call("ask", photos, query, "--compare").exit_code == 2
 
 
+def test_the_answers_are_on_standard_output_and_notes_are_not(photos: Path, pocket_tiny: Path) -> None:
+    """``lcl-adapter ask … > answers.txt`` holds the answers."""
+    result = call("ask", photos, photos / "good", "--base", pocket_tiny)
+    assert result.exit_code == 0, result.output
+    assert "good" in result.stdout
+    assert "%" in result.stdout
+    assert "note: " not in result.stdout
+    assert "note: " in result.stderr
+    as_json = call("ask", photos, photos / "good", "--base", pocket_tiny, "--json")
+    assert len(json.loads(as_json.stdout)["answers"]) == 2
+    assert "%" in as_json.stderr
+
+
 def test_a_labelled_photo_may_be_asked_about(photos: Path, pocket_tiny: Path) -> None:
     result = call("ask", photos, photos / "good", photos / "good", "--base", pocket_tiny, "--json")
     assert result.exit_code == 0, result.output
