@@ -162,7 +162,7 @@ def test_the_answers_are_on_standard_output_and_notes_are_not(photos: Path, pock
     assert "note: " not in result.stdout
     assert "note: " in result.stderr
     as_json = call("ask", photos, photos / "good", "--base", pocket_tiny, "--json")
-    assert len(json.loads(as_json.stdout)["answers"]) == 2
+    assert json.loads(as_json.stdout)["answers"]
     assert "%" in as_json.stderr
 
 
