@@ -26,6 +26,7 @@ IMAGE = "<image>"
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "img", "img_path")
 PICTURES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 OTHER_MEDIA = frozenset({"mp4", "avi", "mov", "mkv", "webm", "wav", "mp3", "flac", "ogg"})
+READ_KEYS = frozenset({*IMAGE_KEYS, "id", "conversations", "messages", "query", "response", "history", "system", "answers"})
 OTHER_MARKS = ("<video>", "<audio>")
 ASKS, ANSWERS = frozenset({"human", "user"}), frozenset({"gpt", "assistant", "model", "bot", "chatgpt"})
 Image = str | bytes  # a name, or the file's bytes
@@ -53,7 +54,7 @@ def turns_of(record: Any) -> tuple[list[Turn], list[Image]]:
             raise ValueError("a turn that is no object")
         role = str(written.get("from", written.get("role", "")))
         content = written["value"] if "value" in written else written.get("content")
-        text = _text(content, inline)
+        text = content if isinstance(content, str) else _text(content, inline)
         if "o>" in text and (mark := next((mark for mark in OTHER_MARKS if mark in text), "")):
             raise ValueError(f"{mark} in a turn: only images are read")
         if role == "system":
@@ -115,14 +116,14 @@ def images_of(record: Mapping[str, Any], inline: Sequence[Image] = ()) -> list[I
     """
     lists = {
         key: [_image(one) for one in (value if isinstance(value, list) else [value])]
-        for key in IMAGE_KEYS
-        if (value := record.get(key)) and not (isinstance(value, float) and math.isnan(value))
+        for key, value in record.items()
+        if key in IMAGE_KEYS and value and value == value  # NaN is unequal to itself
     }
     if len(lists) > 1 and len({tuple(one if isinstance(one, bytes) else PurePosixPath(one).name for one in images) for images in lists.values()}) > 1:
         raise ValueError(f"different images under {' and '.join(lists)}: keep one key")
     unread = OTHER_MEDIA if lists or inline else PICTURES | OTHER_MEDIA
     for key, value in record.items():
-        if key not in IMAGE_KEYS and key != "id" and (name := _file_in(value, unread)):
+        if key not in READ_KEYS and (name := _file_in(value, unread)):
             raise ValueError(f"the key {key!r} names {name!r} and is not read; pictures are under {', '.join(IMAGE_KEYS[:3])}")
     return next(iter(lists.values()), [])
 
