@@ -6,9 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
+from sklearn.neighbors import KDTree
 
 from lcl_adapter.data.sources import Fault, Picture
-from lcl_adapter.data.sources.copies import COMPARED, nearly_equal, one_held_out, two_labels
+from lcl_adapter.data.sources.copies import COMPARED, one_held_out, two_labels
+
+SIDE = 16  # cells to a side of a picture's signature
+NEAR = 2  # mean difference of two signatures, of 255 grey values, below which two pictures are nearly the same
+BLOCKS = 4  # to a side
+NEIGHBOURS = 8
+PLAIN = 6  # deviation of a signature below which a picture shows too little to be compared
 
 
 @dataclass
@@ -70,3 +78,32 @@ def nearly_the_same(photos: Sequence[Photo]) -> list[str]:
         example = f"{one.picture} ({one.label!r}) and {other.picture} ({other.label!r})"
         notes.append(f"{count} of photos {between} look nearly the same, for instance {example}: one photo twice?")
     return notes
+
+
+def signature(grey: Image.Image) -> np.ndarray:
+    """A grey picture on a coarse grid, uint8 [SIDE * SIDE]: nearly equal for one photo saved in two sizes or qualities."""
+    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8).reshape(-1)
+
+
+def nearly_equal(signatures: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of numbers (i < j) of pictures that look nearly the same: of each picture, its NEIGHBOURS nearest ones at most, for a
+    camera in a fixed place makes thousands of such pairs. signatures: uint8 [N, SIDE * SIDE].
+    """
+    values_NC = signatures.astype(np.float32)
+    telling = np.flatnonzero(values_NC.std(1) > PLAIN)
+    if len(telling) < 2:
+        return []
+    values_NC = values_NC[telling]
+    # Means of blocks are never further apart than the pictures are, and few enough for a tree.
+    blocks_ND = values_NC.reshape(-1, BLOCKS, SIDE // BLOCKS, BLOCKS, SIDE // BLOCKS).mean((2, 4)).reshape(len(values_NC), -1)
+    tree = KDTree(blocks_ND, metric="manhattan")
+    near = np.flatnonzero(tree.query_radius(blocks_ND, NEAR * blocks_ND.shape[1], count_only=True) > 1)  # each is near itself
+    if not len(near):
+        return []
+    nearest_NK = tree.query(blocks_ND[near], k=min(NEIGHBOURS + 1, len(telling)), return_distance=False)
+    pairs = set()
+    for number, neighbours in zip(near, nearest_NK, strict=True):
+        for other in neighbours[neighbours != number]:
+            if np.abs(values_NC[number] - values_NC[other]).mean() < NEAR:
+                pairs.add((int(telling[min(number, other)]), int(telling[max(number, other)])))
+    return sorted(pairs)

@@ -30,7 +30,7 @@ from lcl_adapter.data.sources import (
 )
 from lcl_adapter.data.sources.base import NothingLeftError, pictures_of
 from lcl_adapter.data.sources.boxes import region_box
-from lcl_adapter.data.sources.copies import digest, signature
+from lcl_adapter.data.sources.copies import digest
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
 from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites
@@ -41,7 +41,7 @@ from lcl_adapter.recipe.suites import ImageNet100Suite, PerplexitySuite
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
-from lcl_adapter.training.photo_copies import Photo, nearly_the_same, same_files
+from lcl_adapter.training.photo_copies import Photo, nearly_the_same, same_files, signature
 
 THREADS = 4
 TOGETHER = 256  # entries whose pictures are opened together

@@ -1,4 +1,4 @@
-"""One photo under two names: the same file in two classes, byte for byte, or nearly the same picture.
+"""One photo under two names: the same file in two classes, or in training and among what is held out, byte for byte.
 
 A photo with two labels teaches a contradiction, and one that is both shown and asked about is no test.
 """
@@ -12,9 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
-from scipy.spatial import cKDTree
 
 from lcl_adapter.data.sources.archive import open_archive
 from lcl_adapter.data.sources.base import Fault, Picture
@@ -23,11 +21,6 @@ from lcl_adapter.errors import DataError
 
 COMPARED = 20_000  # pictures of a source whose sizes are compared whenever it is opened; `data check` compares all
 PIECE = 1 << 16  # bytes of a file that are compared before it is read whole
-SIDE = 16  # cells to a side of a picture's signature
-NEAR = 2  # mean difference of two signatures, of 255 grey values, below which two pictures are nearly the same
-BLOCKS = 4  # to a side
-NEIGHBOURS = 8
-PLAIN = 6  # deviation of a signature below which a picture shows too little to be compared
 
 
 @dataclass(frozen=True)
@@ -145,29 +138,3 @@ def _size(picture: Picture) -> object | None:
         return info.file_size, info.CRC
     except (OSError, KeyError):
         return None
-
-
-def signature(grey: Image.Image) -> np.ndarray:
-    """A grey picture on a coarse grid, uint8 [SIDE * SIDE]: nearly equal for one photo saved in two sizes or qualities."""
-    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8).reshape(-1)
-
-
-def nearly_equal(signatures: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of numbers (i < j) of pictures that look nearly the same: of each picture, its NEIGHBOURS nearest ones at most, for a
-    camera in a fixed place makes thousands of such pairs. signatures: uint8 [N, SIDE * SIDE].
-    """
-    values_NC = signatures.astype(np.float32)
-    telling = np.flatnonzero(values_NC.std(1) > PLAIN)
-    if len(telling) < 2:
-        return []
-    values_NC = values_NC[telling]
-    # Means of blocks are never further apart than the pictures are, and few enough for a tree.
-    blocks_ND = values_NC.reshape(-1, BLOCKS, SIDE // BLOCKS, BLOCKS, SIDE // BLOCKS).mean((2, 4)).reshape(len(values_NC), -1)
-    radius = NEAR * blocks_ND.shape[1]
-    _, nearest_NK = cKDTree(blocks_ND).query(blocks_ND, k=NEIGHBOURS + 1, p=1, distance_upper_bound=radius)
-    pairs = set()
-    for number, neighbours in enumerate(nearest_NK):
-        for other in neighbours[(neighbours < len(telling)) & (neighbours != number)]:
-            if np.abs(values_NC[number] - values_NC[other]).mean() < NEAR:
-                pairs.add((int(telling[min(number, other)]), int(telling[max(number, other)])))
-    return sorted(pairs)
