@@ -25,7 +25,7 @@ from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
 from lcl_adapter.photo.packages import PACKAGES
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.terminal import console, results
+from lcl_adapter.terminal import console, results, show_notes
 from lcl_adapter.training import hub, preflight, trainer
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.during import BEST, MeasureDuring, best_of
@@ -274,6 +274,8 @@ def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, **o
         highlight=False,
         markup=False,
     )
+    which = "without" if result["class_token"] == "first" else "with"
+    show_notes([f"{out}: its vision tower is for a llama.cpp {which} the defect that README.md describes first; without the repair, all have it."])
     return result
 
 

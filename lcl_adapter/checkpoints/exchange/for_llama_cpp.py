@@ -1,8 +1,12 @@
 """Export a merged model for llama.cpp and Ollama: two GGUF files, a Modelfile, and the commands that serve them.
 
 llama.cpp's converter does not convert a LLaVA-1.5's vision tower: for ``LlavaForConditionalGeneration`` it knows
-Pixtral's only (conversion/llava.py). Its older scripts do, and are no longer kept up. So the files are written here
+Pixtral's only (conversion/llava.py). Its older scripts do, and are no longer maintained. So the files are written here
 (``gguf_files``); of the language model, llama.cpp's own converter can write its file instead.
+
+llama.cpp has computed CLIP towers wrongly since May 2025, and so does Ollama, which contains it (ggml-org/llama.cpp
+issue 25814; the repair, pull request 25844, was open in November 2026). It puts the class token behind the patches,
+where positions and choice of outputs expect it in front. ``class_token="last"`` writes positions for that order.
 
 What llama.cpp does with a prompt: tools/mtmd/mtmd.cpp, common/chat.cpp. What Ollama does: server/prompt.go.
 """
@@ -15,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lcl_adapter.base.adapter import MANIFEST, checkpoint_of, read_manifest
 from lcl_adapter.base.families import Family
 from lcl_adapter.base.families.base import IMAGE
@@ -26,6 +28,7 @@ from lcl_adapter.base.layouts.writing import slow_tokenizer
 from lcl_adapter.base.model import family_of
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.exchange import gguf_files
+from lcl_adapter.checkpoints.exchange.gguf_files import ClassToken
 from lcl_adapter.checkpoints.merge import merge
 from lcl_adapter.errors import ModelError, RunError
 from lcl_adapter.files import whole_folder, write_json, write_text
@@ -44,7 +47,7 @@ SHARD = 5 * 10**9  # bytes
 class Model:
     """What is exported: a checkpoint, its family, and the merge's report, None for one that was merged before.
 
-    wording: of the run's episodes. name: for a server. context: its length in tokens. image_tokens: of a picture.
+    title: for people. wording: of the run's episodes. name: for a server. class_token: see above.
     """
 
     checkpoint: Checkpoint
@@ -52,24 +55,35 @@ class Model:
     title: str
     wording: str
     name: str
+    class_token: ClassToken
     merged: dict[str, Any] | None
 
     @property
     def context(self) -> int:
+        """In tokens."""
         return int(self.checkpoint.config.text_config.max_position_embeddings)
 
     @property
     def image_tokens(self) -> int:
+        """Tokens that a picture takes."""
         tower = self.checkpoint.config.vision_config
         return int((tower.image_size // tower.patch_size) ** 2)
 
 
-def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str = "lcl", llama_cpp: Path | None = None) -> dict[str, Any]:
+def export_for_llama_cpp(
+    source: Path,
+    out: Path,
+    base: BaseRef = NOT_GIVEN,
+    name: str = "lcl",
+    llama_cpp: Path | None = None,
+    class_token: ClassToken = "first",
+) -> dict[str, Any]:
     """Write ``out`` for llama.cpp and Ollama. Every tensor is read again and compared, and none is rounded.
 
     source: a run, which is merged first with all checks of a merge; or a merged checkpoint in either layout.
     base: where the run's base is now, or the vision tower of a checkpoint. name: of the model, for Ollama.
     llama_cpp: a checkout of llama.cpp, whose converter then writes the language model.
+    class_token: "last" for a llama.cpp with the defect, see above.
 
     Raises ModelError, with what to do instead, for a base that llama.cpp computes otherwise. Raises RunError if ``out``
     exists, or if the converter is missing or fails. Raises MergeError if a written tensor differs.
@@ -93,7 +107,7 @@ def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, nam
             merged = merge(source, partial / MERGED, base)
             checkpoint = open_checkpoint(BaseRef(str(partial / MERGED), tower=checkpoint.ref.tower))
         wording = load(source / "recipe.yaml").wording if is_run and (source / "recipe.yaml").exists() else "lcl"
-        model = Model(checkpoint, family, source.resolve().name, wording, name, merged)
+        model = Model(checkpoint, family, source.resolve().name, wording, name, class_token, merged)
         counts = _write_files(model, partial, converter)
         shutil.rmtree(partial / MERGED, ignore_errors=True)
         write_text(partial / MODELFILE, modelfile(model))
@@ -104,6 +118,7 @@ def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, nam
         "bytes": size,
         "tensors_equal": counts,
         "written_by": "llama.cpp" if converter else "gguf",
+        "class_token": class_token,
         "image_tokens": model.image_tokens,
         "context": model.context,
         "merge": None if merged is None else {**merged, "out": None},
@@ -142,7 +157,7 @@ def _check_supported(checkpoint: Checkpoint, family: Family) -> None:
 def _write_files(model: Model, folder: Path, converter: Path | None) -> int:
     """Write both GGUF files and compare them; returns the number of tensors. Raises MergeError, RunError."""
     checkpoint, text = model.checkpoint, model.checkpoint.config.text_config
-    vision = gguf_files.vision_tensors(checkpoint)
+    vision = gguf_files.vision_tensors(checkpoint, model.class_token)
     gguf_files.write_vision(folder / MMPROJ, model.title, checkpoint, vision)
     planned = _plain_llama(checkpoint)
     language = gguf_files.language_tensors(planned, text)
@@ -239,6 +254,10 @@ Exported by lcl-adapter from {origin}.
 | `{MMPROJ}` | the vision tower and the projector |
 | `{MODELFILE}` | Ollama's description of both, with the prompt |
 
+## First: the class token
+
+{_class_token_text(model.class_token)}
+
 ## llama.cpp
 
 ```
@@ -247,7 +266,7 @@ lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8080 --model {mode
 llama-mtmd-cli -m {MODEL} --mmproj {MMPROJ} -c {model.context} --temp 0 --image query.png -p "What is this?"
 ```
 
-The prompt is stored in `{MODEL}`; do not give `--chat-template`. A smaller file, with some loss:
+The prompt is stored in `{MODEL}`, so leave `--chat-template` out. A smaller file, with some loss:
 `llama-quantize {MODEL} model-q8_0.gguf Q8_0`. Leave `{MMPROJ}` as it is.
 
 ## Ollama
@@ -257,18 +276,33 @@ ollama create {model.name} -f {MODELFILE}
 ollama run {model.name} "What is this? ./query.png"
 ```
 
-Begin the text of a message that has a picture with a line break, as in training; Ollama adds none.
+In training, a line break stands between a picture and its question. Ollama adds none: begin the text of a message that
+has a picture with one. Ollama itself was not run by this project.
 
 ## What carries over
 
-- The weights, none of them rounded; every tensor was read again and compared. The prompt, and greedy answers as text.
+- The merged weights, none of them rounded again: every tensor was read back and compared. The prompt. Answers as text.
 - A picture takes {model.image_tokens} of the {model.context} tokens, so about {pictures} fit, the query included.
-- Ollama counts {OLLAMA_IMAGE} tokens for a picture and silently leaves out the oldest messages that do not fit: show at most {in_ollama} pictures,
-  the query included.
+- Ollama counts {OLLAMA_IMAGE} tokens a picture, and drops the oldest messages that do not fit without a word. Show it {in_ollama} pictures
+  at most, the query included.
 
 ## What does not
 
-- Stored support sets: labelled photos go with each request. llama-server computes a common beginning of two requests once.
-- Calibrated probabilities, "none of these" and judgements by the vision tower. Log-probabilities of tokens are the server's own.
-- Padding: send square pictures, or use `--pad`, which makes them square as in training.
+- Stored support sets: the labelled photos go with each request. llama-server reads an unchanged beginning once.
+- Calibrated probabilities, "none of these", and judgements by the vision tower.
+- Pictures are padded to squares with CLIP's mean colour, but after they were resized. `--pad` pads them before, as in training.
 """
+
+
+def _class_token_text(class_token: ClassToken) -> str:
+    """What the reader must know of llama.cpp's defect: which of the two programs the file is for."""
+    defect = f"""llama.cpp computes CLIP towers wrongly since May 2025: it puts the class token behind the patches instead of in front
+(https://github.com/ggml-org/llama.cpp/issues/25814). Ollama contains the same code. `{MMPROJ}` here is for a llama.cpp """
+    if class_token == "first":
+        return f"""{defect}**without**
+this defect. To repair it, swap the patches and the class embedding where `tools/mtmd/models/llava.cpp` joins them, and
+build llama.cpp. Then the answers are those of training. Where that cannot be done, export with `--class-token last`."""
+    return f"""{defect}**with**
+this defect: positions are in its order, so every patch is computed as in training. What remains is that the first patch
+of a picture is missing and the class token stands behind the last. In a llama.cpp without the defect this file is
+wrong: export again without `--class-token`."""

@@ -15,19 +15,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from lcl_adapter.amounts import trim_heap
 from lcl_adapter.base.layouts import Checkpoint, keys
+from lcl_adapter.base.layouts.checkpoint import Weight
 from lcl_adapter.base.layouts.tensors import PlannedTensor
 from lcl_adapter.errors import MergeError, RunError
 from lcl_adapter.files import whole_file
 
+ClassToken = Literal["first", "last"]
 CONVERTER = "convert_hf_to_gguf.py"
 LAST_LINES = 8  # of a converter that failed
 FEATURE_LAYER = "clip.vision.feature_layer"  # clip.cpp's KEY_FEATURE_LAYERS, for which gguf has no name
@@ -80,8 +83,11 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def vision_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
-    """The tensors of tower and projector, without the layers behind the one that the projector reads."""
+def vision_tensors(checkpoint: Checkpoint, class_token: ClassToken = "first") -> list[GgufTensor]:
+    """The tensors of tower and projector, without the layers behind the one that the projector reads.
+
+    class_token: where llama.cpp puts it among the patches; the rows of the position embedding are in that order.
+    """
     gguf = require_gguf()
     layers = feature_layer(checkpoint.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
@@ -96,8 +102,14 @@ def vision_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
             continue
         if gguf_name is not None:  # else of a layer behind
             dtype = torch.float16 if weight.dtype == torch.float16 else torch.float32
-            tensors.append(GgufTensor(gguf_name, dtype, weight.shape, weight.read))
+            read = partial(_rolled, weight) if class_token == "last" and "position_embedding" in name else weight.read
+            tensors.append(GgufTensor(gguf_name, dtype, weight.shape, read))
     return tensors
+
+
+def _rolled(weight: Weight) -> torch.Tensor:
+    """The rows with the first one last."""
+    return weight.read().roll(-1, 0)
 
 
 def feature_layer(config: Any) -> int:
@@ -112,8 +124,8 @@ def write_language(path: Path, name: str, text_config: Any, tensors: Sequence[Gg
     Raises RunError as :func:`lcl_adapter.files.whole_file`.
     """
     gguf = require_gguf()
-    with whole_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    with whole_file(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
         writer.add_context_length(text_config.max_position_embeddings)
@@ -124,11 +136,13 @@ def write_language(path: Path, name: str, text_config: Any, tensors: Sequence[Gg
         writer.add_head_count_kv(text_config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(text_config.rms_norm_eps)
         writer.add_rope_freq_base(rope_theta(text_config))
-        writer.add_rope_dimension_count(text_config.hidden_size // text_config.num_attention_heads)
+        writer.add_rope_dimension_count(text_config.head_dim)
+        writer.add_key_length(text_config.head_dim)
+        writer.add_value_length(text_config.head_dim)
         rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
         writer.add_vocab_size(rows)
         _add_vocabulary(writer, tokenizer, rows)
-        _write(writer, partial, tensors)
+        _write(writer, unfinished, tensors)
 
 
 def rope_theta(text_config: Any) -> float:
@@ -155,8 +169,8 @@ def write_vision(path: Path, name: str, checkpoint: Checkpoint, tensors: Sequenc
     gguf = require_gguf()
     config, tower, images = checkpoint.config, checkpoint.config.vision_config, checkpoint.image_processor
     layers = feature_layer(config)
-    with whole_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
+    with whole_file(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
         writer.add_type(gguf.GGUFType.MMPROJ)
         writer.add_name(name)
         writer.add_clip_has_vision_encoder(True)
@@ -174,7 +188,7 @@ def write_vision(path: Path, name: str, checkpoint: Checkpoint, tensors: Sequenc
         writer.add_vision_image_mean(list(images.image_mean))
         writer.add_vision_image_std(list(images.image_std))
         writer.add_array(FEATURE_LAYER, [layers])
-        _write(writer, partial, tensors)
+        _write(writer, unfinished, tensors)
 
 
 def _write(writer: Any, path: Path, tensors: Sequence[GgufTensor]) -> None:
