@@ -46,7 +46,7 @@ def prepare(folder: Path) -> None:
     merge(folder / "run", folder / "llava-merged", dtype="fp32")  # in fp16, rounding decides some of a random model's texts
     export_for_llama_cpp(folder / "llava-merged", folder / "gguf")
     exact = "-ctk f32 -ctv f32 -fa off"  # its cache in fp16 rounds too
-    click.echo(f"llama-server -m {folder}/gguf/model.gguf --mmproj {folder}/gguf/mmproj.gguf -c 4096 -np 4 {exact} --temp 0 --port 8080")
+    click.echo(f"llama-server -m {folder}/gguf/model.gguf --mmproj {folder}/gguf/mmproj.gguf --alias lcl -c 4096 -np 4 {exact} --temp 0 --port 8080")
 
 
 @main.command()

@@ -14,7 +14,7 @@ What llama.cpp does with a prompt: tools/mtmd/mtmd.cpp, common/chat.cpp. What Ol
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,31 +127,42 @@ def export_for_llama_cpp(
 
 def _check_supported(checkpoint: Checkpoint, family: Family) -> None:
     """Raises ModelError where llama.cpp has no such tower, or computes the projector or the prompt otherwise."""
-    config = checkpoint.config
-    tower, text = config.vision_config, config.text_config
-    where = f"{checkpoint.folder}: GGUF files are written for LLaVA-1.5 on Llama with a CLIP tower"
-    instead = "Use `lcl-adapter serve`."
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    for reason, present in (
-        (f"its vision tower is {tower.model_type}, which llama.cpp does not have", tower.model_type != TOWER),
-        (f"it is a {config.model_type}, whose tiles and line-break vectors llama.cpp computes otherwise", config.model_type != "llava"),
-        (f"its language model is {text.model_type}", text.model_type != LANGUAGE),
-        ("its projector has one layer, and llama.cpp computes GELU behind the first", config.projector_hidden_act == "linear"),
-        (f"its projector's activation is {config.projector_hidden_act}", config.projector_hidden_act not in {"linear", "gelu"}),
-        ("its projector reads several layers of the tower", not isinstance(config.vision_feature_layer, int)),
-        ("its projector reads the class token too", config.vision_feature_select_strategy != "default"),
-        (f"its tower's activation is {tower.hidden_act}", tower.hidden_act not in ACTIVATIONS),
-        ("its tower's layers are as wide inside as outside, and llama.cpp then swaps their two halves", tower.intermediate_size == tower.hidden_size),
-        (f"its positions are scaled ({rope})", rope != "default"),
-        (f"its prompt is that of {family.name}", not family.both_layouts),
-    ):
-        if present:
-            raise ModelError(f"{where}; {reason}. {instead}")
+    for reason in _reasons_against(checkpoint.config, family):
+        raise ModelError(f"{checkpoint.folder}: GGUF files are written for LLaVA-1.5 on Llama with a CLIP tower; {reason}. Use `lcl-adapter serve`.")
     if not (checkpoint.folder / "tokenizer.model").exists():
         raise ModelError(
             f"{checkpoint.folder}: has no tokenizer.model, of which llama.cpp's tokenizer is made. Copy it beside the checkpoint "
             "(llava-hf's bases have it; Vicuna's own works too) and run the command again."
         )
+
+
+def _reasons_against(config: Any, family: Family) -> Iterator[str]:
+    """What llama.cpp does not have or computes otherwise. A later check reads fields that exist where the earlier ones pass."""
+    tower, text = config.vision_config, config.text_config
+    if tower.model_type != TOWER:
+        yield f"its vision tower is {tower.model_type}, which is not computed in llama.cpp's LLaVA"
+    if config.model_type != "llava":
+        yield f"it is a {config.model_type}, whose tiles and line-break vectors llama.cpp computes otherwise"
+    if text.model_type != LANGUAGE:
+        yield f"its language model is {text.model_type}"
+    if config.projector_hidden_act == "linear":
+        yield "its projector has one layer, and llama.cpp computes GELU behind the first"
+    if config.projector_hidden_act != "gelu":
+        yield f"its projector's activation is {config.projector_hidden_act}"
+    if not isinstance(config.vision_feature_layer, int):
+        yield "its projector reads several layers of the tower"
+    if config.vision_feature_select_strategy != "default":
+        yield "its projector reads the class token too"
+    if tower.hidden_act not in ACTIVATIONS:
+        yield f"its tower's activation is {tower.hidden_act}"
+    if tower.intermediate_size == tower.hidden_size:
+        yield "its tower's layers are as wide inside as outside, and llama.cpp then swaps their two halves"
+    if (rope := (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")) != "default":
+        yield f"its positions are scaled ({rope})"
+    if text.hidden_act != "silu" or text.attention_bias or text.mlp_bias:
+        yield "its language model's layers have an activation or biases that a Llama does not have"
+    if not family.both_layouts:
+        yield f"its prompt is that of {family.name}"
 
 
 def _write_files(model: Model, folder: Path, converter: Path | None) -> int:
@@ -261,7 +272,7 @@ Exported by lcl-adapter from {origin}.
 ## llama.cpp
 
 ```
-llama-server -m {MODEL} --mmproj {MMPROJ} -c {model.context} --temp 0 --port 8080
+llama-server -m {MODEL} --mmproj {MMPROJ} --alias {model.name} -c {model.context} --temp 0 --port 8080
 lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8080 --model {model.name} --wording {model.wording} --pad
 llama-mtmd-cli -m {MODEL} --mmproj {MMPROJ} -c {model.context} --temp 0 --image query.png -p "What is this?"
 ```
