@@ -2,11 +2,11 @@
 
     python -m interop.llama_cpp prepare DIR                      # write DIR/llava-base, DIR/run, DIR/llava-merged, DIR/gguf
     python -m interop.llama_cpp compare DIR --endpoint URL       # compare texts with those of a running llama-server
+    python -m interop.llama_cpp logits DIR                       # compare ids, embeddings and logits, through llama-cpp-python
     python -m interop.llama_cpp converter DIR --llama-cpp PATH   # compare the language model with llama.cpp's own converter's
 
 The base is a tiny random LLaVA-1.5 with a random adapter, projector included. `prepare` prints the command that serves
-it; `compare` exits with 1 if a text differs. A llama.cpp with defect 25814 gives other texts. Token ids, image
-embeddings and logits are compared by `tests/test_llama_cpp.py`, where llama-cpp-python is installed.
+it; `compare` exits with 1 if a text differs. A llama.cpp with defect 25814 gives other texts.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from pathlib import Path
 
 import click
 import gguf
+import torch
 
 from lcl_adapter.answering.client import Endpoint, RemotePredictor
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.checkpoints.exchange import export_for_llama_cpp
 from lcl_adapter.checkpoints.merge import merge
+from lcl_adapter.checkpoints.probe import probe, probe_turns
+from lcl_adapter.data.conversations import Turn
 from lcl_adapter.evaluate import build_cells
 from lcl_adapter.recipe import Recipe
 from tests.test_evaluate import SUITES
+from tests.test_llama_cpp import LlamaCpp, pixels_of
 from tests.test_merge import adapter_on
 from tests.tiny import save_original
 
@@ -66,6 +72,39 @@ def compare(folder: Path, endpoint: str) -> None:
             click.echo(f"{cell.name:<16} of {len(requests)}: {same} texts the same")
             differ += len(requests) - same
     raise SystemExit(1 if differ else 0)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+def logits(folder: Path) -> None:
+    """Print the largest differences from llama-cpp-python, for the files of both kinds of llama.cpp."""
+    base = load_base(BaseRef(str(folder / "llava-merged"), "fp32", "cpu"))
+    if not (folder / "last").exists():
+        export_for_llama_cpp(folder / "llava-merged", folder / "last", class_token="last")
+    encoder, vision, probes = base.encoder(), VisionFeatures(base), probe_turns("lcl")
+    expected = probe(base, probes).logits
+    text = [Turn("user", "What is this?"), Turn("assistant", "good"), Turn("user", "And this?")]
+    conversations = [text, *([*support, query] for support, query in probes)]
+    with torch.no_grad():
+        plain = base.model(input_ids=torch.tensor([encoder.turns(text, opened=True)[0]])).logits[0, -1]
+    for name, place in (("first", "gguf"), ("last", "last")):
+        model, ids_equal, gaps = LlamaCpp(folder / "gguf", folder / place / "mmproj.gguf"), 0, [0.0] * 4
+        for turns, wanted in zip(conversations, [plain, *expected], strict=True):
+            pictures = [turn.picture for turn in turns if turn.picture is not None]
+            pixels = [pixels_of(base, picture) for picture in pictures]
+            ids, embeddings, theirs = model.run(base.family.render(turns, opened=True).text, pixels, encoder.image_token_id)
+            ids_equal += ids == encoder.turns(turns, opened=True)[0]
+            gap = float((theirs - wanted[: len(theirs)]).abs().max())
+            gaps = [max(gaps[0], 0 if pictures else gap), max(gaps[1], gap if pictures else 0), *gaps[2:]]
+            if pictures:
+                ours = vision.projected_features(pictures)["image"].pooler_output
+                for a, b in zip(embeddings, ours, strict=True):  # type: ignore[arg-type]
+                    gaps[2:] = [max(gaps[2], float((a - b).abs().max())), max(gaps[3], float((a[:-1] - b[1:]).abs().max()))]
+        model.close()
+        click.echo(
+            f"--class-token {name}: ids equal in {ids_equal} of {len(conversations)} prompts; largest differences: logits of a text {gaps[0]:.2g}, "
+            f"of episodes {gaps[1]:.2g}, of {float(expected.abs().max()):.2g}; embeddings {gaps[2]:.2g}, without the first patch {gaps[3]:.2g}"
+        )
 
 
 @main.command()
