@@ -28,7 +28,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "lcl_adapter/pocket/MODEL_CARD.md", ROOT / "lcl_adapter/pocket/data/ATTRIBUTION.md"]
 # Programs that a document may call and that are not this project's.
-OTHERS = {"accelerate", "curl", "docker", "echo", "git", "hf", "pip", "sbatch", "torchrun", "vllm"}
+OTHERS = {"accelerate", "curl", "docker", "echo", "git", "hf", "llama-server", "ollama", "pip", "sbatch", "torchrun", "vllm"}
 WRITTEN_BY_EXPORT = {"exported/serve.sh", "llava-lora-mix/ask_upstream.py"}
 # Groups of `lcl-adapter` and commands that take seconds on a tiny base, and what a command line may not need here.
 CHEAP = {"ask", "convert", "data", "export", "inspect", "merge", "recipes", "support"}
@@ -163,7 +163,7 @@ def run_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 def models_and_runs(run_folder: Path, tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny bases and adapters under the names that the documents use."""
     folder = tmp_path_factory.mktemp("docs-models")
-    llava, lcl = save_original(folder / "llava-v1.5-7b", "v1.5"), save_original(folder / "lcl-7b", "v1")
+    llava, lcl = save_original(folder / "llava-v1.5-7b", "v1.5", tower_inside=48), save_original(folder / "lcl-7b", "v1")
     made = {"models/llava-v1.5-7b": llava, "models/lcl-7b": lcl, "models/clip-vit-large-patch14": folder / "lcl-7b-tower"}
     made |= {"runs/mix": adapter_on(llava, folder / "mix"), "runs/lcl-2way-weight": adapter_on(lcl, folder / "lcl-2way-weight")}
     made |= {f"runs/{name}": adapter_on(tiny_folder("llava-1.5"), folder / name, seed=seed) for seed, name in enumerate("ab")}

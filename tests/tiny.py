@@ -249,15 +249,22 @@ def sentencepiece_model() -> bytes:
     return written.getvalue()
 
 
-def save_original(folder: Path, version: str = "v1.5", seed: int = 0, pickled: bool = False, shards: int = 1) -> Path:
-    """Write a random base in the original layout, with upstream's keys and fields; its tower is in ``<folder>-tower``."""
+def save_original(
+    folder: Path, version: str = "v1.5", seed: int = 0, pickled: bool = False, shards: int = 1, tower_inside: int = 32, tower_layers: int = 2
+) -> Path:
+    """Write a random base in the original layout, with upstream's keys and fields; its tower is in ``<folder>-tower``.
+
+    tower_inside: the width inside the tower's layers.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tower = folder.with_name(folder.name + "-tower")
     torch.manual_seed(seed)
     vision = CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=SIDE)
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=tower_inside, num_hidden_layers=tower_layers, num_attention_heads=2, patch_size=16, image_size=SIDE
+        )
     )
     tower.mkdir(exist_ok=True)
     vision.config.save_pretrained(tower)

@@ -108,23 +108,48 @@ def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as:
 @click.argument("run_folder", metavar="RUN", type=ADAPTER)
 @click.option("-o", "--out", type=PATH, required=True, help="The folder to write. Upstream LLaVA needs `llava` and `lora` in its name.")
 @click.option("--to", type=click.Choice(["original"]), help="Format of the adapter: upstream LLaVA's [default: original, unless --for is given].")
-@click.option("--for", "engine", type=click.Choice(["vllm"]), help="Write it for this engine instead.")
-@click.option("--name", default="lcl", show_default=True, help="With --for: the adapter's name among the engine's models.")
-@click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for: the most images in a request.")
+@click.option("--for", "engine", type=click.Choice(["vllm", "llama-cpp"]), help="Write it for this engine instead. llama-cpp: for Ollama too.")
+@click.option("--name", default="lcl", show_default=True, help="With --for: its name among the engine's models.")
+@click.option("--images", type=click.IntRange(1), default=17, show_default=True, help="With --for vllm: the most images in a request.")
+@click.option("--llama-cpp", type=PATH, help="With --for llama-cpp: a checkout of llama.cpp, whose converter then writes the language model.")
+@click.option(
+    "--class-token",
+    type=click.Choice(["first", "last"]),
+    default="first",
+    show_default=True,
+    help="With --for llama-cpp: last for a llama.cpp or Ollama with its defect 25814, first for one without.",
+)
 @base_options("--base", "The base in the layout to export for, if the run was trained on the same base in the other layout.")
 @json_option
-def export(run_folder: Path, out: Path, to: str | None, engine: str | None, name: str, images: int, base: BaseRef, as_json: bool) -> None:
-    """Write RUN's adapter for upstream LLaVA, or for vLLM. A script to ask it, or to serve it, is written beside it.
+def export(
+    run_folder: Path,
+    out: Path,
+    to: str | None,
+    engine: str | None,
+    name: str,
+    images: int,
+    llama_cpp: Path | None,
+    class_token: str,
+    base: BaseRef,
+    as_json: bool,
+) -> None:
+    """Write RUN's adapter for upstream LLaVA or for vLLM, or RUN merged into its base for llama.cpp and Ollama. What
+    serves it is written beside it. For llama.cpp, RUN may also be a merged checkpoint.
 
     \b
     lcl-adapter export runs/mix --to original -o llava-lora-mix
     lcl-adapter export runs/mix --for vllm -o exported
-    """
+    lcl-adapter export runs/mix --for llama-cpp -o gguf
+    """  # fmt: skip
     from lcl_adapter.cli import commands
 
     if engine and to:
         raise click.UsageError("--to and --for cannot be used together: give one of them.")
-    if engine:
+    if llama_cpp is not None and engine != "llama-cpp":
+        raise click.UsageError("--llama-cpp belongs to --for llama-cpp.")
+    if engine == "llama-cpp":
+        emit(commands.export_for_llama_cpp(run_folder, out, base, name=name, llama_cpp=llama_cpp, class_token=class_token), as_json)
+    elif engine:
         emit(commands.export_for_vllm(run_folder, out, base, name=name, images=images), as_json)
     else:
         emit(commands.export(run_folder, out, base), as_json)

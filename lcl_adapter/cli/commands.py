@@ -25,7 +25,7 @@ from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
 from lcl_adapter.photo.packages import PACKAGES
 from lcl_adapter.recipe import Recipe, load
-from lcl_adapter.terminal import console, results
+from lcl_adapter.terminal import console, results, show_notes
 from lcl_adapter.training import hub, preflight, trainer
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.during import BEST, MeasureDuring, best_of
@@ -175,6 +175,12 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     options: those of ``lcl_adapter.checkpoints.merge.merge``.
     """
     result = merging.merge(run, out, **options)
+    _print_merge(result, out)
+    return result
+
+
+def _print_merge(result: dict[str, Any], out: Path) -> None:
+    """How far the merged weights and answers are from the adapter's."""
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
     results().print(f"{out}: {written}", highlight=False)
     share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
@@ -205,7 +211,6 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
             f"greedy answers equal on {cost['greedy_equal']}",
             highlight=False,
         )
-    return result
 
 
 def _print_probes(result: dict[str, Any]) -> None:
@@ -252,6 +257,25 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, **options: 
     """
     result = exchange.export_for_vllm(run, out, base, **options)
     results().print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
+    return result
+
+
+def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, **options: Any) -> dict[str, Any]:
+    """Write a merged model for llama.cpp and Ollama, and print how to serve it.
+
+    options: those of ``lcl_adapter.checkpoints.exchange.export_for_llama_cpp``.
+    """
+    result = exchange.export_for_llama_cpp(source, out, base, **options)
+    if result["merge"] is not None:
+        _print_merge(result["merge"], source)
+    results().print(
+        f"{out}: {result['bytes'] / 1e9:.2f} GB, all {result['tensors_equal']} tensors read again and equal; {out / 'README.md'} has the commands "
+        "for llama.cpp and Ollama",
+        highlight=False,
+        markup=False,
+    )
+    which = "without" if result["class_token"] == "first" else "with"
+    show_notes([f"{out}: its vision tower is for a llama.cpp {which} the defect that README.md describes first; without the repair, all have it."])
     return result
 
 

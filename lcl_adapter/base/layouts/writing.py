@@ -257,7 +257,7 @@ class CheckpointWriter:
         config = configs.to_original(source.config, tower, self._embedding_rows, self.family)
         write_json(folder / "config.json", {**config, "pad_token_id": source.tokenizer.unk_token_id})
         shutil.copyfile(source.folder / "tokenizer.model", folder / "tokenizer.model")
-        write_json(folder / "tokenizer_config.json", _slow_tokenizer(source.tokenizer))
+        write_json(folder / "tokenizer_config.json", slow_tokenizer(source.tokenizer))
         if self.family == "llava-v1":
             # All tokens added behind the vocabulary: upstream counts them, so a gap would shift the image tokens.
             words = len(source.tokenizer.get_vocab()) - len(source.tokenizer.get_added_vocab())
@@ -363,7 +363,7 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """tokenizer_config.json of the sentencepiece tokenizer."""
     return {
         "tokenizer_class": "LlamaTokenizer",
