@@ -28,7 +28,7 @@ from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededErr
 from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
-from lcl_adapter.serve.service import Classification, Service, summary
+from lcl_adapter.serve.service import Service, summary
 from lcl_adapter.serve.store import StoredSet
 
 log = logging.getLogger("lcl_adapter.serve")
@@ -221,7 +221,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     @app.post("/v1/classify")
     async def classify(body: api_types.ClassifyIn, caller: AnyCaller, request: Request) -> api_types.ClassifyOut:
         """Classify images by a stored set. An image that cannot be used has an error in its own result."""
-        classification: Classification = await run_in_threadpool(service.classify, caller.namespace, body)
+        classification = await run_in_threadpool(service.classify, caller.namespace, body)
         await wait_for(classification.futures, request, classification.cancel, service.timeout)
         response = classification.response()
         metrics.images.inc(sum(result.error is None for result in response.results))
