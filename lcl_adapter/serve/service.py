@@ -59,7 +59,7 @@ class Service:
         for number, example in enumerate(request.examples):
             self.check_text(example.label, f"examples[{number}].label")
         self.check_text(request.question or "", "question")
-        self._check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
+        self.check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
         examples = [(e.label, self.decode(e.image, f"examples[{number}].image")) for number, e in enumerate(request.examples)]
         return self.store.put(namespace, name, examples, request.question, request.expected_version)
 
@@ -74,7 +74,7 @@ class Service:
         except DataError as error:
             raise RequestError(f"{where}: {error}") from error
 
-    def _check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
+    def check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
         encoder = self.encoder
         for model in list(self.engine.models.values()):
@@ -92,6 +92,7 @@ class Service:
         return self.engine.base.encoder()
 
     def check_text(self, text: str, where: str) -> None:
+        """Raises RequestError for a text that the model would read as a part of its prompt."""
         token = self.encoder.special_token_in(text)
         if token is not None:
             raise RequestError(f"{where}: contains {token!r}, a special token of the model's prompt. Leave it out.")
