@@ -340,12 +340,17 @@ def test_eval_over_an_endpoint(own: str, run_folder: Path, pocket_tiny: Path, tm
     for file in run_folder.iterdir():
         (run / file.name).write_bytes(file.read_bytes()) if file.is_file() else None
     (run / "recipe.yaml").write_text(with_suites(pocket_tiny, tmp_path).model_dump_json(exclude_none=True), encoding="utf-8")
-    local = evaluate(run, suites=("vqa",), limit=6)
+    local = evaluate(run, suites=("vqa", "2way"), limit=6)
     report = evaluate(run, suites=("vqa", "2way"), limit=6, served=ServedModels(own))
     assert report["served"] == [own, "base", "parts"]
     assert report["folder"] == str(run / "served")
     by_name = {row["name"]: row for row in report["suites"]}
-    assert by_name["vqa"]["adapter"] == local["suites"][0]["adapter"]
+    offline = {row["name"]: row for row in local["suites"]}
+    assert by_name["vqa"]["adapter"] == offline["vqa"]["adapter"]
+    for name in [name for name in by_name if name.startswith("2way")]:  # labels by their exact probabilities
+        for model in ("base", "adapter"):
+            assert by_name[name][model]["value"] == offline[name][model]["value"], (name, model)
+    assert report["notes"] == [f"label scores are exact probabilities, from {own}/v1/systemone"]
     assert by_name["2way-2shot-easy"]["baseline"] is None
     assert json.loads((run / "served" / "report.json").read_text())["suites"] == report["suites"]
     with pytest.raises(MissingError, match="no model 'lcl'"):

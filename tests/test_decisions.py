@@ -287,6 +287,20 @@ def test_a_namespace_sees_its_own_sets_only(tiny_folder: Callable[[str], Path], 
         assert client.post("/v1/systemone", json=body).status_code == 401
 
 
+def test_the_queue_and_the_time_limit_hold(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=2).start()
+    service = Service(engine, Store(tmp_path / "store"), timeout=60)
+    with running(make_app(service)) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        several = {str(n): REFUND for n in range(3)}
+        refused = client.post("/v1/systemone", json={"state": "x", "questions": several})
+        assert (refused.status_code, "more than the 2 that may wait" in refused.text) == (400, True)
+        service.timeout = 0.0
+        late = client.post("/v1/systemone", json=GOOD)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        service.timeout = 60
+        assert client.post("/v1/systemone", json=GOOD).status_code == 200
+
+
 # Bodies that are wrong
 
 GOOD = {"state": "x", "questions": {"q": {"type": "noul"}}}
