@@ -10,7 +10,7 @@ import base64
 import json
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -80,6 +80,18 @@ class LabelledImage(ApiModel):
         return label
 
 
+def check_labels(examples: Sequence[LabelledImage]) -> None:
+    """Raises ValueError unless there are two labels or more, and each has one spelling."""
+    labels = list(dict.fromkeys(example.label for example in examples))
+    if len(labels) < 2:
+        raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
+    spellings: dict[str, str] = {}
+    for label in labels:
+        other = spellings.setdefault(normalized_label(label), label)
+        if other != label:
+            raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; use one spelling")
+
+
 class SupportSetIn(ApiModel):
     """A support set to store.
 
@@ -93,14 +105,7 @@ class SupportSetIn(ApiModel):
 
     @model_validator(mode="after")
     def _labels(self) -> SupportSetIn:
-        labels = list(dict.fromkeys(example.label for example in self.examples))
-        if len(labels) < 2:
-            raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
-        spellings: dict[str, str] = {}
-        for label in labels:
-            other = spellings.setdefault(normalized_label(label), label)
-            if other != label:
-                raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; use one spelling")
+        check_labels(self.examples)
         return self
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
 from lcl_adapter.answering.judged import CLOSE_MARGIN, NONE_OF_THESE, Judged, margin_of, summary
@@ -129,22 +129,25 @@ def ask_endpoint(
     wording: str = "lcl",
     pad: bool = False,
     brief: bool = False,
+    scores: ScoreSource = "auto",
 ) -> Judged:
-    """Classify pictures with a model behind a server. If the server gives no log-probabilities, its text decides.
+    """Classify pictures with a model behind a server. If the server gives no probabilities, its text decides.
 
+    scores: where label scores come from, as of ``RemotePredictor``.
     support, queries, brief: as of :func:`ask_model`. Raises DataError as there; EndpointError, MissingError, RequestError.
     """
     labelled, new, worded = _Labelled.read(support, shots), list_photos(queries), WORDINGS[wording]
     notes = labelled.notes(new)
     turns, answers = support_turns(labelled.shown, worded), labelled.answers(worded)
     with Endpoint(url) as endpoint:
-        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
+        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad, scores=scores)
 
         def answer(block: Sequence[Picture]) -> list[Row]:
             replies = remote.run([(turns, Turn("user", question or worded.query, picture), answers) for picture in block])
             return [labelled.row(reply) for reply in replies]
 
         rows = _in_blocks(_blocks(new.pictures), _check, answer, brief)
+        notes += endpoint.notes
     return Judged(labelled.shown, new.pictures, {**labelled.fields(), **_listing(new), "notes": notes, "answers": rows})
 
 

@@ -59,6 +59,15 @@ json_option = click.option(
 )
 
 
+scores_option = click.option(
+    "--scores",
+    type=click.Choice(["auto", "text"]),
+    default="auto",
+    show_default=True,
+    help="Where label scores from --endpoint come from: exact probabilities of its /v1/systemone, where it has one that reads photos; or its text.",
+)
+
+
 class Memory(click.ParamType[int]):
     """An amount of memory in bytes, from ``16GB``, ``16 GiB``, or 16 (gigabytes)."""
 

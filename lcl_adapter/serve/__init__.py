@@ -5,6 +5,8 @@ api           the routes
 middleware    access, body size and timing, before a route runs
 keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
+classification, decisions    requests for judgements and for typed decisions
+sets          support sets that questions are about, and their calibrations
 jobs          the entries of the engine's queue
 engine        one model, one thread, one queue
 adapters      checks of an adapter before it is served
