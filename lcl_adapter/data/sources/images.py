@@ -93,6 +93,20 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     return image
 
 
+PLAIN = frozenset({"PNG", "JPEG", "WEBP"})
+
+
+def is_whole(picture: Picture) -> bool:
+    """Whether the picture is the whole of its file, as it stands there."""
+    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend)
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether every program that decodes an opened file has the same picture: upright, 8-bit RGB, one frame."""
+    alike = image.format in PLAIN and image.mode == "RGB" and not image.has_transparency_data
+    return alike and getattr(image, "n_frames", 1) == 1 and orientation_of(image) == 1
+
+
 def orientation_of(image: Image.Image) -> int:
     """1 to 8 (EXIF): how an opened picture must be turned to be upright."""
     return int(image.getexif().get(ORIENTATION, 1))
