@@ -25,7 +25,8 @@ from tests.tiny import save_original, save_tiny
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "datasets/README.md", ROOT / "contrib/lmms-eval/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [ROOT / folder / "README.md" for folder in ("benchmarks", "contrib/lmms-eval", "datasets")]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *GUIDES, *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "lcl_adapter/pocket/MODEL_CARD.md", ROOT / "lcl_adapter/pocket/data/ATTRIBUTION.md"]
 # Programs that a document may call and that are not this project's.
 OTHERS = {"accelerate", "curl", "docker", "echo", "git", "hf", "lmms-eval", "pip", "sbatch", "torchrun", "vllm"}

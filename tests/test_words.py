@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lcl_adapter"
 CODE = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "contrib").rglob("*.py"))]
 PROSE = [*CODE, *sorted(PACKAGE.rglob("*.yaml")), *sorted(PACKAGE.rglob("*.html")), *sorted((ROOT / "recipes").glob("*.yaml"))]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "contrib/lmms-eval/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [ROOT / "benchmarks/README.md", ROOT / "contrib/lmms-eval/README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Words of a dialect that this project once had, and what to say in their place.
 PLAIN = {
