@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
+import io
 import json
 import unicodedata
 import zipfile
@@ -29,6 +31,7 @@ from lcl_adapter.data.sources.tables import Table
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, LclError
 from lcl_adapter.recipe import Recipe
+from lcl_adapter.report.pages import _url
 from lcl_adapter.training import preflight
 from tests.conftest import paint
 
@@ -151,6 +154,38 @@ def test_label_studios_export_is_read(images: Path) -> None:
     assert pool.classes[0].boxes == ((20.0, 20.0, 120.0, 60.0),)
 
 
+def one_hot(path: Path, *rows: str, heading: str = "filename, good, scratched, dented") -> Path:
+    """Roboflow's export of a classification with several labels."""
+    path.write_text("\n".join((heading, *rows)) + "\n")
+    return path
+
+
+def test_one_column_a_class_is_read(images: Path, tmp_path: Path) -> None:
+    """Roboflow's ``_classes.csv``; rows with several classes or with none are left out and counted."""
+    names = sorted(path.name for path in images.iterdir())
+    file = one_hot(tmp_path / "_classes.csv", f"{names[0]}, 1, 0, 0", f"{names[1]}, 0, 1, 0", f"{names[2]}, 1, 1, 0", f"{names[3]}, 0, 0, 0")
+    columns = {"image": ["filename"], "class": ["class"]}
+    pool = read_manifest(file, images, columns)
+    assert {c.name: [p.path.name for p in c.pictures] for c in pool.classes} == {"good": [names[0]], "scratched": [names[1]]}
+    assert pool.skipped == {"picture of several classes": 1, "picture of no class": 1}
+    assert [note.partition("; ")[2] for note in pool.notes] == ["each of good, scratched, dented is read as a class, with 1 for its pictures"]
+    split = one_hot(tmp_path / "split.csv", f"{names[0]},train,1.0,0.0", f"{names[1]},test,0.0,0.0", heading="filename,split,good,bad")
+    assert read_manifest(split, images, columns, where={"split": "train"}).skipped == {}, "a row that is not asked for is not counted"
+
+
+def test_columns_that_are_no_classes_are_not_read_as_such(images: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in images.iterdir())
+    columns = {"image": ["filename"], "class": ["class"]}
+    for heading, row in (("filename,label,flipped", f"{names[0]},good,1"), ("filename,defect", f"{names[0]},1"), ("filename,a,b", "")):
+        with pytest.raises(DataError, match="no column 'class'"):
+            read_manifest(one_hot(tmp_path / "list.csv", row, heading=heading), images, columns)
+    file = one_hot(tmp_path / "_classes.csv", f"{names[0]}, 1, 0, 0", f"{names[1]}, 0, 0.7, 0", f"{names[2]}, 0, 1")
+    with pytest.raises(DataError) as refused:
+        read_manifest(file, images, columns)
+    assert "line 3: '0.7' in column 'scratched' is neither 0 nor 1" in str(refused.value)
+    assert "line 4: 4 columns are expected" in str(refused.value)
+
+
 def coco(path: Path, **changed: Any) -> Path:
     categories = [{"id": 1, "name": "screw", "supercategory": "parts"}, {"id": 2, "name": "nut", "supercategory": "none"}]
     annotations = [{"id": 10 * c + i, "image_id": i, "category_id": c, "bbox": [2 * c, 3, 12, 9]} for c in (1, 2) for i in range(4)]
@@ -170,7 +205,7 @@ def test_objects_of_a_detection_export_are_cut_out_or_their_pictures_left_out(im
     whole = np.asarray(read_image(Picture(nut.path)))
     assert np.array_equal(np.asarray(read_image(nut)), whole[3:12, 4:16])
     assert np.array_equal(np.asarray(read_image(screw)), whole[3:12, 2:14])
-    assert replace(Picture.parse(str(nut)), listed_size=nut.listed_size) == nut
+    assert Picture.parse(str(nut)) == nut
 
 
 def test_one_odd_annotation_does_not_refuse_the_file(images: Path) -> None:
@@ -207,11 +242,31 @@ def test_boxes_on_stored_pixels_of_a_turned_photo_are_turned(tmp_path: Path, ori
         mapped = {"image": ["file"], "class": ["class"], "box": ["x0", "y0", "x1", "y1"], "size": ["w", "h"]}
         cut = read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped, crop=True).classes[0].pictures[0]
         assert np.asarray(read_image(cut)).min() == 255
+        assert Picture.parse(str(cut)) == cut, "a report's thumbnail shows the same part"
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(_url(str(cut)).partition(",")[2])))
+        assert np.asarray(thumbnail.convert("L"))[40:56, 40:56].min() > 250
         (region,) = read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped).regions["a"]
         assert region_box(region) == region_box(replace(region, box=tuple(map(float, on_upright)), picture=Picture(region.picture.path)))
     (tmp_path / "list.csv").write_text("file,class,x0,y0,x1,y1,w,h\np0.png,a,5,10,35,20,600,400\n")
     with pytest.raises(DataError, match="its list says 600 x 400 pixels, the file has 60 x 40: was it resized"):
         read_image(read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped, crop=True).classes[0].pictures[0])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Picture(Path("new!/wow!.jpg")),
+        Picture(Path("set.ZIP"), "new!/a.jpg"),
+        Picture(Path("a.zip.jpg")),
+        Picture(Path("two\nlines.jpg"), view=3, turned=2),
+        Picture(Path("photo (view 2).jpg"), tile=(2, 3, 5)),
+        Picture(Path("large.png"), crop=(0.1, 12345.6, 3e-5, 1e6), listed_size=(20000, 2000000)),
+        Picture(Path("plain.jpg"), crop=(1, 2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_a_pictures_name_says_which_it_is(picture: Picture) -> None:
+    assert Picture.parse(str(picture)) == picture
 
 
 def test_a_zip_of_japanese_windows_has_its_names(tmp_path: Path) -> None:
