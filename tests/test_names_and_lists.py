@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import unicodedata
 import zipfile
 from collections.abc import Callable
@@ -364,6 +365,47 @@ def test_photos_in_other_places_are_named(tmp_path: Path) -> None:
     paint(tmp_path / "photos" / "ring" / "day 1" / "0.png", (90, 90, 90), seed=9)
     with pytest.raises(DataError, match=r"class 'ring' has its 1 images one folder too deep \(ring/day 1/0\.png\)"):
         read_class_folders(tmp_path / "photos")
+
+
+def test_folders_that_systems_add_are_no_classes(tmp_path: Path) -> None:
+    for label in ("good", "bad"):
+        paint(tmp_path / "photos" / label / "0.png", (90, 80, 70), seed=len(label))
+        for folder in ("@eaDir/0.png", "__MACOSX", ".thumbnails"):
+            paint(tmp_path / "photos" / label / folder / "THUMB_M.jpg", (90, 80, 70), seed=9)
+    for folder in ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"):
+        paint(tmp_path / "photos" / folder / "0.png", (1, 2, 3), seed=7)
+    pool = read_class_folders(tmp_path / "photos")
+    assert ([c.name for c in pool.classes], pool.notes, pool.skipped) == (["bad", "good"], (), {})
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos"))
+    assert [c.name for c in read_class_folders(archive).classes] == ["bad", "good"]
+
+
+def test_names_that_differ_in_blanks_or_in_capital_letters(tmp_path: Path) -> None:
+    for number, label in enumerate(("good", "good ", "Bad", "bad", " dented ")):
+        paint(tmp_path / "photos" / label / "0.png", (90, 80, 70), seed=number)
+    with pytest.raises(DataError, match="the classes 'good', 'good ' differ in blanks only; join or rename them"):
+        read_class_folders(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "good ")
+    pool = read_class_folders(tmp_path / "photos")
+    assert [c.name for c in pool.classes] == ["dented", "Bad", "bad", "good"]
+    assert [note.partition(": ")[2] for note in pool.notes] == [
+        "the classes 'Bad', 'bad' differ in capital letters only, and are read as different classes"
+    ]
+
+
+def test_further_formats_of_photos(tmp_path: Path) -> None:
+    """JPEG 2000 and Targa are read; JPEG XL is named as a photo."""
+    for label in ("good", "bad"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number, suffix in enumerate(("jp2", "tga")):
+            Image.fromarray(np.full((20, 20, 3), 40 * number + 20 * len(label), np.uint8)).save(tmp_path / "photos" / label / f"0.{suffix}")
+    pictures = [p for c in read_class_folders(tmp_path / "photos").classes for p in c.pictures]
+    assert [np.asarray(read_image(p)).max() for p in pictures] == [60, 100, 80, 120]
+    xl = tmp_path / "photos" / "good" / "1.jxl"
+    xl.write_bytes(b"\xff\x0a" + bytes(40))
+    assert xl in [p.path for c in read_class_folders(tmp_path / "photos").classes for p in c.pictures]
+    with pytest.raises(DataError, match="A JPEG XL photo is not read here: save it as JPEG or PNG"):
+        read_image(Picture(xl))
 
 
 def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ class PictureClass:
     ranked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", nfc(self.name))
+        object.__setattr__(self, "name", nfc(self.name).strip() or self.name)
         object.__setattr__(self, "groups", tuple(map(nfc, self.groups)))
         object.__setattr__(self, "ranked", tuple(map(nfc, self.ranked)))
 

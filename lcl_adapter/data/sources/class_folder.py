@@ -83,6 +83,8 @@ def read_class_folders(
     groups, ranked = neighbours(tree)
     boxes, faults = _boxes(tree)
     faults += tree.faults
+    alike, case_notes = _names_alike(root, list(names_of))
+    faults += alike
     unknown = sorted({*groups, *ranked} - set(folders))
     if unknown:
         listed = ", ".join(f"{n!r}{did_you_mean(n, list(names_of))}" for n in unknown[:5])
@@ -112,7 +114,7 @@ def read_class_folders(
         for what, names, remedy in ((DEEPER, deeper, "move it up into its class"), (LOOSE, loose, "move it into a class"))
         if names
     )
-    notes = (*tree.notes, *passed_over)
+    notes = (*tree.notes, *case_notes, *passed_over)
     pool = ClassPool(name or root.name, tuple(classes), {reason: count for reason, count in skipped.items() if count}, tuple(faults), notes)
     return check_faults(pool, on_fault)
 
@@ -131,6 +133,24 @@ def _refuse_folders_of_splits(tree: Tree, folders: list[str]) -> None:
     first = next((f for f in of_classes if f.lower().startswith("train")), of_classes[0])
     remedy = "unpack it, and give the folder" if tree.archive else "give"
     raise DataError(f"{tree.root}: its folders {named} are splits, and hold the class folders: {remedy} {tree.root / first} as the path.")
+
+
+def _names_alike(root: Path, folders: list[str]) -> tuple[list[Fault], list[str]]:
+    """Faults of folders whose names differ in blanks around them only, and notes of those that differ in capital letters."""
+    faults, notes = [], []
+    by_name: dict[str, list[str]] = {}
+    by_letters: dict[str, list[str]] = {}
+    for folder in folders:
+        by_name.setdefault(folder.strip(), []).append(folder)
+        by_letters.setdefault(folder.strip().casefold(), []).append(folder)
+    for same in by_name.values():
+        if len(same) > 1:
+            listed = ", ".join(map(repr, same))
+            faults.append(Fault("two names that are one", f"{root}: the classes {listed} differ in blanks only; join or rename them"))
+    for same in by_letters.values():
+        if len({name.strip() for name in same}) > 1:
+            notes.append(f"{root}: the classes {', '.join(map(repr, same))} differ in capital letters only, and are read as different classes")
+    return faults, notes
 
 
 def _empty_class(root: Path, name: str, deeper: list[str]) -> Fault:
