@@ -187,6 +187,69 @@ def test_columns_that_are_no_classes_are_not_read_as_such(images: Path, tmp_path
     assert "line 4: 4 columns are expected" in str(refused.value)
 
 
+OWN = {"image": ["image"], "class": ["class"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "expected"),
+    [
+        ("list.xlsx", b"PK\x03\x04\x14\x00\x06\x00", "an Excel workbook or another zip archive, not a text file. Save it as CSV"),
+        ("list.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Excel workbook"),
+        ("list.parquet", b"PAR1" + bytes(40) + b"PAR1", "a Parquet file"),
+        ("voc.xml", b"<?xml version='1.0'?><annotation/>", "XML, not a text file"),
+        ("voc.xml", b"<annotation><filename>a.png</filename></annotation>", "Pascal VOC"),
+        ("list.csv", b"<!DOCTYPE html><html>", "a web page"),
+        ("list.csv", b"", "its first line is empty; it must name the columns"),
+        ("list.csv", b"\n\n\n", "its first line is empty"),
+        ("list.csv", b"a.png,good\nb.png,bad\n", "Its first line is a picture, and must name the columns"),
+        ("list.csv", b"image,class,class\na.png,x,y\n", "several columns are called 'class'"),
+        ("list.csv", ",".join(f"c{n}" for n in range(500)).encode() + b"\n", "'c19' and 480 more"),
+        ("list.json", json.dumps({f"c{n}": "a" for n in range(500)}).encode(), "and 480 more"),
+        (
+            "list.csv",
+            b"image,class\nhttps://example.org/a.png,x\n",
+            "no image 'https://example.org/a.png' under .*: it is an address; fetch the pictures",
+        ),
+    ],
+)
+def test_what_is_no_list_is_named(tmp_path: Path, images: Path, name: str, raw: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=expected) as refused:
+        read_manifest(tmp_path / name, images, OWN)
+    assert len(str(refused.value)) < 600
+
+
+def test_a_label_by_name_is_a_list(tmp_path: Path, images: Path) -> None:
+    """``{"a.jpg": "good"}``, as scripts write it; a single record in the form of a list's line stays one."""
+    names = sorted(path.name for path in images.glob("*.*"))[:3]
+    (tmp_path / "list.json").write_text(json.dumps({names[0]: "good", names[1]: "bad", names[2]: "good"}))
+    pool = read_manifest(tmp_path / "list.json", images, OWN)
+    assert {c.name: [p.path.name for p in c.pictures] for c in pool.classes} == {"bad": [names[1]], "good": [names[0], names[2]]}
+    (tmp_path / "list.json").write_text(json.dumps({"image": names[0], "class": "good"}))
+    assert [c.name for c in read_manifest(tmp_path / "list.json", images, OWN).classes] == ["good"]
+    (tmp_path / "list.json").write_text(json.dumps({names[0]: None, "gone.png": "good"}))
+    with pytest.raises(DataError, match=r"no value for 'class'(.|\n)*no image 'gone.png'"):
+        read_manifest(tmp_path / "list.json", images, OWN)
+
+
+def test_a_list_of_labels_is_of_several_classes(tmp_path: Path, images: Path) -> None:
+    """The first label is not read as the only one. One value in several languages is one label."""
+    names = sorted(path.name for path in images.glob("*.*"))[:4]
+    in_languages = [{"language_tag": "en", "value": "good"}, {"language_tag": "de", "value": "gut"}]
+    labels = [["good", "scratched"], ["good"], in_languages, ["good", "good"]]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"image": n, "class": label}) for n, label in zip(names, labels, strict=True)))
+    pool = read_manifest(tmp_path / "list.jsonl", images, OWN)
+    assert {c.name: len(c.pictures) for c in pool.classes} == {"good": 3}
+    assert pool.skipped == {"picture of several classes": 1}
+
+
+def test_labels_of_a_list_in_other_capital_letters_are_noted(tmp_path: Path, images: Path) -> None:
+    names = sorted(path.name for path in images.glob("*.*"))[:3]
+    (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{n},{c}\n" for n, c in zip(names, ("Good", "good", "bad"), strict=True)))
+    pool = read_manifest(tmp_path / "list.csv", images, OWN)
+    assert [note.partition(": ")[2].partition(", and")[0] for note in pool.notes] == ["the classes 'Good', 'good' differ in capital letters only"]
+
+
 def coco(path: Path, **changed: Any) -> Path:
     categories = [{"id": 1, "name": "screw", "supercategory": "parts"}, {"id": 2, "name": "nut", "supercategory": "none"}]
     annotations = [{"id": 10 * c + i, "image_id": i, "category_id": c, "bbox": [2 * c, 3, 12, 9]} for c in (1, 2) for i in range(4)]

@@ -26,9 +26,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
-from lcl_adapter.data.sources.encodings import Encoding, nfc
+from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
-from lcl_adapter.data.sources.tables import ANNOTATION, FAULT, LEFT_OUT, SEVERAL, Table, value, values
+from lcl_adapter.data.sources.tables import ANNOTATION, COLUMNS, FAULT, LEFT_OUT, SEVERAL, Table, value, values
 from lcl_adapter.data.sources.tree import Tree, relative_name
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import as_list
@@ -124,6 +124,9 @@ def read_manifest(
         if LEFT_OUT in row:
             skipped[row[LEFT_OUT]] = skipped.get(row[LEFT_OUT], 0) + 1
             continue
+        if len(set(_plain(row.get(columns["class"][0])))) > 1:
+            skipped[SEVERAL] = skipped.get(SEVERAL, 0) + 1
+            continue
         label = nfc(value(row, columns["class"]))
         image_names = list(dict.fromkeys(values(row, columns["image"])))
         if not image_names or not label:
@@ -152,7 +155,7 @@ def read_manifest(
             groups[label] = group
     missing_columns = sorted(set(mapped) - columns_read) if columns_read else []
     if missing_columns:
-        there = ", ".join(map(repr, sorted(columns_read)))
+        there = first_names([repr(name) for name in sorted(columns_read)], COLUMNS)
         raise DataError(f"{files}: no column {', '.join(map(repr, missing_columns))}; there are {there}.")
     notes = [*tree.notes, *table.notes, *find.notes]
     if not boxed and (several := _of_several_classes(listed)):
@@ -166,6 +169,7 @@ def read_manifest(
         listed = {label: {p: b for p, b in entries.items() if p not in twice.pictures} for label, entries in listed.items()}
     if split != "all":
         listed = {n: p for n, p in listed.items() if in_split(n, split, hold_out)}
+    notes += names_in_other_case(str(files), list(listed))
     classes, too_small = [], 0
     for label, entries in sorted((label, entries) for label, entries in listed.items() if entries):
         if len(entries) < min_pictures:
@@ -176,6 +180,11 @@ def read_manifest(
     if too_small:
         skipped[f"class of fewer than {min_pictures} images"] = too_small
     return check_faults(ClassPool(name or files.stem, tuple(classes), skipped, tuple(faults), tuple(notes)), on_fault)
+
+
+def _plain(cell: Any) -> list[str]:
+    """The labels in a cell's list. Mappings are left out: ABO's are one value in several languages."""
+    return [str(element) for element in cell if not isinstance(element, dict)] if isinstance(cell, list) else []
 
 
 def _box(row: Mapping[str, Any], columns: Sequence[str]) -> PixelBox:
@@ -240,7 +249,10 @@ class _Finder:
         if outside is not None:
             raise _MissingError(Fault("path that climbs out", f"{origin}: {outside}"))
         raise _MissingError(
-            Fault("missing image", f"{origin}: no image {PurePosixPath(image).as_posix()!r} under {self.tree.root}{self._remedy(image)}")
+            Fault(
+                "missing image",
+                f"{origin}: no image {image if '://' in image else PurePosixPath(image).as_posix()!r} under {self.tree.root}{self._remedy(image)}",
+            )
         )
 
     @property
@@ -268,6 +280,8 @@ class _Finder:
 
     def _remedy(self, image: str) -> str:
         """What the image may be instead: a link that leads nowhere, or a name in another case."""
+        if "://" in image:
+            return ": it is an address; fetch the pictures first"
         name = nfc(PurePosixPath(image.replace("\\", "/")).as_posix())
         if name in self.tree.dangling:
             return f": it is a link to {self.tree.dangling[name]}, which is not there. Is it mounted?"

@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcl_adapter.data.sources.base import first_names
+from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.errors import DataError, did_you_mean
 
@@ -24,6 +25,7 @@ LINES = (".jsonl", ".json", ".ndjson")
 DELIMITERS = ("\t", ",", ";", "|", " ")
 NO_VALUE = frozenset({"", "nan", "null", "<na>"})  # what pandas and JSON write where there is nothing
 SEVERAL, NO_CLASS = "picture of several classes", "picture of no class"
+COLUMNS = 20  # how many an error lists
 FAULT = "\0fault"  # no name of a column
 LEFT_OUT = "\0left out"
 ANNOTATION = "\0annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
@@ -59,8 +61,23 @@ class Table:
                 yield from _listed(file, text)
             elif begins == "{" and '"annotations"' in text and '"categories"' in text:
                 yield from _coco(file, text)
+            elif begins == "{" and (pairs := self._label_by_name(text)):
+                yield from pairs
             else:
                 yield from _json_lines(file, text)
+
+    def _label_by_name(self, text: str) -> list[Row]:
+        """The rows of one JSON object with a label for each picture's name, ``{"a.jpg": "good"}``; none for anything else."""
+        image = [name for name in self.wanted if name != self.label]
+        if self.label is None or len(image) != 1:
+            return []
+        try:
+            labels = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(labels, dict) or {*self.wanted} & {*labels} or not all(PurePosixPath(name).suffix.lower() in SUFFIXES for name in labels):
+            return []
+        return [(f"{self.files}: {name!r}", {image[0]: name, self.label: label}) for name, label in labels.items()]
 
     def _delimited(self, file: Path, text: str) -> Iterator[Row]:
         """CSV, TSV and what else has a heading. Any line break; the delimiter is the one that splits the wanted columns."""
@@ -76,6 +93,10 @@ class Table:
         try:
             reader = csv.reader(io.StringIO(lines), delimiter=delimiter, skipinitialspace=True)
             header = [name.strip() for name in next(reader, [])]
+            if not any(header):
+                raise DataError(f"{file}: its first line is empty; it must name the columns.")
+            if repeated := [name for name in wanted if header.count(name) > 1]:
+                raise DataError(f"{file}: several columns are called {repeated[0]!r}. Rename or remove one.")
             missing = [name for name in wanted if name not in header]
             rows = self._rows(file, reader, header, skipped)
             if missing == [self.label] and len(classes := [n for n in header if n and n not in wanted]) > 1:
@@ -86,7 +107,9 @@ class Table:
                     return
             if missing:
                 near = ", ".join(f"{name!r}{did_you_mean(name, header)}" for name in missing)
-                raise DataError(f"{file}: no column {near}; there are {', '.join(map(repr, header))}. Set `columns` in the recipe.")
+                pictures = any(PurePosixPath(name).suffix.lower() in SUFFIXES for name in header)
+                remedy = "Its first line is a picture, and must name the columns." if pictures else "Set `columns` in the recipe."
+                raise DataError(f"{file}: no column {near}; there are {first_names([repr(name) for name in header], COLUMNS)}. {remedy}")
             yield from rows
         except csv.Error as error:
             raise DataError(f"{file}, line {reader.line_num + skipped}: not a table that can be read ({error}); is a quote not closed?") from error
