@@ -77,9 +77,9 @@ def test_a_server_gets_the_pixels_that_training_reads(tmp_path: Path, name: str)
         assert base64.b64decode(sent.partition(",")[2]) == path.read_bytes()  # unchanged, so that a photo does not grow
 
 
-def test_views_tiles_and_rotations_are_sent_as_read(tmp_path: Path) -> None:
+def test_views_tiles_rotations_and_crops_are_sent_as_read(tmp_path: Path) -> None:
     path = paint(tmp_path / "a.png", (90, 120, 30))
-    for picture in (Picture(path, view=2), Picture(path, turned=1), Picture(path, tile=(2, 2, 3))):
+    for picture in (Picture(path, view=2), Picture(path, turned=1), Picture(path, tile=(2, 2, 3)), Picture(path, crop=(4, 5, 20, 30))):
         assert np.array_equal(np.asarray(decoded(image_of(picture))), np.asarray(read_image(picture)))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
-from lcl_adapter.data.sources.encodings import Encoding, nfc
+from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
@@ -83,6 +83,7 @@ def read_class_folders(
     groups, ranked = neighbours(tree)
     boxes, faults = _boxes(tree)
     faults += tree.faults
+    faults += _names_alike(root, list(names_of))
     unknown = sorted({*groups, *ranked} - set(folders))
     if unknown:
         listed = ", ".join(f"{n!r}{did_you_mean(n, list(names_of))}" for n in unknown[:5])
@@ -112,7 +113,7 @@ def read_class_folders(
         for what, names, remedy in ((DEEPER, deeper, "move it up into its class"), (LOOSE, loose, "move it into a class"))
         if names
     )
-    notes = (*tree.notes, *passed_over)
+    notes = (*tree.notes, *names_in_other_case(str(root), [name.strip() for name in names_of]), *passed_over)
     pool = ClassPool(name or root.name, tuple(classes), {reason: count for reason, count in skipped.items() if count}, tuple(faults), notes)
     return check_faults(pool, on_fault)
 
@@ -131,6 +132,15 @@ def _refuse_folders_of_splits(tree: Tree, folders: list[str]) -> None:
     first = next((f for f in of_classes if f.lower().startswith("train")), of_classes[0])
     remedy = "unpack it, and give the folder" if tree.archive else "give"
     raise DataError(f"{tree.root}: its folders {named} are splits, and hold the class folders: {remedy} {tree.root / first} as the path.")
+
+
+def _names_alike(root: Path, folders: list[str]) -> list[Fault]:
+    """Faults of folders whose names differ in blanks around them only."""
+    by_name: dict[str, list[str]] = {}
+    for folder in folders:
+        by_name.setdefault(folder.strip(), []).append(folder)
+    listed = [", ".join(map(repr, same)) for same in by_name.values() if len(same) > 1]
+    return [Fault("two names that are one", f"{root}: the classes {names} differ in blanks only; join or rename them") for names in listed]
 
 
 def _empty_class(root: Path, name: str, deeper: list[str]) -> Fault:

@@ -31,11 +31,11 @@ with suppress(ImportError):  # optional
 
     pillow_heif.register_heif_opener()
 
-READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".tga"})
 # Photos too, so that none is passed over in silence: HEIC is read where pillow-heif is installed, AVIF where Pillow has it
 HEIF = frozenset({".heic", ".heif", ".hif"})
 RAW = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
-SUFFIXES = READ | HEIF | RAW | {".avif"}
+SUFFIXES = READ | HEIF | RAW | {".avif", ".jxl"}
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
 MIN_SIDE = 2
 REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
@@ -93,6 +93,20 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     return image
 
 
+PLAIN = frozenset({"PNG", "JPEG", "WEBP"})
+
+
+def is_whole(picture: Picture) -> bool:
+    """Whether the picture is the whole of its file, as it stands there."""
+    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend)
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether every program that decodes an opened file has the same picture: upright, 8-bit RGB, one frame."""
+    alike = image.format in PLAIN and image.mode == "RGB" and not image.has_transparency_data
+    return alike and getattr(image, "n_frames", 1) == 1 and orientation_of(image) == 1
+
+
 def orientation_of(image: Image.Image) -> int:
     """1 to 8 (EXIF): how an opened picture must be turned to be upright."""
     return int(image.getexif().get(ORIENTATION, 1))
@@ -138,6 +152,8 @@ def _remedy(picture: Picture) -> str:
         return "A phone's HEIC photo needs pillow-heif: pip install pillow-heif, or save it as JPEG."
     if suffix in RAW:
         return "A camera's raw photo is not developed here: save it as JPEG, PNG or TIFF."
+    if suffix == ".jxl":
+        return "A JPEG XL photo is not read here: save it as JPEG or PNG."
     return "Remove it or save it again as JPEG or PNG."
 
 
@@ -223,12 +239,16 @@ def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
     deep_white = None
     if upright.mode in DEEP_MODES:  # before it is turned, which loses the file's tags
         values = np.asarray(upright, dtype=np.float32)
-        from_0_to_1 = upright.mode == "F" and values.max(initial=0.0) <= 1  # beside pictures of whole numbers too
+        known = values[np.isfinite(values)]
+        from_0_to_1 = upright.mode == "F" and known.min(initial=0.0) >= 0 and known.max(initial=0.0) <= 1  # beside pictures of whole numbers too
         deep_white = white_of(upright, values) if white is None or (from_0_to_1 and white > 1) else white
     ImageOps.exif_transpose(upright, in_place=True)
     if deep_white is not None:
         values = np.asarray(upright, dtype=np.float32)
-        scaled = (values - min(float(values.min()), 0.0)) * (255.0 / deep_white)
+        darkest = min(float(values[np.isfinite(values)].min(initial=0.0)), 0.0)
+        # Where nothing was measured, a depth or height map has NaN or an infinity: black, or white where it is beyond all values
+        values = np.nan_to_num(values, nan=darkest, posinf=deep_white + darkest, neginf=darkest)
+        scaled = (values - darkest) * (255.0 / deep_white)
         return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
@@ -247,7 +267,10 @@ def white_of(image: Image.Image, values: np.ndarray) -> float:
     bits = bits[0] if isinstance(bits, tuple) else bits
     if bits and 8 < bits < 16:
         return float(2**bits - 1)
-    return range_of(float(values.max(initial=0.0)), image.mode == "F")
+    known = values[np.isfinite(values)]
+    lowest, highest = float(known.min(initial=0.0)), float(known.max(initial=0.0))
+    # Of values on both sides of 0, all are shown: black is the lowest one
+    return highest - lowest if lowest < 0 else range_of(highest, image.mode == "F")
 
 
 def range_of(highest: float, floats: bool) -> float:

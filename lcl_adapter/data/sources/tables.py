@@ -11,9 +11,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lcl_adapter.data.sources.base import first_names
+from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.errors import DataError, did_you_mean
 
@@ -21,17 +24,25 @@ Row = tuple[str, dict[str, Any]]  # where it was read, and its values by column
 LINES = (".jsonl", ".json", ".ndjson")
 DELIMITERS = ("\t", ",", ";", "|", " ")
 NO_VALUE = frozenset({"", "nan", "null", "<na>"})  # what pandas and JSON write where there is nothing
+SEVERAL, NO_CLASS = "picture of several classes", "picture of no class"
+COLUMNS = 20  # how many an error lists
 FAULT = "\0fault"  # no name of a column
+LEFT_OUT = "\0left out"
 ANNOTATION = "\0annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
 
 
 @dataclass
 class Table:
-    """The rows of one list or of several. notes: of guessed encodings, complete once the rows are read."""
+    """The rows of one list or of several.
+
+    label: the wanted column that a table may have as one column of 0 and 1 for each class instead (Roboflow's ``_classes.csv``).
+    notes: of guessed encodings and such columns, complete once the rows are read.
+    """
 
     files: Path
     wanted: tuple[str, ...]
     encoding: str | None = None
+    label: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Row]:
@@ -45,13 +56,99 @@ class Table:
             stem = Path(file.stem) if file.suffix == ".gz" else file
             begins = text.lstrip()[:1]
             if stem.suffix not in LINES:
-                yield from _delimited(file, text, self.wanted)
+                yield from self._delimited(file, text)
             elif begins == "[":
                 yield from _listed(file, text)
             elif begins == "{" and '"annotations"' in text and '"categories"' in text:
                 yield from _coco(file, text)
+            elif begins == "{" and (pairs := self._label_by_name(text)):
+                yield from pairs
             else:
                 yield from _json_lines(file, text)
+
+    def _label_by_name(self, text: str) -> list[Row]:
+        """The rows of one JSON object with a label for each picture's name, ``{"a.jpg": "good"}``; none for anything else."""
+        image = [name for name in self.wanted if name != self.label]
+        if self.label is None or len(image) != 1:
+            return []
+        try:
+            labels = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(labels, dict) or {*self.wanted} & {*labels} or not all(PurePosixPath(name).suffix.lower() in SUFFIXES for name in labels):
+            return []
+        return [(f"{self.files}: {name!r}", {image[0]: name, self.label: label}) for name, label in labels.items()]
+
+    def _delimited(self, file: Path, text: str) -> Iterator[Row]:
+        """CSV, TSV and what else has a heading. Any line break; the delimiter is the one that splits the wanted columns."""
+        wanted = self.wanted
+        lines = text.replace("\r\n", "\n").replace("\r", "\n")
+        first, _, rest = lines.partition("\n")
+        given = first.strip(' "')
+        skipped = 0
+        if given.lower().startswith("sep=") and len(given) == 5:  # Excel's line that names the delimiter
+            delimiter, lines, skipped = given[4], rest, 1
+        else:
+            delimiter = _delimiter(first, wanted)
+        try:
+            reader = csv.reader(io.StringIO(lines), delimiter=delimiter, skipinitialspace=True)
+            header = [name.strip() for name in next(reader, [])]
+            if not any(header):
+                raise DataError(f"{file}: its first line is empty; it must name the columns.")
+            if repeated := [name for name in wanted if header.count(name) > 1]:
+                raise DataError(f"{file}: several columns are called {repeated[0]!r}. Rename or remove one.")
+            missing = [name for name in wanted if name not in header]
+            rows = self._rows(file, reader, header, skipped)
+            if missing == [self.label] and len(classes := [n for n in header if n and n not in wanted]) > 1:
+                head = next(rows, None)
+                if head is not None and all(_flag(head[1].get(name)) is not None for name in classes):
+                    self.notes.append(f"{file}: no column {self.label!r}; each of {first_names(classes)} is read as a class, with 1 for its pictures")
+                    yield from self._one_of(classes, chain([head], rows))
+                    return
+            if missing:
+                near = ", ".join(f"{name!r}{did_you_mean(name, header)}" for name in missing)
+                pictures = any(PurePosixPath(name).suffix.lower() in SUFFIXES for name in header)
+                remedy = "Its first line is a picture, and must name the columns." if pictures else "Set `columns` in the recipe."
+                raise DataError(f"{file}: no column {near}; there are {first_names([repr(name) for name in header], COLUMNS)}. {remedy}")
+            yield from rows
+        except csv.Error as error:
+            raise DataError(f"{file}, line {reader.line_num + skipped}: not a table that can be read ({error}); is a quote not closed?") from error
+
+    def _rows(self, file: Path, reader: Any, header: Sequence[str], skipped: int) -> Iterator[Row]:
+        """The rows of a table under its heading. skipped: lines before it. Raises csv.Error."""
+        for cells in reader:
+            inside = sum(cell.count("\n") for cell in cells)
+            origin = f"{file}, line {reader.line_num - inside + skipped}"
+            if not any(map(str.strip, cells)):  # a spreadsheet's empty row
+                continue
+            while len(cells) > len(header) and not cells[-1].strip():
+                cells.pop()
+            row = dict(zip(header, cells, strict=False))
+            if any("\n" in str(row.get(name)) for name in self.wanted):
+                yield origin, {FAULT: f"a quote that is not closed: the row runs to line {reader.line_num + skipped}"}
+            elif len(cells) != len(header):
+                yield origin, {FAULT: f"{len(header)} columns are expected ({', '.join(header)}), this line has {len(cells)}"}
+            else:
+                yield origin, row
+
+    def _one_of(self, classes: Sequence[str], rows: Iterable[Row]) -> Iterator[Row]:
+        """Rows with one column a class -> rows with the class in ``label``. In those without one class, LEFT_OUT says why."""
+        assert self.label is not None
+        for origin, row in rows:
+            if FAULT in row:
+                yield origin, row
+                continue
+            wrong = next((name for name in classes if _flag(row.get(name)) is None), None)
+            if wrong is not None:
+                yield origin, {FAULT: f"{row.get(wrong)!r} in column {wrong!r} is neither 0 nor 1"}
+                continue
+            own = [name for name in classes if _flag(row.get(name))]
+            yield origin, {**row, self.label: own[0]} if len(own) == 1 else {**row, LEFT_OUT: SEVERAL if own else NO_CLASS}
+
+
+def _flag(cell: Any) -> bool | None:
+    """Whether a cell is 1, or 0; None for anything else."""
+    return {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}.get(str(cell).strip().lower())
 
 
 def value(row: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -74,41 +171,6 @@ def values(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
 def is_empty(cell: Any) -> bool:
     """Whether a cell has no value: nothing, blanks, null, or NaN."""
     return cell is None or (isinstance(cell, float) and math.isnan(cell)) or str(cell).strip().lower() in NO_VALUE
-
-
-def _delimited(file: Path, text: str, wanted: Sequence[str]) -> Iterator[Row]:
-    """CSV, TSV and what else has a heading. Any line break; the delimiter is the one that splits the wanted columns."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    first, _, rest = lines.partition("\n")
-    given = first.strip(' "')
-    skipped = 0
-    if given.lower().startswith("sep=") and len(given) == 5:  # Excel's line that names the delimiter
-        delimiter, lines, skipped = given[4], rest, 1
-    else:
-        delimiter = _delimiter(first, wanted)
-    try:
-        reader = csv.reader(io.StringIO(lines), delimiter=delimiter, skipinitialspace=True)
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in wanted if name not in header]
-        if missing:
-            near = ", ".join(f"{name!r}{did_you_mean(name, header)}" for name in missing)
-            raise DataError(f"{file}: no column {near}; there are {', '.join(map(repr, header))}. Set `columns` in the recipe.")
-        for cells in reader:
-            inside = sum(cell.count("\n") for cell in cells)
-            origin = f"{file}, line {reader.line_num - inside + skipped}"
-            if not any(map(str.strip, cells)):  # a spreadsheet's empty row
-                continue
-            while len(cells) > len(header) and not cells[-1].strip():
-                cells.pop()
-            row = dict(zip(header, cells, strict=False))
-            if any("\n" in str(row.get(name)) for name in wanted):
-                yield origin, {FAULT: f"a quote that is not closed: the row runs to line {reader.line_num + skipped}"}
-            elif len(cells) != len(header):
-                yield origin, {FAULT: f"{len(header)} columns are expected ({', '.join(header)}), this line has {len(cells)}"}
-            else:
-                yield origin, row
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num + skipped}: not a table that can be read ({error}); is a quote not closed?") from error
 
 
 def _delimiter(heading: str, wanted: Sequence[str]) -> str:

@@ -124,7 +124,7 @@ class Tree:
         """Names of the folders directly below ``under`` that have a file at any depth. On disk, empty folders too."""
         names = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
         if not self.archive and (self.root / under).is_dir():
-            names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
+            names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not _is_hidden(p.name)}
         return sorted(names)
 
     def within(self, folder: str) -> list[str]:
@@ -186,7 +186,7 @@ class Tree:
                 listing.dangling[nfc(name)] = f"itself ({error.strerror})"
                 continue
             if is_folder:
-                if not entry.name.startswith("."):
+                if not _is_hidden(entry.name):
                     self._walk(Path(entry.path), f"{name}/", above | {real}, listing, names)
             elif is_file:
                 names.append((nfc(name), name))
@@ -194,8 +194,12 @@ class Tree:
                 listing.dangling[nfc(name)] = str(Path(entry.path).readlink())
 
 
+# Folders that systems add: a Mac's in archives, a Synology's with thumbnails, and those of recycled files
+OF_SYSTEMS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
+
+
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(part.startswith(".") or part.lower() in OF_SYSTEMS for part in name.split("/"))
 
 
 def relative_name(root: Path, name: str) -> str:
