@@ -91,6 +91,7 @@ def encode(picture: Picture) -> tuple[bytes, str]:
     the API would refuse the PNG for its size. Raises DataError.
     """
     image = read_image(picture)
+    image.info.clear()  # Pillow would write a file's comment and profile into the new file
     buffer = io.BytesIO()
     if tables := _jpeg_tables(picture.data or b""):
         try:
