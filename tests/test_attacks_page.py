@@ -5,6 +5,7 @@ docs/security.md, "The page", makes the promises; each has its test here.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -124,8 +125,12 @@ def serving_page(base: Path, folder: Path, keys: Path | None = None) -> Iterator
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    app = with_page(Service(engine, store, timeout=60), read_keys(keys) if keys else None, url, scratch)
-    page = app.routes[-1].app.app.get_blocks()  # type: ignore[attr-defined]
+
+    async def make() -> Any:
+        return with_page(Service(engine, store, timeout=60), read_keys(keys) if keys else None, url, scratch)
+
+    app = asyncio.run(make())  # without a running loop Gradio makes several, and closes none
+    page = app.routes[-1].app.app.get_blocks()
     functions = {str(function.name): number for number, function in page.fns.items()}
     with live.running(app, port, timeout_graceful_shutdown=1):
         yield Server(url, scratch, store, functions)

@@ -30,6 +30,7 @@ READ = re.compile(
     rf"{API}/(info|startup-events|theme\.css|app_id|queue/data|heartbeat/[^/]+)"
 )
 WRITTEN = frozenset({f"{API}/queue/join", f"{API}/cancel", f"{API}/reset"})  # their bodies are JSON
+WITHOUT_QUERY = frozenset({"/", "/config"})  # Gradio would open the file of a stored link that the query names
 OWNED = ("session_hash", "event_id")  # names in a request that belong to one visitor
 MAX_BODY = 2**20  # bytes of JSON: fields and paths of photos
 MAX_LOGIN = 4096
@@ -91,6 +92,8 @@ class Guard:
         window = path.rpartition("/")[2] if "/heartbeat/" in path else window
         if window is not None and not self.visitors.owns(visitor, window):
             return _error(403, "this browser window is another visitor's.")
+        if path in WITHOUT_QUERY:
+            scope = {**scope, "query_string": b""}
         await self.app(scope, receive, _page_headers(send))
         return None
 

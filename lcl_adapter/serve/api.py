@@ -128,7 +128,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.add_middleware(RequestMetrics, metrics=metrics)
     app.add_middleware(AccessControl, limit=body_limit, keys=keys, page=page)
-    app.add_middleware(OwnPagesOnly)
+    app.add_middleware(OwnPagesOnly, with_keys=keys is not None)
 
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         status, body, headers = error_response(error)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lcl_adapter.serve.middleware import error_body
+from lcl_adapter.serve.middleware import API_PATHS, error_body
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})  # they change nothing
 DOCUMENTS = frozenset({"/", "/docs"})  # a link of another page may lead to them
@@ -45,8 +45,11 @@ def is_encrypted(scope: Scope) -> bool:
     return scope["scheme"] == "https" or forwarded == "https" or headers.get("origin", "").startswith("https://")
 
 
-def refusal(scope: Scope) -> str | None:
-    """Why a request is refused; None: it is no other web page's."""
+def refusal(scope: Scope, with_keys: bool = False) -> str | None:
+    """Why a request is refused; None: it is no other web page's.
+
+    with_keys: the API's routes need a key, which no form can send; so they say that it is missing.
+    """
     headers, method = Headers(scope=scope), scope["method"]
     site = headers.get("sec-fetch-site", "").lower()
     origins = headers.getlist("origin")
@@ -59,7 +62,8 @@ def refusal(scope: Scope) -> str | None:
             return "this server answers no request of another web page."
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     proven = own or site == "same-origin" or content_type not in FORM_TYPES or any(name in headers for name in SCRIPT_HEADERS)
-    if method == "POST" and not proven:
+    needs_key = with_keys and scope["path"].startswith(API_PATHS)
+    if method == "POST" and not proven and not needs_key:
         return "send `Content-Type: application/json`, `X-Requested-With` or `Authorization`, which a form of another web page cannot send."
     return None
 
@@ -88,8 +92,8 @@ def _with_port(address: str, scheme: str) -> tuple[str, str]:
 class OwnPagesOnly:
     """Refuses what other web pages send, and writes the headers of every answer. Plain ASGI, around the whole app."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, with_keys: bool) -> None:
+        self.app, self.with_keys = app, with_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # nothing here has one, and a browser opens one to any address
@@ -111,7 +115,7 @@ class OwnPagesOnly:
                     headers[name] = value
             await send(message)
 
-        reason = refusal(scope)
+        reason = refusal(scope, self.with_keys)
         if reason is None:
             await self.app(scope, receive, guarded_send)
             return
