@@ -3,6 +3,7 @@
 server        loads the model and listens
 api           the routes
 middleware    access, body size and timing, before a route runs
+origins       no other web page reaches the server
 keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
 classification, decisions    requests for judgements and for typed decisions

@@ -30,6 +30,7 @@ from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededErr
 from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
+from lcl_adapter.serve.origins import OwnPagesOnly
 from lcl_adapter.serve.service import Service, summary
 from lcl_adapter.serve.store import StoredSet
 
@@ -129,6 +130,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.add_middleware(RequestMetrics, metrics=metrics)
     app.add_middleware(AccessControl, limit=body_limit, keys=keys, page=page)
+    app.add_middleware(OwnPagesOnly, with_keys=keys is not None)
 
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         status, body, headers = error_response(error)
