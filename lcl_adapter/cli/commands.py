@@ -175,14 +175,14 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     options: those of ``lcl_adapter.checkpoints.merge.merge``.
     """
     result = merging.merge(run, out, **options)
-    _print_merge(result, out)
+    _print_merge(result, str(out))
     return result
 
 
-def _print_merge(result: dict[str, Any], out: Path) -> None:
+def _print_merge(result: dict[str, Any], name: str) -> None:
     """How far the merged weights and answers are from the adapter's."""
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
-    results().print(f"{out}: {written}", highlight=False)
+    results().print(f"{name}: {written}", highlight=False, markup=False)
     share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
     results().print(
         f"{result['weights_checked']} changed weights: no element is further than rounding from base plus adapter; "
@@ -267,7 +267,7 @@ def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, **o
     """
     result = exchange.export_for_llama_cpp(source, out, base, **options)
     if result["merge"] is not None:
-        _print_merge(result["merge"], source)
+        _print_merge(result["merge"], f"{source}, merged")
     results().print(
         f"{out}: {result['bytes'] / 1e9:.2f} GB, all {result['tensors_equal']} tensors read again and equal; {out / 'README.md'} has the commands "
         "for llama.cpp and Ollama",
