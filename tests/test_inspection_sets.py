@@ -93,6 +93,51 @@ def test_a_kind_without_masks_is_kept_and_a_photo_without_one_is_a_fault(tmp_pat
         read_mvtec(root)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    ["part/{}/hole/000_mask.png", "part/{}/hole/000_gt.png", "part/{}/hole_mask/000.png", "part/{}/hole_masks/000_mask.png", "part/{}/masks/000.png"],
+)
+@pytest.mark.parametrize("test", ["test", ""])
+def test_masks_beside_photos_are_no_photos(tmp_path: Path, mask: str, test: str) -> None:
+    """They would be defective parts, or a kind of defect of their own."""
+    photos = PHOTOS if test else ("part/good/0.png", "part/good/1.png", "part/hole/000.png")
+    name = mask.format(test).replace("//", "/")
+    root = tree(tmp_path / "set", *photos)
+    values = np.zeros((64, 64), np.uint8)
+    values[16:32, 8:24] = 255
+    (root / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(values).save(root / name)
+    [part] = read_mvtec(root).categories
+    assert {kind: [s.picture.path.name for s in own] for kind, own in part.defects.items()} == {"hole": ["000.png"]}
+    box = region_box(part.defects["hole"][0].region)
+    assert (box.x0, box.x1) == (8 / 64, 24 / 64)
+    tree(root, f"part/{test}/hole/001.png".replace("//", "/"))
+    with pytest.raises(DataError, match=r"001\.png has no mask, but others of its kind have one"):
+        read_mvtec(root)
+
+
+def test_masks_of_good_photos_are_no_good_photos(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set", *PHOTOS, "part/test/good/0_mask.png", "part/test/cut_mask/0.png")
+    [part] = read_mvtec(root).categories
+    assert [s.picture.path.name for s in part.good] == ["0.png"]
+    assert sorted(part.defects) == ["cut mask", "hole"], "without a folder `cut`, it is a kind"
+
+
+def test_two_categories_of_one_name(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set", *(name.replace("part", form) for form in ("metal nut", "metal_nut") for name in PHOTOS))
+    with pytest.raises(DataError, match="'metal nut', 'metal_nut' are one category; join or rename them"):
+        read_mvtec(root)
+
+
+def test_where_categories_may_be_instead(tmp_path: Path) -> None:
+    tree(tmp_path / "outer", *(f"mvtec_ad/{name}" for name in PHOTOS))
+    with pytest.raises(DataError, match=f"deeper: give {tmp_path / 'outer' / 'mvtec_ad'}"):
+        read_mvtec(tmp_path / "outer")
+    tree(tmp_path / "case", *(name.replace("train", "Train").replace("test", "Test") for name in PHOTOS))
+    with pytest.raises(DataError, match="A folder is called 'Test': rename it to 'test'"):
+        read_mvtec(tmp_path / "case")
+
+
 def test_visa_as_mvtec_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="use `type: visa`"):
         read_mvtec(tree(tmp_path / "VisA", "pcb/Data/Images/Normal/0.png"))

@@ -33,7 +33,8 @@ LOOKS_GOOD = frozenset({"good", "ok", "okay", "normal", "pass", "passed", "fine"
 TESTS = ("test", "test_public")
 TRAININGS = ("train", "validation")
 MASKS = "ground_truth"
-MASK_ENDS = ("_mask", "_gt", "_label")
+MASK_ENDS = ("_mask", "_gt", "_label")  # of files
+MASK_FOLDERS = ("masks", "mask", "gt")  # beside the folders of photos: alone, or behind a kind's name
 DEFECTIVE_TRAINING = "defective training photo"
 VISA_SPLIT = "split_csv/1cls.csv"
 VISA_NORMAL, VISA_ANOMALY, VISA_MASKS = "Data/Images/Normal/", "Data/Images/Anomaly/", "Data/Masks/Anomaly/"
@@ -119,6 +120,13 @@ def read_mvtec(
         )
     categories = []
     skipped: dict[str, int] = {}
+    by_name: dict[str, list[str]] = {}
+    for category in sorted(prefixes):
+        by_name.setdefault(spaced(category), []).append(category)
+    same = [", ".join(map(repr, folders)) for folders in by_name.values() if len(folders) > 1]
+    faults += [
+        Fault("two names that are one", f"{root}: an underscore is a space, so {listed} are one category; join or rename them") for listed in same
+    ]
     for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root):
         reader = _Category(tree, prefixes[category], tuple(good))
         part = reader.read()
@@ -150,6 +158,17 @@ def _hint(tree: Tree) -> str:
     """What a tree without a category may be instead."""
     if any("/Data/Images/" in name for name in tree.files):
         return " This looks like VisA as it is published: use `type: visa`."
+    deeper = next((n.split("/test/")[0] for n in tree.files if "/test/" in n), None)
+    if deeper is not None and "/" in deeper:
+        inner = PurePosixPath(deeper).parent
+        return (
+            f" There are categories deeper: unpack it, and give {inner}."
+            if tree.archive
+            else f" There are categories deeper: give {tree.root / inner}."
+        )
+    other = next((part for n in tree.files for part in n.split("/")[:-1] if part.lower() in {*TESTS, *TRAININGS} and part != part.lower()), None)
+    if other is not None:
+        return f" A folder is called {other!r}: rename it to {other.lower()!r}, and others alike."
     return ""
 
 
@@ -172,6 +191,8 @@ class _Category:
         inside = self.tree.folders(self.prefix)
         test = next((f"{self.prefix}{folder}/" for folder in TESTS if folder in inside), self.prefix)
         kinds = [kind for kind in self.tree.folders(test) if kind not in {*TRAININGS, MASKS}]
+        folders_of = _mask_folders(kinds)
+        kinds = [kind for kind in kinds if kind not in folders_of.values()]
         named_good = [kind for kind in kinds if kind not in self.good and _looks_good(kind)]
         if named_good:
             remedy = f"set `good: [{', '.join(dict.fromkeys((*self.good, *named_good)))}]`"
@@ -183,13 +204,15 @@ class _Category:
         good: list[str] = []
         defects: dict[str, tuple[Specimen, ...]] = {}
         for kind in kinds:
-            names = _images(self.tree, f"{test}{kind}/")
+            names, masks = _with_masks(_images(self.tree, f"{test}{kind}/"))
             if not names:
                 self.faults.append(Fault("empty defect folder", f"{self.tree.root}: {test}{kind} has no images: add some or remove the folder"))
             elif kind in self.good:
                 good += names
             else:
-                defects[spaced(kind)] = tuple(self._defective(test, kind, names))
+                folder = folders_of.get(kind, folders_of.get("")) if not masks else None
+                masks = masks or (self._masks(f"{test}{folder}/") if folder else {})
+                defects[spaced(kind)] = tuple(self._defective(test, kind, names, masks))
         if test == self.prefix:  # without a division into training and test photos
             references, good = good[::2], good[1::2]
         if not references:
@@ -212,20 +235,23 @@ class _Category:
                 self.skipped[DEFECTIVE_TRAINING] = self.skipped.get(DEFECTIVE_TRAINING, 0) + len(own)
         return names
 
-    def _defective(self, test: str, kind: str, names: Sequence[str]) -> list[Specimen]:
-        """The photos of one kind of defect. Without any mask they can be used too, but not to locate defects."""
+    def _defective(self, test: str, kind: str, names: Sequence[str], beside: dict[str, list[str]]) -> list[Specimen]:
+        """The photos of one kind of defect. Without any mask they can be used too, but not to locate defects.
+
+        beside: a photo's stem -> its masks, where they are not in ``ground_truth``.
+        """
         roots = [root for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/") if kind in self.tree.folders(root)]
-        if not roots:
+        if not roots and not beside:
             if any(self.tree.folders(root) for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/")):
                 self.notes.append(f"{self.tree.root}: {test}{kind} has no masks: it is used for good or defective, and not to locate defects")
             return [Specimen(self.tree.picture(name), spaced(kind)) for name in names]
-        masks_of = self._masks(f"{roots[0]}{kind}/")
+        masks_of = self._masks(f"{roots[0]}{kind}/") if roots else beside
         specimens = []
         for name in names:
             masks = masks_of.get(PurePosixPath(name).stem, [])
             if not masks:
-                expected = f"{roots[0]}{kind}/{PurePosixPath(name).stem}_mask.png"
-                self.faults.append(Fault("missing mask", f"{self.tree.root}: {name} has no mask {expected}"))
+                expected = f" {roots[0]}{kind}/{PurePosixPath(name).stem}_mask.png" if roots else ", but others of its kind have one"
+                self.faults.append(Fault("missing mask", f"{self.tree.root}: {name} has no mask{expected}"))
                 continue
             first, *others = map(self.tree.picture, masks)
             specimens.append(Specimen(self.tree.picture(name), spaced(kind), first, tuple(others)))
@@ -242,6 +268,33 @@ class _Category:
         for stem in self.tree.folders(folder):
             masks.setdefault(stem, []).extend(_images(self.tree, f"{folder}{stem}/"))
         return masks
+
+
+def _with_masks(names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The photos among the files of a folder, and by their stems the masks that lie beside them, ``000_mask.png``."""
+    stems = {PurePosixPath(name).stem for name in names}
+    photos: list[str] = []
+    masks: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, _ = PurePosixPath(name).stem.rpartition("_")
+        if stem in stems and PurePosixPath(name).stem.endswith(MASK_ENDS):
+            masks.setdefault(stem, []).append(name)
+        else:
+            photos.append(name)
+    return photos, masks
+
+
+def _mask_folders(kinds: Sequence[str]) -> dict[str, str]:
+    """Kind of defect -> the folder of its masks, among the folders of photos: ``hole_mask``. A folder ``masks`` is of every kind, "".
+
+    A folder ``hole_mask`` without a ``hole`` is a kind of its own.
+    """
+    folders: dict[str, str] = {}
+    for folder in kinds:
+        kind, _, end = folder.rpartition("_")
+        if end.lower() in MASK_FOLDERS and (kind in kinds or not kind):
+            folders[kind] = folder
+    return folders
 
 
 def read_visa(
