@@ -15,7 +15,6 @@ import secrets
 import shutil
 import socket
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,11 +23,11 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError
 
+from lcl_adapter import reading
 from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
 STALE = 24 * 3600  # seconds after which a partial of an unknown machine's process is removed
-DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # marks, as Unicode names their classes
 LONGEST = 40  # characters of the target's name in a partial's; a file system allows 255 bytes
 
 
@@ -158,25 +157,13 @@ def replaced_folder(path: Path, is_earlier: Callable[[Path], bool]) -> Iterator[
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-def printable(text: str) -> str:
-    """A file's name as people and UTF-8 files can have it.
-
-    Bytes that are not UTF-8, control characters, and marks that reverse the direction of writing become escapes.
-    """
-    return "".join(ascii(character)[1:-1] if _hidden(character) else character for character in text)
-
-
-def _hidden(character: str) -> bool:
-    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or unicodedata.bidirectional(character) in DIRECTIONS
-
-
 PLAN = "plan.json"
 
 
 def _saved_plan(partial: Path) -> Any:
     """The plan of a partial folder; None where it has none that can be read."""
     try:
-        return json.loads((partial / PLAN).read_text(encoding="utf-8"))
+        return reading.read_json(partial / PLAN)
     except (OSError, ValueError):
         return None
 
@@ -268,12 +255,40 @@ def sha256_of(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises FileNotFoundError; ValueError where it is no JSON or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = reading.read_json(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise ValueError(f"{path.name} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return value
+
+
+def read_result(path: Path) -> Any:
+    """The value in a JSON file of a run's folder. Raises RunError where it cannot be read."""
+    try:
+        return reading.read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSON Lines file of a run that hold an object, each with its value. Raises RunError."""
+    lines = []
+    try:
+        for line in reading.read_text(path, reading.MAX_TEXT).split("\n"):
+            try:
+                value = reading.parse_json(line)
+            except ValueError:  # the end of a run that was killed
+                continue
+            if isinstance(value, dict):
+                lines.append((line, value))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    return lines
 
 
 def disk_is_full(error: BaseException) -> bool:

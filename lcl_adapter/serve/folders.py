@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcl_adapter import reading
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import read_class_folders
 from lcl_adapter.data.sources.base import remarks
@@ -40,8 +41,7 @@ def write(out: Path, name: str, version: int, question: str | None, examples: Se
     entries = []
     with whole_folder(out) as partial:
         for number, (label, data) in enumerate(examples):
-            suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0].replace("jpeg", "jpg")
-            file = Path(label_folders[label]) / f"{number:03d}.{suffix}"
+            file = Path(label_folders[label]) / f"{number:03d}{api_types.suffix(data)}"
             (partial / file).parent.mkdir(exist_ok=True)
             (partial / file).write_bytes(data)
             entries.append({"label": label, "file": str(file)})
@@ -82,7 +82,7 @@ def read(source: Path) -> SetFolder:
         total += path.stat().st_size
         if total > MAX_BYTES:
             raise DataError(f"{index}: its photos have more than {MAX_BYTES >> 20} MiB.")
-        examples.append((label, _checked(path.read_bytes(), str(path))))
+        examples.append((label, _checked(reading.read_bytes(path, MAX_BYTES), str(path))))
     name, question = fields.get("name"), fields.get("question")
     return SetFolder(None if name is None else str(name), None if question is None else str(question), tuple(examples))
 

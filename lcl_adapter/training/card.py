@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import InspectionPool
 from lcl_adapter.data.sources.base import names_of
+from lcl_adapter.files import read_result
 from lcl_adapter.terminal import console
 from lcl_adapter.training.lengths import Rows
 
@@ -45,7 +45,7 @@ class Tally:
 
         Its faults and sources continue in the first process only, so that they count once.
         """
-        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        saved = read_result(checkpoint / PROGRESS)
         earlier = {name: saved[name] for name in ("seconds", "shown", "computed")}
         return cls(earlier, Counter(saved["faults"]), saved["sources"]) if processes.is_first() else cls(earlier)
 

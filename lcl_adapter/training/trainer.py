@@ -11,7 +11,6 @@ Shapes: B rows, T tokens of a row, L learned tokens of the batch, V words of the
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,7 +34,7 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import RunError
-from lcl_adapter.files import disk_is_full, write_json
+from lcl_adapter.files import disk_is_full, read_result, write_json
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.terminal import console
@@ -400,7 +399,7 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
             f"{recipe.output}: the run started with other values of {', '.join(changed)} (its recipe.yaml has them). "
             "Use the same values, or another output=…."
         )
-    hashes = json.loads((recipe.output / DATA).read_text(encoding="utf-8"))
+    hashes = read_result(recipe.output / DATA)
     changed_sources = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
     if changed_sources:
         names = ", ".join(changed_sources)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
 from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
@@ -13,6 +13,7 @@ from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.reading import brief
 from lcl_adapter.recipe.sources import ClassReader
 
 NEIGHBOURS = "neighbours.json"
@@ -160,14 +161,14 @@ def neighbours(tree: Tree) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[
         return {}, {}
     where = f"{tree.root}: {NEIGHBOURS}"
     try:
-        raw = json.loads(tree.text(NEIGHBOURS).text)
+        raw = reading.parse_json(tree.text(NEIGHBOURS).text)
         ranked = raw.pop("ranked", {}) if isinstance(raw.get("ranked"), dict) else {}
         if any(isinstance(members, str) for members in (*raw.values(), *ranked.values())):
             raise TypeError("a list of classes is expected")
         groups: dict[str, tuple[str, ...]] = {nfc(member): (nfc(str(group)),) for group, members in raw.items() for member in members}
         return groups, {nfc(class_name): tuple(nfc(str(name)) for name in nearest) for class_name, nearest in ranked.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f'{where}: neither {{"group": ["class", ...]}} nor {{"ranked": {{"class": ["nearest", ...]}}}} ({error}).') from error
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f'{where}: neither {{"group": ["class", ...]}} nor {{"ranked": {{"class": ["nearest", ...]}}}} ({brief(error)}).') from error
 
 
 def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
@@ -181,13 +182,13 @@ def _boxes(tree: Tree) -> tuple[dict[str, PixelBox], list[Fault]]:
             continue
         where = f"{tree.root}: {BOXES}, line {number}"
         try:
-            record = json.loads(line)
+            record = reading.parse_json(line)
             image, box = record["image"], record["bbox"]
         except (ValueError, KeyError, TypeError) as error:
-            faults.append(Fault("broken line", f'{where}: not of the form {{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}} ({error})'))
+            faults.append(Fault("broken line", f'{where}: not of the form {{"image": "class/a.jpg", "bbox": [x0, y0, x1, y1]}} ({brief(error)})'))
             continue
         if image not in tree:
-            faults.append(Fault("missing image", f"{where}: no image {image!r}"))
+            faults.append(Fault("missing image", f"{where}: no image {brief(image)!r}"))
             continue
         try:
             boxes[nfc(PurePosixPath(image).as_posix())] = pixel_box(box)
