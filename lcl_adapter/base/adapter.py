@@ -30,7 +30,7 @@ from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
-from lcl_adapter.files import PARTIAL, read_object, scratch_folder, sha256_of, write_json
+from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
 from lcl_adapter.recipe.schema import Precision
 
@@ -211,7 +211,7 @@ def claim_run_folder(folder: Path, resume: bool) -> None:
         raise RunError(f"{folder}: nothing to resume, no run was started in it. Remove `resume=true`.")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: a file, not a folder. Choose another with output=….")
-    if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith(PARTIAL)):
+    if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith((PARTIAL, LOCK))):
         raise RunError(f"{folder}: exists already. Choose another with output=…, resume it with resume=true, or remove it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.evaluate.runner import count_of
-from lcl_adapter.files import read_result, write_text
+from lcl_adapter.files import read_result, read_settings, write_text
 from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
 
 
@@ -26,7 +26,7 @@ def write_card(run: Path) -> Path:
         "PEFT needs the base in Hugging Face's layout: `lcl-adapter convert` writes it from the original one.",
         _training(manifest) if "training_seconds" in manifest else "",
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in manifest["libraries"].items()),
-        "## Recipe\n\n```yaml\n" + (run / "recipe.yaml").read_text(encoding="utf-8").strip() + "\n```",
+        "## Recipe\n\n```yaml\n" + read_settings(run / "recipe.yaml").strip() + "\n```",
     ]
     write_text(run / "README.md", "\n\n".join(s for s in sections if s) + "\n")
     return run / "README.md"

@@ -12,7 +12,8 @@ Shapes: B rows, T tokens of a row, L learned tokens of the batch, V words of the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import RunError
-from lcl_adapter.files import disk_is_full, read_result, write_json
+from lcl_adapter.files import disk_is_full, only_writer, read_result, write_json
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.terminal import console
@@ -276,7 +277,9 @@ def train(
         with Trackers(recipe) as trackers:
             return train(recipe, resume, make_callback, mixture, trackers)
     try:
-        return _train(recipe, resume, make_callback, mixture, trackers)
+        processes.join()
+        with claimed(recipe.output):
+            return _train(recipe, resume, make_callback, mixture, trackers)
     finally:
         devices.release_memory()  # the trainer's hooks in the model form a cycle with it
 
@@ -284,7 +287,6 @@ def train(
 def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, mixture: Mixture | None, trackers: Trackers) -> dict[str, Any]:
     output, options = recipe.output, recipe.train
     sharding.refuse_unsupported(recipe)
-    processes.join()
     console.quiet = not processes.is_first()
     _in_first_process(lambda: adapter.claim_run_folder(output, resume))
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -363,6 +365,17 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
         adapter.save_adapter(base, output, recipe.base, facts, state)
     processes.barrier()
     return facts
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Inside the block, no other command writes the run's folder. It is entered by all processes of the training.
+
+    Raises RunError where another command writes it, with who that is.
+    """
+    with ExitStack() as stack:
+        _in_first_process(lambda: stack.enter_context(only_writer(output, again=True)))
+        yield
 
 
 def _save_start(recipe: Recipe, mixture: Mixture) -> None:

@@ -303,7 +303,7 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
     for number, annotation in enumerate(annotations, 1):
         origin = f"{file}: annotation {number}"
         if not isinstance(annotation, dict) or _is_deep(annotation):
-            yield origin, {FAULT: brief(annotation) if isinstance(annotation, DataError) else "not a JSON object of an annotation"}
+            yield origin, {FAULT: brief(annotation) if isinstance(annotation, DataError) else "not a JSON object"}
             continue
         category, image = annotation.get("category_id"), annotation.get("image_id")
         if _hashable(category) not in names or _hashable(image) not in paths:
