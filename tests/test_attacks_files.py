@@ -8,23 +8,30 @@ import gzip
 import io
 import json
 import os
+import pickle
 import re
 import resource
+import shutil
 import socket
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from pydantic import TypeAdapter
 
 from lcl_adapter import reading, recipe
+from lcl_adapter.base import adapter
 from lcl_adapter.base.model import load_base, load_encoder
 from lcl_adapter.cli import main
 from lcl_adapter.data.sources import Picture, open_reader, read_class_folders, read_image
@@ -32,9 +39,12 @@ from lcl_adapter.data.sources.boxes import stored_size
 from lcl_adapter.data.sources.manifest import read_manifest
 from lcl_adapter.data.sources.shards import expanded, members_of, read_shards
 from lcl_adapter.data.sources.text import read_text
-from lcl_adapter.errors import DataError, LclError, ModelError, RecipeError
+from lcl_adapter.errors import DataError, LclError, ModelError, RecipeError, RunError
+from lcl_adapter.files import only_writer
+from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.training import trainer
 from tests.conftest import paint
 from tests.tiny import save_tiny
 
@@ -465,11 +475,12 @@ LONG = "n" * 300
 
 @pytest.mark.parametrize("name", [LONG, "é" * 200, "~nouser-of-this-machine/photos", f"{'d/' * 3000}photo.png"])
 def test_names_that_no_file_can_have_are_refused_in_a_line(tmp_path: Path, photos: Path, pocket_tiny: Path, name: str) -> None:
+    photo = photos / "good" / "0.png"
     for arguments in (
         ("train", name), ("data", "check", name), ("recipes", "copy", "pocket", "--to", name if "~" not in name else tmp_path / LONG), ("inspect", name),
-        ("ask", name, photos / "good" / "0.png", "--base", pocket_tiny), ("ask", photos, name, "--base", pocket_tiny),
-        ("ask", photos, photos / "good" / "0.png", "--base", name), ("ask", photos, photos / "good" / "0.png", "--adapter", name),
-        ("ask", photos, photos / "good" / "0.png", "--base", pocket_tiny, "--out", name),
+        ("ask", name, photo, "--base", pocket_tiny), ("ask", photos, name, "--base", pocket_tiny),
+        ("ask", photos, photo, "--base", name), ("ask", photos, photo, "--adapter", name),
+        ("ask", photos, photo, "--base", pocket_tiny, "--out", name),
         ("support", "add", "set", name, "--store", tmp_path / "store"), ("support", "list", "--store", name),
         ("merge", name, "--out", tmp_path / "merged"), ("convert", pocket_tiny, name), ("eval", name),
         ("train", "pocket", f"output={name}"), ("train", "pocket", f"data.root={name}"), ("plan", "pocket", f"base={name}"),
@@ -560,3 +571,136 @@ def test_sizes_that_no_model_has_are_refused_before_one_is_made(tmp_path: Path, 
         assert reason in refused(*arguments)
     with pytest.raises(ModelError, match=re.escape(reason)):
         load_base(str(folder))
+
+
+# A run that is resumed
+
+
+class _Runs:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def small_run(base: Path, output: Path, **train: Any) -> Recipe:
+    options = {"max_steps": 2, "per_device_train_batch_size": 1, "save_steps": 1, "logging_steps": 1, **train}
+    lcl = {"type": "pocket", "shots": [1], "queries": 1, "share": 1}
+    return Recipe.model_validate({"base": str(base), "output": str(output), "adapter": {"rank": 2}, "sources": {"lcl": lcl}, "train": options})
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with a checkpoint of the first, as if it had been stopped before its end."""
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    trainer.train(small_run(tiny_folder("pocket"), output))
+    (output / "lcl_adapter.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-2")
+    return output
+
+
+def plain(value: Any) -> Callable[[Path], None]:
+    return lambda path: torch.save(value, path)
+
+
+SPOILT: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a pickle as the optimizer": ("optimizer.pt", lambda path: path.write_bytes(pickle.dumps(_Runs(path.parents[3] / "ran")))),
+    "a pickle as the schedule": ("scheduler.pt", plain({"x": _Runs(Path("ran"))})),
+    "a pickle as random states": ("rng_state.pth", plain({"python": _Runs(Path("ran"))})),
+    "no optimizer's state": ("optimizer.pt", plain({"a": torch.zeros(2)})),
+    "a list": ("optimizer.pt", plain([1, 2])),
+    "an optimizer of other weights": ("optimizer.pt", lambda path: torch.save(_with_moments(torch.load(path)), path)),
+    "text": ("scheduler.pt", lambda path: path.write_text("lr")),
+    "a schedule of other kinds": ("scheduler.pt", plain({"base_lrs": "x", "get_lr": 1})),
+    "an empty file": ("optimizer.pt", lambda path: path.write_bytes(b"")),
+    "a state of another step": ("trainer_state.json", lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": "x"}))),
+    "a state that is no object": ("trainer_state.json", lambda path: path.write_text("[" * 100_000)),
+    "no progress": ("progress.json", lambda path: path.write_text('{"seconds": []}')),
+    "weights that are text": ("adapter_model.safetensors", lambda path: path.write_text("weights")),
+    "a pipe": ("optimizer.pt", lambda path: (path.unlink(), os.mkfifo(path))[0]),  # type: ignore[func-returns-value]
+}
+
+
+def _with_moments(state: dict[str, Any]) -> dict[str, Any]:
+    for moments in state["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+    return state
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_checkpoint_that_is_not_what_a_training_wrote_ends_with_a_message(
+    stopped: Path, tmp_path: Path, pocket_tiny: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "run"
+    shutil.copytree(stopped, output)
+    text = (output / "recipe.yaml").read_text().replace(str(stopped), str(output))
+    (output / "recipe.yaml").write_text(text)
+    name, spoil = SPOILT[case]
+    spoil(output / "checkpoints" / "checkpoint-1" / name)
+    with pytest.raises(RunError) as caught:
+        trainer.train(small_run(pocket_tiny, output), resume=True)
+    assert "checkpoint-1" in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_an_untouched_checkpoint_is_resumed(stopped: Path, tmp_path: Path, pocket_tiny: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    assert trainer.train(small_run(pocket_tiny, tmp_path / "run"), resume=True)["training_seconds"] > 0
+
+
+# Two trainings into one folder
+
+TRAINS = """
+import sys
+from pathlib import Path
+from lcl_adapter.errors import RunError
+from lcl_adapter.training import trainer
+from tests.test_attacks_files import small_run
+try:
+    trainer.train(small_run(Path({base!r}), Path({output!r}), max_steps=3))
+except RunError as error:
+    print("refused:", error)
+else:
+    print("saved")
+"""
+
+
+def test_of_two_trainings_into_one_folder_one_is_refused_by_name(tmp_path: Path, pocket_tiny: Path) -> None:
+    """Started together, as two processes. On the same machine and in the same second, one of them has the folder."""
+    code = TRAINS.format(base=str(pocket_tiny), output=str(tmp_path / "run"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    printed = sorted(process.communicate(timeout=120)[0].strip() for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert printed[1] == "saved"
+    assert printed[0].startswith("refused:")
+    holder = re.search(r"another command is writing it: process (\d+) on \S+, since \d{4}-\d\d-\d\d", printed[0])
+    assert holder or "exists already" in printed[0]  # the later one began after the end of the earlier one
+    if holder:
+        assert int(holder[1]) in {process.pid for process in both}
+    assert adapter.read_manifest(tmp_path / "run")
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_run_that_is_written_is_not_evaluated_merged_or_trained(tmp_path: Path, stopped: Path, photos: Path, pocket_tiny: Path) -> None:
+    """The same for every folder that a command works for a while to fill."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+
+    def elsewhere(*arguments: object) -> str:
+        """In another thread: a thread may write more than once into what it has."""
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(refused, *arguments).result()
+
+    with only_writer(run):
+        assert f"process {os.getpid()} on" in elsewhere("eval", run)
+        assert f"process {os.getpid()} on" in elsewhere("train", run / "recipe.yaml", f"output={run}", "resume=true")
+    outs = {"merged": ("convert", pocket_tiny), "judged": ("ask", photos, photos / "good" / "0.png", "--base", pocket_tiny, "--out")}
+    for out, arguments in outs.items():
+        with only_writer(tmp_path / out):
+            assert f"process {os.getpid()} on" in elsewhere(*arguments, tmp_path / out)

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from datasets import Dataset
 from lcl_adapter import devices, processes
@@ -48,6 +48,7 @@ from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.losses import divergence, own_logits
 from lcl_adapter.training.options import check_options
 from lcl_adapter.training.replay import answer_prompts, has_prompts
+from lcl_adapter.training.resuming import ResumingTrainer, check_checkpoint
 from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
@@ -98,7 +99,7 @@ def sft_config(recipe: Recipe, steps: int) -> SFTConfig:
     return config
 
 
-class LclTrainer(SFTTrainer):
+class LclTrainer(ResumingTrainer):
     """SFTTrainer on episodes.
 
     ``collator`` reads the mixture by index; ``vision`` caches the frozen features; ``total`` rows are trained on.
@@ -329,6 +330,8 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
     if not processes.uses_deepspeed():
         trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
+    if checkpoint:
+        check_checkpoint(checkpoint)
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
     longest = max(rows.most(name) for name in rows.lengths)
 
@@ -413,6 +416,8 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
             "Use the same values, or another output=…."
         )
     hashes = read_result(recipe.output / DATA)
+    if not isinstance(hashes, dict):
+        raise RunError(f"{recipe.output / DATA}: not what a training wrote.")
     changed_sources = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
     if changed_sources:
         names = ", ".join(changed_sources)
