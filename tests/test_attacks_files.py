@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging.config
 import os
 import pickle
 import re
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +30,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from pydantic import TypeAdapter
+from rich.table import Table
 
-from lcl_adapter import reading, recipe
+from lcl_adapter import reading, recipe, terminal
 from lcl_adapter.base import adapter
 from lcl_adapter.base.model import load_base, load_encoder
 from lcl_adapter.cli import main
@@ -41,9 +45,12 @@ from lcl_adapter.data.sources.shards import expanded, members_of, read_shards
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.errors import DataError, LclError, ModelError, RecipeError, RunError
 from lcl_adapter.files import only_writer
+from lcl_adapter.page.photos import unpack
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import TaggedSource
+from lcl_adapter.serve import folders
 from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.store import Store
 from lcl_adapter.training import trainer
 from tests.conftest import paint
 from tests.tiny import save_tiny
@@ -477,7 +484,8 @@ LONG = "n" * 300
 def test_names_that_no_file_can_have_are_refused_in_a_line(tmp_path: Path, photos: Path, pocket_tiny: Path, name: str) -> None:
     photo = photos / "good" / "0.png"
     for arguments in (
-        ("train", name), ("data", "check", name), ("recipes", "copy", "pocket", "--to", name if "~" not in name else tmp_path / LONG), ("inspect", name),
+        ("train", name), ("data", "check", name), ("inspect", name),
+        ("recipes", "copy", "pocket", "--to", name if "~" not in name else tmp_path / LONG),
         ("ask", name, photo, "--base", pocket_tiny), ("ask", photos, name, "--base", pocket_tiny),
         ("ask", photos, photo, "--base", name), ("ask", photos, photo, "--adapter", name),
         ("ask", photos, photo, "--base", pocket_tiny, "--out", name),
@@ -659,6 +667,7 @@ TRAINS = """
 import sys
 from pathlib import Path
 from lcl_adapter.errors import RunError
+from lcl_adapter.serve.store import Store
 from lcl_adapter.training import trainer
 from tests.test_attacks_files import small_run
 try:
@@ -687,7 +696,9 @@ def test_of_two_trainings_into_one_folder_one_is_refused_by_name(tmp_path: Path,
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_a_run_that_is_written_is_not_evaluated_merged_or_trained(tmp_path: Path, stopped: Path, photos: Path, pocket_tiny: Path) -> None:
+def test_a_run_that_is_written_is_not_evaluated_merged_or_trained(
+    tmp_path: Path, stopped: Path, photos: Path, pocket_tiny: Path, tiny_folder: Callable[[str], Path]
+) -> None:
     """The same for every folder that a command works for a while to fill."""
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
@@ -700,7 +711,183 @@ def test_a_run_that_is_written_is_not_evaluated_merged_or_trained(tmp_path: Path
     with only_writer(run):
         assert f"process {os.getpid()} on" in elsewhere("eval", run)
         assert f"process {os.getpid()} on" in elsewhere("train", run / "recipe.yaml", f"output={run}", "resume=true")
-    outs = {"merged": ("convert", pocket_tiny), "judged": ("ask", photos, photos / "good" / "0.png", "--base", pocket_tiny, "--out")}
+    outs = {
+        "llava-merged": ("convert", tiny_folder("llava-1.5")),
+        "judged": ("ask", photos, photos / "good" / "0.png", "--base", pocket_tiny, "--out"),
+    }
     for out, arguments in outs.items():
         with only_writer(tmp_path / out):
             assert f"process {os.getpid()} on" in elsewhere(*arguments, tmp_path / out)
+
+
+# Sets by label
+
+
+LABELS = (
+    "label-1", "a/b", "a_b", "a\\b", "LABEL_2", "傷のある部品" * 30, "傷のある部品" * 29 + "も",
+    "__MACOSX", "CON", "NUL", "com1", "con.txt", "aux .png", "..", ".", ".hidden", "~",
+    "support-set.json", "neighbours.json", "boxes.jsonl", "good.", "a:b", 'a"b', "a|b?*<>",
+    "é" * 200, "train", "test", "한국어", "👩‍🔧",
+)  # fmt: skip
+
+
+def png(number: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 90, 200 - number)).save(data, "PNG")
+    return data.getvalue()
+
+
+def examples_of(labels: Sequence[str]) -> list[tuple[str, bytes]]:
+    return [(label, png(5 * number + k)) for number, label in enumerate(labels) for k in range(2)]
+
+
+def test_folders_of_labels_are_names_on_every_system(tmp_path: Path) -> None:
+    """Windows, a Mac and Linux; whatever the order of the labels."""
+    for labels in (LABELS, tuple(reversed(LABELS)), ("Straße", "STRASSE", "Ａ", "a", "e\u0301", "\u00e9")):
+        names = folders.folder_names(labels)
+        assert list(names) == list(labels)
+        assert len({unicodedata.normalize("NFKC", name).casefold() for name in names.values()}) == len(labels)
+        for name in names.values():
+            assert len(name.encode()) <= 100
+            assert not re.search(r'[\x00-\x1f/\\:*?"<>|]', name)
+            assert name == name.strip(" .")
+            assert not name.startswith((".", "__MACOSX"))
+            assert not re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)( *\..*)?", name.casefold())
+    assert folders.folder_names(["a_b", "good"]) == {"a_b": "a_b", "good": "good"}
+
+
+def test_labels_round_trip_through_export_import_and_the_pages_archive(tmp_path: Path) -> None:
+    """And `ask`, `support add` and training read the exported folder under the same labels."""
+    examples = examples_of(LABELS)
+    folders.write(tmp_path / "out", "parts", 3, "Which?", examples)
+    assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == len(LABELS)
+    assert list(folders.read(tmp_path / "out").examples) == examples
+    archive = Path(shutil.make_archive(str(tmp_path / "out"), "zip", tmp_path / "out"))  # as the page does
+    assert list(folders.read(unpack(archive, tmp_path / "in")).examples) == examples
+    pool = read_class_folders(tmp_path / "out")
+    assert {one.name for one in pool.classes} == set(LABELS)
+    assert {one.name for one in read_class_folders(archive).classes} == set(LABELS)
+    assert sorted(folders.read_photos(tmp_path / "out")) == sorted(examples)
+    names = folders.folder_names(LABELS)
+    by_label = {one.name: {p.path.parent.name for p in one.pictures} for one in pool.classes}
+    assert by_label == {label: {names[label]} for label in LABELS}
+
+
+def test_a_set_is_exported_and_imported_by_the_commands(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.put("local", "parts", examples_of(LABELS[:8]), "Which?")
+    store.close()
+    for arguments in (("export", "parts", tmp_path / "out"), ("import", tmp_path / "out", "--name", "again"), ("add", "photos", tmp_path / "out")):
+        assert run("support", *arguments, "--store", tmp_path / "store").exit_code == 0
+    store = Store(tmp_path / "store")
+    sets = {name: [e.label for e in store.get("local", name).examples] for name in ("parts", "again", "photos")}
+    store.close()
+    assert sets["again"] == sets["parts"] == [label for label in LABELS[:8] for _ in range(2)]
+    assert sorted(sets["photos"]) == sorted(sets["parts"])
+
+
+def test_exports_of_earlier_versions_are_imported(tmp_path: Path) -> None:
+    """One folder of two labels, as they wrote some; and a folder without an index."""
+    old = tmp_path / "old"
+    for number, (folder, name) in enumerate((("label-1", "0.png"), ("label-1", "1.png"), ("good", "2.png"))):
+        (old / folder).mkdir(parents=True, exist_ok=True)
+        (old / folder / name).write_bytes(png(number))
+    listed = [("label-1", "label-1/0.png"), ("a/b", "label-1/1.png"), ("good", "good/2.png")]
+    (old / "support-set.json").write_text(json.dumps({"name": "x", "examples": [{"label": label, "file": file} for label, file in listed]}))
+    assert [label for label, _ in folders.read(old).examples] == ["label-1", "a/b", "good"]
+    assert {one.name for one in read_class_folders(old).classes} == {"label-1", "good"}
+    (old / "support-set.json").unlink()
+    assert [label for label, _ in folders.read(old).examples] == ["good", "label-1", "label-1"]
+
+
+@pytest.mark.parametrize("file", ["../secret.png", "/etc/passwd", "good/none.png", "good", "x\0y", LONG, 7, None, ["a"]])
+def test_an_index_that_names_other_files_is_refused(tmp_path: Path, file: object) -> None:
+    folders.write(tmp_path / "out", "parts", 1, None, examples_of(["good", "bad"]))
+    (tmp_path / "secret.png").write_bytes(png(1))
+    index = tmp_path / "out" / "support-set.json"
+    fields = json.loads(index.read_text())
+    fields["examples"][0]["file"] = file
+    index.write_text(json.dumps(fields))
+    assert "support-set.json" in refused("support", "import", tmp_path / "out", "--store", tmp_path / "store")
+
+
+# What a terminal would obey
+
+
+NASTY = "a\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200f.png"
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
+
+
+def test_names_and_labels_are_shown_and_not_obeyed(tmp_path: Path, pocket_tiny: Path) -> None:
+    photos = tmp_path / "photos"
+    for number, label in enumerate(("good", NASTY.replace("]0;title\x07", ""))):
+        for k in range(2):
+            paint(photos / label / f"{k} {NASTY}", (90, 80, 70), seed=2 * number + k)
+    (photos / NASTY).write_text("loose")
+    (tmp_path / NASTY).write_bytes(b"no picture")
+    store = tmp_path / "store"
+    opened = Store(store)
+    opened.put("local", "old", [(NASTY, png(1)), ("b", png(2))], NASTY)  # of a version that allowed such labels
+    opened.close()
+    commands: list[tuple[object, ...]] = [
+        ("ask", photos, tmp_path / NASTY, photos / "good", "--base", pocket_tiny),
+        ("support", "list", "--store", store), ("support", "show", "old", "--store", store),
+        ("support", "add", "x", photos, "--store", store), ("support", "import", photos, "--store", store),
+        ("inspect", tmp_path / NASTY), ("train", tmp_path / NASTY), ("data", "check", tmp_path / NASTY),
+    ]  # fmt: skip
+    for command in commands:
+        for more in ((), ("--json",)) if command[0] not in {"train", "data"} else ((),):
+            result = run(*command, *more)
+            assert not OBEYED.search(result.output), (command[:2], result.output)
+            assert result.output
+    shown = run("support", "show", "old", "--store", store, "--json").stdout
+    assert json.loads(shown)["question"] == NASTY, "the same value, in escapes"
+
+
+def test_a_terminal_with_colours_shows_them_too() -> None:
+    for text, rendered in ((NASTY, terminal.shown(NASTY)), ("a\tb\n傷 é 👩‍🔧", None)):
+        console = terminal._Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
+        console.print(text, style="red")
+        table = Table("x")
+        table.add_row(text)
+        console.print(table)
+        printed = console.file.getvalue()  # type: ignore[attr-defined]
+        plain_text = re.sub(r"\x1b\[[\d;]*m", "", printed)
+        assert plain_text != printed
+        assert not OBEYED.search(plain_text), "nothing but colours of our own"
+        assert rendered is None or plain_text.count(rendered) == 2
+    assert terminal.printable("傷 é 👩‍🔧.png") == "傷 é 👩‍🔧.png"
+
+
+def test_a_log_shows_them_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.config.dictConfig(terminal.LOGGING)
+    try:
+        for name in ("lcl_adapter.serve", "uvicorn.error"):
+            logging.getLogger(name).error("a label %s\nERROR: forged", NASTY)
+            try:
+                raise ValueError(NASTY)
+            except ValueError:
+                logging.getLogger(name).exception("unexpected")
+    finally:
+        for name in ("lcl_adapter", "uvicorn"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+    printed = capsys.readouterr().err
+    assert not OBEYED.search(printed)
+    assert "\nERROR: forged" not in printed
+    assert printed.count("a label") == 2
+
+
+# The server's options
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".", "..", "-a", "a b", "a?b", "a" * 65, "a\nb"])
+def test_an_adapter_under_a_name_that_no_route_reaches_is_refused(tmp_path: Path, pocket_tiny: Path, name: str) -> None:
+    message = refused("serve", pocket_tiny, "--adapter", f"{name}={tmp_path}", "--port", 0, "--store", tmp_path / "store")
+    assert "is no name for a model" in message
+    assert "two adapters are named 'a'" in refused("serve", pocket_tiny, "--adapter", f"a={tmp_path}", "--adapter", f"a={tmp_path}")
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "0", "x"])
+def test_a_time_limit_is_a_number_of_seconds(pocket_tiny: Path, seconds: str) -> None:
+    assert "--timeout" in refused("serve", pocket_tiny, "--timeout", seconds)

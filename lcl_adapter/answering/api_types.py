@@ -364,15 +364,9 @@ def media_type(data: bytes) -> str:
     if data[:1] == b"P" and data[1:2] in b"123456Ff":
         return "x-portable-pixmap"
     heads = {
-        b"\x89PNG": "png",
-        b"\xff\xd8\xff": "jpeg",
-        b"RIFF": "webp",
-        b"GIF8": "gif",
-        b"BM": "bmp",
-        b"II*\0": "tiff",
-        b"MM\0*": "tiff",
+        b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
         b"\0\0\0\x0cjP": "jp2",
-    }
+    }  # fmt: skip
     return next((name for head, name in heads.items() if data.startswith(head)), "png")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member
+from lcl_adapter.data.sources.class_folder import INDEX
 from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.errors import DataError
 from lcl_adapter.page import MAX_LABELS
@@ -58,7 +59,7 @@ def unpack(file: Path, out: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             total += target.write_bytes(read_member(archive, stored, folders.MAX_BYTES - total))
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
-    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
+    return inside[0] if len(inside) == 1 and not (out / INDEX).exists() else out
 
 
 def picture_of(path: str | Path) -> Picture:

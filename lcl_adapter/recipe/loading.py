@@ -295,10 +295,10 @@ def _absolute(recipe: Recipe) -> Recipe:
         return value
 
     base = expanded(recipe.base, "base")
-    expanded(recipe.output, "output")
     changed = recipe.model_copy(
         update={
             "base": str(base.resolve()) if base.is_dir() and recipe.base not in BASES else recipe.base,
+            "output": expanded(recipe.output, "output"),
             "sources": visit(recipe.sources),
             "evaluate": visit(recipe.evaluate),
             "data": recipe.data.model_copy(update={"root": root}),

@@ -16,6 +16,7 @@ from PIL import Image
 from lcl_adapter.data.sources.images import FORMATS, open_image
 from lcl_adapter.errors import DataError
 
+# Of the others, it is image/ and the format's name
 TYPE_OF = {
     "PPM": "image/x-portable-pixmap",
     "JPEG2000": "image/jp2",
