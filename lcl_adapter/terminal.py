@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 WIDTH_OF_FILES = 160  # columns of a table that is written to a file or a pipe
 DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # marks, as Unicode names their classes
@@ -57,6 +58,10 @@ def json_text(value: Any) -> str:
 
 class _Console(Console):
     """Shows control characters in whatever text it prints; its own colours are not in the text."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What is printed as a string, also in a table, before its width is measured."""
+        return super().render_str(shown(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):

@@ -855,7 +855,7 @@ def test_a_terminal_with_colours_shows_them_too() -> None:
         plain_text = re.sub(r"\x1b\[[\d;]*m", "", printed)
         assert plain_text != printed
         assert not OBEYED.search(plain_text), "nothing but colours of our own"
-        assert rendered is None or plain_text.count(rendered) == 2
+        assert rendered is None or plain_text.count(rendered) == 2, plain_text
     assert terminal.printable("傷 é 👩‍🔧.png") == "傷 é 👩‍🔧.png"
 
 
