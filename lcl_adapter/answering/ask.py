@@ -34,10 +34,9 @@ from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.data.sources.images import READ
 from lcl_adapter.data.sources.new_photos import NewPhotos, list_photos
 from lcl_adapter.errors import AdapterError, DataError
-from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
-from lcl_adapter.terminal import console, results, show_notes
+from lcl_adapter.terminal import console, printable, results, show_notes
 
 BLOCK = 16  # pictures that are read and answered at a time
 FEATURE_BYTES = 300 * 10**6  # of cached features: those of a block are used more than once

@@ -7,13 +7,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.data.sources.archive import names_of_archive
+from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member
+from lcl_adapter.data.sources.class_folder import INDEX
 from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.errors import DataError
 from lcl_adapter.page import MAX_LABELS
@@ -49,17 +49,17 @@ def unpack(file: Path, out: Path) -> Path:
 
     Names that lead out of it are refused, and links become plain files.
     """
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
+    with opened_zip(file) as archive:
+        entries, total = archive.infolist(), 0
         if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
             raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
         for shown, stored in names_of_archive(file, entries).stored.items():
             check_inside(shown, file.name)
             target = out / shown
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(archive.read(stored))
+            total += target.write_bytes(read_member(archive, stored, folders.MAX_BYTES - total))
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
-    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
+    return inside[0] if len(inside) == 1 and not (out / INDEX).exists() else out
 
 
 def picture_of(path: str | Path) -> Picture:

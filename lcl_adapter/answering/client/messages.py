@@ -14,7 +14,7 @@ from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import REDUCING_GAP, is_plain, is_whole, read_bytes
+from lcl_adapter.data.sources.images import REDUCING_GAP, is_plain, is_whole, open_image, read_bytes
 
 LARGEST_SENT, MOST_PIXELS = 8 * 2**20, 40_000_000  # bytes and pixels of an image; this project's server refuses 10 MiB
 REDUCED_SIDE = 1600  # pixels of a larger one when it is sent: at most 7.7 MB, and more than towers read
@@ -33,13 +33,13 @@ def image_of(picture: Picture, pad: bool = False) -> str:
     if is_whole(picture) and not pad:
         data = read_bytes(picture)
         try:
-            with Image.open(io.BytesIO(data)) as opened:
+            with open_image(data) as opened:
                 if opened.width * opened.height > MOST_PIXELS:
                     side = REDUCED_SIDE // REDUCING_GAP + 1
                 if len(data) <= LARGEST_SENT and side is None and is_plain(opened):
                     opened.load()
                     return api_types.data_url(data)
-        except Exception:  # Pillow's decoders raise all kinds of errors; read_image below raises a clear one
+        except (OSError, Image.DecompressionBombError):  # read_image below raises a clear one
             pass
     image = read_image(picture, side)
     image = squared(image, OPENAI_CLIP_MEAN) if pad else image

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 
 NAMED = 3  # names that a note lists
 NEAREST = 8  # the first of a ranked list are hard neighbours
@@ -117,14 +118,14 @@ def pixel_box(value: Any) -> PixelBox:
     """
     numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
     if len(numbers) != 4:
-        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels")
+        raise ValueError(f"the box {brief(value)} is not four numbers, x0 y0 x1 y1 in pixels")
     try:
         x0, y0, x1, y1 = (float(v) for v in numbers)
-    except (TypeError, ValueError):
-        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the box {brief(value)} is not four numbers, x0 y0 x1 y1 in pixels") from None
     x0, y0 = (0.0 if -ROUNDED < edge < 0 else edge for edge in (x0, y0))
     if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
+        raise ValueError(f"the box {brief(value)} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
     return x0, y0, x1, y1
 
 

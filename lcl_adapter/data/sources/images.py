@@ -10,26 +10,32 @@ import math
 import os
 import threading
 import warnings
-import zipfile
-import zlib
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError, features
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import open_archive
 from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox
 from lcl_adapter.data.sources.encodings import nfc
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import DataError, LclError
 from lcl_adapter.randomness import generator
 
+# Every format that is read, wherever a picture is read: training, the command line, the server, the page. Pillow knows forty more,
+# and recognises them whatever the file's name; one of them, EPS, runs a program.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
 with suppress(ImportError):  # optional
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+if features.check("avif"):
+    FORMATS += ("AVIF",)
 
 READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".tga"})
 # Photos too, so that none is passed over in silence: HEIC is read where pillow-heif is installed, AVIF where Pillow has it
@@ -58,23 +64,21 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     Raises DataError for a file that is missing, empty, truncated, no image, too large, or smaller than 2 pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: MAX_PIXELS is checked below
-            with Image.open(io.BytesIO(read_bytes(picture))) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
-                if min(opened.size) < MIN_SIDE:
-                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
-                box = picture.crop and upright_box(picture.crop, picture, opened.size, orientation_of(opened))
-                whole = side is None or picture.view or picture.tile or picture.crop
-                image = _decoded(opened, None if whole else side, picture.white)
+        with open_image(read_bytes(picture)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
+            if min(opened.size) < MIN_SIDE:
+                raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
+            box = picture.crop and upright_box(picture.crop, picture, opened.size, orientation_of(opened))
+            whole = side is None or picture.view or picture.tile or picture.crop
+            image = _decoded(opened, None if whole else side, picture.white)
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{picture}: not an image that can be read. {_remedy(picture)}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
+    except OSError as error:
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
     if box:
         image = _cut_out(image, box, picture)
@@ -105,6 +109,24 @@ def is_plain(image: Image.Image) -> bool:
     """Whether every program that decodes an opened file has the same picture: upright, 8-bit RGB, one frame."""
     alike = image.format in PLAIN and image.mode == "RGB" and not image.has_transparency_data
     return alike and getattr(image, "n_frames", 1) == 1 and orientation_of(image) == 1
+
+
+@contextmanager
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """An image file's bytes as a picture of one of FORMATS, of which only the header is decoded yet. All reading goes through here.
+
+    Whatever a decoder raises on broken bytes, then or inside the block, is an OSError; UnidentifiedImageError for no image.
+    Raises DecompressionBombError for far more pixels than MAX_PIXELS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: callers have bounds of their own
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                yield opened
+        except (OSError, LclError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -168,12 +190,14 @@ def read_bytes(picture: Picture) -> bytes:
         elif picture.member and picture.path.is_dir():
             data = _row(picture.path, picture.member)
         else:
-            data = open_archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
+            data = open_archive(picture.path, os.getpid()).read(picture.member) if picture.member else reading.read_bytes(picture.path)
     except FileNotFoundError as error:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
         raise DataError(f"{picture}: no such member in the archive.") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # the last two: a password, an unknown compression
+    except OSError as error:
+        raise DataError(f"{picture}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
         raise DataError(f"{picture}: cannot be read ({error}).") from error
     if not data:
         raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")
@@ -187,8 +211,8 @@ def _row(folder: Path, member: str) -> bytes:
     if value is None:
         raise DataError(f"{folder}: row {row} has no image in {column!r}.")
     if isinstance(value, dict):
-        return value["bytes"] or Path(value["path"]).read_bytes()
-    return value if isinstance(value, bytes) else Path(value).read_bytes()
+        return value["bytes"] or reading.read_bytes(Path(value["path"]))
+    return value if isinstance(value, bytes) else reading.read_bytes(Path(value))
 
 
 @lru_cache(maxsize=4)

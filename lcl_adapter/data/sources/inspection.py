@@ -348,13 +348,13 @@ class _VisaRow(NamedTuple):
 
 def _visa_split(tree: Tree) -> list[_VisaRow]:
     """The photos by the published one-class split."""
-    reader = csv.DictReader(io.StringIO(tree.text(VISA_SPLIT).text))
-    missing = [c for c in ("object", "split", "label", "image", "mask") if c not in (reader.fieldnames or ())]
+    records = _csv_rows(tree, VISA_SPLIT)
+    columns = list(records[0]) if records else []
+    missing = [c for c in ("object", "split", "label", "image", "mask") if c not in columns]
     if missing:
-        raise DataError(f"{tree.root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ())}.")
+        raise DataError(f"{tree.root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(columns)}.")
     rows = []
-    for number, record in enumerate(reader, 2):
-        row = {column: cell or "" for column, cell in record.items()}  # a row may end early
+    for number, row in enumerate(records, 2):
         category, where = str(row["object"]), f"{tree.root}: {VISA_SPLIT}, line {number}"
         rows.append(_VisaRow(category, f"{category}/", row["split"] == "train", row["label"] == "normal", row["image"], row["mask"], where))
     return rows
@@ -405,11 +405,20 @@ def _visa_kinds(tree: Tree, rows: Sequence[_VisaRow], category: str) -> dict[str
     if file not in tree:
         return {}
     kinds = {}
-    for row in csv.DictReader(io.StringIO(tree.text(file).text)):
+    for row in _csv_rows(tree, file):
         if row.get("image") and row.get("label"):
             name = row["image"] if folder else row["image"].partition("/")[2]
             kinds[name] = row["label"].split(",")[0].strip()
     return kinds
+
+
+def _csv_rows(tree: Tree, file: str) -> list[dict[str, str]]:
+    """The rows of a CSV file in the tree; "" where a row ends early. Raises DataError."""
+    reader = csv.DictReader(io.StringIO(tree.text(file).text))
+    try:
+        return [{column: row.get(column) or "" for column in reader.fieldnames or ()} for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{tree.root}: {file}, line {reader.line_num + 1}: not a table that can be read ({error}).") from error
 
 
 def _images(tree: Tree, folder: str) -> list[str]:

@@ -15,10 +15,13 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.base import first_names
 from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.records import Records
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.reading import brief
 
 Row = tuple[str, dict[str, Any]]  # where it was read, and its values by column
 LINES = (".jsonl", ".json", ".ndjson")
@@ -28,6 +31,7 @@ SEVERAL, NO_CLASS = "picture of several classes", "picture of no class"
 COLUMNS = 20  # how many an error lists
 FAULT = "\0fault"  # no name of a column
 LEFT_OUT = "\0left out"
+MAX_DEPTH = 64  # levels of one record
 ANNOTATION = "\0annotation"  # in a row that stands for one object of a picture, its number: a picture may have several
 
 
@@ -188,34 +192,71 @@ def _delimiter(heading: str, wanted: Sequence[str]) -> str:
 def _json_lines(file: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at other characters too, which JSON text may contain
         if line.strip():
-            yield from _record(f"{file}, line {number}", lambda line=line: json.loads(line))  # type: ignore[misc]
+            yield from _record(f"{file}, line {number}", lambda line=line: reading.parse_json(line))  # type: ignore[misc]
 
 
 def _listed(file: Path, text: str) -> Iterator[Row]:
     """A JSON list of records, or Label Studio's tasks."""
-    for number, record in enumerate(_whole(file, text), 1):
-        yield from _record(f"{file}: record {number}", lambda record=record: record)  # type: ignore[misc]
+    try:
+        records: Iterable[Any] = reading.parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not JSON ({error}).") from error
+    except ValueError:  # one record has a value that cannot be read
+        records = _one_by_one(file, None)
+    for number, record in enumerate(records, 1):
+        yield from _record(f"{file}: record {number}", lambda record=record: _given(record))  # type: ignore[misc]
+
+
+def _one_by_one(file: Path, key: str | None) -> Iterator[Any]:
+    """The records of a list, each parsed by itself; a DataError in the place of one that cannot be read."""
+    records = Records(file, key)
+    for number in range(len(records)):
+        try:
+            yield records[number]
+        except DataError as error:
+            yield error
+
+
+def _given(record: Any) -> Any:
+    """Raises ValueError for a record that could not be parsed."""
+    if isinstance(record, DataError):
+        raise ValueError(brief(record).rpartition("cannot be read ")[2].strip("()."))
+    return record
 
 
 def _whole(file: Path, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({error or 'too deep'}).") from error
+        return reading.parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not JSON ({error}).") from error
+    except ValueError:
+        return {key: [*_one_by_one(file, key)] for key in ("categories", "images", "annotations")}
 
 
 def _record(origin: str, parse: Any) -> Iterator[Row]:
     try:
         record = parse()
-    except (ValueError, RecursionError) as error:
-        yield origin, {FAULT: f"not JSON ({error or 'too deep'})"}
+    except ValueError as error:
+        yield origin, {FAULT: f"not JSON ({brief(error)})"}
         return
     if not isinstance(record, dict):
         yield origin, {FAULT: "not a JSON object"}
+    elif _is_deep(record):
+        yield origin, {FAULT: f"nested more than {MAX_DEPTH} deep"}
     elif isinstance(record.get("data"), dict) and isinstance(record.get("annotations"), list):
         yield from _label_studio(origin, record)
     else:
         yield origin, record
+
+
+def _is_deep(record: Any) -> bool:
+    """Whether a record has more than MAX_DEPTH levels. Whatever shows or compares it would go through all of them."""
+    level = [record]
+    for _ in range(MAX_DEPTH):
+        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one) if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _label_studio(origin: str, task: Mapping[str, Any]) -> Iterator[Row]:
@@ -239,7 +280,7 @@ def _label_studio(origin: str, task: Mapping[str, Any]) -> Iterator[Row]:
                 width, height = float(result["original_width"]), float(result["original_height"])
                 x, y = float(marked["x"]) * width / 100, float(marked["y"]) * height / 100
                 row["box"] = [x, y, x + float(marked["width"]) * width / 100, y + float(marked["height"]) * height / 100]
-            except (KeyError, TypeError, ValueError):  # a choice has no place
+            except (KeyError, TypeError, ValueError, OverflowError):  # a choice has no place
                 pass
             for label in labels:
                 rows += 1
@@ -252,21 +293,21 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
     """COCO JSON: a row for each annotation. Its columns are image, class, group, box, width, height."""
     raw = _whole(file, text)
     try:
-        names = {c["id"]: (str(c["name"]), str(c.get("supercategory") or "")) for c in raw["categories"]}
-        images = {i["id"]: i for i in raw["images"]}
+        names = {c["id"]: (str(c["name"]), str(c.get("supercategory") or "")) for c in raw["categories"] if isinstance(c, dict)}
+        images = {i["id"]: i for i in raw["images"] if isinstance(i, dict)}
         paths = {key: str(image["file_name"]) for key, image in images.items()}
         annotations: Iterable[Any] = raw["annotations"]
         iter(annotations)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({error!r}).") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({type(error).__name__} {brief(error)}).") from error
     for number, annotation in enumerate(annotations, 1):
         origin = f"{file}: annotation {number}"
-        if not isinstance(annotation, dict):
-            yield origin, {FAULT: "not a JSON object"}
+        if not isinstance(annotation, dict) or _is_deep(annotation):
+            yield origin, {FAULT: brief(annotation) if isinstance(annotation, DataError) else "not a JSON object"}
             continue
         category, image = annotation.get("category_id"), annotation.get("image_id")
         if _hashable(category) not in names or _hashable(image) not in paths:
-            what = f"category_id {category!r} is no category" if _hashable(category) not in names else f"image_id {image!r} is no image"
+            what = f"category_id {brief(category)} is no category" if _hashable(category) not in names else f"image_id {brief(image)} is no image"
             yield origin, {FAULT: f"{what} of the file"}
             continue
         label, group = names[category]
@@ -274,7 +315,7 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
         try:
             x, y, width, height = map(float, annotation["bbox"])
             row["box"] = [x, y, x + width, y + height]
-        except (KeyError, TypeError, ValueError):  # a classification has no boxes; where one is wanted, it is missing
+        except (KeyError, TypeError, ValueError, OverflowError):  # a classification has no boxes; where one is wanted, it is missing
             row["box"] = annotation.get("bbox") or None
         yield origin, {**row, "width": images[image].get("width"), "height": images[image].get("height")}
 

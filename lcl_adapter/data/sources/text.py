@@ -6,6 +6,7 @@ import gzip
 import zlib
 from pathlib import Path
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.encodings import Decoded, decode
 from lcl_adapter.errors import DataError
 
@@ -26,11 +27,14 @@ OTHER_FILES = {
 def read_text(file: Path, encoding: str | None = None) -> Decoded:
     """The file's text, also of one that ends in .gz, with a note where its encoding was guessed.
 
-    Raises DataError where it cannot be read, or where its encoding cannot be recognised.
+    Raises DataError where it cannot be read or is too large, or where its encoding cannot be recognised.
     """
     try:
-        raw = file.read_bytes()
-        raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
+        if file.suffix == ".gz":
+            with reading.open_file(file) as packed, gzip.open(packed) as opened:
+                raw = reading.read_stream(opened, reading.MAX_UNPACKED, file)
+        else:
+            raw = reading.read_bytes(file, reading.MAX_TEXT)
         if kind := next((kind for begins, kind in OTHER_FILES.items() if raw.startswith(begins)), None):
             raise DataError(f"{file}: {kind}, not a text file. Save it as CSV or JSON Lines.")
         return decode(raw, str(file), encoding)
