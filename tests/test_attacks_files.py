@@ -143,7 +143,7 @@ def test_what_is_no_regular_file_is_refused_at_once_by_every_reader(irregular: C
         {"type": "class-folder", "path": irregular("photos.zip")},
         {"type": "shards", "urls": "a-{0..1}.tar", "index": questions},
     ):
-        with pytest.raises(DataError, match=r"a file is expected|no such folder"):
+        with pytest.raises(DataError, match="a file is expected|no such folder"):
             read(options)
     (tmp_path / "shards").mkdir()
     irregular("shards/a.tar")
@@ -217,19 +217,20 @@ def test_pictures_are_opened_in_one_place_and_of_one_list_of_formats() -> None:
     assert not opening
     formats = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "formats=FORMATS" in p.read_text()}
     assert formats == {"data/sources/images.py"}
-    shipped = {"pocket/parts.py", "pocket/products.py", "photo/build.py", "data/sources/pocket.py", "recipe/suites.py", "page/blocks.py", "page/visitors.py"}
-    own = {"reading.py", "files.py", "evaluate/caching.py", "checkpoints/exchange/ask_upstream.py", "recipe/shipped.py"}  # written by this package
-    pattern = re.compile(r"json\.loads?\(|yaml\.(safe_load|load|compose)\(|\.read_text\(|\.read_bytes\(|ZipFile\(|gzip\.decompress")
-    for path in PACKAGE.rglob("*.py"):
+    of_the_package = {  # that ships, or that this package has written, or whose hash is known
+        "pocket/parts.py", "pocket/products.py", "data/sources/pocket.py", "recipe/suites.py", "recipe/shipped.py",
+        "page/blocks.py", "page/visitors.py", "photo/build.py", "photo/packages.py",
+        "checkpoints/exchange/ask_upstream.py", "evaluate/caching.py", "serve/store.py", "report/pages.py",
+    }  # fmt: skip
+    readers = {"reading.py", "files.py", "data/sources/archive.py"}
+    pattern = re.compile(r"json\.loads?\(|yaml\.(safe_load|load|compose)\(|\.read_text\(|\.read_bytes\(|ZipFile\(|gzip\.decompress|torch\.load\(")
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
-        if name in shipped | own:
-            continue
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if pattern.search(line):
-                allowed = any(text in line for text in ("reading.read_", "import", "json.loads(row[0])", "json.loads(line[len(", "def read_bytes"))
-                assert allowed or name in {"data/sources/archive.py", "photo/packages.py", "serve/store.py", "page/photos.py", "report/pages.py"}, (
-                    f"{name}, line {number}: {line.strip()}"
-                )
+        if name not in of_the_package | readers:
+            lines = enumerate(path.read_text().splitlines(), 1)
+            wrong += [f"{name}, line {n}: {line.strip()}" for n, line in lines if pattern.search(line) and "reading.read_" not in line]
+    assert [line for line in wrong if "base/layouts/tensors.py" not in line or "weights_only=True" not in line] == []
 
 
 # Sizes
@@ -319,7 +320,7 @@ def test_a_tars_member_with_a_size_below_zero_and_a_chain_of_headers_end(tmp_pat
     for number, data in enumerate((bytes(raw) + b"\0" * 1024, (chained.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")) * 3000)):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(data)
-        with path.open("rb") as file, pytest.raises(DataError, match=r"below 0|cannot be read|can be read"):
+        with path.open("rb") as file, pytest.raises(DataError, match="below 0|cannot be read|can be read"):
             members_of(file, path.name)
 
 
@@ -337,7 +338,7 @@ def test_a_shards_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("pattern", ["{0..999999999}", "a{0..99999}b{0..99999}", "{" + "1" * 5000 + ".." + "2" * 5000 + "}"])
 def test_a_pattern_of_shards_is_bounded(pattern: str) -> None:
-    with memory_level(2**26), pytest.raises(DataError, match=r"more than 1,000,000 shards|digits in a pattern"):
+    with memory_level(2**26), pytest.raises(DataError, match="more than 1,000,000 shards|digits in a pattern"):
         expanded(pattern)
     assert len(expanded("a-{000..012}-{0..9}.tar")) == 130
 
@@ -523,7 +524,7 @@ def test_a_checkpoint_with_odd_values_is_loaded_or_refused(tmp_path: Path, famil
     """Every value of its config in turn, and of the other files at random, replaced by one of another kind or size."""
     folder = save_tiny(tmp_path / "base", family)
     rng = np.random.default_rng(0)
-    messages: list[str] = []
+    refusals = 0
     for name in FILES:
         file = folder / name
         if not file.exists():
@@ -545,13 +546,13 @@ def test_a_checkpoint_with_odd_values_is_loaded_or_refused(tmp_path: Path, famil
             try:
                 load_encoder(str(folder))
             except LclError as error:
-                messages.append(str(error))
+                refusals += 1
+                assert len(str(error)) < 1500
             except Exception as error:
                 pytest.fail(f"{name} {text[:300]!r}: {error!r}")
         file.write_text(good)
     load_base(str(folder))
-    assert len(messages) > 20
-    assert max(map(len, messages)) < 1500
+    assert refusals > 20
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ refused.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -74,7 +73,7 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
         "tiles": False,
         **facts,
         "libraries": versions(),
-        "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES},
+        "files": {file: sha256_of(folder / file) for file in FILES},
     }
 
 
