@@ -56,6 +56,7 @@ class Picture:
     white: the value that is white, of a picture with more than 8 bits; None: by its own values (``depth``).
     blend: another picture whose features are mixed into this one's, and its weight. It is of a class without end: a blend
     of two classes.
+    tokens: how many a pooled picture has in the row that it stands in; None for all of them. Files know nothing of it.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Picture:
     white: float | None = None
     crop: PixelBox | None = None
     listed_size: tuple[int, int] | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script
