@@ -37,9 +37,10 @@ BATCH = 32  # pictures that go through the tower at a time
 def _projector_type(projector: Any) -> torch.dtype:
     """The type that the projector computes in: its trained copy's, where it has one and that is switched on."""
     trained = getattr(projector, "modules_to_save", None)
-    active = [name for name in getattr(projector, "active_adapters", ()) if trained and name in trained]
+    # An adapter that trains no projector may be active beside one that does
+    active = [trained[name] for name in projector.active_adapters if name in trained] if trained else []
     if active and not projector.disable_adapters:
-        projector = trained[active[0]]
+        projector = active[0]
     elif trained is not None:
         projector = projector.original_module
     dtype: torch.dtype = next(projector.parameters()).dtype
