@@ -213,12 +213,11 @@ def load_base(base: BaseRef | str) -> Base:
     checkpoint = open_checkpoint(ref)
     with faults_of(checkpoint.folder, "files do not make a prompt"):
         config, family = with_full_attention(checkpoint.config), family_of(checkpoint)
-        _encoder(checkpoint, family, tiles and config.model_type in TILED_TYPES)
+        pooled = _encoder(checkpoint, family, tiles and config.model_type in TILED_TYPES, ref.support_tokens).support_tokens
     if tiles and config.model_type not in TILED_TYPES:
         raise ModelError(
             f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Remove it."
         )
-    pooled = _encoder(checkpoint, family, tiles, ref.support_tokens).support_tokens
     _ = checkpoint.image_processor  # a fault in it is reported before any weight is read
     if config.model_type in LLAVA_TYPES:
         _ = checkpoint.weights  # and so is a missing or incomplete shard, or one of another checkpoint

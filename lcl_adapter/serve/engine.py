@@ -63,9 +63,7 @@ class Engine:
     support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained.
     """
 
-    def __init__(
-        self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None) -> None:
         self.base = base if support_tokens is None else base.with_support_tokens(support_tokens)
         self._same_for_all = support_tokens is not None
         self.queue_limit = queue
@@ -288,10 +286,7 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
-        """Read a support set as the model of this name does, which must be in use.
-
-        Cached sets are evicted first if there is not enough memory for both.
-        """
+        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both."""
         predictor = self._predictors.of(self.find(name))
         if turns:
             self.cache.make_room(len(predictor.encoder.turns(turns)[0]))
