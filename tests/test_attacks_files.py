@@ -143,7 +143,7 @@ def test_what_is_no_regular_file_is_refused_at_once_by_every_reader(irregular: C
         {"type": "class-folder", "path": irregular("photos.zip")},
         {"type": "shards", "urls": "a-{0..1}.tar", "index": questions},
     ):
-        with pytest.raises(DataError, match="a file is expected|no such folder"):
+        with pytest.raises(DataError, match=r"a file is expected|no such folder"):
             read(options)
     (tmp_path / "shards").mkdir()
     irregular("shards/a.tar")
@@ -320,7 +320,7 @@ def test_a_tars_member_with_a_size_below_zero_and_a_chain_of_headers_end(tmp_pat
     for number, data in enumerate((bytes(raw) + b"\0" * 1024, (chained.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")) * 3000)):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(data)
-        with path.open("rb") as file, pytest.raises(DataError, match="below 0|cannot be read|can be read"):
+        with path.open("rb") as file, pytest.raises(DataError, match=r"below 0|cannot be read|can be read"):
             members_of(file, path.name)
 
 
@@ -338,7 +338,7 @@ def test_a_shards_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("pattern", ["{0..999999999}", "a{0..99999}b{0..99999}", "{" + "1" * 5000 + ".." + "2" * 5000 + "}"])
 def test_a_pattern_of_shards_is_bounded(pattern: str) -> None:
-    with memory_level(2**26), pytest.raises(DataError, match="more than 1,000,000 shards|digits in a pattern"):
+    with memory_level(2**26), pytest.raises(DataError, match=r"more than 1,000,000 shards|digits in a pattern"):
         expanded(pattern)
     assert len(expanded("a-{000..012}-{0..9}.tar")) == 130
 
@@ -524,7 +524,7 @@ def test_a_checkpoint_with_odd_values_is_loaded_or_refused(tmp_path: Path, famil
     """Every value of its config in turn, and of the other files at random, replaced by one of another kind or size."""
     folder = save_tiny(tmp_path / "base", family)
     rng = np.random.default_rng(0)
-    refusals = 0
+    messages: list[str] = []
     for name in FILES:
         file = folder / name
         if not file.exists():
@@ -546,13 +546,13 @@ def test_a_checkpoint_with_odd_values_is_loaded_or_refused(tmp_path: Path, famil
             try:
                 load_encoder(str(folder))
             except LclError as error:
-                refusals += 1
-                assert len(str(error)) < 1500
+                messages.append(str(error))
             except Exception as error:
                 pytest.fail(f"{name} {text[:300]!r}: {error!r}")
         file.write_text(good)
     load_base(str(folder))
-    assert refusals > 20
+    assert len(messages) > 20
+    assert max(map(len, messages)) < 1500
 
 
 @pytest.mark.parametrize(
