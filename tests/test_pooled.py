@@ -296,6 +296,19 @@ def test_the_server_asks_each_adapter_as_it_was_trained(run: Path, wide: Path, t
         assert tokens["whole", 3] - tokens["pooled", 3] == WHOLE - POOLED
         assert tokens["whole", 3] == tokens["base", 3]
         assert tokens["whole", 1] == tokens["pooled", 1], "the picture that is asked about"
+        # Typed decisions: the same turns before a question with a photo, and before one without, are two prefixes
+        before, text = [question, {"role": "assistant", "content": "good"}], {"role": "user", "content": "And the first?"}
+        decision = {"type": "choice", "instructions": "Which?", "criteria": {"good": None, "bad": None}}
+        answers: dict[bool, list[Any]] = {True: [], False: []}
+        for with_photo in (True, False, False, True):
+            body = {"model": "pooled", "state": {"messages": [*before, question if with_photo else text]}, "questions": {"q": decision}}
+            response = client.post("/v1/systemone", json=body)
+            assert response.status_code == 200, response.text
+            answers[with_photo].append(response.json()["answers"]["q"])
+            if len(answers[True]) + len(answers[False]) == 2:
+                engine.call(lambda e: e.cache.drop(lambda _: True), 30)
+        for first, second in answers.values():
+            assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-6)
     finally:
         engine.stop()
         service.store.close()
