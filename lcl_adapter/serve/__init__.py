@@ -12,6 +12,9 @@ cache         prefilled support sets in memory
 decoding      sampling of tokens, and tokens to text
 calibrate     temperature of the probabilities, threshold of "none of these"
 images        images from a client, bounded before they are decoded
+costs         parts of an image file, counted before it is decoded
+workers       processes in which images are decoded
+worker        one of them
 store         support sets on disk
 folders       a support set as a folder of photos
 support_sets  the `support` commands

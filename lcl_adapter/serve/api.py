@@ -30,6 +30,7 @@ from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
 from lcl_adapter.serve.service import Classification, Service, summary
 from lcl_adapter.serve.store import StoredSet
+from lcl_adapter.serve.workers import DECODERS
 
 log = logging.getLogger("lcl_adapter.serve")
 SWEEP_SECONDS = 600  # between two removals of images that no set names any more
@@ -122,6 +123,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         yield
         sweeper.cancel()
         await run_in_threadpool(engine.stop)
+        await run_in_threadpool(DECODERS.close)
         service.store.close()
 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)

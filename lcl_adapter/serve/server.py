@@ -24,6 +24,7 @@ from lcl_adapter.serve.keys import Keys, read_keys
 from lcl_adapter.serve.middleware import is_local
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from lcl_adapter.serve.workers import DECODERS
 from lcl_adapter.terminal import console
 
 MAX_CONNECTIONS = 1000  # at a time; uvicorn answers further ones with status 503
@@ -64,6 +65,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
     keys = check_address(options.host, options.key_file)
     with bind_address(options.host, options.port) as bound:
         began = time.monotonic()
+        DECODERS.start()
         service = make_service(options)
         config = uvicorn.Config(
             make(service, keys),

@@ -23,13 +23,13 @@ from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestErr
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
 from lcl_adapter.serve.engine import Engine, Scored
-from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
+from lcl_adapter.serve.images import Bounds, Spent, check, digest_of, from_data_url
 from lcl_adapter.serve.jobs import Job, SetKey, Task
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.store import Store, StoredSet
 
 MAX_CALIBRATIONS = 1000  # in memory; all are stored on disk
-CONCURRENT_DECODES = 4  # images decoded at a time; one can need 100 MB
+MAX_DECODABLE = 100_000  # images whose check is remembered, by the digest of their bytes
 CalibrationKey = tuple[int, str]  # a stored set's id and a model's identity
 
 
@@ -50,7 +50,7 @@ class Service:
     _calibrations: dict[CalibrationKey, Calibration] = field(default_factory=dict)
     _whites: dict[int, float | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(CONCURRENT_DECODES))
+    _decodable: dict[str, None] = field(default_factory=dict)
 
     # Support sets
 
@@ -63,19 +63,40 @@ class Service:
             self._check_text(example.label, f"examples[{number}].label")
         self._check_text(request.question or "", "question")
         self._check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
-        examples = [(e.label, self._decode(e.image, f"examples[{number}].image")) for number, e in enumerate(request.examples)]
+        spent = Spent()
+        examples = [(e.label, self._decode(e.image, f"examples[{number}].image", spent)) for number, e in enumerate(request.examples)]
         return self.store.put(namespace, name, examples, request.question, request.expected_version)
 
-    def _decode(self, url: str, where: str) -> bytes:
-        """The image file's bytes, checked.
-
-        Only a few are checked at a time, for that needs the decoded pixels. Raises RequestError.
-        """
+    def _decode(self, url: str, where: str, spent: Spent) -> bytes:
+        """The image file's bytes, checked. Raises RequestError; TimeoutError if too many images wait to be decoded."""
         try:
-            with self._decoding:
-                return from_data_url(url, self.bounds)
+            data = from_data_url(url, self.bounds, spent)
         except DataError as error:
             raise RequestError(f"{where}: {error}") from error
+        self._remember(digest_of(data))
+        return data
+
+    def _remember(self, digest: str) -> None:
+        """That an image can be decoded within the bounds."""
+        with self._lock:
+            if len(self._decodable) >= MAX_DECODABLE:
+                self._decodable.pop(next(iter(self._decodable)))
+            self._decodable[digest] = None
+
+    def _check_stored(self, stored: StoredSet) -> None:
+        """A set may come from a server with other bounds, and the engine's only thread decodes its photos: each is checked once.
+
+        Raises RequestError with the example's number.
+        """
+        spent = Spent()
+        for number, example in enumerate(stored.examples):
+            if example.image in self._decodable:
+                continue
+            try:
+                check(self.store.bytes_of(stored.namespace, example.image), self.bounds, spent)
+            except DataError as error:
+                raise RequestError(f"support set {stored.name!r}, examples[{number}]: {error}") from error
+            self._remember(example.image)
 
     def _check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
@@ -148,14 +169,15 @@ class Service:
             raise RequestError(
                 f"{len(request.images)} images are more than the {self.engine.queue_limit} questions that may wait; send fewer at a time."
             )
-        deadline = time.monotonic() + self.timeout
+        self._check_stored(stored)
+        deadline, spent = time.monotonic() + self.timeout, Spent()
         answers = tuple(model.wording.answered(label) for label in stored.labels)
         question = request.question or stored.question or model.wording.query
         white = self._white(stored)
         jobs: list[Job | UserError] = []
         for number, url in enumerate(request.images):
             try:
-                picture = replace(self._picture(namespace, self._decode(url, f"images[{number}]")), white=white)
+                picture = replace(self._picture(namespace, self._decode(url, f"images[{number}]", spent)), white=white)
             except RequestError as error:
                 jobs.append(error)
                 continue
@@ -222,6 +244,7 @@ class Service:
         support: Callable[[], Sequence[Turn]] = lambda: before  # noqa: E731
         if request.support_set is not None:
             stored = self.store.get(namespace, request.support_set, request.support_set_version)
+            self._check_stored(stored)
             key = None if before else key_of(stored)  # only the set alone is cached, not a set with more turns
             support = lambda: (*self._turns(stored, model), *before)  # noqa: E731
         encoder = self.engine.base.encoder()
@@ -240,7 +263,7 @@ class Service:
         """
         turns: list[Turn] = []
         instructions: list[str] = []
-        images = 0
+        images, spent = 0, Spent()
         for number, message in enumerate(messages):
             texts: list[str] = []
             pictures: list[Picture] = []
@@ -255,7 +278,7 @@ class Service:
                         raise RequestError(f"{where}: only a user message can have images.")
                     if images > self.bounds.images:
                         raise RequestError(f"{where}: a conversation has at most {self.bounds.images} images.")
-                    pictures.append(self._picture(namespace, self._decode(part.image_url.url, where)))
+                    pictures.append(self._picture(namespace, self._decode(part.image_url.url, where, spent)))
                     texts.append(IMAGE)
             if message.role in {"system", "developer"}:
                 instructions += texts

@@ -48,7 +48,7 @@ def _white(picture: Picture) -> float | None:
             with Image.open(io.BytesIO(read_bytes(picture))) as image:
                 if image.mode not in DEEP_MODES or image.width * image.height > MAX_PIXELS:
                     return None
-                return white_of(image, np.asarray(image, dtype=np.float32))
+                return white_of(image, np.asarray(image))
     except (DataError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return None
 

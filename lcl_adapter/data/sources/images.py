@@ -43,6 +43,7 @@ DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # of more
 RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8, 10, 12, 14 and 16 bits
 ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF's tag, and its values that exchange width and height
 BITS_PER_SAMPLE, LARGEST_SAMPLE = 258, 281  # TIFF's tags
+STRIP = 64  # rows of a picture of more than 8 bits that are scaled at a time
 LARGE = 16_000_000  # pixels; of such pictures, one at a time is decoded
 
 
@@ -222,20 +223,28 @@ def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
     """In place, where nothing but the orientation changes: of a large picture each copy counts."""
     deep_white = None
     if upright.mode in DEEP_MODES:  # before it is turned, which loses the file's tags
-        values = np.asarray(upright, dtype=np.float32)
-        from_0_to_1 = upright.mode == "F" and values.max(initial=0.0) <= 1  # beside pictures of whole numbers too
+        values = np.asarray(upright)
+        from_0_to_1 = upright.mode == "F" and values.max(initial=0) <= 1  # beside pictures of whole numbers too
         deep_white = white_of(upright, values) if white is None or (from_0_to_1 and white > 1) else white
     ImageOps.exif_transpose(upright, in_place=True)
     if deep_white is not None:
-        values = np.asarray(upright, dtype=np.float32)
-        scaled = (values - min(float(values.min()), 0.0)) * (255.0 / deep_white)
-        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return _scaled(np.asarray(upright), deep_white)
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         page = Image.new("RGBA", upright.size, "white")
         page.alpha_composite(upright)
         return page.convert("RGB")
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _scaled(values: np.ndarray, white: float) -> Image.Image:
+    """Values of more than 8 bits in RGB, a strip at a time: as floats, a whole picture would need ten times its memory."""
+    lowest = min(float(values.min()), 0.0)
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), STRIP):
+        strip = (values[top : top + STRIP].astype(np.float32) - lowest) * (255.0 / white)
+        scaled[top : top + STRIP] = strip.clip(0, 255).round()
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def white_of(image: Image.Image, values: np.ndarray) -> float:
@@ -247,7 +256,7 @@ def white_of(image: Image.Image, values: np.ndarray) -> float:
     bits = bits[0] if isinstance(bits, tuple) else bits
     if bits and 8 < bits < 16:
         return float(2**bits - 1)
-    return range_of(float(values.max(initial=0.0)), image.mode == "F")
+    return range_of(float(values.max(initial=0)), image.mode == "F")
 
 
 def range_of(highest: float, floats: bool) -> float:

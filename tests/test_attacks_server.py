@@ -1,0 +1,208 @@
+"""Attacks on a running server by their price: pictures, bodies and connections that cost more than they should (docs/security.md)."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.data.sources import Picture, images
+from lcl_adapter.errors import DataError
+from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
+from lcl_adapter.serve.workers import DECODERS, Decoders
+from tests.live import running
+from tests.test_serve import error_of, examples, png, put, url
+
+QUICK = 1.0  # seconds for a refusal, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Callable[[str], Path]) -> Iterator[Engine]:
+    made = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
+    yield made.start()
+    made.stop()
+
+
+@pytest.fixture
+def service(engine: Engine, tmp_path: Path) -> Iterator[Service]:
+    made = Service(engine, Store(tmp_path / "store"), timeout=60)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx2.Client]:
+    """A client of a server on a real socket, which has one support set, ``parts-set``."""
+    with running(make_app(service), lifespan="off") as address, httpx2.Client(base_url=address, timeout=60) as made:
+        assert put(made).status_code == 200
+        yield made
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def progressive(scans: int, side: int = 4000) -> bytes:
+    """A JPEG of a few kB, whose last scan is repeated."""
+    whole = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=10)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[last:-2] * scans + b"\xff\xd9"
+
+
+def with_segments(count: int) -> bytes:
+    whole = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    return whole[:2] + b"\xff\xe1\x00\x03x" * count + whole[2:]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_comments(size: int) -> bytes:
+    """A GIF with a comment in blocks of 255 bytes before its frame."""
+    whole = encoded(Image.new("P", (8, 8)), "GIF")
+    frame = whole.index(b"\x2c", 13 + 3 * 2 ** ((whole[10] & 7) + 1))
+    return whole[:frame] + b"\x21\xfe" + (b"\xff" + b"x" * 255) * (size // 256) + b"\0" + whole[frame:]
+
+
+COSTLY = {
+    "scans": (lambda: progressive(400), f"more than {MAX_SCANS} scans"),
+    "segments": (
+        lambda: b"\xff\xd8" + b"\xff\xe1\x00\x03x" * 200_000 + encoded(Image.new("RGB", (8, 8)), "JPEG")[2:],
+        f"more than {MAX_SEGMENTS:,} seg",
+    ),
+    "comment": (lambda: with_comments(9 * 2**20), "256 kB of comments"),
+    "chunks": (lambda: png(1)[:33] + chunk(b"abCd", b"") * 300_000 + png(1)[33:], f"more than {MAX_CHUNKS:,} chunks"),
+    "deep": (lambda: encoded(Image.new("I;16", (8000, 5000)), "PNG"), "MiB to read; at most 152"),
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_picture_that_costs_too_much_is_refused_with_its_reason(client: httpx2.Client, kind: str) -> None:
+    """A GIF with such a comment took 21 s, a JPEG of 8 kB with such scans 5 s."""
+    make, reason = COSTLY[kind]
+    picture = url(make(), "application/octet-stream")
+    began = time.monotonic()
+    response = client.post("/v1/classify", json={"support_set": "parts-set", "images": [picture, url(png(5))]})
+    assert time.monotonic() - began < 2 * QUICK + 1, "a part of it is the transfer of 10 MiB"
+    bad, good = response.json()["results"]
+    assert reason in bad["error"]["message"]
+    assert good["error"] is None
+    assert reason in error_of(put(client, "other", examples=[{"label": "bad", "image": picture}, *examples()]))["message"]
+
+
+def test_a_decoder_that_takes_too_long_is_ended_and_replaced(client: httpx2.Client, service: Service) -> None:
+    """Whatever makes it slow: here the limit is shorter than an honest picture needs. Others are answered meanwhile."""
+    service.bounds = replace(service.bounds, seconds=0.05)
+    slow = url(encoded(Image.effect_noise((4000, 4000), 50), "JPEG", quality=75))
+    before = replace(DECODERS.counters)
+    with ThreadPoolExecutor(8) as pool:
+        hostile = [pool.submit(client.post, "/v1/classify", json={"support_set": "parts-set", "images": [slow] * 2}) for _ in range(4)]
+        honest = client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(5))]}).json()
+    assert honest["results"][0]["error"] is None
+    for request in hostile:
+        for result in request.result().json()["results"]:
+            assert "takes more than 0.05 s to decode" in result["error"]["message"]
+    counts = {name: value - getattr(before, name) for name, value in asdict(DECODERS.counters).items()}
+    assert (counts["decoders_killed"], counts["decoders_started"] >= 8) == (8, True)
+    assert f"lcl_decoders_killed_total {float(DECODERS.counters.decoders_killed)}" in client.get("/metrics").text
+
+
+def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, service: Service) -> None:
+    service.bounds = replace(service.bounds, request_seconds=0.02)
+    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
+    results = client.post("/v1/classify", json={"support_set": "parts-set", "images": [picture] * 3}).json()["results"]
+    assert results[0]["error"] is None
+    assert "images before this one took more than 0.02 s" in results[-1]["error"]["message"]
+
+
+def test_memory_of_a_decoder_is_limited() -> None:
+    picture = encoded(Image.new("RGB", (6000, 6000)), "PNG", compress_level=1)
+    with pytest.raises(DataError, match="needs more than 32 MiB"):
+        check(picture, Bounds(memory=32 * 2**20))
+    check(picture, Bounds())
+
+
+def test_a_stored_set_with_a_costly_photo_does_not_reach_the_engine(client: httpx2.Client, service: Service) -> None:
+    """It may have been stored by an earlier version, which took any picture."""
+    service.store.put("local", "old", [("good", png(1)), ("bad", progressive(400))])
+    for path, body in (
+        ("/v1/classify", {"support_set": "old", "images": [url(png(5))]}),
+        ("/v1/chat/completions", {"model": "base", "support_set": "old", "messages": [{"role": "user", "content": "Which is it?"}]}),
+    ):
+        began = time.monotonic()
+        error = error_of(client.post(path, json=body))
+        assert "support set 'old', examples[1]: the image has more than" in error["message"]
+        assert time.monotonic() - began < QUICK
+
+
+def test_a_crash_in_a_decoder_is_the_pictures_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Decoders(1)
+    try:
+        assert pool.decode(png(1), asdict(Bounds()))[0] is None
+        [worker] = pool._idle
+        os.kill(worker.process.pid, signal.SIGSEGV)
+        worker.process.wait()
+        assert "it ended the process" in (pool.decode(png(1), asdict(Bounds()))[0] or "")
+        assert pool.decode(png(1), asdict(Bounds()))[0] is None
+        assert (pool.counters.decoders_killed, pool.counters.decoders_started) == (1, 2)
+        [worker] = pool._idle
+    finally:
+        pool.close()
+    assert worker.process.returncode == 0
+
+
+def test_decoders_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """However it ends: their input ends with it."""
+    code = (
+        "from lcl_adapter.serve.images import Bounds, check; from lcl_adapter.serve.workers import DECODERS; import os, sys, time\n"
+        f"check({png(1)!r}, Bounds()); print(*[w.process.pid for w in DECODERS._idle], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        decoders = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert decoders
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/exe").exists() and _runs(pid) for pid in decoders):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_deep_picture_is_scaled_in_strips_to_the_same_values() -> None:
+    """As floats, a whole picture of 16 bits would need ten times its memory."""
+    values = np.random.default_rng(0).integers(0, 4096, (300, 50)).astype(np.uint16)
+    data = encoded(Image.fromarray(values), "PNG")
+    whole = (values.astype(np.float32) * (255.0 / 4095)).clip(0, 255).round().astype(np.uint8)
+    assert np.array_equal(np.asarray(images.read(Picture(Path("deep"), data=data, white=4095.0)))[..., 0], whole)
