@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,7 +27,9 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.sources import Picture, images
 from lcl_adapter.errors import DataError
+from lcl_adapter.serve import connections, middleware
 from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.bodies import MAX_TEXT, bytes_beside_images
 from lcl_adapter.serve.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.images import Bounds, check
@@ -206,3 +210,170 @@ def test_a_deep_picture_is_scaled_in_strips_to_the_same_values() -> None:
     data = encoded(Image.fromarray(values), "PNG")
     whole = (values.astype(np.float32) * (255.0 / 4095)).clip(0, 255).round().astype(np.uint8)
     assert np.array_equal(np.asarray(images.read(Picture(Path("deep"), data=data, white=4095.0)))[..., 0], whole)
+
+
+# Bodies
+
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+
+
+def chat_of(size: int, **fields: Any) -> bytes:
+    """A body of about ``size`` bytes: each field is a function of a number of items."""
+    return json.dumps({**CHAT, **{name: make(size // 12) for name, make in fields.items()}}).encode()
+
+
+BODIES: dict[str, Callable[[int], bytes]] = {
+    "stop": lambda size: chat_of(size, stop=lambda count: [0] * (3 * count)),
+    "stop in pairs": lambda size: chat_of(size, stop=lambda count: [[0]] * count),
+    "unknown fields": lambda size: json.dumps({**CHAT, **{f"k{n:07}": 0 for n in range(size // 15)}}).encode(),
+    "metadata": lambda size: chat_of(size, metadata=lambda count: {f"k{n}": {"a": {}} for n in range(count // 2)}),
+    "deep metadata": lambda size: json.dumps(CHAT)[:-1].encode() + b', "metadata": ' + b'{"a":' * (size // 6) + b"0" + b"}" * (size // 6) + b"}",
+    "messages": lambda size: chat_of(size, messages=lambda count: [{"a": 0}] * count),
+    "parts": lambda size: chat_of(size, messages=lambda count: [{"role": "user", "content": [{"type": "text"}] * (count // 2)}]),
+    "tools": lambda size: chat_of(size, tools=lambda count: [{}] * count),
+    "a model's name": lambda size: json.dumps({**CHAT, "model": "m" * size}).encode(),
+    "a field's name": lambda size: json.dumps({**CHAT, "m" * size: 0}).encode(),
+    "a number": lambda size: json.dumps(CHAT)[:-1].encode() + b', "seed": ' + b"1" * size + b"}",
+    "no JSON": lambda size: b"[" * size,
+}
+
+
+def post(client: httpx2.Client, body: bytes) -> Any:
+    return client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_body_without_pictures_is_small_and_refused_quickly(client: httpx2.Client, kind: str) -> None:
+    """4 MiB of stop texts took 28 s, in which nobody was answered."""
+    for size in (MAX_TEXT - 2000, 4 * 2**20):
+        body = BODIES[kind](size)
+        began = time.monotonic()
+        response = post(client, body)
+        assert time.monotonic() - began < QUICK
+        assert response.status_code == (400 if len(body) <= MAX_TEXT else 413)
+        assert len(error_of(response)["message"]) < 1100
+        assert len(response.text) < 2500
+
+
+def test_text_beside_a_picture_is_as_small(client: httpx2.Client) -> None:
+    """A picture makes a body large; it does not make room for anything else."""
+    large = {"type": "image_url", "image_url": {"url": url(png(3, (1000, 500)))}}
+    body = {**CHAT, "messages": [{"role": "user", "content": [large, {"type": "text", "text": "What?"}]}]}
+    assert len(json.dumps(body)) > 4 * MAX_TEXT
+    assert post(client, json.dumps(body).encode()).status_code == 200
+    response = post(client, json.dumps({**body, "stop": [0] * MAX_TEXT}).encode())
+    assert (response.status_code, error_of(response)["message"]) == (413, "the request has more than 256 kB beside its images.")
+
+
+def test_bytes_beside_images() -> None:
+    assert bytes_beside_images(b'{"a": "data:xyz", "b": ["data:", 1]}') == len(b'{"a": "data:", "b": ["data:", 1]}')
+    assert bytes_beside_images(b'{"a": "data:x' + b"y" * 100) == len(b'{"a": "data:')
+    assert bytes_beside_images(rb'["\"data:xyz", 1, 2]') == len(rb'["\"data:", 1, 2]')
+    assert bytes_beside_images(b'"data:x"' * 3000) > 2000 * len(b'"data:x"')
+
+
+def test_a_large_body_does_not_stop_the_event_loop(client: httpx2.Client) -> None:
+    """Eight bodies of 36 MiB are read and validated while /health is asked."""
+    body = json.dumps({"support_set": "parts-set", "images": [url(b"\x89PNG" + bytes(9 * 2**20))] * 3}).encode()
+    with ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(client.post, "/v1/classify", content=body, headers={"Content-Type": "application/json"}) for _ in range(8)]
+        slowest = 0.0
+        while not all(request.done() for request in large):
+            began = time.monotonic()
+            assert client.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - began)
+    assert {request.result().status_code for request in large} <= {200, 429}
+    assert slowest < QUICK
+
+
+# Connections
+
+
+def connect(client: httpx2.Client, sent: bytes) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20)
+    made.sendall(sent)
+    return made
+
+
+HALF_SENT = {
+    "nothing": b"",
+    "headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-",
+    "body": b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+    "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "body of an answered request": b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("kind", HALF_SENT)
+def test_half_sent_requests_turn_nobody_away(client: httpx2.Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand of them, everybody got status 503, /health too."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 50)
+    before = connections.COUNTERS.connections_displaced
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(150):
+            opened.append(connect(client, HALF_SENT[kind]))
+        for path in ("/health", "/ready", "/v1/models"):
+            assert httpx2.get(f"{client.base_url}{path}", timeout=5).status_code == 200
+        assert connections.COUNTERS.connections_displaced - before >= 100
+    finally:
+        for one in opened:
+            one.close()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "headers", "body", "body of an answered request"])
+def test_a_request_must_arrive_in_time(client: httpx2.Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then gains no time."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.4)
+    before = connections.COUNTERS.connections_late
+    with connect(client, HALF_SENT[kind]) as opened:
+        began = time.monotonic()
+        opened.settimeout(0.05)
+        received = b""
+        while True:
+            assert time.monotonic() - began < 5
+            try:
+                if kind != "nothing":
+                    opened.send(b"x")
+                part = opened.recv(1000)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if not part:
+                break
+            received += part
+    assert connections.COUNTERS.connections_late == before + 1
+    assert kind in {"body of an answered request"} or received.startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_goes_on_has_time(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow line is no attack: the time that a body has grows with what has arrived."""
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.3)
+    body = json.dumps({"support_set": "parts-set", "images": [url(png(3, (150, 100)))]}).encode()
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(client, head + f"Content-Length: {len(body)}\r\n\r\n".encode()) as opened:
+        step = len(body) // 8
+        for begin in range(0, len(body), step):
+            opened.sendall(body[begin : begin + step])
+            time.sleep(0.1)
+        assert opened.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's health is not one of them."""
+    monkeypatch.setattr(middleware, "MAX_CALLER_REQUESTS", 3)
+    opened = [connect(client, HALF_SENT["body"]) for _ in range(3)]
+    try:
+        until = time.monotonic() + 5
+        while (response := client.get("/v1/models")).status_code == 200 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    finally:
+        for one in opened:
+            one.close()
+    while client.get("/v1/models").status_code == 429:
+        assert time.monotonic() < until + 5

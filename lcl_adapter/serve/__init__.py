@@ -2,7 +2,9 @@
 
 server        loads the model and listens
 api           the routes
-middleware    access, body size and timing, before a route runs
+connections   deadlines of a client's connection, and how many there are
+middleware    access, body size, requests a caller and timing, before a route runs
+bodies        JSON bodies, bounded and validated outside the event loop
 keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
 jobs          the entries of the engine's queue
