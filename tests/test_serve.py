@@ -526,7 +526,7 @@ def test_bytes_of_a_character_are_held_back_together() -> None:
     ("change", "message"),
     [
         ({"messages": []}, "at least 1 item"),
-        ({"messages": [{"role": "user", "content": "x"}] * 10_000}, "at most 512 items"),
+        ({"messages": [{"role": "user", "content": "x"}] * 1_000}, "at most 512 items"),
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "two user messages in a row"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "the last message must be the user's"),
         ({"messages": [{"role": "user", "content": "a <image> here"}]}, "a special token of the model's prompt"),
