@@ -2,6 +2,7 @@
 # make test         set-up, then the whole suite
 # make check        lint, format, types
 # make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
+# make harness      comparison with lmms-eval, installed in an environment of its own (contrib/lmms-eval)
 # make photos       set-up, the base for photos, then a real result: labelled photos in, judged photos out
 # make photos-data  fetches photos from three Debian packages (300 MB), and prepares the photo data sets (docs/photo-data.md)
 # make bench        the side-by-side measurements under benchmarks/, stored in benchmarks/results/
@@ -15,8 +16,9 @@ export HF_HUB_OFFLINE = 1
 
 UPSTREAM := build/upstream
 DEEPSPEED := build/deepspeed
+HARNESS := build/harness
 
-.PHONY: quickstart test check interop photos photos-data bench clean
+.PHONY: quickstart test check interop harness photos photos-data bench clean
 
 quickstart: $(READY)
 	rm -rf runs/quickstart
@@ -46,6 +48,17 @@ $(DEEPSPEED)/ready: $(READY) interop/deepspeed.txt
 	rm -rf $(DEEPSPEED)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --no-deps --target $(DEEPSPEED) -r interop/deepspeed.txt
 	touch $(DEEPSPEED)/ready
+
+harness: $(HARNESS)/ready
+	$(HARNESS)/bin/pytest tests/test_harness.py -rs
+
+$(HARNESS)/ready: pyproject.toml constraints.txt contrib/lmms-eval/pyproject.toml contrib/lmms-eval/requirements.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install --quiet -c constraints.txt torch
+	$(HARNESS)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(HARNESS)/bin/pip install --quiet -r contrib/lmms-eval/requirements.txt
+	$(HARNESS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3 -e contrib/lmms-eval
+	touch $(HARNESS)/ready
 
 photos: $(READY)
 	$(BIN)/lcl-adapter base build photo

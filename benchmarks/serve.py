@@ -5,6 +5,9 @@
 
 There are 32 clients. Whole conversations are sent to the same server and to `transformers serve`; the servers run one
 after the other. Every client sends one whole conversation, or EACH queries on the stored set, which are much faster.
+`transformers serve` is asked at `/v1/chat/completions`, which accepts as many photos as fit. Its route for typed
+decisions, `/v1/systemone`, accepts 4 images and has no prefix cache, so it cannot be asked about these sets of 16 photos.
+
 Memory is the resident set of the server after the warm-up and at the end.
 """
 
@@ -186,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "same texts": same,
     }
     name = f"serve-{options.base}" if options.base else "serve"
-    return finish(options, name, (f"{clients} clients", "images a second", "p50", "p99"), rows, ratios)
+    title = f"{name}; `transformers serve` at /v1/chat/completions, for its /v1/systemone accepts 4 images"
+    return finish(options, name, (f"{clients} clients", "images a second", "p50", "p99"), rows, ratios, title=title)
 
 
 if __name__ == "__main__":

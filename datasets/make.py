@@ -177,6 +177,26 @@ def isekai(root: Path) -> None:
     write_lines(root / "ISEKAI-10.json", records)
 
 
+def open_mi(root: Path) -> None:
+    """VL-ICL Bench's open MiniImageNet: made-up names, bound anew in each record. A JSON list."""
+    names = ("dax", "blicket", "perpo")
+    shapes = ("circle", "square", "ring", "cross")
+    records = []
+    for number in range(6):
+        support = {}
+        for place, name in enumerate(names):
+            shape = shapes[(number + place) % len(shapes)]
+            files = [f"open_mi/{number}/{shape}_{k}.png" for k in range(2)]
+            for k, file in enumerate(files):
+                save_image(root / file, draw_shape(shape, 60 + 10 * number + k)[0])
+            support[name] = {"images": files}
+        answer = names[number % 3]
+        query = f"open_mi/{number}/asked.png"
+        save_image(root / query, draw_shape(shapes[(number + number % 3) % len(shapes)], 65 + 10 * number)[0])
+        records.append({"image": [query], "question": "This is a", "answer": answer, "classes": list(names), "support": support})
+    (root / "open_mi" / "query.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
 def products(root: Path) -> None:
     """The same photos as four catalogues: a CSV, Stanford Online Products' list, ABO's listings, RPC's COCO JSON."""
     rows = [["photo", "sku", "family"]]
@@ -282,7 +302,8 @@ def hugging_face(root: Path) -> None:
 
 def main(root: Path = ROOT) -> None:
     shutil.rmtree(root, ignore_errors=True)
-    for name, make in {"mvtec": mvtec, "visa": visa, "imagenet-lcl": imagenet, "isekai": isekai, "products": products, "boxes": boxes}.items():
+    sets = {"mvtec": mvtec, "visa": visa, "imagenet-lcl": imagenet, "isekai": isekai, "vl-icl": open_mi, "products": products, "boxes": boxes}
+    for name, make in sets.items():
         make(root / name)
     questions(root / "questions")
     hugging_face(root / "hugging-face")

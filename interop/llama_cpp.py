@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     base = save_original(folder / "llava-base", tower_inside=48, tower_layers=3)
     adapter_on(base, folder / "run", projector=True)
     merge(folder / "run", folder / "llava-merged", dtype="fp32")  # in fp16, rounding decides some of a random model's texts
-    export_for_llama_cpp(folder / "llava-merged", folder / "gguf")
+    export_for_llama_cpp(folder / "llava-merged", folder / "gguf", class_token="first")
     exact = "-ctk f32 -ctv f32 -fa off"  # its cache in fp16 rounds too
     click.echo(f"llama-server -m {folder}/gguf/model.gguf --mmproj {folder}/gguf/mmproj.gguf --alias lcl -c 4096 -np 4 {exact} --temp 0 --port 8080")
 

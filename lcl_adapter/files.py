@@ -14,21 +14,22 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from safetensors import SafetensorError
 
+from lcl_adapter import reading
 from lcl_adapter.errors import LclError, RunError
 
 PARTIAL = ".partial"
+LOCK = f"{PARTIAL}.lock"  # behind a path's name: the file that its writer locks
 STALE = 24 * 3600  # seconds after which a partial of an unknown machine's process is removed
-DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # marks, as Unicode names their classes
 LONGEST = 40  # characters of the target's name in a partial's; a file system allows 255 bytes
 
 
@@ -115,7 +116,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a partial folder that is renamed to ``path`` when the block succeeds. ``path`` must not exist."""
+    """Yields a partial folder that is renamed to ``path`` when the block succeeds. ``path`` must not exist.
+
+    Of two writers, the first to finish wins. Raises RunError for the other.
+    """
     with scratch_folder(path) as partial:
         yield partial
         os.replace(partial, path)
@@ -143,7 +147,7 @@ def replaced_folder(path: Path, is_earlier: Callable[[Path], bool]) -> Iterator[
         return False
 
     is_empty()
-    with scratch_folder(path) as partial:
+    with only_writer(path), scratch_folder(path) as partial:
         yield partial
         if is_empty():
             os.replace(partial, path)
@@ -158,25 +162,13 @@ def replaced_folder(path: Path, is_earlier: Callable[[Path], bool]) -> Iterator[
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-def printable(text: str) -> str:
-    """A file's name as people and UTF-8 files can have it.
-
-    Bytes that are not UTF-8, control characters, and marks that reverse the direction of writing become escapes.
-    """
-    return "".join(ascii(character)[1:-1] if _hidden(character) else character for character in text)
-
-
-def _hidden(character: str) -> bool:
-    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or unicodedata.bidirectional(character) in DIRECTIONS
-
-
 PLAN = "plan.json"
 
 
 def _saved_plan(partial: Path) -> Any:
     """The plan of a partial folder; None where it has none that can be read."""
     try:
-        return json.loads((partial / PLAN).read_text(encoding="utf-8"))
+        return reading.read_json(partial / PLAN)
     except (OSError, ValueError):
         return None
 
@@ -190,7 +182,7 @@ def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[
     written.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with _single_writer(path):
+    with only_writer(path):
         if path.exists():
             raise RunError(f"{path}: exists already; nothing is overwritten. Give another path.")
         try:
@@ -219,33 +211,83 @@ def resumable_folder(path: Path, plan: dict[str, Any], needed: int) -> Iterator[
 
 
 @contextmanager
-def _single_writer(path: Path) -> Iterator[None]:
-    """Lock ``path`` by a file beside it. The system releases the lock of a killed process.
+def only_writer(path: Path, again: bool = False) -> Iterator[None]:
+    """Inside the block, no other command that calls this can write ``path``: a lock on a file beside it, with who holds it.
 
+    The system releases the lock of a process that ends, however it ends.
+    again: the thread that is inside may enter once more, for a part of the same work.
     Raises RunError where another writer has the lock, or the file cannot be written.
     """
-    lock = path.with_name(path.name + PARTIAL + ".lock")
+    key = (os.path.realpath(path), threading.get_ident())
+    if again and key in _HELD:
+        yield
+        return
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        opened = lock.open("a")
+        opened, lock = _locked(Path(key[0]))
+    except BlockingIOError as error:
+        raise RunError(f"{path}: another command is writing it{error.strerror}. Wait until it ends, or give another path.") from None
     except OSError as error:
         raise _write_error(path, error) from error
     with opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = lock.exists() and os.path.samestat(os.fstat(opened.fileno()), lock.stat())
-        except BlockingIOError:
-            current = False
-        except OSError as error:
-            if error.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:
-                raise _write_error(path, error) from error
-            current = True  # a file system without locks
-        if not current:
-            raise RunError(f"{path}: another command is writing it. Wait until it ends, or give another path.")
+        _HELD.add(key)
         try:
             yield
         finally:
+            _HELD.discard(key)
             lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> tuple[IO[str], Path]:
+    """The open file of a lock that this process has now, and its name. Raises BlockingIOError with who has it; OSError."""
+    while True:
+        opened, lock = _open_lock(path)
+        try:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(errno.EAGAIN, _holder(opened)) from None
+            except OSError as error:
+                if error.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:  # a file system without locks
+                    raise
+            # A writer that ended in between has removed the file that was opened, and another may have locked a new one
+            if not lock.exists() or not os.path.samestat(os.fstat(opened.fileno()), lock.stat()):
+                opened.close()
+                continue
+            opened.truncate(0)
+            json.dump({"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, opened)
+            opened.flush()
+            return opened, lock
+        except BaseException:
+            opened.close()
+            raise
+
+
+def _open_lock(path: Path) -> tuple[IO[str], Path]:
+    """The file of a lock: beside the path, or in it where nothing can be written beside it. Raises OSError."""
+    name = path.name + LOCK
+    if len(os.fsencode(name)) > reading.LONGEST_NAME:
+        name = f"{path.name[:LONGEST]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{LOCK}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for lock in (path.with_name(name), path / LOCK):
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            return os.fdopen(descriptor, "r+", encoding="utf-8"), lock
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EROFS, errno.EPERM} or lock.parent == path or not path.is_dir():
+                raise
+    raise AssertionError
+
+
+_HELD: set[tuple[str, int]] = set()  # real paths that this process writes, and the threads that do
+
+
+def _holder(opened: IO[str]) -> str:
+    """Who holds a lock, from its file; "" where that is not written there."""
+    try:
+        holder = json.loads(opened.read(1000))
+        return ": process {process:d} on {machine}, since {since}".format(**{**holder, "process": int(holder["process"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -268,12 +310,48 @@ def sha256_of(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises FileNotFoundError; ValueError where it is no JSON or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = reading.read_json(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise ValueError(f"{path.name} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return value
+
+
+def read_result(path: Path) -> Any:
+    """The value in a JSON file of a run's folder. Raises RunError where it cannot be read."""
+    try:
+        return reading.read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def read_settings(path: Path) -> str:
+    """The text of a file of a run's folder. Raises RunError where it cannot be read."""
+    try:
+        return reading.read_text(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSON Lines file of a run that hold an object, each with its value. Raises RunError."""
+    lines = []
+    try:
+        for line in reading.read_text(path, reading.MAX_TEXT).split("\n"):
+            try:
+                value = reading.parse_json(line)
+            except ValueError:  # the end of a run that was killed
+                continue
+            if isinstance(value, dict):
+                lines.append((line, value))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    return lines
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import uvicorn
 from fastapi import FastAPI
 
@@ -45,3 +51,36 @@ def serving(base: Path, store: Path, **adapters: Path) -> Iterator[str]:
     engine.start()
     with running(make_app(Service(engine, Store(store), timeout=60))) as url:
         yield url
+
+
+def with_template(base: Path, out: Path) -> Path:
+    """A copy of a tiny base that other servers prompt as its family does. <s> is written into the template, because the tiny
+    tokenizer does not add it as a real one does.
+    """
+    shutil.copytree(base, out)
+    (out / "chat_template.jinja").write_text("<s>" + load_base(str(out)).family.chat_template(), encoding="utf-8")
+    return out
+
+
+@contextmanager
+def transformers_serving(base: Path, log: Path) -> Iterator[str]:
+    """The address of `transformers serve BASE`; its output is in the file ``log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(base), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=output, stderr=output, cwd=log.parent)
+    try:
+        for _ in range(600):
+            try:
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx2.TransportError:
+                assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lcl_adapter"
 
 # As the data flows: a room imports itself and the rooms before it.
 ORDER = (
-    "errors", "terminal", "amounts", "files", "devices", "processes", "randomness", "pocket", "packaged", "photo", "recipe", "data",
+    "errors", "terminal", "amounts", "reading", "files", "devices", "processes", "randomness", "pocket", "packaged", "photo", "recipe", "data",
     "base", "answering", "evaluate",
     "training", "memory", "checkpoints", "report", "serve", "page", "cli",
 )  # fmt: skip

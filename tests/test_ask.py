@@ -38,9 +38,9 @@ from lcl_adapter.data.sources import Picture, read_class_folders, read_image
 from lcl_adapter.data.sources.images import REDUCING_GAP
 from lcl_adapter.data.sources.new_photos import list_photos
 from lcl_adapter.errors import DataError, RunError
-from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.report.judged import FORMULA, table_rows
+from lcl_adapter.terminal import printable
 from tests.conftest import paint
 from tests.test_merge import adapter_on
 

@@ -6,11 +6,7 @@ import base64
 import io
 import json
 import math
-import os
-import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,18 +24,19 @@ from PIL import Image
 
 from lcl_adapter.answering.ask import ask_endpoint, ask_model
 from lcl_adapter.answering.client import Endpoint, RemotePredictor, judge
+from lcl_adapter.answering.client.decisions import one_message
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import TokenScore, find_answer, log_likelihoods
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import commands, main
-from lcl_adapter.data.conversations import Turn
+from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError
 from lcl_adapter.evaluate import ServedModels, build_cells, evaluate
 from tests.conftest import paint
-from tests.live import serving
+from tests.live import serving, transformers_serving, with_template
 from tests.test_evaluate import with_suites
 from tests.test_merge import adapter_on
 
@@ -80,9 +77,9 @@ def test_a_server_gets_the_pixels_that_training_reads(tmp_path: Path, name: str)
         assert base64.b64decode(sent.partition(",")[2]) == path.read_bytes()  # unchanged, so that a photo does not grow
 
 
-def test_views_tiles_and_rotations_are_sent_as_read(tmp_path: Path) -> None:
+def test_views_tiles_rotations_and_crops_are_sent_as_read(tmp_path: Path) -> None:
     path = paint(tmp_path / "a.png", (90, 120, 30))
-    for picture in (Picture(path, view=2), Picture(path, turned=1), Picture(path, tile=(2, 2, 3))):
+    for picture in (Picture(path, view=2), Picture(path, turned=1), Picture(path, tile=(2, 2, 3)), Picture(path, crop=(4, 5, 20, 30))):
         assert np.array_equal(np.asarray(decoded(image_of(picture))), np.asarray(read_image(picture)))
 
 
@@ -343,12 +340,17 @@ def test_eval_over_an_endpoint(own: str, run_folder: Path, pocket_tiny: Path, tm
     for file in run_folder.iterdir():
         (run / file.name).write_bytes(file.read_bytes()) if file.is_file() else None
     (run / "recipe.yaml").write_text(with_suites(pocket_tiny, tmp_path).model_dump_json(exclude_none=True), encoding="utf-8")
-    local = evaluate(run, suites=("vqa",), limit=6)
+    local = evaluate(run, suites=("vqa", "2way"), limit=6)
     report = evaluate(run, suites=("vqa", "2way"), limit=6, served=ServedModels(own))
     assert report["served"] == [own, "base", "parts"]
     assert report["folder"] == str(run / "served")
     by_name = {row["name"]: row for row in report["suites"]}
-    assert by_name["vqa"]["adapter"] == local["suites"][0]["adapter"]
+    offline = {row["name"]: row for row in local["suites"]}
+    assert by_name["vqa"]["adapter"] == offline["vqa"]["adapter"]
+    for name in [name for name in by_name if name.startswith("2way")]:  # labels by their exact probabilities
+        for model in ("base", "adapter"):
+            assert by_name[name][model]["value"] == offline[name][model]["value"], (name, model)
+    assert report["notes"] == [f"label scores are exact probabilities, from {own}/v1/systemone"]
     assert by_name["2way-2shot-easy"]["baseline"] is None
     assert json.loads((run / "served" / "report.json").read_text())["suites"] == report["suites"]
     with pytest.raises(MissingError, match="no model 'lcl'"):
@@ -440,35 +442,116 @@ def test_options_that_exclude_each_other(photos: Path, arguments: list[str], mes
 # transformers serve
 
 
-def test_transformers_serve_gives_the_same_answer(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Photos are square, because a bare processor pads others differently. <s> is written into the template, because the
-    tiny tokenizer does not add it as a real one does."""
-    photos = tmp_path / "photos"
+@pytest.fixture(scope="module")
+def theirs(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """`transformers serve` on a tiny LLaVA-1.5, and the base's folder."""
+    folder = tmp_path_factory.mktemp("transformers")
+    base = with_template(tiny_folder("llava-1.5"), folder / "base")
+    with transformers_serving(base, folder / "log") as url:
+        yield url, base
+
+
+@pytest.fixture
+def square_photos(tmp_path: Path) -> Path:
+    """Photos are square, because a bare processor pads others differently."""
     for number, name in enumerate(("good", "scratched")):
         for shot in range(2):
-            paint(photos / name / f"{shot}.png", (60 + 90 * number, 200 - 80 * shot, 70), 2 * number + shot, (32, 32))
-    base = tmp_path / "base"
-    shutil.copytree(tiny_folder("llava-1.5"), base)
-    (base / "chat_template.jinja").write_text("<s>" + load_base(str(base)).family.chat_template(), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(base), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=log, stderr=log, cwd=tmp_path)
-    try:
-        for _ in range(600):
-            try:
-                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx2.TransportError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        url = f"http://127.0.0.1:{port}"
-        served = ask_endpoint(photos, [photos / "good/1.png"], url, model=str(base), shots=1)
-        offline = ask_model(photos, [photos / "good/1.png"], base=BaseRef(str(base)), shots=1)
-    finally:
-        process.terminate()
-        process.wait(30)
+            paint(tmp_path / "square" / name / f"{shot}.png", (60 + 90 * number, 200 - 80 * shot, 70), 2 * number + shot, (32, 32))
+    return tmp_path / "square"
+
+
+def test_transformers_serve_gives_the_same_answer(theirs: tuple[str, Path], square_photos: Path) -> None:
+    url, base = theirs
+    served = ask_endpoint(square_photos, [square_photos / "good/1.png"], url, model=str(base), shots=1)
+    offline = ask_model(square_photos, [square_photos / "good/1.png"], base=BaseRef(str(base)), shots=1)
     assert served.answers[0]["answer"] == offline.answers[0]["answer"]
+
+
+# Exact probabilities, where the server has a route for them
+
+
+def test_this_projects_server_gives_the_exact_scores(own: str, pocket_tiny: Path, tmp_path: Path) -> None:
+    """Those of the offline predictor, for every kind of case, of few and of no labelled photos."""
+    cells = build_cells(with_suites(pocket_tiny, tmp_path), limit=4)
+    requests = [(c.support, c.query, c.answers) for cell in cells for c in cell.cases if c.answers]
+    predictor = Predictor(load_base(BaseRef(str(pocket_tiny), device="cpu")), max_new_tokens=2)
+    offline = predictor.run(requests)
+    with Endpoint(own) as endpoint:
+        served = RemotePredictor(endpoint, "base", workers=4).run(requests, new_tokens=2)
+        assert endpoint.notes == [f"label scores are exact probabilities, from {own}/v1/systemone"]
+        by_text = RemotePredictor(endpoint, "base", workers=4, scores="text").run(requests, new_tokens=2)
+        assert len(endpoint.notes) == 1
+    assert len(requests) > 10
+    for one, other in zip(served, offline, strict=True):
+        assert one.text == other.text
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+    assert any(one.probabilities != pytest.approx(other.probabilities, abs=0.01) for one, other in zip(by_text, offline, strict=True))
+
+
+def test_transformers_serve_gives_exact_scores_of_letters(theirs: tuple[str, Path], square_photos: Path) -> None:
+    """Equal to the offline model's, asked the same way; a set of more photos than its route reads is scored by the text."""
+    url, base = theirs
+    query = square_photos / "good/1.png"
+    served = ask_endpoint(square_photos, [query], url, model=str(base), shots=1)
+    assert "exact probabilities" in served.result["notes"][-1]
+    worded = WORDINGS["lcl"]
+    shown = [(Picture(square_photos / name / "0.png"), name) for name in ("good", "scratched")]
+    labels = [worded.answered(name) for name in ("good", "scratched")]
+    text, instructions, assets = one_message(support_turns(shown, worded), Turn("user", worded.query, Picture(query)))
+    assert text.count("Image ") == 2
+    assert list(assets) == ["<photo-1>", "<photo-2>", "<photo-3>"]
+    body = {"state": text, "questions": {"q": {"type": "choice", "instructions": instructions, "criteria": dict.fromkeys(labels)}}, "assets": assets}
+    alone = httpx2.post(f"{url}/v1/systemone", json={"model": str(base), **body}, timeout=60).raise_for_status().json()["answers"]["q"]
+    assert list(served.answers[0]["scores"].values()) == pytest.approx([alone["probabilities"][label] for label in labels], abs=1e-6)
+    assert served.answers[0]["margin"] > 0
+    more = ask_endpoint(square_photos, [query], url, model=str(base))
+    assert "5 photos and 2 labels are read from the generated text" in more.result["notes"][-1]
+    by_text = ask_endpoint(square_photos, [query], url, model=str(base), shots=1, scores="text")
+    assert by_text.result["notes"] == served.result["notes"][:-1]
+
+
+def decision(tokens: int, **probabilities: float) -> dict[str, Any]:
+    return {"answers": {"label": {"type": "choice", "probabilities": probabilities}}, "usage": {"input_tokens": tokens, "output_tokens": 0}}
+
+
+@pytest.mark.parametrize(
+    ("responses", "note"),
+    [
+        ([(404, {}, {"detail": "Not Found"})], "has no /v1/systemone for this model"),
+        ([(405, {}, {"detail": "Method Not Allowed"})], "has no /v1/systemone for this model"),
+        ([(501, {}, {"error": {"message": "does not support LlavaForConditionalGeneration"}})], "LlavaForConditionalGeneration"),
+        ([(200, {}, decision(20, good=0.5, bad=0.5))] * 2, "reads no photos"),
+        ([(200, {}, ["a list"])], "not that of this route"),
+    ],
+    ids=["no route", "another method", "another model", "texts alone", "another server"],
+)
+def test_a_server_without_exact_scores_is_read_as_before(
+    fake: tuple[str, type[Fake]], tmp_path: Path, responses: list[Any], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As vLLM, whose route reads texts alone and answers 501 for most models."""
+    url, kind = fake
+    kind.answers = [(200, {}, {"data": [{"id": "m", "owned_by": "vllm"}]}), *responses, (200, {}, completion("bad"))]
+    query = Turn("user", "What is this?", Picture(paint(tmp_path / "q.png", (1, 2, 3))))
+    with Endpoint(url, patience=0.001) as endpoint:
+        [first, second] = RemotePredictor(endpoint, "m", workers=1).run([((), query, ("good", "bad"))] * 2)
+        assert first.best == second.best == 1
+        assert len(endpoint.notes) == 1
+        assert note in endpoint.notes[0]
+    assert [path for path, _, _ in kind.requests][-2:] == ["/v1/chat/completions"] * 2, "the route is tried once"
+    assert note in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_probabilities_of_a_server_that_reads_photos(fake: tuple[str, type[Fake]], tmp_path: Path) -> None:
+    url, kind = fake
+    probed = [(200, {}, decision(600, a=1)), (200, {}, decision(20, a=1))]
+    answered = [(200, {}, decision(700, good=0.25, bad=0.75)), (200, {}, completion("good")), (200, {}, decision(700, good=1.0, bad=0.0))]
+    kind.answers = [(200, {}, {"data": [{"id": "m"}]}), *probed, *answered, (200, {}, completion("bad")), (200, {}, decision(700, good=1.0))]
+    query = Turn("user", "What is this?", Picture(paint(tmp_path / "q.png", (1, 2, 3))))
+    with Endpoint(url, patience=0.001) as endpoint:
+        remote = RemotePredictor(endpoint, "m", workers=1)
+        [first, second] = remote.run([((), query, ("good", "bad"))] * 2)
+        assert first.probabilities == pytest.approx((0.25, 0.75))
+        assert (first.text, second.text) == ("good", "bad")
+        assert second.probabilities == pytest.approx((1.0, 0.0))
+        with pytest.raises(EndpointError, match="no probability for each label"):
+            remote.run([((), query, ("good", "bad"))])

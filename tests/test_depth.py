@@ -137,3 +137,33 @@ def test_nearly_black_and_flat_pictures_are_noted(tmp_path: Path, pocket_tiny: P
     notes = "\n".join(found["notes"])
     assert "0.png is nearly black (its brightest pixel has 12 of 255); if it has more than 8 bits, give `white`" in notes
     assert "0.png is flat (all its pixels have 200 to 200 of 255)" in notes
+
+
+@pytest.mark.parametrize("gap", [np.nan, np.inf, -np.inf])
+def test_places_without_a_value_leave_the_others(tmp_path: Path, gap: float) -> None:
+    """A depth map has no value where nothing was measured. It does not darken itself, or the other pictures of its source."""
+    plain = RAMP.astype(np.float32)
+    with_gap = plain.copy()
+    with_gap[10:20, 10:20] = gap
+    for label in ("a", "b"):
+        write(tmp_path / "photos" / label / "plain.tif", plain if label == "a" else plain[::-1])
+        write(tmp_path / "photos" / label / "gap.tif", with_gap if label == "a" else with_gap[:, ::-1])
+    pool = open_reader("photos", ClassFolders(type="class-folder", path=tmp_path / "photos"))
+    expected = np.round(255 * RAMP)
+    for picture in pool.classes[0].pictures:  # type: ignore[union-attr]
+        values = np.asarray(read_image(picture))[..., 0].astype(int)
+        outside = np.ones(values.shape, bool)
+        outside[10:20, 10:20] = False
+        assert np.abs(values - expected)[outside].max() <= 1
+    of_gap = next(p for p in pool.classes[0].pictures if p.path.stem == "gap")  # type: ignore[union-attr]
+    assert set(np.asarray(read_image(of_gap))[10:20, 10:20].flat) == {255 if gap == np.inf else 0}
+    write(tmp_path / "all.tif", np.full((8, 8), gap, np.float32))
+    assert seen(tmp_path / "all.tif").shape == (8, 8)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-20.0, 45.0), (-0.5, 0.25)])
+def test_values_on_both_sides_of_0_are_all_shown(tmp_path: Path, low: float, high: float) -> None:
+    """Signed floats, for instance degrees: neither half is cut off."""
+    path = write(tmp_path / "signed.tif", (low + (high - low) * RAMP).astype(np.float32))
+    for white in (None, common_white([Picture(path)])):
+        assert np.abs(seen(path, white) - 255 * RAMP).max() <= 1

@@ -25,10 +25,11 @@ from tests.tiny import save_original, save_tiny
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [ROOT / folder / "README.md" for folder in ("benchmarks", "contrib/lmms-eval", "datasets")]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *GUIDES, *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "lcl_adapter/pocket/MODEL_CARD.md", ROOT / "lcl_adapter/pocket/data/ATTRIBUTION.md"]
 # Programs that a document may call and that are not this project's.
-OTHERS = {"accelerate", "curl", "docker", "echo", "git", "hf", "llama-server", "ollama", "pip", "sbatch", "torchrun", "vllm"}
+OTHERS = {"accelerate", "curl", "docker", "echo", "git", "hf", "llama-server", "lmms-eval", "ollama", "pip", "sbatch", "torchrun", "vllm"}
 WRITTEN_BY_EXPORT = {"exported/serve.sh", "llava-lora-mix/ask_upstream.py"}
 # Groups of `lcl-adapter` and commands that take seconds on a tiny base, and what a command line may not need here.
 CHEAP = {"ask", "convert", "data", "export", "inspect", "merge", "recipes", "support"}

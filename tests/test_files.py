@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from lcl_adapter.errors import RunError
-from lcl_adapter.files import STALE, resumable_folder, whole_file, whole_folder
+from lcl_adapter.files import STALE, only_writer, resumable_folder, whole_file, whole_folder
 
 CHUNKS = 20
 
@@ -168,3 +169,84 @@ def test_a_folder_that_can_be_resumed_has_one_writer(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"), resumable_folder(out, plan, 0):
         raise AssertionError
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lcl_adapter.files import only_writer
+with only_writer(Path({path!r})):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_held_folder_is_refused_with_who_holds_it_until_that_process_ends(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER.format(path=str(run))], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    since = time.strftime("%Y-%m-%d")
+    with (
+        pytest.raises(RunError, match=rf"another command is writing it: process {process.pid} on {socket.gethostname()}, since {since}"),
+        only_writer(run),
+    ):
+        raise AssertionError
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    process.stdout.close()
+    with only_writer(run), only_writer(run, again=True):
+        with pytest.raises(RunError, match=f"process {os.getpid()} on"), only_writer(run):
+            raise AssertionError
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(RunError, match="another command"), only_writer(tmp_path / "link" / "run"):
+            raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_many_writers_have_a_folder_one_at_a_time(tmp_path: Path) -> None:
+    """Also where each begins while another ends, and removes the file of its lock."""
+    inside, most, entered = 0, 0, 0
+    counting = threading.Lock()
+    refusals: set[bool] = set()  # whether the message says why
+
+    def work(_: str) -> None:
+        nonlocal inside, most, entered
+        own = 0
+        while own < 50:
+            try:
+                with only_writer(tmp_path / ("n" * 250)):
+                    with counting:
+                        inside, entered = inside + 1, entered + 1
+                        most = max(most, inside)
+                    time.sleep(0)
+                    with counting:
+                        inside -= 1
+                own += 1
+            except RunError as error:
+                refusals.add("another command is writing it" in str(error))
+
+    in_threads(work)
+    assert most == 1
+    assert entered == 100
+    assert refusals <= {True}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_parent_cannot_be_written_has_its_lock_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a volume that is mounted into a container."""
+    run = tmp_path / "run"
+    run.mkdir()
+    real = os.open
+
+    def refusing(path: Any, *arguments: Any, **more: Any) -> int:
+        if Path(path).parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with only_writer(run):
+        assert [path.name for path in run.iterdir()] == [".partial.lock"]
+        with pytest.raises(RunError, match=f"process {os.getpid()}"), only_writer(run):
+            raise AssertionError
+    assert not list(run.iterdir())

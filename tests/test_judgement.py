@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcl_adapter.answering.ask import ask_model
+from lcl_adapter.answering.client.messages import image_of
+from lcl_adapter.answering.decisions import ChoiceAnswer, DecisionIn
 from lcl_adapter.answering.judgement import JUDGES, Evidence, TowerEvidence, Weighing, Weights, log_softmax, read_weighing
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
@@ -33,8 +36,11 @@ from lcl_adapter.evaluate.weighing import Weighed, fit
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe, save
 from lcl_adapter.serve.adapters import identity_of
+from lcl_adapter.serve.decisions import decide
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import Job
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
 from lcl_adapter.training import preflight
 from tests.conftest import paint
 from tests.test_merge import adapter_on
@@ -312,7 +318,7 @@ def test_tower_evidence_raises_for_a_broken_query(photos: Path, pocket_tiny: Pat
         tower.vectors([Picture(photos / "red" / "1.png")])
 
 
-def test_a_server_judges_by_both_too(run: Path, photos: Path, pocket_tiny: Path) -> None:
+def test_a_server_judges_by_both_too(run: Path, photos: Path, pocket_tiny: Path, tmp_path: Path) -> None:
     commands.evaluate(run)
     query = Picture(photos / "green" / "3.png")
     pool = read_class_folders(photos)
@@ -335,6 +341,22 @@ def test_a_server_judges_by_both_too(run: Path, photos: Path, pocket_tiny: Path)
             assert dict(zip(labels, answer("lcl").probabilities, strict=True)) == pytest.approx(expected["both"], abs=1e-4)
         assert expected["both"] != pytest.approx(expected["model"], abs=1e-3)
         assert max(answer("base").log_likelihoods) < 0, "the base has no weights: its scores are log-likelihoods"
+        labelled = [{"label": label, "image": image_of(picture)} for picture, label in shown]
+        questions = {
+            "label": {"type": "choice"},
+            "other": {"type": "choice", "criteria": {**dict.fromkeys(labels[1:]), "a nut": None}, "instructions": model.wording.query},
+        }
+        state = {"examples": labelled, "image": image_of(query)}
+        decisions = decide(Service(engine, Store(tmp_path / "store")), "local", DecisionIn.model_validate({"state": state, "questions": questions}))
+        wait(decisions.futures, 60)
+        decided = decisions.response().answers
+        assert decided["label"].probabilities == pytest.approx(expected["both"], abs=1e-4)
+        assert isinstance(decided["label"], ChoiceAnswer)
+        assert decided["label"].judge == "both"
+        by_model = Job("lcl", lambda: support_turns(shown, model.wording), decisions.jobs[1].turn, None, decisions.jobs[1].answers, judged=False)
+        engine.submit(by_model)
+        assert list(decided["other"].probabilities.values()) == pytest.approx(by_model.future.result(60).reply.probabilities, abs=1e-4)
+        assert by_model.answers == (*map(model.wording.answered, labels[1:]), model.wording.answered("a nut")), "the tower judges a set's labels only"
         manifest = read_manifest(run)
         assert identity_of(manifest) != identity_of({**manifest, "judgement": None}), "a calibration belongs to the weights too"
     finally:

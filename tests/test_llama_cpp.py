@@ -60,7 +60,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     base = save_original(root / "llava-base", tower_inside=48, tower_layers=LAYERS + 1)
     run = adapter_on(base, root / "run", projector=True)
     merge(run, root / "llava-merged", dtype="fp32", verify="layers")
-    export_for_llama_cpp(root / "llava-merged", root / "gguf")
+    export_for_llama_cpp(root / "llava-merged", root / "gguf", class_token="first")
     return Exported(base, run, root / "llava-merged", root / "gguf")
 
 
@@ -145,7 +145,7 @@ def test_a_run_is_merged_first_in_its_own_type(exported: Exported, tmp_path: Pat
 
 def test_hugging_faces_layout_gives_the_same_files(exported: Exported, tmp_path: Path) -> None:
     convert(str(exported.merged), tmp_path / "hf", verify="tensors")
-    export_for_llama_cpp(tmp_path / "hf", tmp_path / "out")
+    export_for_llama_cpp(tmp_path / "hf", tmp_path / "out", class_token="first")
     for file in ("model.gguf", "mmproj.gguf"):
         ours, theirs = tensors_of(exported.gguf / file), tensors_of(tmp_path / "out" / file)
         assert ours.keys() == theirs.keys()
@@ -300,7 +300,7 @@ def test_the_command(exported: Exported, tmp_path: Path) -> None:
     assert "ollama create screws" in readme
     assert "--alias screws -c 1024" in readme
     assert "--wording short" in readme
-    shown = export(exported.merged, tmp_path / "again", "--class-token", "last")
+    shown = export(exported.merged, tmp_path / "again")
     assert "tensors read again and equal" in shown.stdout
     assert "a llama.cpp with the defect" in shown.stderr
 

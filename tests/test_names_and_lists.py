@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
+import io
 import json
+import shutil
 import unicodedata
 import zipfile
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from lcl_adapter.data.sources.tables import Table
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, LclError
 from lcl_adapter.recipe import Recipe
+from lcl_adapter.report.pages import _url
 from lcl_adapter.training import preflight
 from tests.conftest import paint
 
@@ -151,6 +155,101 @@ def test_label_studios_export_is_read(images: Path) -> None:
     assert pool.classes[0].boxes == ((20.0, 20.0, 120.0, 60.0),)
 
 
+def one_hot(path: Path, *rows: str, heading: str = "filename, good, scratched, dented") -> Path:
+    """Roboflow's export of a classification with several labels."""
+    path.write_text("\n".join((heading, *rows)) + "\n")
+    return path
+
+
+def test_one_column_a_class_is_read(images: Path, tmp_path: Path) -> None:
+    """Roboflow's ``_classes.csv``; rows with several classes or with none are left out and counted."""
+    names = sorted(path.name for path in images.iterdir())
+    file = one_hot(tmp_path / "_classes.csv", f"{names[0]}, 1, 0, 0", f"{names[1]}, 0, 1, 0", f"{names[2]}, 1, 1, 0", f"{names[3]}, 0, 0, 0")
+    columns = {"image": ["filename"], "class": ["class"]}
+    pool = read_manifest(file, images, columns)
+    assert {c.name: [p.path.name for p in c.pictures] for c in pool.classes} == {"good": [names[0]], "scratched": [names[1]]}
+    assert pool.skipped == {"picture of several classes": 1, "picture of no class": 1}
+    assert [note.partition("; ")[2] for note in pool.notes] == ["each of good, scratched, dented is read as a class, with 1 for its pictures"]
+    split = one_hot(tmp_path / "split.csv", f"{names[0]},train,1.0,0.0", f"{names[1]},test,0.0,0.0", heading="filename,split,good,bad")
+    assert read_manifest(split, images, columns, where={"split": "train"}).skipped == {}, "a row that is not asked for is not counted"
+
+
+def test_columns_that_are_no_classes_are_not_read_as_such(images: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in images.iterdir())
+    columns = {"image": ["filename"], "class": ["class"]}
+    for heading, row in (("filename,label,flipped", f"{names[0]},good,1"), ("filename,defect", f"{names[0]},1"), ("filename,a,b", "")):
+        with pytest.raises(DataError, match="no column 'class'"):
+            read_manifest(one_hot(tmp_path / "list.csv", row, heading=heading), images, columns)
+    file = one_hot(tmp_path / "_classes.csv", f"{names[0]}, 1, 0, 0", f"{names[1]}, 0, 0.7, 0", f"{names[2]}, 0, 1")
+    with pytest.raises(DataError) as refused:
+        read_manifest(file, images, columns)
+    assert "line 3: '0.7' in column 'scratched' is neither 0 nor 1" in str(refused.value)
+    assert "line 4: 4 columns are expected" in str(refused.value)
+
+
+OWN = {"image": ["image"], "class": ["class"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "expected"),
+    [
+        ("list.xlsx", b"PK\x03\x04\x14\x00\x06\x00", "an Excel workbook or another zip archive, not a text file. Save it as CSV"),
+        ("list.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Excel workbook"),
+        ("list.parquet", b"PAR1" + bytes(40) + b"PAR1", "a Parquet file"),
+        ("voc.xml", b"<?xml version='1.0'?><annotation/>", "XML, not a text file"),
+        ("voc.xml", b"<annotation><filename>a.png</filename></annotation>", "Pascal VOC"),
+        ("list.csv", b"<!DOCTYPE html><html>", "a web page"),
+        ("list.csv", b"", "its first line is empty; it must name the columns"),
+        ("list.csv", b"\n\n\n", "its first line is empty"),
+        ("list.csv", b"a.png,good\nb.png,bad\n", "Its first line is a picture, and must name the columns"),
+        ("list.csv", b"image,class,class\na.png,x,y\n", "several columns are called 'class'"),
+        ("list.csv", ",".join(f"c{n}" for n in range(500)).encode() + b"\n", "'c19' and 480 more"),
+        ("list.json", json.dumps({f"c{n}": "a" for n in range(500)}).encode(), "and 480 more"),
+        (
+            "list.csv",
+            b"image,class\nhttps://example.org/a.png,x\n",
+            "no image 'https://example.org/a.png' under .*: it is an address; fetch the pictures",
+        ),
+    ],
+)
+def test_what_is_no_list_is_named(tmp_path: Path, images: Path, name: str, raw: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=expected) as refused:
+        read_manifest(tmp_path / name, images, OWN)
+    assert len(str(refused.value)) < 600
+
+
+def test_a_label_by_name_is_a_list(tmp_path: Path, images: Path) -> None:
+    """``{"a.jpg": "good"}``, as scripts write it; a single record in the form of a list's line stays one."""
+    names = sorted(path.name for path in images.glob("*.*"))[:3]
+    (tmp_path / "list.json").write_text(json.dumps({names[0]: "good", names[1]: "bad", names[2]: "good"}))
+    pool = read_manifest(tmp_path / "list.json", images, OWN)
+    assert {c.name: [p.path.name for p in c.pictures] for c in pool.classes} == {"bad": [names[1]], "good": [names[0], names[2]]}
+    (tmp_path / "list.json").write_text(json.dumps({"image": names[0], "class": "good"}))
+    assert [c.name for c in read_manifest(tmp_path / "list.json", images, OWN).classes] == ["good"]
+    (tmp_path / "list.json").write_text(json.dumps({names[0]: None, "gone.png": "good"}))
+    with pytest.raises(DataError, match=r"no value for 'class'(.|\n)*no image 'gone.png'"):
+        read_manifest(tmp_path / "list.json", images, OWN)
+
+
+def test_a_list_of_labels_is_of_several_classes(tmp_path: Path, images: Path) -> None:
+    """The first label is not read as the only one. One value in several languages is one label."""
+    names = sorted(path.name for path in images.glob("*.*"))[:4]
+    in_languages = [{"language_tag": "en", "value": "good"}, {"language_tag": "de", "value": "gut"}]
+    labels = [["good", "scratched"], ["good"], in_languages, ["good", "good"]]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"image": n, "class": label}) for n, label in zip(names, labels, strict=True)))
+    pool = read_manifest(tmp_path / "list.jsonl", images, OWN)
+    assert {c.name: len(c.pictures) for c in pool.classes} == {"good": 3}
+    assert pool.skipped == {"picture of several classes": 1}
+
+
+def test_labels_of_a_list_in_other_capital_letters_are_noted(tmp_path: Path, images: Path) -> None:
+    names = sorted(path.name for path in images.glob("*.*"))[:3]
+    (tmp_path / "list.csv").write_text("image,class\n" + "".join(f"{n},{c}\n" for n, c in zip(names, ("Good", "good", "bad"), strict=True)))
+    pool = read_manifest(tmp_path / "list.csv", images, OWN)
+    assert [note.partition(": ")[2].partition(", and")[0] for note in pool.notes] == ["the classes 'Good', 'good' differ in capital letters only"]
+
+
 def coco(path: Path, **changed: Any) -> Path:
     categories = [{"id": 1, "name": "screw", "supercategory": "parts"}, {"id": 2, "name": "nut", "supercategory": "none"}]
     annotations = [{"id": 10 * c + i, "image_id": i, "category_id": c, "bbox": [2 * c, 3, 12, 9]} for c in (1, 2) for i in range(4)]
@@ -170,7 +269,7 @@ def test_objects_of_a_detection_export_are_cut_out_or_their_pictures_left_out(im
     whole = np.asarray(read_image(Picture(nut.path)))
     assert np.array_equal(np.asarray(read_image(nut)), whole[3:12, 4:16])
     assert np.array_equal(np.asarray(read_image(screw)), whole[3:12, 2:14])
-    assert replace(Picture.parse(str(nut)), listed_size=nut.listed_size) == nut
+    assert Picture.parse(str(nut)) == nut
 
 
 def test_one_odd_annotation_does_not_refuse_the_file(images: Path) -> None:
@@ -207,11 +306,31 @@ def test_boxes_on_stored_pixels_of_a_turned_photo_are_turned(tmp_path: Path, ori
         mapped = {"image": ["file"], "class": ["class"], "box": ["x0", "y0", "x1", "y1"], "size": ["w", "h"]}
         cut = read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped, crop=True).classes[0].pictures[0]
         assert np.asarray(read_image(cut)).min() == 255
+        assert Picture.parse(str(cut)) == cut, "a report's thumbnail shows the same part"
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(_url(str(cut)).partition(",")[2])))
+        assert np.asarray(thumbnail.convert("L"))[40:56, 40:56].min() > 250
         (region,) = read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped).regions["a"]
         assert region_box(region) == region_box(replace(region, box=tuple(map(float, on_upright)), picture=Picture(region.picture.path)))
     (tmp_path / "list.csv").write_text("file,class,x0,y0,x1,y1,w,h\np0.png,a,5,10,35,20,600,400\n")
     with pytest.raises(DataError, match="its list says 600 x 400 pixels, the file has 60 x 40: was it resized"):
         read_image(read_manifest(tmp_path / "list.csv", tmp_path / "images", mapped, crop=True).classes[0].pictures[0])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Picture(Path("new!/wow!.jpg")),
+        Picture(Path("set.ZIP"), "new!/a.jpg"),
+        Picture(Path("a.zip.jpg")),
+        Picture(Path("two\nlines.jpg"), view=3, turned=2),
+        Picture(Path("photo (view 2).jpg"), tile=(2, 3, 5)),
+        Picture(Path("large.png"), crop=(0.1, 12345.6, 3e-5, 1e6), listed_size=(20000, 2000000)),
+        Picture(Path("plain.jpg"), crop=(1, 2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_a_pictures_name_says_which_it_is(picture: Picture) -> None:
+    assert Picture.parse(str(picture)) == picture
 
 
 def test_a_zip_of_japanese_windows_has_its_names(tmp_path: Path) -> None:
@@ -309,6 +428,47 @@ def test_photos_in_other_places_are_named(tmp_path: Path) -> None:
     paint(tmp_path / "photos" / "ring" / "day 1" / "0.png", (90, 90, 90), seed=9)
     with pytest.raises(DataError, match=r"class 'ring' has its 1 images one folder too deep \(ring/day 1/0\.png\)"):
         read_class_folders(tmp_path / "photos")
+
+
+def test_folders_that_systems_add_are_no_classes(tmp_path: Path) -> None:
+    for label in ("good", "bad"):
+        paint(tmp_path / "photos" / label / "0.png", (90, 80, 70), seed=len(label))
+        for folder in ("@eaDir/0.png", "__MACOSX", ".thumbnails"):
+            paint(tmp_path / "photos" / label / folder / "THUMB_M.jpg", (90, 80, 70), seed=9)
+    for folder in ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"):
+        paint(tmp_path / "photos" / folder / "0.png", (1, 2, 3), seed=7)
+    pool = read_class_folders(tmp_path / "photos")
+    assert ([c.name for c in pool.classes], pool.notes, pool.skipped) == (["bad", "good"], (), {})
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos"))
+    assert [c.name for c in read_class_folders(archive).classes] == ["bad", "good"]
+
+
+def test_names_that_differ_in_blanks_or_in_capital_letters(tmp_path: Path) -> None:
+    for number, label in enumerate(("good", "good ", "Bad", "bad", " dented ")):
+        paint(tmp_path / "photos" / label / "0.png", (90, 80, 70), seed=number)
+    with pytest.raises(DataError, match="the classes 'good', 'good ' differ in blanks only; join or rename them"):
+        read_class_folders(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "good ")
+    pool = read_class_folders(tmp_path / "photos")
+    assert [c.name for c in pool.classes] == ["dented", "Bad", "bad", "good"]
+    assert [note.partition(": ")[2] for note in pool.notes] == [
+        "the classes 'Bad', 'bad' differ in capital letters only, and are read as different classes"
+    ]
+
+
+def test_further_formats_of_photos(tmp_path: Path) -> None:
+    """JPEG 2000 and Targa are read; JPEG XL is named as a photo."""
+    for label in ("good", "bad"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number, suffix in enumerate(("jp2", "tga")):
+            Image.fromarray(np.full((20, 20, 3), 40 * number + 20 * len(label), np.uint8)).save(tmp_path / "photos" / label / f"0.{suffix}")
+    pictures = [p for c in read_class_folders(tmp_path / "photos").classes for p in c.pictures]
+    assert [np.asarray(read_image(p)).max() for p in pictures] == [60, 100, 80, 120]
+    xl = tmp_path / "photos" / "good" / "1.jxl"
+    xl.write_bytes(b"\xff\x0a" + bytes(40))
+    assert xl in [p.path for c in read_class_folders(tmp_path / "photos").classes for p in c.pictures]
+    with pytest.raises(DataError, match="A JPEG XL photo is not read here: save it as JPEG or PNG"):
+        read_image(Picture(xl))
 
 
 def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_the_example_and_a_copy(visit: Callable[..., Page], photos: Path, tmp_pa
     archive = tmp_path / "example.zip"
     waiting.value.save_as(archive)
     zipfile.ZipFile(archive).extractall(tmp_path / "example")
-    query = next((tmp_path / "example" / "key").glob("*.webp"))
+    query = next((tmp_path / "example" / "key").glob("*.png"))
     result = CliRunner().invoke(main, ["ask", str(tmp_path / "example"), str(query), "--json"])
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["support"]) == {"key", "paperclip"}

@@ -347,10 +347,10 @@ def test_a_full_disk_does_not_stop_classification(client: TestClient, service: S
 
     monkeypatch.setattr(service.store, "write_calibration", full)
     body = {"support_set": "parts-set", "images": [url(png(1))]}
-    first, made = client.post("/v1/classify", json=body), len(service._calibrations)
+    first, made = client.post("/v1/classify", json=body), len(service.calibrations)
     assert first.status_code == 200
     assert client.post("/v1/classify", json=body).json() == first.json()
-    assert made == len(service._calibrations) == 1
+    assert made == len(service.calibrations) == 1
 
 
 def test_a_full_disk_is_reported_and_the_server_goes_on(client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from lcl_adapter.base import prototypes
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
+from lcl_adapter.data.sources import read_open_mi
 from lcl_adapter.errors import DataError, RecipeError
-from lcl_adapter.evaluate import ModelPair, build_cells, runner
+from lcl_adapter.evaluate import ModelPair, build_cells, rules, runner
 from lcl_adapter.evaluate.baselines import patch_distances
 from lcl_adapter.evaluate.cases import Cell
 from lcl_adapter.evaluate.metrics import ranking
@@ -34,6 +35,7 @@ PAIRS = {"pairs": FIXTURES / "imagenet-lcl" / "test100_pairs.jsonl", "images": F
 SUITES: dict[str, dict[str, Any]] = {
     "imagenet-100": {"kind": "imagenet-100", **PAIRS, "shots": [0, 1, 2]},
     "isekai-10": {"kind": "isekai", "source": SOURCES["isekai"], "shots": [1, 2], "published": "isekai-10"},
+    "open-mi": {"kind": "open-mi", "file": FIXTURES / "vl-icl" / "open_mi" / "query.json", "images": FIXTURES / "vl-icl", "shots": [0, 1, 2]},
     "mvtec": {"kind": "inspection", "source": SOURCES["mvtec"], "references": [0, 1, 2], "published": "mvtec"},
     "visa": {"kind": "inspection", "source": SOURCES["visa"], "references": [2], "languages": "ja"},
     "product": {"kind": "product", "source": SOURCES["manifest-csv"], "shots": [1], "episodes": 60},
@@ -74,6 +76,7 @@ def test_every_suite_is_measured(family: str, tiny_folder: Callable[[str], Path]
     assert metrics == {
         "imagenet-100": "LCL's rule",
         "isekai-10": "LCL's rule",
+        "open-mi": "VL-ICL's rule",
         "mvtec": "AUROC",
         "visa": "AUROC",
         "product": "balanced accuracy",
@@ -102,6 +105,65 @@ def test_imagenet_100_follows_the_published_protocol() -> None:
     assert len(shown) > 6, "shuffled"
     assert dict(built["imagenet-100-2shot"].published)["LCL 2way-weight"] == 0.71, "two shots a class are four support images in the paper"
     assert len(cells("imagenet-100", limit=6)["imagenet-100-1shot"].cases) == 6
+
+
+def test_open_mi_shows_two_classes_in_turn() -> None:
+    built = cells("open-mi")
+    assert list(built) == ["open-mi-0shot", "open-mi-1shot", "open-mi-2shot"]
+    records = json.loads(SUITES["open-mi"]["file"].read_text())
+    for record, one, two in zip(records, built["open-mi-1shot"].cases, built["open-mi-2shot"].cases, strict=True):
+        assert (one.gold, one.labels) == (record["answer"], two.labels), "every number of shots asks about the same two classes"
+        assert one.episode is not None
+        assert two.episode is not None
+        assert [e.label for e in two.episode.support] == [*one.labels, *one.labels]
+        for place, example in enumerate(two.episode.support):
+            assert str(example.picture.path).endswith(record["support"][example.label]["images"][place // 2])
+        assert str(two.query.picture).endswith(record["image"][0])
+    assert {case.episode.support[0].label == case.gold for case in built["open-mi-1shot"].cases if case.episode} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("dax", True),
+        ("Dax.", True),
+        ("dax\nThis is a", True),
+        (" dax. It is red", True),
+        ("a dax", False),
+        ("", False),
+        ("dax.\nIt", False),
+        (".dax", False),
+    ],
+)
+def test_vl_icls_rule_reads_up_to_the_end_of_a_line_or_to_a_full_stop(text: str, right: bool) -> None:
+    assert rules.vl_icl_rule(text, "dax") is right
+
+
+def test_open_mis_faults_are_named(tmp_path: Path) -> None:
+    record = json.loads(SUITES["open-mi"]["file"].read_text())[0]
+    broken = [
+        {**record, "answer": "wug"},
+        {**record, "image": "open_mi/none.png"},
+        {**record, "support": {"dax": record["support"]["dax"]}},
+        {**record, "image": [*record["image"], *record["image"]]},
+        {key: value for key, value in record.items() if key != "support"},
+        {**record, "support": ["dax"]},
+        "dax",
+    ]
+    (tmp_path / "query.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError) as refused:
+        read_open_mi(tmp_path / "query.json", FIXTURES / "vl-icl", "open-mi")
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith("open-mi: 7 faults")
+    for line, part in zip(
+        lines[1:], ("'wug' is no class", "no image", "'dax' alone", "2 pictures as the query", "support", "support", "support"), strict=True
+    ):
+        assert part in line
+    few = Recipe.model_validate(
+        {"base": "pocket", "sources": {"a": {"type": "pocket"}}, "evaluate": {"suites": {"open-mi": {**SUITES["open-mi"], "shots": 3}}}}
+    )
+    with pytest.raises(DataError, match="`shots` asks for 3 of each"):
+        list(build_cells(few))
 
 
 def test_isekai_has_one_query_for_each_line() -> None:

@@ -13,9 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lcl_adapter"
-CODE = sorted(PACKAGE.rglob("*.py"))
+CODE = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "contrib").rglob("*.py"))]
 PROSE = [*CODE, *sorted(PACKAGE.rglob("*.yaml")), *sorted(PACKAGE.rglob("*.html")), *sorted((ROOT / "recipes").glob("*.yaml"))]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [ROOT / "benchmarks/README.md", ROOT / "contrib/lmms-eval/README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Words of a dialect that this project once had, and what to say in their place.
 PLAIN = {
@@ -65,7 +66,7 @@ def wrong_identifiers(source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_identifiers_are_plain(path: Path) -> None:
     assert not wrong_identifiers(path.read_text(encoding="utf-8"))
 

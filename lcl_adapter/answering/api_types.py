@@ -10,7 +10,7 @@ import base64
 import json
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -92,6 +92,18 @@ class LabelledImage(ApiModel):
         return label
 
 
+def check_labels(examples: Sequence[LabelledImage]) -> None:
+    """Raises ValueError unless there are two labels or more, and each has one spelling."""
+    labels = list(dict.fromkeys(example.label for example in examples))
+    if len(labels) < 2:
+        raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
+    spellings: dict[str, str] = {}
+    for label in labels:
+        other = spellings.setdefault(normalized_label(label), label)
+        if other != label:
+            raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; use one spelling")
+
+
 class SupportSetIn(ApiModel):
     """A support set to store.
 
@@ -105,14 +117,7 @@ class SupportSetIn(ApiModel):
 
     @model_validator(mode="after")
     def _labels(self) -> SupportSetIn:
-        labels = list(dict.fromkeys(example.label for example in self.examples))
-        if len(labels) < 2:
-            raise ValueError(f"all examples are {labels[0]!r}; a judgement needs at least two labels")
-        spellings: dict[str, str] = {}
-        for label in labels:
-            other = spellings.setdefault(normalized_label(label), label)
-            if other != label:
-                raise ValueError(f"the labels {other!r} and {label!r} differ only in case or width; use one spelling")
+        check_labels(self.examples)
         return self
 
 
@@ -360,10 +365,26 @@ class ChatIn(ApiModel):
 
 
 def data_url(data: bytes) -> str:
-    """An image file's bytes as a URL. The media type is read from the first bytes."""
-    types = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff"}
-    media_type = next((name for head, name in types.items() if data.startswith(head)), "png")
-    return f"data:image/{media_type};base64,{base64.b64encode(data).decode()}"
+    """An image file's bytes as a URL."""
+    return f"data:image/{media_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
+def media_type(data: bytes) -> str:
+    """What follows ``image/`` in a media type, by the first bytes of an image file."""
+    if data[4:8] == b"ftyp":
+        return "avif" if data[8:12] in {b"avif", b"avis"} else "heic"
+    if data[:1] == b"P" and data[1:2] in b"123456Ff":
+        return "x-portable-pixmap"
+    heads = {
+        b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
+        b"\0\0\0\x0cjP": "jp2",
+    }  # fmt: skip
+    return next((name for head, name in heads.items() if data.startswith(head)), "png")
+
+
+def suffix(data: bytes) -> str:
+    """The suffix of an image file's name, with its dot, by the first bytes."""
+    return {"jpeg": ".jpg", "x-portable-pixmap": ".ppm"}.get(media_type(data), f".{media_type(data)}")
 
 
 def completion_id() -> str:

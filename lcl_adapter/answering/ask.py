@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
 from lcl_adapter.answering.judged import CLOSE_MARGIN, NONE_OF_THESE, Judged, margin_of, summary
@@ -34,10 +34,9 @@ from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.data.sources.images import READ
 from lcl_adapter.data.sources.new_photos import NewPhotos, list_photos
 from lcl_adapter.errors import AdapterError, DataError
-from lcl_adapter.files import printable
 from lcl_adapter.recipe import load
 from lcl_adapter.recipe.wording import Wording
-from lcl_adapter.terminal import console, results, show_notes
+from lcl_adapter.terminal import console, printable, results, show_notes
 
 BLOCK = 16  # pictures that are read and answered at a time
 FEATURE_BYTES = 300 * 10**6  # of cached features: those of a block are used more than once
@@ -129,22 +128,25 @@ def ask_endpoint(
     wording: str = "lcl",
     pad: bool = False,
     brief: bool = False,
+    scores: ScoreSource = "auto",
 ) -> Judged:
-    """Classify pictures with a model behind a server. If the server gives no log-probabilities, its text decides.
+    """Classify pictures with a model behind a server. If the server gives no probabilities, its text decides.
 
+    scores: where label scores come from, as of ``RemotePredictor``.
     support, queries, brief: as of :func:`ask_model`. Raises DataError as there; EndpointError, MissingError, RequestError.
     """
     labelled, new, worded = _Labelled.read(support, shots), list_photos(queries), WORDINGS[wording]
     notes = labelled.notes(new)
     turns, answers = support_turns(labelled.shown, worded), labelled.answers(worded)
     with Endpoint(url) as endpoint:
-        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad)
+        remote = RemotePredictor(endpoint, endpoint.model(model), pad=pad, scores=scores)
 
         def answer(block: Sequence[Picture]) -> list[Row]:
             replies = remote.run([(turns, Turn("user", question or worded.query, picture), answers) for picture in block])
             return [labelled.row(reply) for reply in replies]
 
         rows = _in_blocks(_blocks(new.pictures), _check, answer, brief)
+        notes += endpoint.notes
     return Judged(labelled.shown, new.pictures, {**labelled.fields(), **_listing(new), "notes": notes, "answers": rows})
 
 

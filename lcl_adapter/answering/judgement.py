@@ -12,7 +12,6 @@ Shapes: N pictures, C width of a patch, M shown photos, K labels.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from lcl_adapter.base.prototypes import class_means, mean_patches, patch_distanc
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError
-from lcl_adapter.files import sha256_of, write_json
+from lcl_adapter.files import read_result, sha256_of, write_json
 
 STATISTICS = "tower.safetensors"
 JudgeName = Literal["model", "tower", "both"]
@@ -166,7 +165,7 @@ class TowerEvidence:
 def save_weighing(folder: Path, weighing: Weighing, statistics_2C: torch.Tensor) -> None:
     """Write the weights into an adapter's manifest, and the tower's statistics beside it."""
     save_file({"tower": statistics_2C.contiguous()}, folder / STATISTICS)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_result(folder / MANIFEST)
     write_json(folder / MANIFEST, {**manifest, "judgement": {**weighing.to_json(), "statistics": sha256_of(folder / STATISTICS)}})
 
 

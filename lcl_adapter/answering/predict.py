@@ -30,7 +30,7 @@ from transformers import Cache
 from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, Limits, SetOfRequests, room
 from lcl_adapter.answering.cache import Prefilled, new_cache
 from lcl_adapter.answering.room import widths_of
-from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row
+from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row, without_ends
 from lcl_adapter.base.encoder import position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
@@ -48,18 +48,20 @@ class Question:
     """A query about the ``support``-th prefilled set.
 
     ``answers`` are the worded labels to score; none for free text.
+    ended: whether the token that ends an answer counts. Without it, it counts only where one answer begins another.
     """
 
     support: int
     turn: Turn
     answers: tuple[str, ...] = ()
+    ended: bool = True
 
 
 @dataclass(frozen=True)
 class Reply:
     """text: the greedy answer, "" if none was generated.
 
-    log_likelihoods: one for each answer, its end token included. tokens: how many each of them is the sum of.
+    log_likelihoods: one for each answer, its end token included where it counts. tokens: how many each of them is the sum of.
     """
 
     text: str
@@ -137,7 +139,7 @@ class Predictor:
         queues: list[list[int]] = [[] for _ in range(prefilled.mask.shape[0])]
         for index, question in enumerate(questions):
             queues[question.support].append(index)
-        encoded = [[self._encoded(questions[i].turn, questions[i].answers, prefilled.empty) for i in queue] for queue in queues]
+        encoded = [[self._encoded(questions[i].turn, questions[i].answers, prefilled.empty, questions[i].ended) for i in queue] for queue in queues]
         replies: dict[int, Reply] = {}
         for queue, own in zip(queues, self._ask_encoded(prefilled, encoded, generate, self.limits.pack), strict=True):
             replies.update(zip(queue, own, strict=True))
@@ -244,9 +246,10 @@ class Predictor:
         tokens = [[tuple(len(answer.ids) for answer in question.answers) for question in row.questions] for row in rows]
         return [[Reply(*parts) for parts in zip(*own, strict=True)] for own in zip(texts, scores, tokens, strict=True)]
 
-    def _encoded(self, turn: Turn, answers: Sequence[str], first: bool) -> EncodedQuestion:
-        """A question and its answers as tokens. first: no support set stands before it."""
+    def _encoded(self, turn: Turn, answers: Sequence[str], first: bool, ended: bool = True) -> EncodedQuestion:
+        """A question and its answers as tokens. first: no support set stands before it. ended: as of :class:`Question`."""
         prompt, answer_ids = self.encoder.question(turn, answers, first)
+        answer_ids = answer_ids if ended else without_ends(answer_ids)
         positions, next_position = self.encoder.positions(prompt)
         encoded = tuple((ids, self.encoder.positions(ids[:-1], next_position)[0]) for ids in answer_ids)
         return EncodedQuestion(turn, prompt, positions, next_position, encoded)

@@ -37,6 +37,13 @@ class EncodedQuestion:
         return 1 + sum(len(positions) for _, positions in self.answers)
 
 
+def without_ends(answers: Sequence[Ids]) -> list[Ids]:
+    """The answers without their last token, which ends each, unless one of them would then begin another."""
+    shorter = [ids[:-1] for ids in answers]
+    begins_another = any(a == b[: len(a)] for n, a in enumerate(shorter) for m, b in enumerate(shorter) if n != m)
+    return list(answers) if begins_another else shorter
+
+
 @dataclass(frozen=True)
 class PackedAnswer:
     """An answer to score. ``ids[i]`` is predicted by the logits at the row's token ``predicted_at[i]``."""

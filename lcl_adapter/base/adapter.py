@@ -11,7 +11,6 @@ refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,18 +23,22 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from lcl_adapter import reading
 from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
-from lcl_adapter.files import PARTIAL, scratch_folder, write_json
+from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
 from lcl_adapter.recipe.schema import Precision
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+FIELDS = {  # of a manifest, those that are read, and their types
+    "base": str, "base_hash": str, "family": str, "prompt_version": int, "precision": str, "tiles": bool, "vision_tower": str | None,
+}  # fmt: skip
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "lcl-adapter")
 
 
@@ -117,6 +120,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such run or adapter folder.")
+    if fault := reading.fault_of_folder(folder):
+        raise AdapterError(f"{folder}: {fault}.")
     path = folder / MANIFEST
     if not path.exists():
         hint = (
@@ -126,16 +131,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         raise AdapterError(f"{folder}: no {MANIFEST} in it, so it holds no complete adapter.{hint}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: not a manifest of this tool ({error}).") from error
+        manifest = read_object(path)
+        files = {file: str(manifest["files"][file]) for file in FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: not a manifest of this tool ({type(error).__name__}: {str(error)[:200]}).") from error
     if "base_hash" not in manifest:
         raise AdapterError(f"{path}: written by a version before 0.3, which recognised a base by its files and not by its weights; train it again.")
+    wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
+    if wrong:
+        raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")
     for file, digest in files.items():
         if not (folder / file).exists():
             raise AdapterError(f"{folder}: {file} is missing; copy the whole folder again.")
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
+        if sha256_of(folder / file) != digest:
             raise AdapterError(f"{folder / file}: not the file that was saved (its hash differs); copy the folder again.")
     return manifest
 
@@ -162,7 +170,11 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):
         raise AdapterError(f"{folder}: trained with prompt {manifest['family']} v{manifest['prompt_version']}, which this version no longer writes.")
-    model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
+    try:
+        with reading.one_line():
+            model = PeftModel.from_pretrained(loaded.llava, str(folder), is_trainable=False)
+    except ValueError as error:
+        raise AdapterError(f"{folder}: cannot be loaded on its base ({error}).") from error
     check_adapted(model)
     model.eval()
     return loaded.with_model(model), manifest
@@ -199,7 +211,7 @@ def claim_run_folder(folder: Path, resume: bool) -> None:
         raise RunError(f"{folder}: nothing to resume, no run was started in it. Remove `resume=true`.")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: a file, not a folder. Choose another with output=….")
-    if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith(PARTIAL)):
+    if not resume and folder.exists() and any(p for p in folder.iterdir() if not p.name.endswith((PARTIAL, LOCK))):
         raise RunError(f"{folder}: exists already. Choose another with output=…, resume it with resume=true, or remove it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

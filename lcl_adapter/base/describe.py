@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter import reading
 from lcl_adapter.base.adapter import MANIFEST, checkpoints_in, read_manifest
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint, find_base, open_checkpoint, read_config
@@ -17,7 +17,8 @@ from lcl_adapter.base.layouts.tensors import tensors_in_file
 from lcl_adapter.base.model import family_of, load_encoder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn
-from lcl_adapter.errors import ModelError
+from lcl_adapter.errors import AdapterError, ModelError
+from lcl_adapter.files import read_object, read_result
 from lcl_adapter.pocket import NAME as POCKET
 
 
@@ -27,6 +28,8 @@ def describe(base: BaseRef | str) -> dict[str, Any]:
     Raises ModelError for any other path; AdapterError for an incomplete adapter.
     """
     folder = find_base(BaseRef.of(base).name or POCKET)
+    if fault := reading.fault_of_folder(folder):
+        raise ModelError(f"{folder}: {fault}.")
     if (folder / MANIFEST).exists():
         return _run(folder)
     if (folder / "adapter_config.json").exists():
@@ -82,8 +85,8 @@ def _prompt(encoder: Encoder) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8")) if (folder / "report.json").exists() else {"suites": []}
+    config = _config(folder)
+    report = read_result(folder / "report.json") if (folder / "report.json").exists() else {"suites": []}
     fields = ("base", "base_hash", "layout", "family", "prompt_version", "precision", "tiles", "vision_tower", "libraries")
     return {
         "kind": "run with its adapter",
@@ -91,12 +94,19 @@ def _run(folder: Path) -> dict[str, Any]:
         **{name: manifest[name] for name in fields},
         **_lora(folder, config),
         "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
-        "results": {row["name"]: row["adapter"]["value"] for row in report["suites"]},
+        "results": _results(folder, report),
     }
 
 
+def _results(folder: Path, report: Any) -> dict[str, Any]:
+    try:
+        return {row["name"]: row["adapter"]["value"] for row in report["suites"]}
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / 'report.json'}: not a report of this tool; remove it.") from error
+
+
 def _adapter(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     upstream = (folder / "non_lora_trainables.bin").exists()
     return {
         "kind": "adapter of upstream LLaVA" if upstream else "adapter of PEFT",
@@ -105,6 +115,14 @@ def _adapter(folder: Path) -> dict[str, Any]:
         **_lora(folder, config),
         "next": f"lcl-adapter import {folder} -o runs/theirs",
     }
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter. Raises AdapterError."""
+    try:
+        return read_object(folder / "adapter_config.json")
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder}: {error}.") from error
 
 
 def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

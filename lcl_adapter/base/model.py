@@ -23,12 +23,13 @@ from lcl_adapter.base.attention import check_available, read_masks
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import FAMILIES, Family, chat_template, detect
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
+from lcl_adapter.base.layouts.checkpoint import faults_of
 from lcl_adapter.base.layouts.configs import LLAVA_TYPES, TILED_TYPES
 from lcl_adapter.base.layouts.keys import DROPPED, language_path, skeleton
 from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision, compute_type, quantisation
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import default_device
-from lcl_adapter.errors import ModelError
+from lcl_adapter.errors import LclError, ModelError
 from lcl_adapter.photo import EfficientNetLiteConfig
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision
 from lcl_adapter.terminal import console
@@ -167,7 +168,8 @@ def load_encoder(base: BaseRef | str) -> Encoder:
     Raises ModelError as :func:`load_base` does.
     """
     checkpoint = open_checkpoint(base)
-    return _encoder(checkpoint, family_of(checkpoint), bool(BaseRef.of(base).tiles))
+    with faults_of(checkpoint.folder, "files do not make a prompt"):
+        return _encoder(checkpoint, family_of(checkpoint), bool(BaseRef.of(base).tiles))
 
 
 def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
@@ -198,7 +200,9 @@ def load_base(base: BaseRef | str) -> Base:
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
     attention = cast(Attention, ref.attn_implementation)
     checkpoint = open_checkpoint(ref)
-    config, family = with_full_attention(checkpoint.config), family_of(checkpoint)
+    with faults_of(checkpoint.folder, "files do not make a prompt"):
+        config, family = with_full_attention(checkpoint.config), family_of(checkpoint)
+        _encoder(checkpoint, family, tiles and config.model_type in TILED_TYPES)
     if tiles and config.model_type not in TILED_TYPES:
         raise ModelError(
             f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Remove it."
@@ -231,8 +235,13 @@ def load_base(base: BaseRef | str) -> Base:
             model.name_or_path = str(checkpoint.folder)  # PEFT writes it into an adapter as its base
     except ImportError as error:
         raise ModelError(f'precision {precision} needs bitsandbytes: pip install "lcl-adapter[bnb]", or set `precision: bf16`.') from error
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"base {checkpoint.folder}: the weights cannot be loaded ({error}).") from error
+    except LclError:
+        raise
+    except Exception as error:  # on a config's wrong values, libraries raise anything
+        reason = (
+            str(error) if isinstance(error, OSError | RuntimeError | ValueError | KeyError | SafetensorError) else f"{type(error).__name__}: {error}"
+        )
+        raise ModelError(f"base {checkpoint.folder}: the weights cannot be loaded ({reason}).") from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(key for key in map(str, report.get(fault) or ()) if not DROPPED.search(key))
         if keys:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lcl_adapter.cli.common import ADAPTER, PATH, base_options, emit, json_option, main
+from lcl_adapter.cli.common import ADAPTER, PATH, base_options, emit, json_option, main, scores_option
 
 if TYPE_CHECKING:
+    from lcl_adapter.answering.client import ScoreSource
     from lcl_adapter.answering.judged import Judged
     from lcl_adapter.answering.judgement import JudgeName
     from lcl_adapter.base.ref import BaseRef
@@ -65,11 +66,12 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
     help="The wording of the questions to --endpoint, as in a recipe.",
 )
 @click.option("--pad", is_flag=True, help="Make pictures square before they are sent to --endpoint; vLLM crops pictures that are not.")
+@scores_option
 @json_option
 def ask(
     support: Path, queries: tuple[Path, ...], adapter: Path | None, base: BaseRef, shots: int | None, question: str | None,
     out: Path | None, judge: JudgeName | None, compare: bool, endpoint: str | None, model: str | None, stored: bool, wording: str, pad: bool,
-    as_json: bool,
+    scores: ScoreSource, as_json: bool,
 ) -> None:  # fmt: skip
     """Classify QUERIES by labelled photos. SUPPORT holds a folder of photos for each class. A query is a photo, or a
     folder with photos at any depth.
@@ -107,7 +109,7 @@ def ask(
         if stored:
             answers = partial(ask_stored_set, str(support), queries, endpoint, model=model, question=question, with_photos=brief, brief=brief)
         else:
-            asked: dict[str, Any] = {"model": model, "shots": shots, "question": question, "wording": wording, "pad": pad}
+            asked: dict[str, Any] = {"model": model, "shots": shots, "question": question, "wording": wording, "pad": pad, "scores": scores}
             answers = partial(ask_endpoint, support, queries, endpoint, **asked, brief=brief)
     judged = answers() if out is None else write_results(answers, out)
     emit(judged.result, as_json)

@@ -115,9 +115,9 @@ def convert(base: BaseRef, out: Path, to: str | None, shard_size: int, tower_as:
 @click.option(
     "--class-token",
     type=click.Choice(["first", "last"]),
-    default="first",
+    default="last",  # until a llama.cpp without the defect is published
     show_default=True,
-    help="With --for llama-cpp: last for a llama.cpp or Ollama with its defect 25814, first for one without.",
+    help="With --for llama-cpp: last for a llama.cpp or Ollama with its defect 25814, as all published ones are; first for one without.",
 )
 @base_options("--base", "The base in the layout to export for, if the run was trained on the same base in the other layout.")
 @json_option

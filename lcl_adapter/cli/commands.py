@@ -21,6 +21,7 @@ from lcl_adapter.data.sources import read_image
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.evaluate import check_held_out, check_suites, weigh_run
 from lcl_adapter.evaluate import evaluate as measure
+from lcl_adapter.files import only_writer
 from lcl_adapter.memory import plan as planning
 from lcl_adapter.photo import build as photo
 from lcl_adapter.photo.packages import PACKAGES
@@ -43,12 +44,12 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
     """
     resume, recipe_overrides = _split_resume(overrides)
     recipe = load(recipe_path, recipe_overrides)
-    with Trackers(recipe) as trackers:
+    processes.join()  # from here on, this process has a GPU of its own
+    with trainer.claimed(recipe.output), Trackers(recipe) as trackers:
         return _train(recipe_path, recipe, resume, force, trackers)
 
 
 def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers: Trackers) -> dict[str, Any]:
-    processes.join()  # from here on, this process has a GPU of its own
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
     check_suites(recipe, load_encoder(BaseRef.of(recipe)))
@@ -148,8 +149,16 @@ def build_base(packages: Path | None = None, check: bool = False) -> dict[str, A
 def evaluate(run: Path, **options: Any) -> dict[str, Any]:
     """Measure a run, then write the table, the plots, the page and the card.
 
-    options: those of ``lcl_adapter.evaluate.evaluate``. Raises RecipeError if the recipe has no suites.
+    options: those of ``lcl_adapter.evaluate.evaluate``. Raises RecipeError if the recipe has no suites; RunError if another
+    command writes the run.
     """
+    if not run.is_dir():
+        return measure(run, **options)  # which reports it
+    with only_writer(run, again=True):
+        return _evaluate(run, **options)
+
+
+def _evaluate(run: Path, **options: Any) -> dict[str, Any]:
     result = measure(run, **options)
     if not result["suites"]:
         raise RecipeError([f"{run / 'recipe.yaml'}: no suites under `evaluate`, so there is nothing to measure"])
@@ -175,14 +184,14 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
     options: those of ``lcl_adapter.checkpoints.merge.merge``.
     """
     result = merging.merge(run, out, **options)
-    _print_merge(result, out)
+    _print_merge(result, str(out))
     return result
 
 
-def _print_merge(result: dict[str, Any], out: Path) -> None:
+def _print_merge(result: dict[str, Any], name: str) -> None:
     """How far the merged weights and answers are from the adapter's."""
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
-    results().print(f"{out}: {written}", highlight=False)
+    results().print(f"{name}: {written}", highlight=False, markup=False)
     share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
     results().print(
         f"{result['weights_checked']} changed weights: no element is further than rounding from base plus adapter; "
@@ -267,7 +276,7 @@ def export_for_llama_cpp(source: Path, out: Path, base: BaseRef = NOT_GIVEN, **o
     """
     result = exchange.export_for_llama_cpp(source, out, base, **options)
     if result["merge"] is not None:
-        _print_merge(result["merge"], source)
+        _print_merge(result["merge"], f"{source}, merged")
     results().print(
         f"{out}: {result['bytes'] / 1e9:.2f} GB, all {result['tensors_equal']} tensors read again and equal; {out / 'README.md'} has the commands "
         "for llama.cpp and Ollama",

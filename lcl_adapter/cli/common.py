@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -12,15 +11,34 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lcl_adapter import reading
 from lcl_adapter.errors import LclError, MergeError, UserError
-from lcl_adapter.terminal import print_json_only
+from lcl_adapter.reading import brief
+from lcl_adapter.terminal import json_text, print_json_only, shown
 
 if TYPE_CHECKING:
     from lcl_adapter.recipe.schema import Precision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-PATH = click.Path(path_type=Path)
+
+
+class UsablePath(click.Path):
+    """A path with ``~`` expanded, whose names a file can have."""
+
+    name = "path"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return reading.usable(str(super().convert(value, param, ctx)))
+        except ValueError as error:
+            self.fail(shown(str(error)), param, ctx)
+
+
+PATH = UsablePath()
 
 
 class Commands(click.Group):
@@ -32,11 +50,16 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {shown(str(error))}", fg="red", err=True)
             ctx.exit(2)
         except (MergeError, LclError) as error:
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {shown(str(error))}", fg="red", err=True)
             ctx.exit(1)
+        except OSError as error:  # of a path, on which no other message was made
+            if error.filename is None:
+                raise
+            click.secho(f"error: {shown(brief(str(error.filename)))}: {error.strerror or error}.", fg="red", err=True)
+            ctx.exit(2)
         except (KeyboardInterrupt, click.Abort):
             click.secho("stopped; no file is half-written. Continue a training run with resume=true.", fg="yellow", err=True)
             ctx.exit(130)
@@ -45,7 +68,7 @@ class Commands(click.Group):
 def emit(result: Any, as_json: bool) -> None:
     """With --json, print the result as one object on standard output."""
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        click.echo(json_text(result))
 
 
 def _only_json(ctx: click.Context, _param: click.Parameter, as_json: bool) -> bool:
@@ -56,6 +79,15 @@ def _only_json(ctx: click.Context, _param: click.Parameter, as_json: bool) -> bo
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, callback=_only_json, help="Print one JSON object on standard output, and all else on standard error."
+)
+
+
+scores_option = click.option(
+    "--scores",
+    type=click.Choice(["auto", "text"]),
+    default="auto",
+    show_default=True,
+    help="Where label scores from --endpoint come from: exact probabilities of its /v1/systemone, where it has one that reads photos; or its text.",
 )
 
 
@@ -73,13 +105,10 @@ class Memory(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class Adapter(click.Path):
+class Adapter(UsablePath):
     """A run's or an adapter's folder, or the name of a shipped adapter."""
 
     name = "adapter"
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from lcl_adapter.packaged import adapter_folder

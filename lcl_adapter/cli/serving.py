@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lcl_adapter import reading
 from lcl_adapter.cli.common import PATH, Memory, base_options, emit, json_option, main
 from lcl_adapter.errors import RunError
+from lcl_adapter.terminal import shown
 
 if TYPE_CHECKING:
     from lcl_adapter.base.ref import BaseRef
     from lcl_adapter.serve.server import Options
 
 STORE = Path("support-sets")
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds from 1. Neither "nan" nor "inf" is one, which ``float`` reads."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        return seconds if math.isfinite(seconds) else self.fail(f"{value!r} is no number of seconds.", param, ctx)
+
+
 store_option = click.option("--store", type=PATH, default=STORE, show_default=True, help="The folder where support sets are stored.")
 namespace_option = click.option("--namespace", default="local", show_default=True, help="The owner of the sets: a name of the key file, or `local`.")
 
@@ -33,7 +50,12 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
             from lcl_adapter.serve.server import Options
         except ImportError as error:
             raise RunError(f'the server needs {error.name}: pip install "lcl-adapter[serve]".') from error
-        named = dict(_parse_adapter(text) for text in adapters)
+        named: dict[str, Path] = {}
+        for text in adapters:
+            name, folder = _parse_adapter(text)
+            if name in named:
+                raise click.UsageError(f"--adapter: two adapters are named {name!r}; give each a name of its own, NAME=RUN.")
+            named[name] = folder
         command(Options(base.defaulting_to(precision="auto"), named, adapter_folder, host, port, key_file, memory, queue, timeout, store))
 
     options = (
@@ -65,7 +87,7 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Questions that may wait. Further ones are refused with status 429.",
         ),
-        click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Time limit of a request, in seconds."),
+        click.option("--timeout", type=Seconds(), default=120.0, show_default=True, help="Time limit of a request, in seconds."),
         store_option,
         base_options("BASE", precision="Precision of the base [default: auto]."),
     )
@@ -111,10 +133,19 @@ def demo(options: Options) -> None:
 
 def _parse_adapter(text: str) -> tuple[str, Path]:
     """``NAME=RUN``, or a run's folder; then the folder's name is the model's. A shipped adapter's name stands for its folder."""
+    from lcl_adapter.answering import api_types
     from lcl_adapter.packaged import adapter_folder
 
     name, separator, folder = text.partition("=")
-    return (name, adapter_folder(folder)) if separator else (Path(text).name, adapter_folder(text))
+    if not separator:
+        name, folder = Path(text).resolve().name, text
+    name = api_types.normalized_name(name)
+    if not re.fullmatch(api_types.SET_NAME, name):  # what no route of the server can reach
+        raise click.UsageError(f"--adapter {text[:80]!r}: {name[:80]!r} is no name for a model: {api_types.SET_NAME_RULE}. Give NAME=RUN.")
+    try:
+        return name, adapter_folder(reading.usable(folder))
+    except ValueError as error:
+        raise click.UsageError(f"--adapter: {shown(str(error))}.") from error
 
 
 @main.group()

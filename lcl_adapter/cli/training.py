@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lcl_adapter.cli.common import ADAPTER, PATH, Memory, base_options, emit, json_option, main
+from lcl_adapter.cli.common import ADAPTER, PATH, Memory, base_options, emit, json_option, main, scores_option
 
 if TYPE_CHECKING:
+    from lcl_adapter.answering.client import ScoreSource
     from lcl_adapter.base.ref import BaseRef
 
 
@@ -51,6 +52,7 @@ def train(recipe: str, overrides: tuple[str, ...], force: bool, as_json: bool) -
 @click.option("--base-model", default="base", show_default=True, help="The base's name on the server.")
 @click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Requests sent at the same time.")
 @click.option("--pad", is_flag=True, help="Make pictures square before they are sent, as training does; vLLM crops pictures that are not.")
+@scores_option
 @json_option
 def evaluate(
     run_folder: Path,
@@ -65,6 +67,7 @@ def evaluate(
     base_model: str,
     workers: int,
     pad: bool,
+    scores: ScoreSource,
     as_json: bool,
 ) -> None:
     """Compare base and adapter on RUN's suites. Both get the same questions. OVERRIDES are key=value.
@@ -79,7 +82,7 @@ def evaluate(
     from lcl_adapter.cli import commands
     from lcl_adapter.evaluate import ServedModels
 
-    served = ServedModels(endpoint, model, base_model, workers, pad) if endpoint else None
+    served = ServedModels(endpoint, model, base_model, workers, pad, scores) if endpoint else None
     result = commands.evaluate(run_folder, suites=suites, limit=limit, seed=seed, base=base, fresh=fresh, overrides=overrides, served=served)
     emit(result, as_json)
 

@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from lcl_adapter import reading
 from lcl_adapter.data import episodes
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, Pool, QuestionPool, open_reader
@@ -198,7 +199,7 @@ class Mixture:
             entries = _fingerprint(pool)
             templates = getattr(self.options[name], "templates", None)
             if templates:
-                entries.append([packaged(templates).read_text(encoding="utf-8")])
+                entries.append([reading.read_text(packaged(templates), reading.MAX_RECIPE)])
             hashes[name] = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         return hashes
 

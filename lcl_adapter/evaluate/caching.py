@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lcl_adapter import reading
 from lcl_adapter.base.adapter import versions
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.evaluate.cases import Cell
@@ -49,7 +50,7 @@ def code_hash(package: Path) -> str:
 def read_cached(path: Path, key: str) -> dict[str, Any] | None:
     """A cached cell, None if there is none with this key."""
     try:
-        measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        measured: dict[str, Any] = reading.read_json(path)
     except (OSError, ValueError):
         return None
-    return measured if measured.get("key") == key else None
+    return measured if isinstance(measured, dict) and measured.get("key") == key else None

@@ -55,6 +55,14 @@ def lcl_rule_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
     return _mean_of(right, cases, mean(texts), lcl_rule=mean(right), **({"scored": mean(scored)} if scored else {}))
 
 
+def open_mi_figures(cases: Sequence[Case], replies: Sequence[Reply]) -> Judged:
+    """Accuracy of the generated text by VL-ICL Bench's rule. Beside it, the exact text and the scored labels."""
+    right = [rules.vl_icl_rule(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
+    texts = [rules.exact(r.text, c.worded_gold) for c, r in zip(cases, replies, strict=True)]
+    scored = [answer_of(c, r) == c.gold for c, r in zip(cases, replies, strict=True)]
+    return _mean_of(right, cases, mean(texts), scored=mean(scored))
+
+
 def _right_by_lcl_rule(cases: Sequence[Case], replies: Sequence[Reply]) -> list[bool]:
     return [rules.lcl_rule(r.text.lower(), c.gold.lower(), [x.lower() for x in c.labels if x != c.gold]) for c, r in zip(cases, replies, strict=True)]
 

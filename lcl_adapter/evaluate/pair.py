@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lcl_adapter.answering.client import Endpoint, RemotePredictor
+from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.judgement import TowerEvidence, Weighing
 from lcl_adapter.answering.predict import Predictor, Reply, Request
 from lcl_adapter.base.vision import VisionFeatures
@@ -29,7 +29,8 @@ class ModelPair:
 
     vision: the base's tower for the baselines, None if a server holds the models. identity: which models these are, as
     JSON: the precision and the device of a base on this machine, or the names on a server. Cached figures depend on it.
-    weighing, tower: of judgements by model and tower; None where no weights were fitted.
+    weighing, tower: of judgements by model and tower; None where no weights were fitted. notes: what a user should know
+    about a server's answers; it grows with the requests.
     """
 
     base: Answerer
@@ -38,6 +39,7 @@ class ModelPair:
     identity: Any = ""
     weighing: Weighing | None = None
     tower: TowerEvidence | None = None
+    notes: Sequence[str] = ()
 
     @classmethod
     def local(cls, predictor: Predictor, weighed: tuple[Weighing, torch.Tensor] | None = None) -> ModelPair:
@@ -56,10 +58,10 @@ class ModelPair:
         return cls(without_adapter, predictor.run, predictor.vision, [*identity, weighing.to_json()], weighing, tower)
 
     @classmethod
-    def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False) -> ModelPair:
+    def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False, scores: ScoreSource = "auto") -> ModelPair:
         """Two models of a server, by their names on it."""
-        base_predictor, adapter_predictor = (RemotePredictor(endpoint, name, workers, pad=pad) for name in (base, adapter))
-        return cls(base_predictor.run, adapter_predictor.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])])
+        base_predictor, adapter_predictor = (RemotePredictor(endpoint, name, workers, pad=pad, scores=scores) for name in (base, adapter))
+        return cls(base_predictor.run, adapter_predictor.run, None, [endpoint.url, base, adapter, *(["padded"] if pad else [])], notes=endpoint.notes)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class ServedModels:
     base: str = "base"
     workers: int = 8
     pad: bool = False
+    scores: ScoreSource = "auto"
 
     @contextmanager
     def connect(self, run: Path) -> Iterator[ModelPair]:
@@ -86,4 +89,4 @@ class ServedModels:
                 if not others:
                     raise MissingError(f"{endpoint.url} serves only {base}; load the adapter on the server, or name it with --model.")
                 adapter = run.name if run.name in others else others[0] if len(others) == 1 else None
-            yield ModelPair.served(endpoint, base, endpoint.model(adapter), self.workers, self.pad)
+            yield ModelPair.served(endpoint, base, endpoint.model(adapter), self.workers, self.pad, self.scores)

@@ -1,4 +1,4 @@
-"""Rules that decide whether a generated text is right: exact text, and the published rules of LCL, VQAv2 and POPE."""
+"""Rules that decide whether a generated text is right: exact text, and the published rules of LCL, VL-ICL Bench, VQAv2 and POPE."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def lcl_rule(text: str, gold: str, others: Sequence[str]) -> bool:
         return False
     rest = rest.replace(gold, "")
     return not any(other in rest for other in others)
+
+
+def vl_icl_rule(text: str, answer: str) -> bool:
+    """VL-ICL Bench's rule for open MiniImageNet (its evals/eval.py): the text, up to the end of its first line or, in a text of
+    one line, up to a full stop, is the answer, without regard to case. A full stop at the very beginning ends nothing.
+    """
+    line, end, _ = text.strip().partition("\n")
+    return (line if end else line[:1] + line[1:].partition(".")[0]).lower() == answer.lower()
 
 
 DIGITS = {w: str(n) for n, w in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))} | {"none": "0"}

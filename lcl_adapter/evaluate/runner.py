@@ -86,7 +86,7 @@ def evaluate(
             lines += measured["predictions"]
             falls.append((cell.suite, measured["row"]["n"], Estimate.from_json(measured["fall"])))
             console.print(_summary_line(measured["row"]), highlight=False, markup=False, soft_wrap=True)
-        served_models = {"served": pair.identity} if served else {}
+        served_models = {"served": pair.identity, "notes": list(pair.notes)} if served else {}
     report = {
         "run": run.name,
         "base": manifest["base"],

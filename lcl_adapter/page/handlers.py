@@ -6,11 +6,8 @@ order that ``blocks.py`` gives as their outputs.
 
 from __future__ import annotations
 
-import lzma
 import shutil
 import threading
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,11 +23,13 @@ from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.data.sources import Picture, read_class_folders
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
-from lcl_adapter.errors import ConflictError, DataError, UserError
+from lcl_adapter.errors import ConflictError, DataError, MissingError, UserError
 from lcl_adapter.packaged import PHOTO_EXAMPLE
 from lcl_adapter.page import MAX_LABELS, html
-from lcl_adapter.page.photos import Gallery, bytes_of, labelled_bytes, new_folder, paths_of, picture_of, unpack, write_photos
+from lcl_adapter.page.photos import Gallery, bytes_of, digest_of, labelled_bytes, paths_of, picture_of, unpack, write_photos
+from lcl_adapter.page.pictures import ARCHIVES, EXPORTS, new_folder
 from lcl_adapter.page.texts import language_of, message
+from lcl_adapter.page.visitors import folder_of
 from lcl_adapter.report.thumbs import data_url
 from lcl_adapter.serve import folders
 
@@ -64,7 +63,7 @@ def example_photos() -> Example:
 class Handlers:
     """The functions behind the page's buttons.
 
-    url: of the API. scratch: a folder for photos.
+    url: of the API. scratch: the folder of all visitors' files.
     keys: of the visitors who logged in, by name; None: one visitor, on this machine.
     photos: whether the example set is of photos, for the photo base.
     """
@@ -116,7 +115,7 @@ class Handlers:
         language = language_of(request)
         try:
             half = len(fields) // 2
-            examples = self._examples(language, fields[:half], fields[half:])
+            examples = self._examples(language, fields[:half], fields[half:], self._stored_photos(request, opened, fields[half:]))
             if not name:
                 raise DataError(message(language, "no_name"))
             # 0: a set that was not opened here is not overwritten
@@ -130,7 +129,23 @@ class Handlers:
         text = message(language, "saved", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
         return [html.note(text), (stored.name, stored.version, stored.question), *self._set_pickers(request, stored.name)]
 
-    def _examples(self, language: str, labels: Sequence[str], galleries: Sequence[Gallery]) -> list[api_types.LabelledImage]:
+    def _stored_photos(self, request: gr.Request, opened: OpenedSet, galleries: Sequence[Gallery]) -> dict[str, str]:
+        """Photos of the opened set as they are stored, by digest: saving it again stores the same bytes.
+
+        Empty if the set is no longer stored, or no photo of it is in the fields.
+        """
+        if not opened or not opened[1] or not any(digest_of(path) for photos in galleries for path in paths_of(photos)):
+            return {}
+        try:
+            stored = self._api(request).read_set(opened[0], images=True, version=opened[1])
+        except MissingError:
+            return {}
+        return {example.sha256: example.image for example in stored.examples if example.image}
+
+    def _examples(
+        self, language: str, labels: Sequence[str], galleries: Sequence[Gallery], stored: Mapping[str, str]
+    ) -> list[api_types.LabelledImage]:
+        """stored: photos of the opened set as they are stored, by digest."""
         examples = []
         for number, (label, photos) in enumerate(zip(labels, galleries, strict=True), 1):
             label = " ".join((label or "").split())
@@ -138,7 +153,9 @@ class Handlers:
                 raise DataError(message(language, "label_missing", number=number))
             if label and not photos:
                 raise DataError(message(language, "photos_missing", label=label))
-            examples += [api_types.LabelledImage(label=label, image=image_of(picture_of(path))) for path in paths_of(photos)]
+            for path in paths_of(photos):
+                image = stored.get(digest_of(path) or "") or image_of(picture_of(path))
+                examples.append(api_types.LabelledImage(label=label, image=image))
         if len({example.label for example in examples}) < 2:
             raise DataError(message(language, "no_labels"))
         return examples
@@ -150,7 +167,7 @@ class Handlers:
             return self._unchanged_groups(message(language, "no_set"))
         try:
             stored = self._api(request).read_set(name, images=True)
-            groups = write_photos(self.scratch, labelled_bytes(stored))
+            groups = write_photos(self._folder(request), labelled_bytes(stored))
         except UserError as error:
             return self._unchanged_groups(error)
         text = message(language, "opened", name=stored.name, version=stored.version, counts=_label_counts(stored.labels))
@@ -171,8 +188,8 @@ class Handlers:
     def example(self, request: gr.Request) -> list[Any]:
         """Fill the groups and the queries: with photos on the photo base, else with drawings that the shipped base was not trained on."""
         shown, queries = example_photos() if self.photos else example_drawings()
-        groups = write_photos(self.scratch, [(name, read_bytes(picture)) for name, picture in shown])
-        paths = write_photos(self.scratch, [("query", read_bytes(picture)) for picture in queries])["query"]
+        groups = write_photos(self._folder(request), [(name, read_bytes(picture)) for name, picture in shown])
+        paths = write_photos(self._folder(request), [("query", read_bytes(picture)) for picture in queries])["query"]
         gallery = [str(path) for path in paths]
         text = message(language_of(request), "example_photos" if self.photos else "example")
         return [*self._filled_groups(text, None, "tools" if self.photos else "example", groups), gallery, gallery]
@@ -187,7 +204,7 @@ class Handlers:
             return [html.note(message(language, "no_set"), error=True), None]
         try:
             stored = self._api(request).read_set(name, images=True)
-            out = new_folder(self.scratch) / name
+            out = new_folder(self._folder(request), EXPORTS) / name
             folders.write(out, stored.name, stored.version, stored.question, labelled_bytes(stored))
             archive = shutil.make_archive(str(out), "zip", out)
         except (UserError, OSError) as error:
@@ -199,11 +216,11 @@ class Handlers:
         language = language_of(request)
         if not file:
             return self._unchanged_groups("")
-        folder = new_folder(self.scratch)
+        folder = new_folder(self._folder(request), ARCHIVES)
         try:
             content = folders.read(unpack(Path(file), folder / "set"))
-            groups = write_photos(self.scratch, content.examples)
-        except (UserError, OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
+            groups = write_photos(self._folder(request), content.examples)
+        except (UserError, OSError, ValueError) as error:
             return self._unchanged_groups(message(language, "bad_zip", why=str(error).replace(str(folder / "set"), "")))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -328,6 +345,10 @@ class Handlers:
             if visitor not in self._clients:
                 self._clients[visitor] = Endpoint(self.url, key=self.keys[visitor] if self.keys is not None else None)
             return self._clients[visitor]
+
+    def _folder(self, request: gr.Request) -> Path:
+        """The visitor's folder for photos."""
+        return folder_of(self.scratch, _visitor(request))
 
     def _set_pickers(self, request: gr.Request, chosen: str | None = None, choose_first: bool = False) -> list[Any]:
         """The four pickers of sets; the chat's also offers no set.

@@ -5,49 +5,43 @@ sets.
 from __future__ import annotations
 
 import base64
-import shutil
-import tempfile
-import time
-import zipfile
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
-from lcl_adapter.data.sources.archive import names_of_archive
+from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member
+from lcl_adapter.data.sources.class_folder import INDEX
 from lcl_adapter.data.sources.tree import check_inside
 from lcl_adapter.errors import DataError
 from lcl_adapter.page import MAX_LABELS
+from lcl_adapter.page.pictures import OPENED, new_folder, store_picture
 from lcl_adapter.serve import folders
 
-PHOTO_SECONDS = 3600  # that photos stay on disk for the browser to fetch
 Gallery = Sequence[tuple[str, str | None]] | None  # a gallery's value: (file, caption)
 
 
-def new_folder(scratch: Path) -> Path:
-    """A new folder for photos. Folders older than PHOTO_SECONDS are removed."""
-    for folder in scratch.iterdir():
-        if folder.stat().st_mtime < time.time() - PHOTO_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=scratch))
+def write_photos(visitor: Path, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
+    """Photos as files by label, for the browser to fetch: decoded and encoded again, named by the digest of their bytes.
 
-
-def write_photos(scratch: Path, examples: Sequence[tuple[str, bytes]]) -> dict[str, list[Path]]:
-    """Photos as files by label, for the browser to fetch, byte for byte as stored.
-
-    Raises DataError for more than MAX_LABELS labels.
+    visitor: the visitor's folder. Raises DataError for more than MAX_LABELS labels.
     """
     labels = len({label for label, _ in examples})
     if labels > MAX_LABELS:
         raise DataError(f"the set has {labels} labels; this page shows at most {MAX_LABELS}. Use `lcl-adapter support` for it.")
-    folder = new_folder(scratch)
+    folder = new_folder(visitor, OPENED)
     files: dict[str, list[Path]] = {}
     for number, (label, data) in enumerate(examples):
-        suffix = api_types.data_url(data[:16]).partition("/")[2].partition(";")[0]
-        path = folder / f"{number:03d}.{suffix}"
-        path.write_bytes(data)
-        files.setdefault(label, []).append(path)
+        files.setdefault(label, []).append(store_picture(folder, f"{number:03d}-{hashlib.sha256(data).hexdigest()}.photo", data))
     return files
+
+
+def digest_of(path: Path) -> str | None:
+    """The digest of the photo that :func:`write_photos` wrote a file of. None: another file."""
+    match = re.fullmatch(r"\d{3}-([0-9a-f]{64})", path.stem)
+    return match[1] if match and path.parent.parent.name == OPENED else None
 
 
 def unpack(file: Path, out: Path) -> Path:
@@ -55,17 +49,17 @@ def unpack(file: Path, out: Path) -> Path:
 
     Names that lead out of it are refused, and links become plain files.
     """
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
+    with opened_zip(file) as archive:
+        entries, total = archive.infolist(), 0
         if sum(entry.file_size for entry in entries) > folders.MAX_BYTES or len(entries) > 4 * api_types.MAX_IMAGES:
             raise DataError(f"it unpacks to more than {folders.MAX_BYTES >> 20} MiB or {4 * api_types.MAX_IMAGES} files.")
         for shown, stored in names_of_archive(file, entries).stored.items():
             check_inside(shown, file.name)
             target = out / shown
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(archive.read(stored))
+            total += target.write_bytes(read_member(archive, stored, folders.MAX_BYTES - total))
     inside = [path for path in out.iterdir() if path.name != "__MACOSX"]
-    return inside[0] if len(inside) == 1 and not (out / folders.INDEX).exists() else out
+    return inside[0] if len(inside) == 1 and not (out / INDEX).exists() else out
 
 
 def picture_of(path: str | Path) -> Picture:

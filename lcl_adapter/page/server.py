@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import gradio as gr
 from anyio import CapacityLimiter
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from starlette.routing import Mount
 
 from lcl_adapter.packaged import PHOTO
 from lcl_adapter.page.blocks import STYLE, THEME, make_page
+from lcl_adapter.page.guard import Guard
 from lcl_adapter.page.handlers import Handlers
+from lcl_adapter.page.scratch import scratch_folder
 from lcl_adapter.page.texts import translations
+from lcl_adapter.page.visitors import Visitors
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.keys import Keys
 from lcl_adapter.serve.server import Options, serve_app
@@ -25,9 +28,9 @@ MAX_UPLOAD_BYTES = 64 * 2**20  # the same as the API's limit of a request
 
 def run(options: Options) -> None:
     """Serve page and API until a signal stops the process. Raises UserError before the port is opened, never after."""
-    with tempfile.TemporaryDirectory(prefix="lcl-adapter-page-") as scratch:
+    with scratch_folder() as scratch:
         url = f"http://{_api_host(options.host)}:{options.port}"
-        serve_app(options, lambda service, keys: with_page(service, keys, url, Path(scratch)), "the page and its API")
+        serve_app(options, lambda service, keys: with_page(service, keys, url, scratch), "the page and its API")
 
 
 def _api_host(host: str) -> str:
@@ -42,29 +45,20 @@ def with_page(service: Service, keys: Keys | None, url: str, scratch: Path) -> F
     With keys, a visitor logs in with a name and its key, and sees that name's sets alone.
     """
     app = make_app(service, keys, page=True)
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(scratch / "uploads"))
-    (scratch / "opened").mkdir(exist_ok=True)
-    visitor_keys: dict[str, str] = {}  # of the visitors who have logged in, by name
-
-    def log_in(name: str, key: str) -> bool:
-        caller = keys.find(key) if keys else None
-        if caller is None or caller.namespace != name:
-            return False
-        visitor_keys[name] = key
-        return True
-
+    scratch = scratch.resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(scratch)  # Gradio copies no file that is in it
+    visitors = Visitors(keys)
     on_photos = service.engine.base.family.name == PHOTO
-    handlers = Handlers(url, scratch / "opened", visitor_keys if keys else None, on_photos)
+    handlers = Handlers(url, scratch, visitors.keys if keys else None, on_photos)
     page = make_page(handlers)
     page.queue(max_size=64, default_concurrency_limit=8)
     # its own threads: handlers wait for the API, which needs threads too
     page.limiter = CapacityLimiter(MAX_THREADS)  # type: ignore[assignment]
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         "/",
-        auth=log_in if keys else None,
-        allowed_paths=[str(scratch)],
+        auth_dependency=_visitor_of if keys else None,
         show_error=False,
         max_file_size=MAX_UPLOAD_BYTES,  # enough for a downloaded set; the photos in it have their own limit
         footer_links=[],
@@ -75,3 +69,12 @@ def with_page(service: Service, keys: Keys | None, url: str, scratch: Path) -> F
         theme=THEME,
         css=STYLE,
     )
+    mount = next(route for route in app.routes if isinstance(route, Mount))
+    mount.app = Guard(mount.app, visitors, scratch)
+    return app
+
+
+def _visitor_of(request: Request) -> str:
+    """The visitor that the guard has let through."""
+    visitor: str = request.state.visitor
+    return visitor

@@ -91,6 +91,10 @@ JAPANESE = {
 }
 MESSAGES = {
     "en": {
+        "login": "Login",
+        "username": "Username: the name of your key",
+        "password": "Password: your key",
+        "wrong_key": "Incorrect credentials: the server does not know this name with this key.",
         "saved": "Saved {name}, version {version}: {counts}.",
         "opened": "Opened {name}, version {version}: {counts}.",
         "removed": "Removed {name}.",
@@ -120,6 +124,10 @@ MESSAGES = {
         "same": "Both models give the same answer for {same} of {count} photos.",
     },
     "ja": {
+        "login": "ログイン",
+        "username": "ユーザー名（キーの名前）",
+        "password": "パスワード（キー）",
+        "wrong_key": "名前またはキーが正しくありません。",
         "saved": "{name} をバージョン {version} として保存しました（{counts}）。",
         "opened": "{name} のバージョン {version} を開きました（{counts}）。",
         "removed": "{name} を削除しました。",

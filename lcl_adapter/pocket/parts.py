@@ -174,7 +174,7 @@ def write(data: Path, out: Mapping[str, Path], seed: int = 0) -> None:
                     continue
                 rng = np.random.default_rng([seed, 1, int(index)])
                 artist = str(rng.choice(record["drawings"]))
-                photos = _category(rng, Image.open(io.BytesIO(drawings.read(f"{record['id']}/{artist}.webp"))).convert("RGB"))
+                photos = _category(rng, Image.open(io.BytesIO(drawings.read(f"{record['id']}/{artist}.webp")), formats=["WEBP"]).convert("RGB"))
                 if photos is None:
                     continue
                 left -= 1

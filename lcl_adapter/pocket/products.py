@@ -80,7 +80,7 @@ def write(data: Path, pictures: Path, table: Path, seed: int = 0) -> None:
             left[record["split"]] -= 1
             rng = np.random.default_rng([seed, 3, int(index)])
             artist = str(rng.choice(record["drawings"]))
-            cut = cut_out(Image.open(io.BytesIO(drawings.read(f"{record['id']}/{artist}.webp"))))
+            cut = cut_out(Image.open(io.BytesIO(drawings.read(f"{record['id']}/{artist}.webp")), formats=["WEBP"]))
             for number in range(PHOTOS):
                 name = f"{record['id']}/{number}.png"
                 add(archive, name, photo(rng, cut))

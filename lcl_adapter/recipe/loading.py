@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lcl_adapter import reading
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.files import write_text
 from lcl_adapter.packaged import BASES, is_packaged
@@ -19,6 +20,7 @@ from lcl_adapter.recipe.shipped import find_recipe
 from lcl_adapter.recipe.sources import Registered
 from lcl_adapter.recipe.training import REFUSED
 
+LONGEST_GIVEN = 200  # characters of a wrong value that a message shows
 Location = tuple[int | str, ...]  # where pydantic places a fault
 
 
@@ -58,24 +60,18 @@ def _read(path: Path, places: Places, faults: list[str], chain: list[Path]) -> d
         circle = " -> ".join(p.name for p in [*chain[chain.index(resolved) :], resolved])
         raise RecipeError([f"{path}: `extends` goes in a circle: {circle}"])
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values, node = reading.parse_yaml(reading.read_text(path, reading.MAX_RECIPE))
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror})"]) from error
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8"]) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError([f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})"]) from error
+    except reading.YamlError as error:
+        line = f", line {error.line}" if error.line else ""
+        raise RecipeError([f"{path}{line}: {error}"]) from error
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise RecipeError([f"{path}: a recipe is a mapping of keys; this is {type(values).__name__}"])
     own_places: Places = {}
-    try:
-        _record_places(node, (), path, own_places)
-    except RecursionError as error:
-        raise RecipeError([f"{path}: a YAML alias that contains itself; write the value out"]) from error
+    _record_places(node, (), path, own_places)
     parent = values.pop("extends", None)
     values, own_faults = rename_keys(values, own_places)
     merged: dict[str, Any] = {}
@@ -124,8 +120,8 @@ def _apply_overrides(values: dict[str, Any], places: Places, faults: list[str], 
             continue
         key = tuple(name.split("."))
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed, _ = reading.parse_yaml(value)
+        except reading.YamlError:
             parsed = value
         layer = parsed
         for part in reversed(key):
@@ -184,8 +180,9 @@ def _explain(error: ValidationError, places: Places) -> list[str]:
                 given = fault["input"]
                 reason = fault["msg"][0].lower() + fault["msg"][1:]
                 options = [t.strip("' ") for t in str(fault.get("ctx", {}).get("expected", "")).replace(" or ", ", ").split(",")]
-                near = did_you_mean(str(given), options) if fault["type"] == "literal_error" else ""
-                message = f"{name!r}: {reason}, given {given!r}{near}"
+                shown = repr(given) if len(repr(given)) <= LONGEST_GIVEN else repr(given)[:LONGEST_GIVEN] + "…"
+                near = did_you_mean(str(given)[:LONGEST_GIVEN], options) if fault["type"] == "literal_error" else ""
+                message = f"{name!r}: {reason}, given {shown}{near}"
         faults.append(f"{place}: {message}")
     return faults
 
@@ -273,7 +270,17 @@ def _absolute(recipe: Recipe) -> Recipe:
 
     Paths of sources and suites are relative to ``data.root``, the base's to the working folder.
     """
-    root = recipe.data.root.expanduser().resolve()
+    faults: list[str] = []
+
+    def expanded(path: Path | str, key: str) -> Path:
+        """The path with ``~`` expanded; one that no file can have is a fault."""
+        try:
+            return reading.usable(path)
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+            return Path()
+
+    root = expanded(recipe.data.root, "data.root").resolve()
 
     def visit(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -284,15 +291,19 @@ def _absolute(recipe: Recipe) -> Recipe:
         if isinstance(value, Path):
             if is_packaged(value):
                 return value
-            return root / value.expanduser()
+            return root / expanded(value, "the recipe")
         return value
 
-    base = Path(recipe.base).expanduser()
-    return recipe.model_copy(
+    base = expanded(recipe.base, "base")
+    changed = recipe.model_copy(
         update={
             "base": str(base.resolve()) if base.is_dir() and recipe.base not in BASES else recipe.base,
+            "output": expanded(recipe.output, "output"),
             "sources": visit(recipe.sources),
             "evaluate": visit(recipe.evaluate),
             "data": recipe.data.model_copy(update={"root": root}),
         }
     )
+    if faults:
+        raise RecipeError(faults)
+    return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lcl_adapter import reading
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
 from lcl_adapter.files import write_text
 
@@ -24,9 +25,14 @@ def find_recipe(path: str | Path) -> Path:
 
     Raises RecipeError where there is neither.
     """
-    file = Path(path)
+    try:
+        file = reading.usable(path)
+    except ValueError as error:
+        raise RecipeError([str(error)]) from error
     if file.is_file():
         return file
+    if kind := reading.irregular(file):
+        raise RecipeError([f"{path}: {kind}; the file of a recipe is expected"])
     shipped = recipes_folder() / f"{file.stem}.yaml"
     if shipped.is_file() and str(file.parent) in {".", "recipes"}:
         return shipped
@@ -40,5 +46,8 @@ def copy_recipe(name: str, target: Path) -> Path:
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise RunError(f"{target}: exists already; give another name with --to.")
-    write_text(target, source.read_text(encoding="utf-8"))
+    try:
+        write_text(target, reading.read_text(source))
+    except (OSError, ValueError) as error:
+        raise RecipeError([f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from error
     return target

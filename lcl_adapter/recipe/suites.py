@@ -80,6 +80,19 @@ class IsekaiSuite(Options):
     published: Literal["isekai-10", "isekai-pair"] | None = None
 
 
+class OpenMiSuite(Options):
+    """VL-ICL Bench's open MiniImageNet: made-up names of two classes, bound in the context; the name is generated.
+
+    ``shots`` is per class, as in its published code.
+    """
+
+    kind: Literal["open-mi"]
+    file: Path = Field(description="its query.json")
+    images: Path = Field(description="the folder or zip that the names in the file are relative to")
+    shots: IntList = [1, 2, 4, 5]
+    new_tokens: NewTokens = 15
+
+
 class InspectionSuite(Words):
     """Good or defective, on categories that were not trained on.
 
@@ -181,6 +194,7 @@ SuiteOptions = (
     | ControlSuite
     | ImageNet100Suite
     | IsekaiSuite
+    | OpenMiSuite
     | InspectionSuite
     | ProductSuite
     | VqaSuite

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.evaluate.runner import count_of
-from lcl_adapter.files import write_text
+from lcl_adapter.files import read_result, read_settings, write_text
 from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
 
 
 def write_card(run: Path) -> Path:
     """Write ``README.md`` in the run's folder, from the manifest, the recipe and, if it exists, the report."""
     manifest = read_manifest(run)
-    report = json.loads((run / "report.json").read_text(encoding="utf-8")) if (run / "report.json").exists() else None
+    report = read_result(run / "report.json") if (run / "report.json").exists() else None
     sections = [
         _head(run.name, manifest),
         _results(report),
@@ -27,7 +26,7 @@ def write_card(run: Path) -> Path:
         "PEFT needs the base in Hugging Face's layout: `lcl-adapter convert` writes it from the original one.",
         _training(manifest) if "training_seconds" in manifest else "",
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in manifest["libraries"].items()),
-        "## Recipe\n\n```yaml\n" + (run / "recipe.yaml").read_text(encoding="utf-8").strip() + "\n```",
+        "## Recipe\n\n```yaml\n" + read_settings(run / "recipe.yaml").strip() + "\n```",
     ]
     write_text(run / "README.md", "\n\n".join(s for s in sections if s) + "\n")
     return run / "README.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.evaluate.metrics import log_odds
 from lcl_adapter.evaluate.runner import count_of
-from lcl_adapter.files import write_text
+from lcl_adapter.files import read_lines, read_result, write_text
 from lcl_adapter.report.table import retention_line, verdict_of
 from lcl_adapter.report.thumbs import url_or_grey
 
@@ -23,7 +22,7 @@ MOST_SHOWN = 40  # wrong answers on a page
 
 def write_report_page(run: Path) -> Path:
     """Write the page from ``report.json``, ``predictions.jsonl`` and the plots in a run's folder."""
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    report = read_result(run / "report.json")
     predictions = read_predictions(run)
     plots = [(name, run / f"{name}.png") for name in ("accuracy", "roc")]
     shown = [(name, "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode()) for name, p in plots if p.exists()]
@@ -44,7 +43,7 @@ def write_report_page(run: Path) -> Path:
 
 
 def read_predictions(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return [value for _, value in read_lines(run / "predictions.jsonl")]
 
 
 def wrong_answers(predictions: list[dict[str, Any]], count: int = MOST_SHOWN) -> list[dict[str, Any]]:

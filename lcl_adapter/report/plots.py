@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import matplotlib as mpl
 from sklearn.metrics import roc_curve
 
 from lcl_adapter.evaluate.metrics import log_odds
-from lcl_adapter.files import whole_file
+from lcl_adapter.files import read_lines, whole_file
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -22,7 +21,7 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 def plot_loss(metrics: Path, out: Path) -> None:
     """Plot the training loss of ``metrics.jsonl``, as logged and as a running mean."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [value for _, value in read_lines(metrics)]
     if not lines:
         return
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]

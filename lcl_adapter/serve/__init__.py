@@ -4,9 +4,12 @@ server        loads the model and listens
 api           the routes
 connections   deadlines of a client's connection, and how many there are
 middleware    access, body size, requests a caller and timing, before a route runs
+origins       no other web page reaches the server
 bodies        JSON bodies, bounded and validated outside the event loop
 keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
+classification, decisions    requests for judgements and for typed decisions
+sets          support sets that questions are about, and their calibrations
 jobs          the entries of the engine's queue
 engine        one model, one thread, one queue
 adapters      checks of an adapter before it is served

@@ -22,14 +22,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.decisions import DecisionIn, DecisionOut
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
 from lcl_adapter.serve.bodies import BodyRoute
+from lcl_adapter.serve.decisions import decide
 from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
 from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
-from lcl_adapter.serve.service import Classification, Service, summary
+from lcl_adapter.serve.origins import OwnPagesOnly
+from lcl_adapter.serve.service import Service, summary
 from lcl_adapter.serve.store import StoredSet
 from lcl_adapter.serve.workers import DECODERS
 
@@ -131,6 +134,7 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     app.router.route_class = BodyRoute
     app.add_middleware(RequestMetrics, metrics=metrics)
     app.add_middleware(AccessControl, limit=body_limit, keys=keys, page=page)
+    app.add_middleware(OwnPagesOnly, with_keys=keys is not None)
 
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         status, body, headers = error_response(error)
@@ -227,11 +231,23 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     @app.post("/v1/classify")
     async def classify(body: api_types.ClassifyIn, caller: AnyCaller, request: Request) -> api_types.ClassifyOut:
         """Classify images by a stored set. An image that cannot be used has an error in its own result."""
-        classification: Classification = await run_in_threadpool(service.classify, caller.namespace, body)
+        classification = await run_in_threadpool(service.classify, caller.namespace, body)
         await wait_for(classification.futures, request, classification.cancel, service.timeout)
         response = classification.response()
         metrics.images.inc(sum(result.error is None for result in response.results))
         return response
+
+    @app.post("/v1/systemone", response_model_exclude_none=True)
+    async def systemone(body: DecisionIn, caller: AnyCaller, request: Request) -> DecisionOut:
+        """Typed decisions: a probability for every allowed answer of each question about a state.
+
+        A state is a text or JSON, a new photo with a support set (stored, or sent as labelled photos), or a conversation. A
+        choice among a set's labels is judged and calibrated as by `/v1/classify`; any other question is answered by the
+        model's likelihoods of its allowed answers.
+        """
+        decisions = await run_in_threadpool(decide, service, caller.namespace, body)
+        await wait_for(decisions.futures, request, decisions.cancel, service.timeout)
+        return decisions.response()
 
     @app.post("/v1/chat/completions")
     async def chat(body: api_types.ChatIn, caller: AnyCaller, request: Request) -> Any:

@@ -53,11 +53,11 @@ STOPPING_RETRY = 5  # seconds after which a client may ask again when the server
 class Scored:
     """The result of a job with answers.
 
-    similarities: cosines of the query with the set's pictures, in the order of its turns.
+    similarities: cosines of the query with the set's pictures, in the order of its turns; none where it is not judged.
     """
 
     reply: Reply
-    similarities: tuple[float, ...]
+    similarities: tuple[float, ...] = ()
 
 
 class Engine:
@@ -227,14 +227,12 @@ class Engine:
             with self.using(first.model):
                 cached = self._prefilled(first)
                 self.counters.waves += 1
+                for job in jobs:
+                    question_tokens = len(self._predictor.encoder.turns([job.turn], opened=True, first=cached.prefilled.empty)[0])
+                    job.prompt_tokens = int(cached.prefilled.mask.sum()) + question_tokens
                 if first.answers:
-                    questions = [(job.turn, job.answers) for job in jobs]
-                    replies = self.ask(cached.prefilled, questions)
-                    replies = judging.judged(self.find(first.model), cached.shown, questions, replies, self._predictor.vision)
-                    vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
-                    cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
-                    for job, reply, cosines in zip(jobs, replies, cosines_NS, strict=True):
-                        job.future.set_result(Scored(reply, tuple(cosines)))
+                    for job, scored in zip(jobs, self._scored(cached, jobs), strict=True):
+                        job.future.set_result(scored)
                 else:
                     self._generate(cached.prefilled, jobs)
             self.counters.answered += len(jobs)
@@ -258,6 +256,17 @@ class Engine:
                     job.fail(error)
                 elif not job.future.done():
                     self._answer([job])
+
+    def _scored(self, cached: CachedSet, jobs: Sequence[Job]) -> list[Scored]:
+        """The scores of the answers of jobs that are all judged, or none is."""
+        replies = self._predictor.ask(cached.prefilled, [Question(0, job.turn, job.answers, job.ended) for job in jobs], generate=False)
+        if not jobs[0].judged:
+            return [Scored(reply) for reply in replies]
+        questions = [(job.turn, job.answers) for job in jobs]
+        replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision)
+        vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
+        cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
+        return [Scored(reply, tuple(cosines)) for reply, cosines in zip(replies, cosines_NS, strict=True)]
 
     def _without_aborted(self, jobs: list[Job]) -> list[Job]:
         """End the jobs that were cancelled or are past their deadline; return the others."""
@@ -305,7 +314,7 @@ class Engine:
             return cached
         turns = job.support()
         prefilled = self.prefill(turns)
-        needs_vectors = bool(job.answers) or key is not None
+        needs_vectors = bool(job.answers and job.judged) or key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
         cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown)
@@ -323,10 +332,7 @@ class Engine:
         Sets each future to OpenAI's finish reason, "stop" or "length".
         """
         samplers = [TokenSampler(job.sampling) for job in jobs]
-        encoder = self._predictor.encoder
-        for job in jobs:
-            question_tokens = len(encoder.turns([job.turn], opened=True, first=prefilled.empty)[0])
-            job.prompt_tokens = int(prefilled.mask.sum()) + question_tokens
+        eos = self._predictor.encoder.eos
 
         def choose(number: int, logits_V: torch.Tensor) -> int | None:
             """The next token of a job, or None if its answer has ended."""
@@ -339,7 +345,7 @@ class Engine:
             assert job.on_token is not None
             try:
                 token = samplers[number](logits_V)
-                ended = token.id == encoder.eos or not job.on_token(token)
+                ended = token.id == eos or not job.on_token(token)
             except Exception as error:  # this job's own fault; the others go on
                 job.fail(error)
                 return None

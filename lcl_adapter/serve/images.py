@@ -8,19 +8,32 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import re
-import warnings
 from dataclasses import asdict, dataclass
 
 from PIL import Image
 
+from lcl_adapter.data.sources.images import FORMATS, open_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve.costs import check_parts
 from lcl_adapter.serve.workers import DECODERS
 
-TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF"}
-OTHER_TYPES = {"image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "application/octet-stream"}  # as clients write them; the bytes decide
+# Of the others, it is image/ and the format's name
+TYPE_OF = {
+    "PPM": "image/x-portable-pixmap",
+    "JPEG2000": "image/jp2",
+    "TGA": "image/x-tga",
+    "HEIF": "image/heic",
+}  # of the others, it is image/ and the format's name
+TYPES = [TYPE_OF.get(name, f"image/{name.lower()}") for name in FORMATS]
+OTHER_TYPES = {
+    "image/heif",
+    "image/jpg",
+    "image/pjpeg",
+    "image/x-png",
+    "image/x-ms-bmp",
+    "application/octet-stream",
+}  # as clients write them; the bytes decide
 DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w-]+=[\w.-]+)*;base64,", re.IGNORECASE)
 URL_SAFE = str.maketrans("-_", "+/")
 SMALLER = "Make it smaller first."
@@ -105,24 +118,20 @@ def decode(data: bytes, bounds: Bounds) -> None:
     """Decode an image file once, in this process. Raises DataError, MemoryError."""
     check_parts(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warning about decompression bombs; the bounds here are stricter
-            with Image.open(io.BytesIO(data), formats=list(TYPES.values())) as opened:
-                size = f"the image is {opened.width} x {opened.height} pixels"
-                if opened.width * opened.height > bounds.pixels:
-                    raise DataError(f"{size}; at most {bounds.pixels:,} pixels in all are allowed. {SMALLER}")
-                if max(opened.size) > bounds.side:
-                    raise DataError(f"{size}; at most {bounds.side:,} per side are allowed. {SMALLER}")
-                if min(opened.size) < 2:
-                    raise DataError(f"{size}; at least 2 per side are needed.")
-                if (decoded := opened.width * opened.height * PIXEL_BYTES.get(opened.mode, 4)) > bounds.decoded:
-                    raise DataError(f"{size} of {opened.mode}, {decoded >> 20} MiB to read; at most {bounds.decoded >> 20} are allowed. {SMALLER}")
-                opened.load()
-    except (DataError, MemoryError):
-        raise
+        with open_image(data) as opened:
+            size = f"the image is {opened.width} x {opened.height} pixels"
+            if opened.width * opened.height > bounds.pixels:
+                raise DataError(f"{size}; at most {bounds.pixels:,} pixels in all are allowed. {SMALLER}")
+            if max(opened.size) > bounds.side:
+                raise DataError(f"{size}; at most {bounds.side:,} per side are allowed. {SMALLER}")
+            if min(opened.size) < 2:
+                raise DataError(f"{size}; at least 2 per side are needed.")
+            if (decoded := opened.width * opened.height * PIXEL_BYTES.get(opened.mode, 4)) > bounds.decoded:
+                raise DataError(f"{size} of {opened.mode}, {decoded >> 20} MiB to read; at most {bounds.decoded >> 20} are allowed. {SMALLER}")
+            opened.load()
     except Image.DecompressionBombError as error:
         raise DataError(f"the image has far more than the {bounds.pixels:,} pixels that are allowed. {SMALLER}") from error
-    except Exception as error:  # broken bytes can make Pillow's decoders raise any exception
+    except OSError as error:
         raise DataError("the image cannot be read: the file is broken or not an image. Save it again as JPEG or PNG.") from error
 
 

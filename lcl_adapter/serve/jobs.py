@@ -42,6 +42,8 @@ class Job:
     there is one.
     answers: worded labels to score. Without answers the job generates text, and ``on_token`` gets each token and
     returns whether to go on.
+    judged: whether the tower counts too, where the model has weights for it, and similarities are computed; only with
+    one picture in the question. ended: as of ``predict.Question``.
     deadline: by ``time.monotonic``.
     """
 
@@ -50,6 +52,8 @@ class Job:
     turn: Turn
     key: SetKey | None = None
     answers: tuple[str, ...] = ()
+    judged: bool = True
+    ended: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     on_token: Callable[[Token], bool] | None = None
     deadline: float = math.inf
@@ -123,5 +127,6 @@ class RunningTasks:
 
 
 def same_batch(first: Job, second: Job) -> bool:
-    """Whether two jobs can be in one batch: same model, same support set, both scored or both generated."""
-    return (first.model, first.key, bool(first.answers)) == (second.model, second.key, bool(second.answers))
+    """Whether two jobs can be in one batch: same model, same support set, both scored or both generated, both judged or not."""
+    kinds = [(job.model, job.key, bool(job.answers), job.judged) for job in (first, second)]
+    return kinds[0] == kinds[1]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcl_adapter import reading
 from lcl_adapter.errors import RunError
 
 MIN_KEY_LENGTH = 16
@@ -49,7 +50,7 @@ class Keys:
 def read_keys(file: Path) -> Keys:
     """Raises RunError with file and line, never with the key."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = reading.read_text(file, reading.MAX_RECIPE).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{file}: the keys cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from error
     callers: dict[bytes, Caller] = {}

@@ -32,13 +32,14 @@ RETRY_SECONDS = "5"
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or address can only mean this machine."""
-    if host == "localhost":
+    """Whether a name or address can only mean this machine, in any spelling."""
+    if host.lower().removesuffix(".") == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lcl_adapter.serve.middleware import is_local
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from lcl_adapter.serve.workers import DECODERS
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import LOGGING, console
 
 SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop
 IDLE_SECONDS = 30  # that an idle connection stays open
@@ -69,6 +69,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
         service = make_service(options)
         config = uvicorn.Config(
             make(service, keys),
+            log_config=LOGGING,
             log_level="warning",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=IDLE_SECONDS,

@@ -16,7 +16,7 @@ from lcl_adapter import processes
 from lcl_adapter.base.encoder import Encoded
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.errors import DataError, RunError
-from lcl_adapter.files import write_text
+from lcl_adapter.files import read_lines, write_text
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import collate
 
@@ -45,9 +45,9 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not processes.is_first():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = read_lines(self.path) if self.path.exists() else []
         # The last line of a killed run can be incomplete.
-        earlier = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        earlier = [line for line, value in lines if value.get("step", 0) <= state.global_step]
         write_text(self.path, "".join(line + "\n" for line in earlier))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,9 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import InspectionPool
 from lcl_adapter.data.sources.base import names_of
+from lcl_adapter.errors import RunError
+from lcl_adapter.files import read_result
+from lcl_adapter.reading import brief
 from lcl_adapter.terminal import console
 from lcl_adapter.training.lengths import Rows
 
@@ -45,9 +47,16 @@ class Tally:
 
         Its faults and sources continue in the first process only, so that they count once.
         """
-        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        earlier = {name: saved[name] for name in ("seconds", "shown", "computed")}
-        return cls(earlier, Counter(saved["faults"]), saved["sources"]) if processes.is_first() else cls(earlier)
+        saved = read_result(checkpoint / PROGRESS)
+        try:
+            earlier = {name: float(saved[name]) if name == "seconds" else int(saved[name]) for name in ("seconds", "shown", "computed")}
+            faults = Counter({str(kind): int(count) for kind, count in saved["faults"].items()})
+            sources = {str(name): [int(count) for count in counts] for name, counts in saved["sources"].items()}
+            if any(len(counts) != 3 for counts in sources.values()):
+                raise ValueError("three counts a source are expected")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise RunError(f"{checkpoint / PROGRESS}: not what a training wrote ({brief(error)}). Remove the checkpoint.") from error
+        return cls(earlier, faults, sources) if processes.is_first() else cls(earlier)
 
     def add_rows(self, rows: Sequence[tuple[str, int, int]]) -> None:
         """Count rows: (source, tokens, learned tokens) of each."""

@@ -7,7 +7,6 @@ otherwise be too high.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lcl_adapter import processes
+from lcl_adapter import processes, reading
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.adapter import load_weights
@@ -92,7 +91,7 @@ class MeasureDuring(TrainerCallback):
     def _saved_results(self) -> dict[str, Any]:
         """The results of a run that is resumed; empty ones for a new run."""
         try:
-            results: dict[str, Any] = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
+            results: dict[str, Any] = reading.read_json(self.folder / MEASURED)
         except (OSError, ValueError):
             return {"base": {}, "best": None, "steps": []}
         return results
@@ -130,7 +129,7 @@ def use_best(recipe: Recipe, base: Base, step: int, planned: int) -> dict[str, A
 def best_of(folder: Path) -> dict[str, Any] | None:
     """The step and the mean of the best checkpoint that passed; None where none did."""
     try:
-        best: dict[str, Any] | None = json.loads((folder / MEASURED).read_text(encoding="utf-8"))["best"]
+        best: dict[str, Any] | None = reading.read_json(folder / MEASURED)["best"]
     except (OSError, ValueError, KeyError):
         return None
     return best

@@ -26,6 +26,7 @@ from lcl_adapter.data.sources import (
     Region,
     open_reader,
     read_image,
+    read_open_mi,
     read_test_pairs,
 )
 from lcl_adapter.data.sources.base import NothingLeftError, pictures_of
@@ -37,7 +38,7 @@ from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import SourceOptions
-from lcl_adapter.recipe.suites import ImageNet100Suite, PerplexitySuite
+from lcl_adapter.recipe.suites import ImageNet100Suite, OpenMiSuite, PerplexitySuite
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 from lcl_adapter.training.lengths import check_rows
@@ -74,7 +75,10 @@ def check(recipe: Recipe) -> dict[str, Any]:
         for name, suite in suites.items():
             if isinstance(suite, PerplexitySuite):  # read by ``check_suites``
                 continue
-            pool = _open_pairs(name, suite, faults) if isinstance(suite, ImageNet100Suite) else _open_pool(f"{kind} {name}", suite.source, faults)
+            if isinstance(suite, ImageNet100Suite | OpenMiSuite):
+                pool = _open_listed(name, suite, faults)
+            else:
+                pool = _open_pool(f"{kind} {name}", suite.source, faults)
             if pool is not None:
                 notes += pool.notes
                 sources[f"{kind} {name}"] = _open_pictures(
@@ -155,9 +159,13 @@ def _open_pool(name: str, options: Any, faults: Faults) -> Pool | None:
     return pool
 
 
-def _open_pairs(name: str, suite: ImageNet100Suite, faults: Faults) -> ClassPool | None:
-    """The pictures of the published test pairs as classes."""
+def _open_listed(name: str, suite: ImageNet100Suite | OpenMiSuite, faults: Faults) -> ClassPool | None:
+    """The pictures of a published list of questions as classes; as one class where a picture's name differs by question."""
     try:
+        if isinstance(suite, OpenMiSuite):
+            questions = read_open_mi(packaged(suite.file), packaged(suite.images), name)
+            pictures = dict.fromkeys(picture for q in questions for shown in ((q.query,), *q.support.values()) for picture in shown)
+            return ClassPool(name, (PictureClass(name, tuple(pictures)),))
         pairs = read_test_pairs(packaged(suite.pairs), packaged(suite.images))
     except DataError as error:
         faults.append((f"suite {name}", Fault("source", str(error))))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from lcl_adapter import processes
+from lcl_adapter import processes, reading
 from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.model import Base
@@ -82,7 +82,7 @@ def _key(base: Base, pool: QuestionPool, seed: int, options: SelfReplay) -> str:
 def _stored(file: Path, key: str, count: int) -> list[OwnAnswer | None] | None:
     """The stored answers; None where there are none with this key."""
     try:
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = reading.read_json(file)
         answers = [answer and OwnAnswer(**answer) for answer in stored["answers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,9 +11,9 @@ Shapes: B rows, T tokens of a row, L learned tokens of the batch, V words of the
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from datasets import Dataset
 from lcl_adapter import devices, processes
@@ -35,7 +35,7 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.errors import RunError
-from lcl_adapter.files import disk_is_full, write_json
+from lcl_adapter.files import disk_is_full, only_writer, read_result, write_json
 from lcl_adapter.recipe import Recipe, load
 from lcl_adapter.recipe import save as save_recipe
 from lcl_adapter.terminal import console
@@ -48,6 +48,7 @@ from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.losses import divergence, own_logits
 from lcl_adapter.training.options import check_options
 from lcl_adapter.training.replay import answer_prompts, has_prompts
+from lcl_adapter.training.resuming import ResumingTrainer, check_checkpoint
 from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
@@ -98,7 +99,7 @@ def sft_config(recipe: Recipe, steps: int) -> SFTConfig:
     return config
 
 
-class LclTrainer(SFTTrainer):
+class LclTrainer(ResumingTrainer):
     """SFTTrainer on episodes.
 
     ``collator`` reads the mixture by index; ``vision`` caches the frozen features; ``total`` rows are trained on.
@@ -277,7 +278,9 @@ def train(
         with Trackers(recipe) as trackers:
             return train(recipe, resume, make_callback, mixture, trackers)
     try:
-        return _train(recipe, resume, make_callback, mixture, trackers)
+        processes.join()
+        with claimed(recipe.output):
+            return _train(recipe, resume, make_callback, mixture, trackers)
     finally:
         devices.release_memory()  # the trainer's hooks in the model form a cycle with it
 
@@ -285,7 +288,6 @@ def train(
 def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, mixture: Mixture | None, trackers: Trackers) -> dict[str, Any]:
     output, options = recipe.output, recipe.train
     sharding.refuse_unsupported(recipe)
-    processes.join()
     console.quiet = not processes.is_first()
     _in_first_process(lambda: adapter.claim_run_folder(output, resume))
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -328,6 +330,8 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
     if not processes.uses_deepspeed():
         trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
+    if checkpoint:
+        check_checkpoint(checkpoint)
     trainer.tally = Tally.resumed(checkpoint) if checkpoint else Tally()
     longest = max(rows.most(name) for name in rows.lengths)
 
@@ -366,6 +370,17 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
     return facts
 
 
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Inside the block, no other command writes the run's folder. It is entered by all processes of the training.
+
+    Raises RunError where another command writes it, with who that is.
+    """
+    with ExitStack() as stack:
+        _in_first_process(lambda: stack.enter_context(only_writer(output, again=True)))
+        yield
+
+
 def _save_start(recipe: Recipe, mixture: Mixture) -> None:
     """Write what a resumed run is compared with."""
     write_json(recipe.output / DATA, mixture.hashes())
@@ -400,7 +415,9 @@ def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
             f"{recipe.output}: the run started with other values of {', '.join(changed)} (its recipe.yaml has them). "
             "Use the same values, or another output=…."
         )
-    hashes = json.loads((recipe.output / DATA).read_text(encoding="utf-8"))
+    hashes = read_result(recipe.output / DATA)
+    if not isinstance(hashes, dict):
+        raise RunError(f"{recipe.output / DATA}: not what a training wrote.")
     changed_sources = [name for name, digest in mixture.hashes().items() if hashes.get(name) != digest]
     if changed_sources:
         names = ", ".join(changed_sources)

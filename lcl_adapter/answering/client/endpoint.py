@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client.scores import TokenScore
-from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError, did_you_mean
+from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError, UserError, did_you_mean
+from lcl_adapter.terminal import show_notes
 
 KEY = "LCL_API_KEY"  # an environment variable, because everyone on the machine can read a command line
 TRIES = 6
@@ -60,6 +61,7 @@ class Endpoint:
             raise EndpointError(f"{KEY} has characters that a key cannot have; use ASCII letters and digits.") from error
         self.patience = patience
         self.supports_logprobs = True
+        self.notes: list[str] = []  # what a user should know about the answers; each is printed once
 
     def __enter__(self) -> Endpoint:
         return self
@@ -70,12 +72,28 @@ class Endpoint:
     def close(self) -> None:
         self.http.close()
 
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+            show_notes([line])
+
     def models(self) -> list[str]:
         """Names of the models on the server."""
+        return [name for name, _ in self._models()]
+
+    def is_own(self) -> bool:
+        """Whether the server is one of this project."""
+        try:
+            return any(owner == "lcl-adapter" for _, owner in self._models())
+        except UserError:  # the list of models is no part of what is asked about
+            return False
+
+    def _models(self) -> list[tuple[str, str]]:
+        """The name and the owner of each model on the server."""
         listed = self._send("GET", "/v1/models")
         try:
-            return [str(model["id"]) for model in listed["data"]]
-        except (KeyError, TypeError) as error:
+            return [(str(model["id"]), str(model.get("owned_by"))) for model in listed["data"]]
+        except (KeyError, TypeError, AttributeError) as error:
             raise EndpointError(f"{self.url}: its list of models does not have OpenAI's form; is this the right server?") from error
 
     def model(self, name: str | None, option: str = "--model") -> str:
@@ -130,6 +148,10 @@ class Endpoint:
             raise EndpointError(f"{self.url} cannot be reached, or closed the connection during its answer ({error}).") from error
         except (ValueError, AttributeError, TypeError) as error:
             raise EndpointError(f"{self.url}: its answer is not a stream of events; is this the right server?") from error
+
+    def decide(self, body: dict[str, Any]) -> Any:
+        """The response to a request for typed decisions (``answering/decisions.py``)."""
+        return self._send("POST", "/v1/systemone", body)
 
     # Only on this project's own server
 

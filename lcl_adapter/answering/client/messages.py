@@ -14,10 +14,8 @@ from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import REDUCING_GAP, read_bytes
+from lcl_adapter.data.sources.images import REDUCING_GAP, is_plain, is_whole, open_image, read_bytes
 
-SENT_UNCHANGED = {"PNG", "JPEG", "WEBP"}
-ORIENTATION = 0x0112  # EXIF
 LARGEST_SENT, MOST_PIXELS = 8 * 2**20, 40_000_000  # bytes and pixels of an image; this project's server refuses 10 MiB
 REDUCED_SIDE = 1600  # pixels of a larger one when it is sent: at most 7.7 MB, and more than towers read
 
@@ -32,18 +30,16 @@ def image_of(picture: Picture, pad: bool = False) -> str:
     DataError for a broken picture.
     """
     side = None
-    if not (picture.view or picture.turned or picture.tile or pad):
+    if is_whole(picture) and not pad:
         data = read_bytes(picture)
         try:
-            with Image.open(io.BytesIO(data)) as opened:
+            with open_image(data) as opened:
                 if opened.width * opened.height > MOST_PIXELS:
                     side = REDUCED_SIDE // REDUCING_GAP + 1
-                plain = opened.format in SENT_UNCHANGED and opened.mode == "RGB" and not opened.has_transparency_data
-                small = len(data) <= LARGEST_SENT and side is None
-                if plain and small and getattr(opened, "n_frames", 1) == 1 and opened.getexif().get(ORIENTATION, 1) == 1:
+                if len(data) <= LARGEST_SENT and side is None and is_plain(opened):
                     opened.load()
                     return api_types.data_url(data)
-        except Exception:  # Pillow's decoders raise all kinds of errors; read_image below raises a clear one
+        except (OSError, Image.DecompressionBombError):  # read_image below raises a clear one
             pass
     image = read_image(picture, side)
     image = squared(image, OPENAI_CLIP_MEAN) if pad else image

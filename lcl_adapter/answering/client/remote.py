@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.client.decisions import DecisionReader, ScoreSource
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
@@ -25,7 +26,9 @@ Messages = list[dict[str, Any]]
 class RemotePredictor:
     """workers: requests sent at the same time. pad: make pictures square before they are sent.
 
-    Label scores come from :mod:`lcl_adapter.answering.client.scores`.
+    scores: where label scores come from. "auto": from the server's route for typed decisions, where it has one that reads
+    photos (:mod:`lcl_adapter.answering.client.decisions`), else as "text": from the generated text and its tokens
+    (:mod:`lcl_adapter.answering.client.scores`). The endpoint notes which.
     """
 
     endpoint: Endpoint
@@ -33,6 +36,10 @@ class RemotePredictor:
     workers: int = 8
     max_new_tokens: int = 24
     pad: bool = False
+    scores: ScoreSource = "auto"
+
+    def __post_init__(self) -> None:
+        self._reader = DecisionReader(self.endpoint, self.model, self.pad) if self.scores == "auto" else None
 
     def run(self, requests: Sequence[Request], done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
         """Replies in the order of the requests.
@@ -58,7 +65,10 @@ class RemotePredictor:
 
     def _send(self, request: Request, support_messages: Callable[[SupportTurns], Messages], new_tokens: int) -> Reply:
         support, query, answers = request
+        exact = self._reader.log_likelihoods(support, query, answers, support_messages) if answers and self._reader else None
         messages = [*support_messages(support), *to_messages([query], self.pad)]
+        if exact is not None:
+            return Reply(self.endpoint.chat(self.model, messages, new_tokens).text, exact)
         chat_answer = self.endpoint.chat(self.model, messages, new_tokens, scored=bool(answers))
         return Reply(chat_answer.text, log_likelihoods(answers, chat_answer.text, chat_answer.tokens) if answers else ())
 

@@ -6,7 +6,6 @@ of a conversation must begin with the text of its first turns. A conversation wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from lcl_adapter import reading
 from lcl_adapter.base.families.base import IMAGE, Family, Rendered
 from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import DataError, ModelError
+from lcl_adapter.files import read_object
 
 QUESTION = Turn("user", "q")
 ANSWER = Turn("assistant", "a")
@@ -138,8 +139,7 @@ def _template_of(checkpoint: Checkpoint) -> str | None:
     for name in ("chat_template.jinja", "chat_template.json"):
         file = checkpoint.folder / name
         if file.exists():
-            text = file.read_text(encoding="utf-8")
-            return text if name.endswith("jinja") else str(json.loads(text)["chat_template"])
+            return reading.read_text(file) if name.endswith("jinja") else str(read_object(file).get("chat_template", ""))
     template: str | None = checkpoint.tokenizer.chat_template
     return template
 
@@ -175,7 +175,7 @@ def _expanded(checkpoint: Checkpoint, side: int) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_object(file) if file.exists() else {}
 
 
 def preprocess(image_processor: Any, images: Sequence[Image.Image], with_layout: bool = False) -> dict[str, Any]:

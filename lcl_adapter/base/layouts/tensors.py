@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lcl_adapter import reading
 from lcl_adapter.errors import ModelError
 from lcl_adapter.files import whole_file, write_json
 
@@ -141,10 +142,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
     try:
-        file_of_key: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of_key: dict[str, str] = reading.read_json(index)["weight_map"]
         if not isinstance(file_of_key, dict) or not all(isinstance(name, str) for name in file_of_key.values()):
             raise TypeError("weight_map must name a file for every weight")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index}: not an index of weights ({error}).") from error
     names = sorted(set(file_of_key.values()))
     for name in names:
@@ -164,6 +165,8 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 @contextmanager
 def _open_safetensors(file: Path) -> Iterator[Any]:
     """The library's reader of a file. Raises ModelError where its header or its length is wrong; FileNotFoundError."""
+    if kind := reading.irregular(file):
+        raise ModelError(f"{file}: {kind}, a file of weights is expected.")
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -194,6 +197,8 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     The last file stays open. Raises ModelError where it holds anything else.
     """
+    if kind := reading.irregular(file):
+        raise ModelError(f"{file}: {kind}, a file of weights is expected.")
     status = file.stat()
     # A clock ticks too slowly to tell two files apart by time alone
     version = (status.st_ino, status.st_size, status.st_mtime_ns)

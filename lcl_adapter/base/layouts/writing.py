@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from lcl_adapter.base.layouts.checkpoint import Checkpoint, Layout, Weight, find
 from lcl_adapter.base.layouts.tensors import PlannedTensor, Shards, StoredTensor, row_blocks, tensors_in_folder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.errors import MergeError, ModelError
-from lcl_adapter.files import write_json
+from lcl_adapter.files import read_result, write_json
 from lcl_adapter.terminal import console
 
 SPARE = 64 * 2**20  # bytes for configs, tokenizer and the file system
@@ -360,7 +359,7 @@ def without_sampling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_result(file) if file.exists() else {}
 
 
 def slow_tokenizer(tokenizer: Any) -> dict[str, Any]:

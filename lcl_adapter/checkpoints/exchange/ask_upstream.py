@@ -43,7 +43,7 @@ def pixels_of(settings, processor, config, files):
     images = []
     for file in files:
         colour = (255, 255, 255) if settings["padding"] == "white" else tuple(int(255 * m) for m in processor.image_mean)
-        image = expand2square(Image.open(file).convert("RGB"), colour)
+        image = expand2square(Image.open(file, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]).convert("RGB"), colour)
         if settings["tiles"]:
             side = 2 * settings["side"]
             images.append(process_anyres_image(image.resize((side, side), Image.BICUBIC), processor, config.image_grid_pinpoints))

@@ -5,7 +5,6 @@ A short script is written beside it. In upstream's environment it builds the sam
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.checkpoints.exchange.importing import read_upstream
 from lcl_adapter.data.conversations import WORDINGS
 from lcl_adapter.errors import AdapterError, MergeError, RunError
-from lcl_adapter.files import whole_folder, write_json, write_text
+from lcl_adapter.files import read_result, whole_folder, write_json, write_text
 from lcl_adapter.recipe import load
 
 SCRIPT = Path(__file__).parent / "ask_upstream.py"
@@ -141,7 +140,7 @@ def _check_written(adapter: Adapter, folder: Path, checkpoint: Checkpoint) -> fl
     This matters because upstream loads no adapter, and prints no warning, if the keys are wrong. Raises MergeError.
     """
     written = read_upstream(folder, checkpoint)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_result(folder / "adapter_config.json")
     scaling, largest_difference = config["lora_alpha"] / config["r"], 0.0
     if written.layers.keys() != adapter.layers.keys():
         raise MergeError(f"{folder}: {len(adapter.layers)} layers were written, {len(written.layers)} can be read again. Nothing was saved.")

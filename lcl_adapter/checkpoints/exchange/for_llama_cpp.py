@@ -76,7 +76,7 @@ def export_for_llama_cpp(
     base: BaseRef = NOT_GIVEN,
     name: str = "lcl",
     llama_cpp: Path | None = None,
-    class_token: ClassToken = "first",
+    class_token: ClassToken = "last",
 ) -> dict[str, Any]:
     """Write ``out`` for llama.cpp and Ollama. Every tensor is read again and compared, and none is rounded.
 
@@ -312,8 +312,8 @@ def _class_token_text(class_token: ClassToken) -> str:
     if class_token == "first":
         return f"""{defect}**without**
 this defect. To repair it, swap the patches and the class embedding where `tools/mtmd/models/llava.cpp` joins them, and
-build llama.cpp. Then the answers are those of training. Where that cannot be done, export with `--class-token last`."""
+build llama.cpp. Then the answers are those of training. Where that cannot be done, export with `--class-token last`, the default."""
     return f"""{defect}**with**
 this defect: positions are in its order, so every patch is computed as in training. What remains is that the first patch
 of a picture is missing and the class token stands behind the last. In a llama.cpp without the defect this file is
-wrong: export again without `--class-token`."""
+wrong: export again with `--class-token first`."""

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from lcl_adapter.amounts import trim_heap
 from lcl_adapter.base.layouts import Checkpoint, keys
@@ -29,7 +30,9 @@ from lcl_adapter.base.layouts.checkpoint import Weight
 from lcl_adapter.base.layouts.tensors import PlannedTensor
 from lcl_adapter.errors import MergeError, RunError
 from lcl_adapter.files import whole_file
+from lcl_adapter.terminal import console
 
+Item = TypeVar("Item")
 ClassToken = Literal["first", "last"]
 CONVERTER = "convert_hf_to_gguf.py"
 LAST_LINES = 8  # of a converter that failed
@@ -205,11 +208,15 @@ def _write(writer: Any, path: Path, tensors: Sequence[GgufTensor]) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     written = 0
-    for tensor in tensors:
+    for tensor in _with_bar(tensors, f"writing {path.name.partition('.gguf')[0]}.gguf"):
         data = gguf.quants.quantize(tensor.read().float().numpy(), _kind(tensor))
         writer.write_tensor_data(np.ascontiguousarray(data))
         written = trim_heap(written + data.nbytes)
     writer.close()
+
+
+def _with_bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _kind(tensor: GgufTensor) -> Any:
@@ -230,7 +237,7 @@ def check_written(path: Path, tensors: Sequence[GgufTensor]) -> int:
     if different := sorted(stored.keys() ^ expected.keys()):
         where = "is in the file and not in the model" if different[0] in stored else "is missing"
         raise MergeError(f"{path.name}: {different[0]} {where}. Nothing was saved.")
-    for name, values in _values(stored):
+    for name, values in _with_bar(_values(stored), f"comparing {path.name}", len(stored)):
         wanted = expected[name].read().float().numpy()
         if values.shape != wanted.shape or not np.array_equal(values, wanted):
             raise MergeError(f"{path.name}: {name} differs from the merged model's. Nothing was saved.")

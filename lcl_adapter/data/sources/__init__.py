@@ -32,6 +32,7 @@ from lcl_adapter.data.sources.inspection import Mvtec, Visa
 from lcl_adapter.data.sources.isekai import Isekai, read_isekai_questions
 from lcl_adapter.data.sources.llava_json import LlavaJson, read_llava_json
 from lcl_adapter.data.sources.manifest import Manifest
+from lcl_adapter.data.sources.open_mi import read_open_mi
 from lcl_adapter.data.sources.pocket import PocketClasses, read_pocket
 from lcl_adapter.data.sources.self_replay import SelfReplay
 from lcl_adapter.data.sources.shards import Shards
@@ -61,6 +62,7 @@ __all__ = [
     "read_image",
     "read_isekai_questions",
     "read_llava_json",
+    "read_open_mi",
     "read_pocket",
     "read_test_pairs",
 ]

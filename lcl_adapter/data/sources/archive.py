@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import unicodedata
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.encodings import JAPANESE, SUGGESTED, is_japanese, nfc
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 
 UTF8_FLAG = 0x800
 STANDARD = "cp437"
@@ -100,10 +102,38 @@ def _written_on_windows(name: str) -> bool:
     return "\\" in name and "/" not in name
 
 
-def read_member(path: Path, stored: str) -> bytes:
-    """The bytes of a member, by the archive's own name. Raises KeyError, OSError or BadZipFile."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(stored)
+@contextmanager
+def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive that is a regular file. Raises OSError, ValueError."""
+    with reading.open_file(path) as file:
+        with _one_error():
+            archive = zipfile.ZipFile(file)
+        with archive:
+            yield archive
+
+
+def read_member(archive: zipfile.ZipFile, stored: str | zipfile.ZipInfo, limit: int = reading.MAX_UNPACKED) -> bytes:
+    """The bytes of a member, by the archive's own name: at most ``limit`` of them, whatever the archive says.
+
+    Raises KeyError; OSError, ValueError.
+    """
+    info = archive.getinfo(stored) if isinstance(stored, str) else stored
+    if info.file_size > limit:
+        raise reading.too_large(info.file_size, limit)
+    bounded = info.compress_type in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    with _one_error(), archive.open(info) as member:
+        return reading.read_stream(member, limit, piece=reading.PIECE if bounded else reading.COMPRESSED_PIECE)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """What zipfile and each decompressor raise on broken bytes, a password or an unknown compression becomes a ValueError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(brief(error)) from error
 
 
 class Archive:
@@ -111,15 +141,18 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._zip = zipfile.ZipFile(path)
+        self._file = reading.open_file(path)
+        with _one_error():
+            self._zip = zipfile.ZipFile(self._file)
         self._by_name: dict[str, str] | None = None
 
+    def __del__(self) -> None:
+        if "_file" in vars(self):
+            self._file.close()
+
     def read(self, name: str) -> bytes:
-        """The bytes of a member, by its own name or by the name that is shown for it. Raises KeyError."""
-        try:
-            return self._zip.read(name)
-        except KeyError:
-            return self._zip.read(self._stored(name))
+        """The bytes of a member, by its own name or by the name that is shown for it. Raises as :func:`read_member`."""
+        return read_member(self._zip, self.info(name))
 
     def info(self, name: str) -> zipfile.ZipInfo:
         """Size and checksum of a member. Raises KeyError."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 
 NAMED = 3  # names that a note lists
 NEAREST = 8  # the first of a ranked list are hard neighbours
@@ -32,7 +33,10 @@ class Fault(NamedTuple):
 
 
 PixelBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the upright picture
-PICTURE_NAME = re.compile(r"(.*?)(?:!(.*?))?(?: \(cut out at ([\d., ]+)\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?")
+PICTURE_NAME = re.compile(
+    r"(?:(.*?\.zip)!)?(.*?)(?: \(cut out at ([\de.+, -]+)(?: of (\d+) x (\d+))?\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,27 @@ class Picture:
 
     def __str__(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else str(self.path)
-        name += " (cut out at {:g}, {:g}, {:g}, {:g})".format(*self.crop) if self.crop else ""
+        if self.crop:
+            name += " (cut out at {:g}, {:g}, {:g}, {:g}".format(*self.crop) + (" of {} x {})".format(*self.listed_size) if self.listed_size else ")")
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
         name += " (tile {}x{}:{})".format(*self.tile) if self.tile else ""
         return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
 
     @classmethod
     def parse(cls, name: str) -> Picture:
-        """The inverse of ``str``, for a picture that is no blend."""
+        """The inverse of ``str``, for a picture that is no blend. ``artist`` and ``white`` are not in a name."""
         match = PICTURE_NAME.fullmatch(name)
         assert match is not None
-        crop = tuple(float(n) for n in match[3].split(", ")) if match[3] else None
-        tile = tuple(int(n) for n in re.findall(r"\d+", match[6])) if match[6] else None
-        return cls(Path(match[1]), match[2], view=int(match[4] or 0), turned=int(match[5] or 0), tile=tile, crop=crop)  # type: ignore[arg-type]
+        archive, inner, crop, width, height, view, turned, tile = match.groups()
+        return cls(
+            Path(archive or inner),
+            inner if archive else None,
+            view=int(view or 0),
+            turned=int(turned or 0),
+            tile=tuple(int(n) for n in re.findall(r"\d+", tile)) if tile else None,  # type: ignore[arg-type]
+            crop=tuple(float(n) for n in crop.split(", ")) if crop else None,  # type: ignore[arg-type]
+            listed_size=(int(width), int(height)) if width else None,
+        )
 
     def cropped(self, box: PixelBox) -> Picture:
         """What is inside a box of the same picture, to tenths of a pixel."""
@@ -106,14 +118,14 @@ def pixel_box(value: Any) -> PixelBox:
     """
     numbers = value if isinstance(value, list) else str(value).replace(",", " ").split()
     if len(numbers) != 4:
-        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels")
+        raise ValueError(f"the box {brief(value)} is not four numbers, x0 y0 x1 y1 in pixels")
     try:
         x0, y0, x1, y1 = (float(v) for v in numbers)
-    except (TypeError, ValueError):
-        raise ValueError(f"the box {value!r} is not four numbers, x0 y0 x1 y1 in pixels") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the box {brief(value)} is not four numbers, x0 y0 x1 y1 in pixels") from None
     x0, y0 = (0.0 if -ROUNDED < edge < 0 else edge for edge in (x0, y0))
     if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {value} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
+        raise ValueError(f"the box {brief(value)} is out of range: x0 < x1 and y0 < y1 in pixels, none below 0")
     return x0, y0, x1, y1
 
 
@@ -147,7 +159,7 @@ class PictureClass:
     ranked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", nfc(self.name))
+        object.__setattr__(self, "name", nfc(self.name).strip() or self.name)
         object.__setattr__(self, "groups", tuple(map(nfc, self.groups)))
         object.__setattr__(self, "ranked", tuple(map(nfc, self.ranked)))
 

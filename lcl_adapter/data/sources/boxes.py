@@ -6,17 +6,15 @@ The text has Shikra's form (arXiv 2306.15195, and its published code): three dec
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox, Region
-from lcl_adapter.data.sources.images import MAX_PIXELS, SIDEWAYS, orientation_of, read, read_bytes, upright_box
+from lcl_adapter.data.sources.images import MAX_PIXELS, SIDEWAYS, open_image, orientation_of, read, read_bytes, upright_box
 from lcl_adapter.errors import DataError
 
 PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")
@@ -95,12 +93,11 @@ def stored_size(picture: Picture) -> tuple[tuple[int, int], int]:
     Raises DataError for a file that is no image.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as opened:
-            warnings.simplefilter("ignore")
+        with open_image(read_bytes(picture)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
             return opened.size, orientation_of(opened)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture}: not an image that can be read ({error}).") from error
 
 

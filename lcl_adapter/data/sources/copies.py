@@ -6,17 +6,16 @@ A photo with two labels teaches a contradiction, and one that is both shown and 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import open_archive
 from lcl_adapter.data.sources.base import Fault, Picture
-from lcl_adapter.data.sources.images import MAX_PIXELS, MIN_SIDE, read_bytes
+from lcl_adapter.data.sources.images import MAX_PIXELS, MIN_SIDE, open_image, read_bytes
 from lcl_adapter.errors import DataError
 
 COMPARED = 20_000  # pictures of a source whose sizes are compared whenever it is opened; `data check` compares all
@@ -106,7 +105,7 @@ def _middle(picture: Picture) -> bytes:
     """A piece out of the middle of a file; all of what is in no file of its own."""
     if picture.data is not None or picture.member is not None:
         return read_bytes(picture)
-    with picture.path.open("rb") as file:
+    with reading.open_file(picture.path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - PIECE) // 2)
         return file.read(PIECE)
 
@@ -114,10 +113,9 @@ def _middle(picture: Picture) -> bytes:
 def _can_be_shown(picture: Picture) -> bool:
     """Whether it begins like an image that shows something, and is within the bounds. What does not is a fault of another kind."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(read_bytes(picture))) as image:
-            warnings.simplefilter("ignore")
+        with open_image(read_bytes(picture)) as image:
             return min(image.size) >= MIN_SIDE and image.width * image.height <= MAX_PIXELS
-    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (DataError, OSError, Image.DecompressionBombError):
         return False
 
 

@@ -7,8 +7,6 @@ a source have one scale: the file's own depth where it says one, else the smalle
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -16,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lcl_adapter.data.sources.base import ClassPool, InspectionPool, PartCategory, Picture, Pool, Specimen, pictures_of
-from lcl_adapter.data.sources.images import DEEP_MODES, MAX_PIXELS, read_bytes, white_of
+from lcl_adapter.data.sources.images import DEEP_MODES, MAX_PIXELS, open_image, read_bytes, white_of
 from lcl_adapter.errors import DataError
 
 DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")  # formats that can hold more than 8 bits
@@ -43,13 +41,11 @@ def _sample(pictures: Sequence[Picture]) -> list[Picture]:
 def _white(picture: Picture) -> float | None:
     """None for a picture of 8 bits, and for one that cannot be read: whoever shows it reports that."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(read_bytes(picture))) as image:
-                if image.mode not in DEEP_MODES or image.width * image.height > MAX_PIXELS:
-                    return None
-                return white_of(image, np.asarray(image))
-    except (DataError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        with open_image(read_bytes(picture)) as image:
+            if image.mode not in DEEP_MODES or image.width * image.height > MAX_PIXELS:
+                return None
+            return white_of(image, np.asarray(image))
+    except (DataError, OSError, MemoryError, Image.DecompressionBombError):
         return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import unicodedata
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field
@@ -100,3 +101,12 @@ def _beside_ascii_letter(text: str, place: int) -> bool:
 def _is_japanese_letter(letter: str) -> bool:
     """Kana, kanji or Japanese punctuation of full width. Half-width katakana are single bytes, as accented Latin letters are."""
     return "\u3000" <= letter <= "\u30ff" or "\u4e00" <= letter <= "\u9fff"
+
+
+def names_in_other_case(where: str, names: Iterable[str]) -> list[str]:
+    """A note for each class name that is there in several forms, which differ in capital letters only. where: begins a note."""
+    forms: dict[str, dict[str, None]] = {}
+    for name in names:
+        forms.setdefault(name.casefold(), {})[name] = None
+    listed = [", ".join(map(repr, same)) for same in forms.values() if len(same) > 1]
+    return [f"{where}: the classes {same} differ in capital letters only, and are read as different classes" for same in listed]

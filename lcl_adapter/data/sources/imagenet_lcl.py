@@ -15,6 +15,7 @@ from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClas
 from lcl_adapter.data.sources.records import Records
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 from lcl_adapter.recipe.sources import ClassReader, FileReader
 
 
@@ -88,7 +89,7 @@ def read_test_pairs(file: Path, images: Path) -> tuple[ClassPair, ...]:
             names.append(str(record["class_name"]))
             support.append(context)
             queries.append(test)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             faults.append(wrong_form(record, origin, error, "class_name, context_samples, test_samples"))
     if len(names) % 2:
         faults.append(Fault("bad record", f"{file}: {len(names)} classes; consecutive classes form pairs, so an even number is needed"))
@@ -126,5 +127,5 @@ def listed_pictures(names: list[str], tree: Tree, origin: str, faults: list[Faul
 
 def wrong_form(record: Any, origin: str, error: Exception, expected: str) -> Fault:
     """The fault of a record that lacks an expected key, or has a value of another type."""
-    actual = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-    return Fault("bad record", f"{origin}: keys {expected} are expected, there are {actual} ({error})")
+    actual = brief(", ".join(record)) if isinstance(record, dict) else type(record).__name__
+    return Fault("bad record", f"{origin}: keys {expected} are expected, there are {actual} ({brief(error)})")

@@ -10,32 +10,38 @@ import math
 import os
 import threading
 import warnings
-import zipfile
-import zlib
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError, features
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import open_archive
 from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox
 from lcl_adapter.data.sources.encodings import nfc
-from lcl_adapter.errors import DataError
+from lcl_adapter.errors import DataError, LclError
 from lcl_adapter.randomness import generator
 
+# Every format that is read, wherever a picture is read: training, the command line, the server, the page. Pillow knows forty more,
+# and recognises them whatever the file's name; one of them, EPS, runs a program.
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
 with suppress(ImportError):  # optional
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+if features.check("avif"):
+    FORMATS += ("AVIF",)
 
-READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"})
+READ = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".tga"})
 # Photos too, so that none is passed over in silence: HEIC is read where pillow-heif is installed, AVIF where Pillow has it
 HEIF = frozenset({".heic", ".heif", ".hif"})
 RAW = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
-SUFFIXES = READ | HEIF | RAW | {".avif"}
+SUFFIXES = READ | HEIF | RAW | {".avif", ".jxl"}
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: more than a factory camera has, less than a decompression bomb
 MIN_SIDE = 2
 REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
@@ -59,24 +65,24 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
     Raises DataError for a file that is missing, empty, truncated, no image, too large, or smaller than 2 pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: MAX_PIXELS is checked below
-            with Image.open(io.BytesIO(read_bytes(picture))) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
-                if min(opened.size) < MIN_SIDE:
-                    raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
-                box = picture.crop and upright_box(picture.crop, picture, opened.size, orientation_of(opened))
-                whole = side is None or picture.view or picture.tile or picture.crop
-                image = _decoded(opened, None if whole else side, picture.white)
+        with open_image(read_bytes(picture)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
+            if min(opened.size) < MIN_SIDE:
+                raise DataError(f"{picture}: {opened.width} x {opened.height} pixels shows nothing. Remove it.")
+            box = picture.crop and upright_box(picture.crop, picture, opened.size, orientation_of(opened))
+            whole = side is None or picture.view or picture.tile or picture.crop
+            image = _decoded(opened, None if whole else side, picture.white)
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{picture}: not an image that can be read. {_remedy(picture)}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises on broken files
+    except OSError as error:
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
+    except MemoryError as error:
+        raise DataError(f"{picture}: the image needs more memory than there is. Scale it down first.") from error
     if box:
         image = _cut_out(image, box, picture)
     if picture.turned:
@@ -92,6 +98,38 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         other, weight = picture.blend
         image = Image.blend(image, read(other).resize(image.size), weight)
     return image
+
+
+PLAIN = frozenset({"PNG", "JPEG", "WEBP"})
+
+
+def is_whole(picture: Picture) -> bool:
+    """Whether the picture is the whole of its file, as it stands there."""
+    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend)
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether every program that decodes an opened file has the same picture: upright, 8-bit RGB, one frame."""
+    alike = image.format in PLAIN and image.mode == "RGB" and not image.has_transparency_data
+    return alike and getattr(image, "n_frames", 1) == 1 and orientation_of(image) == 1
+
+
+@contextmanager
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """An image file's bytes as a picture of one of FORMATS, of which only the header is decoded yet. All reading goes through here.
+
+    Whatever a decoder raises on broken bytes, then or inside the block, is an OSError; UnidentifiedImageError for no image.
+    Raises DecompressionBombError for far more pixels than MAX_PIXELS; MemoryError where it does not fit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: callers have bounds of their own
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                yield opened
+        except (OSError, MemoryError, LclError, Image.DecompressionBombError):
+            raise
+        except Exception as error:
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -139,6 +177,8 @@ def _remedy(picture: Picture) -> str:
         return "A phone's HEIC photo needs pillow-heif: pip install pillow-heif, or save it as JPEG."
     if suffix in RAW:
         return "A camera's raw photo is not developed here: save it as JPEG, PNG or TIFF."
+    if suffix == ".jxl":
+        return "A JPEG XL photo is not read here: save it as JPEG or PNG."
     return "Remove it or save it again as JPEG or PNG."
 
 
@@ -153,12 +193,14 @@ def read_bytes(picture: Picture) -> bytes:
         elif picture.member and picture.path.is_dir():
             data = _row(picture.path, picture.member)
         else:
-            data = open_archive(picture.path, os.getpid()).read(picture.member) if picture.member else picture.path.read_bytes()
+            data = open_archive(picture.path, os.getpid()).read(picture.member) if picture.member else reading.read_bytes(picture.path)
     except FileNotFoundError as error:
         raise DataError(f"{picture}: no such file.") from error
     except KeyError as error:
         raise DataError(f"{picture}: no such member in the archive.") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # the last two: a password, an unknown compression
+    except OSError as error:
+        raise DataError(f"{picture}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
         raise DataError(f"{picture}: cannot be read ({error}).") from error
     if not data:
         raise DataError(f"{picture}: the file is empty. Remove it or copy it again.")
@@ -172,8 +214,8 @@ def _row(folder: Path, member: str) -> bytes:
     if value is None:
         raise DataError(f"{folder}: row {row} has no image in {column!r}.")
     if isinstance(value, dict):
-        return value["bytes"] or Path(value["path"]).read_bytes()
-    return value if isinstance(value, bytes) else Path(value).read_bytes()
+        return value["bytes"] or reading.read_bytes(Path(value["path"]))
+    return value if isinstance(value, bytes) else reading.read_bytes(Path(value))
 
 
 @lru_cache(maxsize=4)
@@ -224,7 +266,8 @@ def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
     deep_white = None
     if upright.mode in DEEP_MODES:  # before it is turned, which loses the file's tags
         values = np.asarray(upright)
-        from_0_to_1 = upright.mode == "F" and values.max(initial=0) <= 1  # beside pictures of whole numbers too
+        lowest, highest = _extremes(values)
+        from_0_to_1 = upright.mode == "F" and lowest >= 0 and highest <= 1  # beside pictures of whole numbers too
         deep_white = white_of(upright, values) if white is None or (from_0_to_1 and white > 1) else white
     ImageOps.exif_transpose(upright, in_place=True)
     if deep_white is not None:
@@ -239,11 +282,12 @@ def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
 
 def _scaled(values: np.ndarray, white: float) -> Image.Image:
     """Values of more than 8 bits in RGB, a strip at a time: as floats, a whole picture would need ten times its memory."""
-    lowest = min(float(values.min()), 0.0)
+    darkest, _ = _extremes(values)
     scaled = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), STRIP):
-        strip = (values[top : top + STRIP].astype(np.float32) - lowest) * (255.0 / white)
-        scaled[top : top + STRIP] = strip.clip(0, 255).round()
+        # Where nothing was measured, a depth or height map has NaN or an infinity: black, or white where it is beyond all values
+        strip = np.nan_to_num(values[top : top + STRIP].astype(np.float32), nan=darkest, posinf=white + darkest, neginf=darkest)
+        scaled[top : top + STRIP] = ((strip - darkest) * (255.0 / white)).clip(0, 255).round()
     return Image.fromarray(scaled).convert("RGB")
 
 
@@ -256,7 +300,15 @@ def white_of(image: Image.Image, values: np.ndarray) -> float:
     bits = bits[0] if isinstance(bits, tuple) else bits
     if bits and 8 < bits < 16:
         return float(2**bits - 1)
-    return range_of(float(values.max(initial=0)), image.mode == "F")
+    lowest, highest = _extremes(values)
+    # Of values on both sides of 0, all are shown: black is the lowest one
+    return highest - lowest if lowest < 0 else range_of(highest, image.mode == "F")
+
+
+def _extremes(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest of the values and 0. NaN and infinities do not count."""
+    known = np.isfinite(values) if values.dtype.kind == "f" else True
+    return float(values.min(initial=0, where=known)), float(values.max(initial=0, where=known))
 
 
 def range_of(highest: float, floats: bool) -> float:

@@ -5,7 +5,7 @@
     MVTec AD 2 <category>/train/good   test_public/{good,bad}   test_public/ground_truth/bad/000_mask.png
     BTAD       <category>/train/ok   test/{ok,ko}   ground_truth/ko/0000.bmp, with `good: ok`
     folders    [<category>/]{normal,abnormal}/000.png, with `good: normal`
-    VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv
+    VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv (or none)
 
 References are the training photos, so that no test photo is ever in a support set.
 """
@@ -16,7 +16,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -33,9 +33,12 @@ LOOKS_GOOD = frozenset({"good", "ok", "okay", "normal", "pass", "passed", "fine"
 TESTS = ("test", "test_public")
 TRAININGS = ("train", "validation")
 MASKS = "ground_truth"
-MASK_ENDS = ("_mask", "_gt", "_label")
+MASK_ENDS = ("_mask", "_gt", "_label")  # of files
+MASK_FOLDERS = ("masks", "mask", "gt")  # beside the folders of photos: alone, or behind a kind's name
 DEFECTIVE_TRAINING = "defective training photo"
 VISA_SPLIT = "split_csv/1cls.csv"
+VISA_NORMAL, VISA_ANOMALY, VISA_MASKS = "Data/Images/Normal/", "Data/Images/Anomaly/", "Data/Masks/Anomaly/"
+VISA_TESTED = 10  # without the split file, every tenth good photo is asked about; in the published split, a tenth is
 
 
 class Parts(PartReader, HeldOut):
@@ -117,6 +120,13 @@ def read_mvtec(
         )
     categories = []
     skipped: dict[str, int] = {}
+    by_name: dict[str, list[str]] = {}
+    for category in sorted(prefixes):
+        by_name.setdefault(spaced(category), []).append(category)
+    same = [", ".join(map(repr, folders)) for folders in by_name.values() if len(folders) > 1]
+    faults += [
+        Fault("two names that are one", f"{root}: an underscore is a space, so {listed} are one category; join or rename them") for listed in same
+    ]
     for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root):
         reader = _Category(tree, prefixes[category], tuple(good))
         part = reader.read()
@@ -148,6 +158,17 @@ def _hint(tree: Tree) -> str:
     """What a tree without a category may be instead."""
     if any("/Data/Images/" in name for name in tree.files):
         return " This looks like VisA as it is published: use `type: visa`."
+    deeper = next((n.split("/test/")[0] for n in tree.files if "/test/" in n), None)
+    if deeper is not None and "/" in deeper:
+        inner = PurePosixPath(deeper).parent
+        return (
+            f" There are categories deeper: unpack it, and give {inner}."
+            if tree.archive
+            else f" There are categories deeper: give {tree.root / inner}."
+        )
+    other = next((part for n in tree.files for part in n.split("/")[:-1] if part.lower() in {*TESTS, *TRAININGS} and part != part.lower()), None)
+    if other is not None:
+        return f" A folder is called {other!r}: rename it to {other.lower()!r}, and others alike."
     return ""
 
 
@@ -170,6 +191,8 @@ class _Category:
         inside = self.tree.folders(self.prefix)
         test = next((f"{self.prefix}{folder}/" for folder in TESTS if folder in inside), self.prefix)
         kinds = [kind for kind in self.tree.folders(test) if kind not in {*TRAININGS, MASKS}]
+        folders_of = _mask_folders(kinds)
+        kinds = [kind for kind in kinds if kind not in folders_of.values()]
         named_good = [kind for kind in kinds if kind not in self.good and _looks_good(kind)]
         if named_good:
             remedy = f"set `good: [{', '.join(dict.fromkeys((*self.good, *named_good)))}]`"
@@ -181,13 +204,15 @@ class _Category:
         good: list[str] = []
         defects: dict[str, tuple[Specimen, ...]] = {}
         for kind in kinds:
-            names = _images(self.tree, f"{test}{kind}/")
+            names, masks = _with_masks(_images(self.tree, f"{test}{kind}/"))
             if not names:
                 self.faults.append(Fault("empty defect folder", f"{self.tree.root}: {test}{kind} has no images: add some or remove the folder"))
             elif kind in self.good:
                 good += names
             else:
-                defects[spaced(kind)] = tuple(self._defective(test, kind, names))
+                folder = folders_of.get(kind, folders_of.get("")) if not masks else None
+                masks = masks or (self._masks(f"{test}{folder}/") if folder else {})
+                defects[spaced(kind)] = tuple(self._defective(test, kind, names, masks))
         if test == self.prefix:  # without a division into training and test photos
             references, good = good[::2], good[1::2]
         if not references:
@@ -210,20 +235,23 @@ class _Category:
                 self.skipped[DEFECTIVE_TRAINING] = self.skipped.get(DEFECTIVE_TRAINING, 0) + len(own)
         return names
 
-    def _defective(self, test: str, kind: str, names: Sequence[str]) -> list[Specimen]:
-        """The photos of one kind of defect. Without any mask they can be used too, but not to locate defects."""
+    def _defective(self, test: str, kind: str, names: Sequence[str], beside: dict[str, list[str]]) -> list[Specimen]:
+        """The photos of one kind of defect. Without any mask they can be used too, but not to locate defects.
+
+        beside: a photo's stem -> its masks, where they are not in ``ground_truth``.
+        """
         roots = [root for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/") if kind in self.tree.folders(root)]
-        if not roots:
+        if not roots and not beside:
             if any(self.tree.folders(root) for root in (f"{self.prefix}{MASKS}/", f"{test}{MASKS}/")):
                 self.notes.append(f"{self.tree.root}: {test}{kind} has no masks: it is used for good or defective, and not to locate defects")
             return [Specimen(self.tree.picture(name), spaced(kind)) for name in names]
-        masks_of = self._masks(f"{roots[0]}{kind}/")
+        masks_of = self._masks(f"{roots[0]}{kind}/") if roots else beside
         specimens = []
         for name in names:
             masks = masks_of.get(PurePosixPath(name).stem, [])
             if not masks:
-                expected = f"{roots[0]}{kind}/{PurePosixPath(name).stem}_mask.png"
-                self.faults.append(Fault("missing mask", f"{self.tree.root}: {name} has no mask {expected}"))
+                expected = f" {roots[0]}{kind}/{PurePosixPath(name).stem}_mask.png" if roots else ", but others of its kind have one"
+                self.faults.append(Fault("missing mask", f"{self.tree.root}: {name} has no mask{expected}"))
                 continue
             first, *others = map(self.tree.picture, masks)
             specimens.append(Specimen(self.tree.picture(name), spaced(kind), first, tuple(others)))
@@ -242,58 +270,155 @@ class _Category:
         return masks
 
 
+def _with_masks(names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The photos among the files of a folder, and by their stems the masks that lie beside them, ``000_mask.png``."""
+    stems = {PurePosixPath(name).stem for name in names}
+    photos: list[str] = []
+    masks: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, _ = PurePosixPath(name).stem.rpartition("_")
+        if stem in stems and PurePosixPath(name).stem.endswith(MASK_ENDS):
+            masks.setdefault(stem, []).append(name)
+        else:
+            photos.append(name)
+    return photos, masks
+
+
+def _mask_folders(kinds: Sequence[str]) -> dict[str, str]:
+    """Kind of defect -> the folder of its masks, among the folders of photos: ``hole_mask``. A folder ``masks`` is of every kind, "".
+
+    A folder ``hole_mask`` without a ``hole`` is a kind of its own.
+    """
+    folders: dict[str, str] = {}
+    for folder in kinds:
+        kind, _, end = folder.rpartition("_")
+        if end.lower() in MASK_FOLDERS and (kind in kinds or not kind):
+            folders[kind] = folder
+    return folders
+
+
 def read_visa(
     root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
 ) -> InspectionPool:
     """VisA as it is published, with its own one-class split. A defect's kind is the first label in ``image_anno.csv``.
 
-    Raises DataError as :func:`read_mvtec` does, and if the split file or one of its columns is missing.
+    Without the split's file, every tenth good photo of an object, by name, is asked about, and the others are references.
+
+    Raises DataError as :func:`read_mvtec` does, and if a column of the split file is missing, or there is no object.
     """
     tree = Tree(root)
-    faults = tree.faults
-    if VISA_SPLIT not in tree:
-        hint = "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
-        raise DataError(f"{root}: no {VISA_SPLIT}, which says what is trained on and what is tested{hint}.")
-    reader = csv.DictReader(io.StringIO(tree.text(VISA_SPLIT).text))
-    expected = ("object", "split", "label", "image", "mask")
-    missing = [c for c in expected if c not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(f"{root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ())}.")
-    rows = list(reader)
+    faults, notes = list(tree.faults), list(tree.notes)
+    rows = _visa_split(tree) if VISA_SPLIT in tree else _visa_folders(tree, notes)
     categories = []
-    for category in categories_of_split(sorted({r["object"] for r in rows}), split, held_out, hold_out, root):
-        kinds = _visa_kinds(tree, category)
+    for category in categories_of_split(sorted({row.category for row in rows}), split, held_out, hold_out, root):
+        kinds = _visa_kinds(tree, rows, category)
         references: list[Picture] = []
         good: list[Specimen] = []
         defects: dict[str, list[Specimen]] = {}
-        for number, row in enumerate(rows, 2):
-            if row["object"] != category:
-                continue
-            where = f"{root}: {VISA_SPLIT}, line {number}"
-            if row["image"] not in tree:
-                faults.append(Fault("missing image", f"{where}: no image {row['image']!r}"))
-            elif row["split"] == "train":
-                references.append(tree.picture(row["image"]))
-            elif row["label"] == "normal":
-                good.append(Specimen(tree.picture(row["image"])))
-            elif row["mask"] not in tree:
-                faults.append(Fault("missing mask", f"{where}: {row['image']} has no mask {row['mask']!r}"))
+        for row in (row for row in rows if row.category == category):
+            if row.image not in tree:
+                faults.append(Fault("missing image", f"{row.origin}: no image {row.image!r}"))
+            elif row.reference:
+                references.append(tree.picture(row.image))
+            elif row.normal:
+                good.append(Specimen(tree.picture(row.image)))
+            elif row.mask is not None and row.mask not in tree:
+                faults.append(Fault("missing mask", f"{row.origin}: {row.image} has no mask {row.mask!r}"))
             else:
-                kind = kinds.get(row["image"], "anomaly")
-                defects.setdefault(kind, []).append(Specimen(tree.picture(row["image"]), kind, tree.picture(row["mask"])))
+                kind = kinds.get(row.image, "anomaly")
+                defects.setdefault(kind, []).append(Specimen(tree.picture(row.image), kind, tree.picture(row.mask) if row.mask else None))
         if references and (good or defects):
             categories.append(PartCategory(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
         else:
             faults.append(Fault("no references", f"{root}: {category} has no training photo, or nothing to test"))
-    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults)), on_fault)
+    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults), tuple(notes)), on_fault)
 
 
-def _visa_kinds(tree: Tree, category: str) -> dict[str, str]:
-    """image -> kind of defect."""
-    file = f"{category}/image_anno.csv"
+class _VisaRow(NamedTuple):
+    """A photo of VisA. folder: its object's, "" where the root is one. mask: None where the object has no masks. origin: for messages."""
+
+    category: str
+    folder: str
+    reference: bool
+    normal: bool
+    image: str
+    mask: str | None
+    origin: str
+
+
+def _visa_split(tree: Tree) -> list[_VisaRow]:
+    """The photos by the published one-class split."""
+    records = _csv_rows(tree, VISA_SPLIT)
+    columns = list(records[0]) if records else []
+    missing = [c for c in ("object", "split", "label", "image", "mask") if c not in columns]
+    if missing:
+        raise DataError(f"{tree.root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(columns)}.")
+    rows = []
+    for number, row in enumerate(records, 2):
+        category, where = str(row["object"]), f"{tree.root}: {VISA_SPLIT}, line {number}"
+        rows.append(_VisaRow(category, f"{category}/", row["split"] == "train", row["label"] == "normal", row["image"], row["mask"], where))
+    return rows
+
+
+def _visa_folders(tree: Tree, notes: list[str]) -> list[_VisaRow]:
+    """The photos by their folders; good ones divided as VISA_TESTED says. Raises DataError where there is no object."""
+    own = tree.root.stem if tree.archive else tree.root.name
+    objects = {own: ""} if _images(tree, VISA_NORMAL) else {n: f"{n}/" for n in tree.folders() if _images(tree, f"{n}/{VISA_NORMAL}")}
+    if not objects:
+        raise DataError(f"{tree.root}: no {VISA_SPLIT}, and no <object>/{VISA_NORMAL} with good photos{_not_visa(tree)}.")
+    rows = []
+    for category, folder in objects.items():
+        masks = {PurePosixPath(n).stem: n for n in _images(tree, f"{folder}{VISA_MASKS}")}
+        if not masks:
+            notes.append(f"{tree.root}: {folder}{VISA_MASKS} has no masks: {category} is used for good or defective, and not to locate defects")
+        normal = _images(tree, f"{folder}{VISA_NORMAL}")
+        asked = set(normal[VISA_TESTED - 1 :: VISA_TESTED] or normal[1:][-1:])
+        origin = f"{tree.root}"
+        rows += [_VisaRow(category, folder, name not in asked, True, name, None, origin) for name in normal]
+        for name in _images(tree, f"{folder}{VISA_ANOMALY}"):
+            stem = PurePosixPath(name).stem
+            mask = masks.get(stem, f"{folder}{VISA_MASKS}{stem}.png") if masks else None
+            rows.append(_VisaRow(category, folder, False, False, name, mask, origin))
+    notes.append(
+        f"{tree.root}: no {VISA_SPLIT}: every {VISA_TESTED}th good photo of an object, in the order of names, is asked about, "
+        "the others are references. Figures are not those of the published split"
+    )
+    return rows
+
+
+def _not_visa(tree: Tree) -> str:
+    """What a tree without an object of VisA may be instead."""
+    deeper = next((n.partition(f"/{VISA_NORMAL}")[0] for n in tree.files if f"/{VISA_NORMAL}" in n), None)
+    if deeper is not None and "/" in deeper:
+        return (
+            f"; there are such folders deeper: give {tree.root / PurePosixPath(deeper).parent}"
+            if not tree.archive
+            else f"; unpack it, and give {deeper}"
+        )
+    return "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
+
+
+def _visa_kinds(tree: Tree, rows: Sequence[_VisaRow], category: str) -> dict[str, str]:
+    """image -> kind of defect. Names in the file begin with the object, also where the root is that object."""
+    folder = next(row.folder for row in rows if row.category == category)
+    file = f"{folder}image_anno.csv"
     if file not in tree:
         return {}
-    return {row["image"]: row["label"].split(",")[0].strip() for row in csv.DictReader(io.StringIO(tree.text(file).text)) if row.get("image")}
+    kinds = {}
+    for row in _csv_rows(tree, file):
+        if row.get("image") and row.get("label"):
+            name = row["image"] if folder else row["image"].partition("/")[2]
+            kinds[name] = row["label"].split(",")[0].strip()
+    return kinds
+
+
+def _csv_rows(tree: Tree, file: str) -> list[dict[str, str]]:
+    """The rows of a CSV file in the tree; "" where a row ends early. Raises DataError."""
+    reader = csv.DictReader(io.StringIO(tree.text(file).text))
+    try:
+        return [{column: row.get(column) or "" for column in reader.fieldnames or ()} for row in reader]
+    except csv.Error as error:
+        raise DataError(f"{tree.root}: {file}, line {reader.line_num + 1}: not a table that can be read ({error}).") from error
 
 
 def _images(tree: Tree, folder: str) -> list[str]:

@@ -82,6 +82,6 @@ def _questions(file: Path, images: Path) -> tuple[list[IsekaiQuestion], list[Fau
                 faults.append(Fault("bad record", f"{origin}: the answer {label!r} is not in the closed list {', '.join(names)}"))
             elif query and all(support):
                 questions.append(IsekaiQuestion(names, (support[0], support[1]), query[0], names.index(label)))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             faults.append(wrong_form(record, origin, error, KEYS))
     return questions, faults

@@ -22,6 +22,7 @@ from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionP
 from lcl_adapter.data.sources.encodings import nfc
 from lcl_adapter.data.sources.records import Records, read_dialogues
 from lcl_adapter.data.sources.tree import check_inside, on_disk, relative_name
+from lcl_adapter.reading import id_text
 from lcl_adapter.recipe.sources import QuestionReader
 
 
@@ -113,5 +114,5 @@ def record_name(records: Records, number: int, record: Any) -> str:
 
     Unlike ``describe_record``, it does not count lines, which is slow.
     """
-    identity = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
+    identity = f" (id {id_text(record['id'])})" if isinstance(record, dict) and "id" in record else ""
     return f"{records.file}{records.place(number)}{identity}"

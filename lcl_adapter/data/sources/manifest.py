@@ -8,6 +8,7 @@ A column map says which column has what, so that any product catalogue can be re
     ABO                        {image: [main_image_id, other_image_id], class: item_id, group: product_type}, with `lookup`
     RPC                        {image: image, class: class, group: group, box: box}: COCO JSON; its fields have these names
     Roboflow, TensorFlow       {image: filename, class: class, box: [xmin, ymin, xmax, ymax], size: [width, height]}, _annotations.csv
+    Roboflow, one column of 0 and 1 a class    {image: filename, class: class}, _classes.csv
     Label Studio               {image: image, class: choice}: its CSV, JSON or JSON-MIN; `choice` is the name of the control
 """
 
@@ -25,15 +26,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
-from lcl_adapter.data.sources.encodings import Encoding, nfc
+from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
-from lcl_adapter.data.sources.tables import ANNOTATION, FAULT, Table, value, values
+from lcl_adapter.data.sources.tables import ANNOTATION, COLUMNS, FAULT, LEFT_OUT, SEVERAL, Table, value, values
 from lcl_adapter.data.sources.tree import Tree, relative_name
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import as_list
 from lcl_adapter.recipe.sources import ClassReader
 
-SEVERAL = "picture of several classes"
 LABEL_STUDIO = re.compile(r"[0-9a-f]{8}-")  # what it puts before the name of an uploaded file
 Columns = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 
@@ -107,18 +107,25 @@ def read_manifest(
     tree = Tree(images, encoding)
     find = _Finder(tree, _lookup(lookup, encoding) if lookup else None)
     mapped = tuple(dict.fromkeys([c for names in columns.values() for c in names] + list(where or ())))
-    table = Table(files, mapped, encoding)
+    table = Table(files, mapped, encoding, columns["class"][0])
     listed: dict[str, dict[Picture, PixelBox | None]] = {}  # class -> picture -> box
     columns_read: set[str] = set()
     groups: dict[str, str] = {}
     faults: list[Fault] = []
+    skipped: dict[str, int] = {}
     boxed = "box" in columns
     for origin, row in table:
         if FAULT in row:
             faults.append(Fault("broken line", f"{origin}: {row[FAULT]}"))
             continue
-        columns_read |= row.keys() - {ANNOTATION}
+        columns_read |= row.keys() - {ANNOTATION, LEFT_OUT}
         if where and any(str(row.get(k)) != str(v) for k, v in where.items()):
+            continue
+        if LEFT_OUT in row:
+            skipped[row[LEFT_OUT]] = skipped.get(row[LEFT_OUT], 0) + 1
+            continue
+        if len(set(_plain(row.get(columns["class"][0])))) > 1:
+            skipped[SEVERAL] = skipped.get(SEVERAL, 0) + 1
             continue
         label = nfc(value(row, columns["class"]))
         image_names = list(dict.fromkeys(values(row, columns["image"])))
@@ -148,12 +155,11 @@ def read_manifest(
             groups[label] = group
     missing_columns = sorted(set(mapped) - columns_read) if columns_read else []
     if missing_columns:
-        there = ", ".join(map(repr, sorted(columns_read)))
+        there = first_names([repr(name) for name in sorted(columns_read)], COLUMNS)
         raise DataError(f"{files}: no column {', '.join(map(repr, missing_columns))}; there are {there}.")
-    skipped: dict[str, int] = {}
     notes = [*tree.notes, *table.notes, *find.notes]
     if not boxed and (several := _of_several_classes(listed)):
-        skipped[SEVERAL] = len(several)
+        skipped[SEVERAL] = skipped.get(SEVERAL, 0) + len(several)
         named = first_names([str(p.member or p.path.name) for p in several])
         notes.append(f"{files}: listed in several classes, and left out: {named}; with boxes, `crop: true` shows each object by itself")
         listed = {label: {p: b for p, b in entries.items() if p not in several} for label, entries in listed.items()}
@@ -163,6 +169,7 @@ def read_manifest(
         listed = {label: {p: b for p, b in entries.items() if p not in twice.pictures} for label, entries in listed.items()}
     if split != "all":
         listed = {n: p for n, p in listed.items() if in_split(n, split, hold_out)}
+    notes += names_in_other_case(str(files), list(listed))
     classes, too_small = [], 0
     for label, entries in sorted((label, entries) for label, entries in listed.items() if entries):
         if len(entries) < min_pictures:
@@ -173,6 +180,11 @@ def read_manifest(
     if too_small:
         skipped[f"class of fewer than {min_pictures} images"] = too_small
     return check_faults(ClassPool(name or files.stem, tuple(classes), skipped, tuple(faults), tuple(notes)), on_fault)
+
+
+def _plain(cell: Any) -> list[str]:
+    """The labels in a cell's list. Mappings are left out: ABO's are one value in several languages."""
+    return [str(element) for element in cell if not isinstance(element, dict)] if isinstance(cell, list) else []
 
 
 def _box(row: Mapping[str, Any], columns: Sequence[str]) -> PixelBox:
@@ -237,7 +249,10 @@ class _Finder:
         if outside is not None:
             raise _MissingError(Fault("path that climbs out", f"{origin}: {outside}"))
         raise _MissingError(
-            Fault("missing image", f"{origin}: no image {PurePosixPath(image).as_posix()!r} under {self.tree.root}{self._remedy(image)}")
+            Fault(
+                "missing image",
+                f"{origin}: no image {image if '://' in image else PurePosixPath(image).as_posix()!r} under {self.tree.root}{self._remedy(image)}",
+            )
         )
 
     @property
@@ -265,6 +280,8 @@ class _Finder:
 
     def _remedy(self, image: str) -> str:
         """What the image may be instead: a link that leads nowhere, or a name in another case."""
+        if "://" in image:
+            return ": it is an address; fetch the pictures first"
         name = nfc(PurePosixPath(image.replace("\\", "/")).as_posix())
         if name in self.tree.dangling:
             return f": it is a link to {self.tree.dangling[name]}, which is not there. Is it mounted?"

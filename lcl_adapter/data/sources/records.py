@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources.base import Dialogue, Fault, QuestionPool
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief, id_text
 
 CHUNK = 1 << 22
 MAX_INDEXES = 8  # a run opens the same file for training, checks and suites; the indexes of this many files are cached
@@ -53,12 +55,14 @@ class Records:
     def _file(self) -> int:
         """The open file. Raises DataError if it cannot be opened, or has changed since its records were indexed."""
         try:
-            opened = os.open(self.file, os.O_RDONLY)
+            opened = reading.open_descriptor(self.file)
+        except IsADirectoryError as error:
+            raise DataError(f"{self.file}: a folder; the file with the records is expected.") from error
         except FileNotFoundError as error:
             raise DataError(f"{self.file}: no such file.") from error
         except OSError as error:
             raise DataError(f"{self.file}: cannot be read ({error.strerror}).") from error
-        fault = "a folder; the file with the records is expected" if self.file.is_dir() else ""
+        fault = ""
         if self._version not in {None, _version(opened)}:
             fault = "has changed since it was opened; start again"
         if fault:
@@ -118,12 +122,14 @@ class Records:
     def read(self, index: int, raw: bytes) -> Any:
         """The record of these bytes, parsed. Raises DataError with the line."""
         try:
-            return json.loads(raw)
+            return reading.parse_json(raw)
         except UnicodeDecodeError as error:
             raise DataError(f"{self.origin(index)}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.") from error
         except json.JSONDecodeError as error:
             line = self.line(int(self._starts[index])) + error.lineno - 1
             raise DataError(f"{self.file}, line {line}: not JSON ({error.msg}).") from error
+        except ValueError as error:
+            raise DataError(f"{self.origin(index)}: cannot be read ({str(error)[:80]}).") from error
 
     @property
     def sha256(self) -> str:
@@ -198,11 +204,13 @@ class Records:
 
     def _not_json(self) -> DataError:
         try:
-            json.loads(self.file.read_bytes().decode("utf-8-sig"))
+            reading.parse_json(reading.read_bytes(self.file, reading.MAX_TEXT).decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             return DataError(f"{self.file}, line {error.lineno}: not JSON ({error.msg}).")
         except UnicodeDecodeError as error:
             return DataError(f"{self.file}: not UTF-8 (byte {error.start}: {error.reason}). Save it as UTF-8.")
+        except (ValueError, OSError) as error:
+            return DataError(f"{self.file}: not a JSON list ({getattr(error, 'strerror', None) or str(error)[:80]}).")
         return DataError(f"{self.file}: not a JSON list.")
 
 
@@ -287,11 +295,11 @@ def read_dialogues(
         except DataError as error:
             faults.append(unreadable(records, number, error))
         except ValueError as error:
-            faults.append(Fault("bad record", f"{describe_record(records, number)}: {error}"))
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: {brief(error)}"))
         except KeyError as error:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else ""
-            faults.append(Fault("bad record", f"{describe_record(records, number)}: no key {error}; it has {keys}"))
-        except (TypeError, AttributeError, IndexError):
+            keys = brief(", ".join(map(str, record))) if isinstance(record, dict) else ""
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: no key {brief(error)}; it has {keys}"))
+        except (TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
             faults.append(Fault("bad record", f"{describe_record(records, number)}: not of the form that is expected"))
         faulty.append(number)
         ids[number] = -1 - number
@@ -330,5 +338,5 @@ def describe_record(records: Records, number: int) -> str:
         return where
     for key in ("id", "question_id"):
         if isinstance(record, dict) and key in record:
-            return f"{where} ({key} {record[key]!r})"
+            return f"{where} ({key} {id_text(record[key])})"
     return where

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, Self
 import fsspec
 from pydantic import Field, field_validator, model_validator
 
+from lcl_adapter import reading
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.data.sources import chat
 from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, Picture, QuestionPool, check_faults
@@ -36,12 +37,15 @@ from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.llava_json import exchanges_of
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full
+from lcl_adapter.reading import brief
 from lcl_adapter.recipe.sources import QuestionReader
 
 CHUNK = 1 << 22
 TRIES = 4
 FIRST_WAIT = 0.5  # seconds before the second try; each further wait is twice as long
 MAX_JSON = 2**24  # bytes of a sample's JSON
+MAX_SHARDS = 1_000_000  # names that one pattern stands for
+MAX_HEADER = 2**20  # bytes of a member's name or other fields
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -82,6 +86,20 @@ class Shards(QuestionReader):
     def shards(self) -> set[str]:
         """The shards that it reads, by file or address."""
         return {str(file) for file in self.path.glob("*.tar")} if self.path is not None else set(expanded(self.urls))
+
+
+class _Headers:
+    """A tar's file for tarfile, which reads names and other fields whole, however long a header says that they are."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises ReadError for more than MAX_HEADER bytes."""
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a name or a field of {size:,} bytes; at most {MAX_HEADER:,} are read")
+        return self._file.read(size)
 
 
 class Member(NamedTuple):
@@ -215,11 +233,13 @@ class ShardDialogues(Sequence[Dialogue]):
         """The open shard. If another process removes it between fetching and opening, it is fetched again."""
         for attempt in range(TRIES):
             try:
-                file = self._local_path(url).open("rb")
+                file = reading.open_file(self._local_path(url))
             except FileNotFoundError as error:
                 if attempt == TRIES - 1:
                     raise RunError(f"{url}: is removed as soon as it is fetched; `cache_size` holds too few shards for so many processes.") from error
                 continue
+            except OSError as error:
+                raise DataError(f"{url}: cannot be read ({error.strerror or error}).") from error
             with file:
                 yield file
             return
@@ -234,6 +254,8 @@ class ShardDialogues(Sequence[Dialogue]):
 
     def _sample(self, url: str, key: str, members: Sequence[Member]) -> Dialogue:
         origin = f"{url}: sample {key!r}"
+        if (size := sum(member.size for member in members)) > reading.MAX_UNPACKED:
+            raise DataError(f"{origin} has {size:,} bytes; at most {reading.MAX_UNPACKED:,} are read.")
         with self._opened(url) as file:
             files = {suffix_of(member.name): os.pread(file.fileno(), member.size, member.offset) for member in members}
         raw_json = files.get(".json")
@@ -242,15 +264,15 @@ class ShardDialogues(Sequence[Dialogue]):
         images = sorted(suffix for suffix in files if f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES)
         pictures = [Picture(Path(url), f"{key}{suffix}", data=files[suffix]) for suffix in images]
         try:
-            record = json.loads(raw_json)
+            record = reading.parse_json(raw_json)
             if "conversations" in record:
                 return Dialogue(exchanges_of(chat.turns_of(record)[0], pictures), origin)
             question, answer = str(record["question"]).strip(), str(record["answer"]).strip()
             if not question or not answer or len(pictures) > 1:
                 raise ValueError("a question, an answer and at most one image are expected")
             return Dialogue((Exchange(question.replace("<image>", "").strip(), answer, pictures[0] if pictures else None),), origin)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{origin}: `conversations`, or `question` and `answer`, are expected ({error}).") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise DataError(f"{origin}: `conversations`, or `question` and `answer`, are expected ({brief(error)}).") from error
 
 
 def suffix_of(name: str) -> str:
@@ -265,9 +287,12 @@ def members_of(file: BinaryIO, name: str) -> dict[str, list[Member]]:
     """
     members_by_key: dict[str, list[Member]] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        headers: Any = _Headers(file)
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
             end = os.fstat(file.fileno()).st_size
             for member in archive:
+                if member.size < 0:
+                    raise DataError(f"{name}: {member.name!r} has a size below 0. Copy it again.")
                 if not member.isreg() or PurePosixPath(member.name).name.startswith("."):  # macOS adds a hidden file beside each file
                     continue
                 if member.offset_data + member.size > end:
@@ -277,15 +302,29 @@ def members_of(file: BinaryIO, name: str) -> dict[str, list[Member]]:
                 if base.name.endswith(".json") and member.size > MAX_JSON:
                     raise DataError(f"{name}: {member.name!r} is {member.size:,} bytes of JSON; a sample has at most {MAX_JSON:,}.")
                 members_by_key.setdefault(key, []).append(Member(member.name, member.offset_data, member.size))
-    except tarfile.TarError as error:
-        raise DataError(f"{name}: not a tar archive that can be read ({error}).") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error}).") from error
+    except (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError, RecursionError) as error:  # the others: of spoilt headers
+        raise DataError(f"{name}: not a tar archive that can be read ({brief(error)}).") from error
     return members_by_key
 
 
 def expanded(pattern: str) -> list[str]:
-    """``a-{000..012}.tar`` -> the names, in order. Any number of ranges is allowed."""
+    """``a-{000..012}.tar`` -> the names, in order. Any number of ranges is allowed.
+
+    Raises DataError for a range that counts down, and for more than MAX_SHARDS names.
+    """
+    count = 1
+    for first, last in RANGE.findall(pattern):
+        if max(len(first), len(last)) > len(str(MAX_SHARDS)) + 6:
+            raise DataError(f"{brief(pattern)}: a number of {max(len(first), len(last))} digits in a pattern of shards.")
+        count *= max(1, int(last) - int(first) + 1)
+        if count > MAX_SHARDS:
+            raise DataError(f"{brief(pattern)}: stands for more than {MAX_SHARDS:,} shards. Write the last number that there is.")
+    return _expanded(pattern)
+
+
+def _expanded(pattern: str) -> list[str]:
     match = RANGE.search(pattern)
     if match is None:
         return [pattern]
@@ -294,7 +333,7 @@ def expanded(pattern: str) -> list[str]:
     if not numbers:
         raise DataError(f"{pattern}: {match[0]} counts down; write the smaller number first.")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [name for number in numbers for name in expanded(f"{head}{number:0{width}d}{tail}")]
+    return [name for number in numbers for name in _expanded(f"{head}{number:0{width}d}{tail}")]
 
 
 def read_shards(
@@ -351,7 +390,7 @@ def read_shards(
 def _count_samples(path: Path, faults: list[Fault]) -> int:
     """How many samples a local shard has; 0, and a fault, where it cannot be listed."""
     try:
-        with path.open("rb") as file:
+        with reading.open_file(path) as file:
             return len(members_of(file, str(path)))
     except OSError as error:
         faults.append(Fault("broken shard", f"{path}: cannot be read ({error.strerror or error})."))
@@ -367,9 +406,10 @@ def _base_name(shard: str) -> str:
 def _read_index(index: Path) -> dict[str, int]:
     """Shard's file name -> how many samples it has."""
     try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
+        raw = reading.read_json(index, reading.MAX_UNPACKED)
         return {_base_name(str(entry["url"])): int(entry["nsamples"]) for entry in raw["shardlist"]}
     except FileNotFoundError as error:
         raise DataError(f"{index}: no such file.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{index}: not an index as `widsindex create` writes it: {{'shardlist': [{{'url', 'nsamples'}}]}} ({error}).") from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        form = "{'shardlist': [{'url', 'nsamples'}]}"
+        raise DataError(f"{index}: not an index as `widsindex create` writes it: {form} ({brief(error)}).") from error

@@ -30,6 +30,7 @@ from lcl_adapter.data.sources.base import (
 from lcl_adapter.data.sources.llava_json import picture, record_name
 from lcl_adapter.data.sources.records import Records, describe_record, read_dialogues, unreadable
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 from lcl_adapter.recipe.sources import ClassReader, FileReader, QuestionReader
 from lcl_adapter.recipe.wording import phrase
 
@@ -103,8 +104,8 @@ def read_shikra_classes(file: Path, images: Path, name: str = "", on_fault: str 
             boxes.setdefault(expression, {})[picture(images, archive, record["img_path"])] = pixel_box(record["bbox"])
         except DataError as error:
             faults.append(unreadable(records, number, error))
-        except (ValueError, KeyError, TypeError) as error:
-            faults.append(Fault("bad record", f"{describe_record(records, number)}: {error!r}"))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            faults.append(Fault("bad record", f"{describe_record(records, number)}: {type(error).__name__} {brief(error)}"))
     enough = {n: b for n, b in boxes.items() if len(b) >= min_pictures}
     classes = tuple(PictureClass(n, tuple(b), boxes=tuple(b.values())) for n, b in sorted(enough.items()))
     skipped = {f"expression with fewer than {min_pictures} pictures": len(boxes) - len(enough)} if len(enough) < len(boxes) else {}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from lcl_adapter.data.sources.archive import names_of_archive, read_member, same_names
+from lcl_adapter import reading
+from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member, same_names
 from lcl_adapter.data.sources.base import Fault, Picture
 from lcl_adapter.data.sources.encodings import Decoded, decode, nfc
 from lcl_adapter.errors import DataError
@@ -124,7 +124,7 @@ class Tree:
         """Names of the folders directly below ``under`` that have a file at any depth. On disk, empty folders too."""
         names = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
         if not self.archive and (self.root / under).is_dir():
-            names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not p.name.startswith(".")}
+            names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not _is_hidden(p.name)}
         return sorted(names)
 
     def within(self, folder: str) -> list[str]:
@@ -150,16 +150,22 @@ class Tree:
     def text(self, name: str) -> Decoded:
         """One file's text. Raises DataError if there is no such file, or if its encoding cannot be recognised."""
         try:
-            raw = read_member(self.root, self._listing.stored[nfc(name)]) if self.archive else (self.root / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            if self.archive:
+                with opened_zip(self.root) as archive:
+                    raw = read_member(archive, self._listing.stored[nfc(name)])
+            else:
+                raw = reading.read_bytes(self.root / name, reading.MAX_TEXT)
+        except OSError as error:
+            raise DataError(f"{self.root}: {name} cannot be read ({error.strerror or error}).") from error
+        except (KeyError, ValueError) as error:
             raise DataError(f"{self.root}: {name} cannot be read ({error}).") from error
         return decode(raw, f"{self.root}: {name}", self.encoding)
 
     def _members(self) -> _Listing:
         try:
-            with zipfile.ZipFile(self.root) as archive:
+            with opened_zip(self.root) as archive:
                 members = archive.infolist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.root}: cannot be read as an archive ({error}).") from error
         names = names_of_archive(self.root, members, self.encoding)
         for name in names.stored:
@@ -186,7 +192,7 @@ class Tree:
                 listing.dangling[nfc(name)] = f"itself ({error.strerror})"
                 continue
             if is_folder:
-                if not entry.name.startswith("."):
+                if not _is_hidden(entry.name):
                     self._walk(Path(entry.path), f"{name}/", above | {real}, listing, names)
             elif is_file:
                 names.append((nfc(name), name))
@@ -194,8 +200,12 @@ class Tree:
                 listing.dangling[nfc(name)] = str(Path(entry.path).readlink())
 
 
+# Folders that systems add: a Mac's in archives, a Synology's with thumbnails, and those of recycled files
+OF_SYSTEMS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
+
+
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(part.startswith(".") or part.lower() in OF_SYSTEMS for part in name.split("/"))
 
 
 def relative_name(root: Path, name: str) -> str:

@@ -18,6 +18,7 @@ from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPoo
 from lcl_adapter.data.sources.llava_json import picture, record_name
 from lcl_adapter.data.sources.records import Records, describe_record, read_dialogues, unreadable
 from lcl_adapter.errors import DataError
+from lcl_adapter.reading import brief
 from lcl_adapter.recipe.sources import QuestionReader
 
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's suffix for VQA
@@ -114,8 +115,8 @@ def _answers_by_id(file: Path) -> tuple[dict[str, str], list[Fault]]:
         except DataError as error:
             faults.append(unreadable(records, number, error))
             continue
-        except (KeyError, TypeError) as error:
-            faults.append(Fault("bad record", f"{records.origin(number)}: question_id and text are expected ({error})"))
+        except (KeyError, TypeError, RecursionError) as error:
+            faults.append(Fault("bad record", f"{records.origin(number)}: question_id and text are expected ({brief(error)})"))
             continue
         if key in answers:
             faults.append(Fault("duplicate id", f"{describe_record(records, number)}: an earlier answer has the same question_id; it is used"))
@@ -137,16 +138,20 @@ def read_vqav2(
     """
     question_records, annotation_records = Records(questions, "questions"), Records(annotations, "annotations")
     number_of: dict[str, int] = {}
+    annotation_faults: list[Fault] = []
     for index, raw in enumerate(annotation_records.scan(len(annotation_records))):
         try:
             number_of[str(annotation_records.read(index, raw)["question_id"])] = index
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{annotation_records.origin(index)}: an annotation with question_id is expected ({error!r}).") from error
+        except DataError as error:
+            annotation_faults.append(unreadable(annotation_records, index, error))
+        except (KeyError, TypeError, RecursionError) as error:
+            message = f"{annotation_records.origin(index)}: an annotation with question_id is expected ({brief(error)})"
+            annotation_faults.append(Fault("bad record", message))
     form = pattern or f"COCO_{'train' if 'train' in questions.name else 'val'}2014_{{image_id:012}}.jpg"
     parse = partial(_vqav2, questions=questions, annotations=annotation_records, number_of=number_of, images=images, form=form)
     dialogues, faults = read_dialogues(question_records, parse, lambda r: r["question_id"], limit)
     sums = question_records.sha256 + annotation_records.sha256
-    return check_faults(QuestionPool(name or questions.stem, dialogues, {}, tuple(faults), sums), on_fault)
+    return check_faults(QuestionPool(name or questions.stem, dialogues, {}, (*annotation_faults, *faults), sums), on_fault)
 
 
 def _vqav2(record: Any, number: int, questions: Path, annotations: Records, number_of: Mapping[str, int], images: Path, form: str) -> Dialogue:

@@ -10,7 +10,7 @@ from typing import Any
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_test_pairs
+from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_open_mi, read_test_pairs
 from lcl_adapter.data.sources.base import first_names, names_of, pictures_of
 from lcl_adapter.data.sources.copies import copies_held_out
 from lcl_adapter.data.sources.records import longest_dialogues
@@ -27,6 +27,7 @@ from lcl_adapter.recipe.suites import (
     IsekaiSuite,
     LclSuite,
     LocateSuite,
+    OpenMiSuite,
     PerplexitySuite,
     PopeSuite,
     ProductSuite,
@@ -85,6 +86,8 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Sele
             yield from published.imagenet_100(name, options, wording, selection)
         case IsekaiSuite():
             yield from published.isekai(name, options, wording, selection)
+        case OpenMiSuite():
+            yield from published.open_mi(name, options, wording, selection)
         case InspectionSuite():
             yield from inspection.cells(name, options, wording, selection)
         case ProductSuite():
@@ -103,7 +106,7 @@ def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Sele
             yield questions.instruct(name, options, selection)
 
 
-CLASS_SUITES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite)
+CLASS_SUITES = (LclSuite, InspectionSuite, ProductSuite, LocateSuite, ImageNet100Suite, IsekaiSuite, OpenMiSuite)
 
 
 def check_held_out(recipe: Recipe, mixture: Mixture, copies: bool = True) -> None:
@@ -174,6 +177,12 @@ def _classes_of(name: str, options: SuiteOptions) -> Iterator[tuple[str, str, tu
             # An empty type: compared by pictures alone, because two classes of ImageNet may share a name.
             for side, class_name in enumerate(pair.names):
                 yield "", class_name, (*pair.support[side], *pair.queries[side])
+        return
+    if isinstance(options, OpenMiSuite):
+        for question in read_open_mi(packaged(options.file), packaged(options.images)):
+            # An empty type here too: its names are made up, and stand for other classes from question to question.
+            for label, shown in question.support.items():
+                yield "", label, (*shown, question.query) if label == question.gold else shown
         return
     assert not isinstance(options, PerplexitySuite)
     reader: Any = options.source

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from lcl_adapter import reading
 from lcl_adapter.errors import RecipeError, did_you_mean
 from lcl_adapter.packaged import packaged
 
@@ -93,9 +93,9 @@ def phrasings(task: str, file: Path | None, languages: Sequence[str] = ("en",)) 
 
 def _read(file: Path) -> dict[str, dict[str, tuple[Wording, ...]]]:
     try:
-        raw = yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError([f"templates {file}: cannot be read ({error})"]) from error
+        raw, _ = reading.parse_yaml(reading.read_text(file, reading.MAX_RECIPE))
+    except (OSError, ValueError) as error:
+        raise RecipeError([f"templates {file}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from error
     if not isinstance(raw, dict):
         raise RecipeError([f"templates {file}: a mapping of task, language, phrasings is expected"])
     faults: list[str] = []
