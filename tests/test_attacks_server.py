@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -144,6 +145,22 @@ def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, 
     assert "images before this one took more than 0.02 s" in results[-1]["error"]["message"]
 
 
+@pytest.mark.parametrize("form", ["photo", "photos", "conversation"])
+def test_all_pictures_of_typed_decisions_together_have_a_limit(client: httpx2.Client, service: Service, form: str) -> None:
+    """Those of the assets and of the state: one budget for both."""
+    service.bounds = replace(service.bounds, request_seconds=0.02)
+    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
+    state = {
+        "photo": {"support_set": "parts-set", "image": picture},
+        "photos": {"examples": [{"label": "good", "image": picture}, {"label": "bad", "image": picture}], "image": picture},
+        "conversation": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]},
+    }[form]
+    asked = {"state": state, "questions": {"q": {"type": "noul", "instructions": "Is it <a>?"}}, "assets": {"<a>": {"data_base64": picture}}}
+    error = error_of(client.post("/v1/systemone", json=asked))
+    assert "state" in error["message"]
+    assert "images before this one took more than 0.02 s" in error["message"]
+
+
 def test_memory_of_a_decoder_is_limited() -> None:
     picture = encoded(Image.new("RGB", (6000, 6000)), "PNG", compress_level=1)
     with pytest.raises(DataError, match="needs more than 32 MiB"):
@@ -157,6 +174,7 @@ def test_a_stored_set_with_a_costly_photo_does_not_reach_the_engine(client: http
     for path, body in (
         ("/v1/classify", {"support_set": "old", "images": [url(png(5))]}),
         ("/v1/chat/completions", {"model": "base", "support_set": "old", "messages": [{"role": "user", "content": "Which is it?"}]}),
+        ("/v1/systemone", {"state": {"support_set": "old", "image": url(png(5))}, "questions": {"q": {"type": "choice"}}}),
     ):
         began = time.monotonic()
         error = error_of(client.post(path, json=body))
@@ -210,6 +228,24 @@ def test_a_deep_picture_is_scaled_in_strips_to_the_same_values() -> None:
     data = encoded(Image.fromarray(values), "PNG")
     whole = (values.astype(np.float32) * (255.0 / 4095)).clip(0, 255).round().astype(np.uint8)
     assert np.array_equal(np.asarray(images.read(Picture(Path("deep"), data=data, white=4095.0)))[..., 0], whole)
+
+
+def test_strips_without_a_measured_value_are_scaled_as_the_whole_picture() -> None:
+    """The darkest and the brightest value are of all strips, and no strip has a NaN or an infinity as its own."""
+    values = np.linspace(-2, 3, 300 * 50).reshape(300, 50).astype(np.float32)
+    values[:70], values[100, 0], values[100, 1] = np.nan, np.inf, -np.inf
+    low = values[70, 0]
+    read = np.asarray(images.read(Picture(Path("deep"), data=encoded(Image.fromarray(values), "TIFF"))))[..., 0]
+    known = np.nan_to_num(values, nan=low, posinf=3.0, neginf=low)
+    assert np.abs(read - (known - low) * 255.0 / (3.0 - low)).max() <= 0.51
+    assert (read[:70] == 0).all()
+    assert (read[100, 0], read[100, 1]) == (255, 0)
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_no_broken_file() -> None:
+    """The process of the server's decoders says which it was; everywhere else it is an error of one line."""
+    with pytest.raises(MemoryError), images.open_image(png(1)):
+        raise MemoryError
 
 
 # Bodies
@@ -266,7 +302,21 @@ def test_text_beside_a_picture_is_as_small(client: httpx2.Client) -> None:
     assert (response.status_code, error_of(response)["message"]) == (413, "the request has more than 256 kB beside its images.")
 
 
+def test_an_asset_in_base64_alone_is_a_picture_too(client: httpx2.Client) -> None:
+    """It needs no data URL, and is as large as one."""
+    large = base64.b64encode(png(3, (1000, 500))).decode()
+    asked = {"state": "a part <a>", "questions": {"q": {"type": "noul", "instructions": "Is it good?"}}, "assets": {"<a>": {"data_base64": large}}}
+    for separators in ((",", ":"), (", ", " : ")):
+        body = json.dumps(asked, separators=separators).encode()
+        assert len(body) > 4 * MAX_TEXT
+        response = client.post("/v1/systemone", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 200, response.text
+    assert error_of(client.post("/v1/systemone", json={**asked, "seed": [0] * MAX_TEXT}))["message"].startswith("the request has more than 256 kB")
+
+
 def test_bytes_beside_images() -> None:
+    assert bytes_beside_images(b'{"data_base64" : "data:xyz", "b": "x"}') == len(b'{"data_base64" : "", "b": "x"}')
+    assert bytes_beside_images(b'{"data_base64": [1, 2], "b": "x"}') == len(b'{"data_base64": [1, 2], "b": "x"}')
     assert bytes_beside_images(b'{"a": "data:xyz", "b": ["data:", 1]}') == len(b'{"a": "data:", "b": ["data:", 1]}')
     assert bytes_beside_images(b'{"a": "data:x' + b"y" * 100) == len(b'{"a": "data:')
     assert bytes_beside_images(rb'["\"data:xyz", 1, 2]') == len(rb'["\"data:", 1, 2]')
@@ -301,7 +351,7 @@ HALF_SENT = {
     "headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-",
     "body": b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
     "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "body of an answered request": b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{",
+    "body of an answered request": b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
 }
 
 

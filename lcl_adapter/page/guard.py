@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lcl_adapter import reading
 from lcl_adapter.page.pictures import ARCHIVES, UPLOADS, new_folder, resolved, store_picture, type_of
 from lcl_adapter.page.visitors import Visitors, cookie_of, folder_of, login_page
 from lcl_adapter.serve.middleware import error_body
@@ -206,8 +207,8 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 def _json(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields = reading.parse_json(body)
+    except ValueError as error:
         raise HTTPException(400, "the body is not JSON.") from error
     if not isinstance(fields, dict):
         raise HTTPException(400, "the body is not an object.")

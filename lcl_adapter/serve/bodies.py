@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,11 +13,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from lcl_adapter import reading
 from lcl_adapter.serve.jobs import GoneError
 
-MAX_TEXT = 256 * 2**10  # bytes of a body without the data URLs in it
-MAX_DATA_URLS = 1024
-DATA_URL = b'"data:'
+MAX_TEXT = 256 * 2**10  # bytes of a body without the images in it
+MAX_STRINGS = 1024  # that are taken for images
+IMAGE = re.compile(rb'"data:|"data_base64"\s*:\s*"')  # where an image begins: a data URL, or an asset's base64
+LONGEST_HEAD = 32  # bytes of such a beginning, as clients write it
 SMALL = 16 * 2**10  # bytes of a body that is read on the event loop, in less than a millisecond
 TOO_LARGE = f"the request has more than {MAX_TEXT >> 10} kB beside its images."
 
@@ -36,8 +38,8 @@ class BodyRoute(APIRoute):
             if bytes_beside_images(body) > MAX_TEXT:
                 raise HTTPException(413, TOO_LARGE)
             try:
-                parsed = json.loads(body)
-            except (ValueError, RecursionError) as error:
+                parsed = reading.parse_json(body)
+            except ValueError as error:
                 raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": str(error)}]) from error
             value, faults = field.validate(parsed, {}, loc=("body",))
             if faults:
@@ -58,14 +60,14 @@ class BodyRoute(APIRoute):
 
 
 def bytes_beside_images(body: bytes) -> int:
-    """Bytes outside of strings that begin with ``data:``. A string with a quote in it counts from that quote on."""
+    """Bytes outside of the strings that hold images. A string with a quote in it counts from that quote on."""
     size, place = len(body), 0
-    for _ in range(MAX_DATA_URLS):
-        begin = body.find(DATA_URL, place)
-        if begin < 0:
+    for _ in range(MAX_STRINGS):
+        head = IMAGE.search(body, place)
+        if head is None:
             break
-        end = body.find(b'"', begin + len(DATA_URL))
+        end = body.find(b'"', head.end())
         end = len(body) if end < 0 else end
-        size -= end - begin - len(DATA_URL)
+        size -= end - head.end()
         place = end + 1
     return size

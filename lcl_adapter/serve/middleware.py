@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lcl_adapter.answering import api_types
-from lcl_adapter.serve.bodies import DATA_URL, MAX_TEXT, TOO_LARGE
+from lcl_adapter.serve.bodies import IMAGE, LONGEST_HEAD, MAX_TEXT, TOO_LARGE
 from lcl_adapter.serve.keys import LOCAL, Keys
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class AccessControl:
             body = message.get("body", b"")
             read += len(body)
             self._bytes[caller] += len(body)
-            has_images = has_images or DATA_URL in end + body
-            end = body[-len(DATA_URL) :]
+            has_images = has_images or IMAGE.search(end + body) is not None
+            end = (end + body)[-LONGEST_HEAD:]
             if read > self.limit:
                 raise HTTPException(413, too_large["error"]["message"])
             if read > MAX_TEXT and not has_images:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lcl_adapter import reading
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve.images import Bounds, decode
 
@@ -36,7 +37,7 @@ def main() -> None:
     used = _used_memory()
     while len(lengths := sys.stdin.buffer.read(LENGTHS.size)) == LENGTHS.size:
         fields, size = LENGTHS.unpack(lengths)
-        bounds = Bounds(**json.loads(sys.stdin.buffer.read(fields)))
+        bounds = Bounds(**reading.parse_json(sys.stdin.buffer.read(fields)))
         data = sys.stdin.buffer.read(size)
         _limit_memory(used + bounds.memory)
         began, error = time.process_time(), None
@@ -68,7 +69,7 @@ def _limit_time(seconds: float) -> None:
 def _used_memory() -> int:
     """Bytes of this process's addresses; 0 where the system does not say it."""
     with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        return int(reading.read_text(Path("/proc/self/statm")).split()[0]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 

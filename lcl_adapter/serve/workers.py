@@ -1,7 +1,7 @@
 """Processes in which strangers' pictures are decoded, so that none can hold the server or fill its memory.
 
 A process that exceeds a limit is ended and replaced. They are programs of their own (:mod:`lcl_adapter.serve.worker`), not
-forks of the server: they import Pillow and neither torch nor the model, start in a tenth of a second, and inherit no lock.
+forks of the server: they import Pillow and neither torch nor the model, start in half a second, and inherit no lock.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import lcl_adapter
+from lcl_adapter import reading
 from lcl_adapter.errors import RunError
 
 PROCESSES = min(4, os.cpu_count() or 1)
@@ -77,7 +78,7 @@ class _Worker:
         reply = stream.read(int.from_bytes(length, "big"))
         if len(length) < 4 or len(reply) < int.from_bytes(length, "big"):
             raise _EndedError
-        return dict(json.loads(reply))
+        return dict(reading.parse_json(reply))
 
     def _end_late(self) -> None:
         self.late = True
