@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.connections import BoundedConnection
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
@@ -29,7 +30,7 @@ from lcl_adapter.serve.store import Store
 @contextmanager
 def running(app: FastAPI, port: int = 0, **options: Any) -> Iterator[str]:
     """The address of a server of ``app``, which stops at the end. port: 0 is a free one. options: uvicorn's."""
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", **options))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", http=BoundedConnection, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -23,6 +23,10 @@ MAX_TEXT_LENGTH = 32_000
 MAX_TURNS = 512
 MAX_IMAGES = 256
 MAX_VERSION = 2**53
+MAX_MODEL_NAME = 200
+MAX_STOPS = 4
+MAX_ITEMS = 1024  # of any list or object in a request
+MAX_UNKNOWN = 5  # unknown fields that an error names
 
 
 def normalized_name(name: Any) -> Any:
@@ -33,6 +37,7 @@ def normalized_name(name: Any) -> Any:
 Name = Annotated[str, BeforeValidator(normalized_name), Field(pattern=SET_NAME)]
 Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Question = Annotated[str, Field(min_length=1, max_length=500)]
+ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
 
 
 class ApiModel(BaseModel):
@@ -50,6 +55,13 @@ class ApiModel(BaseModel):
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        unknown = [key for key in values if key not in cls.model_fields and key not in cls.neutral]
+        if len(unknown) > MAX_UNKNOWN:  # each would be an error of its own
+            named = ", ".join(str(key)[:40] for key in unknown[:MAX_UNKNOWN])
+            raise ValueError(f"{len(unknown):,} unknown fields: {named}, …")
+        for key, value in values.items():
+            if isinstance(value, list | dict) and len(value) > MAX_ITEMS:
+                raise ValueError(f"{str(key)[:40]}: {len(value):,} items; at most {MAX_ITEMS:,} are allowed")
         for key, allowed in cls.neutral.items():
             if key in values and values[key] is not None and allowed and not any(_same(values[key], one) for one in allowed):
                 raise ValueError(f"{key}: only {' or '.join(json.dumps(one) for one in allowed)} is supported")
@@ -145,7 +157,7 @@ class Versions(ApiModel):
 class ClassifyIn(ApiModel):
     support_set: Name
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
-    model: str | None = None
+    model: ModelName | None = None
     version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
     question: Question | None = None
 
@@ -310,7 +322,7 @@ class ChatIn(ApiModel):
 
     neutral = NOT_SUPPORTED
 
-    model: str
+    model: ModelName
     messages: list[Message] = Field(min_length=1, max_length=MAX_TURNS)
     support_set: Name | None = None
     support_set_version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
@@ -318,7 +330,7 @@ class ChatIn(ApiModel):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=4096)
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 by default, where OpenAI has 1: a classification must not be random")
     top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -327,7 +339,7 @@ class ChatIn(ApiModel):
     response_format: dict[str, Any] | None = None
     user: str | None = None
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str | int | float | bool | None] | None = Field(default=None, max_length=16)
 
     @model_validator(mode="after")
     def _supported(self) -> ChatIn:
@@ -339,7 +351,7 @@ class ChatIn(ApiModel):
             raise ValueError("response_format: only text is supported")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if any(not text or len(text) > 100 for text in self.stops) or len(self.stops) > 4:
+        if any(not text or len(text) > 100 for text in self.stops) or len(self.stops) > MAX_STOPS:
             raise ValueError("stop: at most four texts of 1 to 100 characters")
         return self
 

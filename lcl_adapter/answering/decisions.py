@@ -24,6 +24,7 @@ from lcl_adapter.answering.api_types import (
     ApiModel,
     LabelledImage,
     Message,
+    ModelName,
     Name,
     SimilarExample,
     check_labels,
@@ -207,7 +208,7 @@ class DecisionIn(ApiModel):
         "request_id": (),
     }
 
-    model: str | None = None
+    model: ModelName | None = None
     state: State = Field(
         description="a text or JSON; or a new `image` with a `support_set` or `examples` that it is judged by; or `messages`, as of a chat request"
     )

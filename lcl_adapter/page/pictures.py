@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, JpegImagePlugin
 
+from lcl_adapter import reading
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import open_image
+from lcl_adapter.data.sources.images import MAX_PIXELS, open_image
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.images import Bounds
+from lcl_adapter.serve.images import Bounds, check
 
 OPENED, UPLOADS, ARCHIVES, EXPORTS = "opened", "uploads", "archives", "exports"  # folders of a visitor
 SECONDS = {OPENED: 3600, UPLOADS: 24 * 3600, ARCHIVES: 3600, EXPORTS: 3600}  # that a file stays on disk
@@ -29,6 +30,8 @@ SERVED = {
     (UPLOADS, ".jpg"): "image/jpeg",
     (EXPORTS, ".zip"): "application/zip",
 }  # the type of every file that is served, by folder and suffix
+# What arrives here is encoded anew before the API's bounds apply, so it may be larger than they are
+BOUNDS = Bounds(bytes=reading.MAX_UNPACKED, pixels=MAX_PIXELS, side=MAX_PIXELS, decoded=8 * MAX_PIXELS)
 MAX_STEM = 80  # characters of a file's name
 QUALITY = 95  # of a JPEG whose picture is too large as a PNG
 
@@ -69,11 +72,13 @@ def resolved(visitor: Path, path: object) -> Path | None:
 def store_picture(folder: Path, name: str, data: bytes) -> Path:
     """Decode a picture and store it anew in ``folder``: as JPEG if it was one, else as PNG.
 
-    name: a file's name, from anywhere. A file that is no picture is stored empty.
+    name: a file's name, from anywhere. A file that is no picture, or costs too much to decode, is stored empty.
+    Raises TimeoutError if too many pictures wait to be decoded.
     """
     stem = re.sub(r"[^\w.+ -]+", "_", PurePosixPath(name.replace("\\", "/")).stem).strip(". ")[:MAX_STEM] or "photo"
     try:
-        encoded, suffix = encode(Picture(Path(stem), data=data or b"\0"))
+        check(data, BOUNDS)
+        encoded, suffix = encode(Picture(Path(stem), data=data))
     except DataError:
         encoded, suffix = b"", ".png"
     path = folder / f"{stem}{suffix}"

@@ -2,8 +2,10 @@
 
 server        loads the model and listens
 api           the routes
-middleware    access, body size and timing, before a route runs
+connections   deadlines of a client's connection, and how many there are
+middleware    access, body size, requests a caller and timing, before a route runs
 origins       no other web page reaches the server
+bodies        JSON bodies, bounded and validated outside the event loop
 keys          API keys and their namespaces
 service       requests become jobs; replies become API responses
 classification, decisions    requests for judgements and for typed decisions
@@ -15,6 +17,9 @@ cache         prefilled support sets in memory
 decoding      sampling of tokens, and tokens to text
 calibrate     temperature of the probabilities, threshold of "none of these"
 images        images from a client, bounded before they are decoded
+costs         parts of an image file, counted before it is decoded
+workers       processes in which images are decoded
+worker        one of them
 store         support sets on disk
 folders       a support set as a folder of photos
 support_sets  the `support` commands

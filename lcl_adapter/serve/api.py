@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.decisions import DecisionIn, DecisionOut
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
+from lcl_adapter.serve.bodies import BodyRoute
 from lcl_adapter.serve.decisions import decide
 from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
@@ -33,6 +34,7 @@ from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_bo
 from lcl_adapter.serve.origins import OwnPagesOnly
 from lcl_adapter.serve.service import Service, summary
 from lcl_adapter.serve.store import StoredSet
+from lcl_adapter.serve.workers import DECODERS
 
 log = logging.getLogger("lcl_adapter.serve")
 SWEEP_SECONDS = 600  # between two removals of images that no set names any more
@@ -125,9 +127,11 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         yield
         sweeper.cancel()
         await run_in_threadpool(engine.stop)
+        await run_in_threadpool(DECODERS.close)
         service.store.close()
 
     app = FastAPI(title="lcl-adapter", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.router.route_class = BodyRoute
     app.add_middleware(RequestMetrics, metrics=metrics)
     app.add_middleware(AccessControl, limit=body_limit, keys=keys, page=page)
     app.add_middleware(OwnPagesOnly, with_keys=keys is not None)
@@ -145,9 +149,11 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
             401: ("authentication_error", "invalid_api_key"),
             403: ("permission_error", "forbidden"),
             404: ("invalid_request_error", "not_found"),
+            413: ("invalid_request_error", "too_large"),
+            429: ("rate_limit_error", "queue_full"),
         }
         kind, code = kinds.get(error.status_code, ("invalid_request_error", "invalid_request"))
-        headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else None
+        headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else error.headers
         return JSONResponse(error_body(str(error.detail), kind, code), error.status_code, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -342,7 +348,7 @@ def _event(value: dict[str, Any]) -> str:
 
 def _field_of(fault: Any) -> str:
     """The field's place, without the names of types that the validator adds to it."""
-    return ".".join(str(part) for part in fault["loc"][1:] if isinstance(part, int) or re.fullmatch(r"[a-z]\w*", part))
+    return ".".join(str(part)[:100] for part in fault["loc"][1:] if isinstance(part, int) or re.fullmatch(r"[a-z]\w*", part))
 
 
 def _fault_message(fault: Any) -> str:

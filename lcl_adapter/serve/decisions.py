@@ -40,7 +40,7 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RequestError
 from lcl_adapter.serve.calibrate import Calibration
 from lcl_adapter.serve.engine import MAX_BATCH_TOKENS, Scored
-from lcl_adapter.serve.images import digest_of
+from lcl_adapter.serve.images import Spent, digest_of
 from lcl_adapter.serve.jobs import Job, SetKey
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.service import Service, on_one_scale
@@ -86,10 +86,10 @@ class Basis:
 
 
 class Assets:
-    """The images of a request by their placeholders, and which of them its texts name."""
+    """The images of a request by their placeholders, and which of them its texts name. spent: on all images of the request."""
 
     def __init__(self, service: Service, namespace: str, assets: Mapping[str, Any]) -> None:
-        self.service, self.namespace = service, namespace
+        self.service, self.namespace, self.spent = service, namespace, Spent()
         self.pictures = {name: self.read(asset.data_base64, f"assets[{name!r}]") for name, asset in assets.items()}
         self.unused = set(self.pictures)
         names = sorted(self.pictures, key=len, reverse=True)
@@ -97,14 +97,14 @@ class Assets:
 
     def read(self, data: str, where: str) -> Picture:
         url = data if data[: len(URL_HEAD)].lower() == URL_HEAD else f"data:image/png;base64,{data}"
-        return self.service.picture(self.namespace, self.service.decode(url, where))
+        return self.service.picture(self.namespace, self.service.decode(url, where, self.spent))
 
     def photo(self, image: str, where: str) -> Picture:
         """A photo by its asset's key, or as a data URL. Raises RequestError."""
         if image in self.pictures:
             self.unused.discard(image)
             return self.pictures[image]
-        return self.service.picture(self.namespace, self.service.decode(image, where))
+        return self.service.picture(self.namespace, self.service.decode(image, where, self.spent))
 
     def marked(self, text: str, where: str) -> Marked:
         """A text with its placeholders replaced. Raises RequestError for a special token in it."""
@@ -189,6 +189,7 @@ def _basis(service: Service, namespace: str, request: DecisionIn, model: Model, 
     state = request.state
     if isinstance(state, StoredSetState):
         stored = service.store.get(namespace, state.support_set, state.support_set_version)
+        service.check_stored(stored)
         picture = replace(assets.photo(state.image, "state.image"), white=service.white(stored))
         return _about(service.shown(stored), picture, model)
     if isinstance(state, PhotosState):
@@ -196,7 +197,7 @@ def _basis(service: Service, namespace: str, request: DecisionIn, model: Model, 
         picture = replace(assets.photo(state.image, "state.image"), white=examples[0][0].white)
         return _about(_sent(namespace, examples), picture, model)
     if isinstance(state, ConversationState):
-        turns = service.turns_of(namespace, state.messages)
+        turns = service.turns_of(namespace, state.messages, assets.spent)
         if not turns:
             raise RequestError("state.messages: there is no user's message.")
         own = turns[-1] if turns[-1].role == "user" else None

@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 
 from lcl_adapter import devices
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Question, Reply
@@ -107,6 +108,7 @@ class Engine:
         """Raises MissingError."""
         model = self.models.get(name)
         if model is None:
+            name = name[: api_types.MAX_MODEL_NAME]
             raise MissingError(f"no model {name!r}{did_you_mean(name, list(self.models))}; this server has {', '.join(self.models)}.")
         return model
 

@@ -1,6 +1,6 @@
 """Images from a client: base64 in a data URL, with bounds that are checked before decoding.
 
-The server never fetches a URL.
+The server never fetches a URL. Pictures are decoded in processes of their own, with limits of time and memory.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import base64
 import binascii
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from PIL import Image
 
 from lcl_adapter.data.sources.images import FORMATS, open_image
 from lcl_adapter.errors import DataError
+from lcl_adapter.serve.costs import check_parts
+from lcl_adapter.serve.workers import DECODERS
 
 # Of the others, it is image/ and the format's name
 TYPE_OF = {
@@ -35,6 +37,7 @@ OTHER_TYPES = {
 DATA_URL_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w-]+=[\w.-]+)*;base64,", re.IGNORECASE)
 URL_SAFE = str.maketrans("-_", "+/")
 SMALLER = "Make it smaller first."
+PIXEL_BYTES = {"1": 1, "L": 1, "P": 4, "I;16": 8, "I;16B": 8, "I;16L": 8, "I;16N": 8, "I": 12, "F": 12}  # others: 4; deep ones are scaled to 8 bits
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,36 @@ class Bounds:
 
     bytes, pixels, side (the longer one, in pixels): of each image. images: in a conversation.
     The side is bounded because a picture is padded to a square before the model reads it.
+    decoded: bytes of an image's pixels while it is read. memory: bytes that its decoder may use.
+    seconds: of a processor, to decode an image. request_seconds: to decode all images of a request or of a set.
     """
 
     bytes: int = 10 * 2**20
     pixels: int = 40_000_000
     side: int = 8192
     images: int = 256
+    decoded: int = 160_000_000
+    memory: int = 768 * 2**20
+    seconds: float = 4.0
+    request_seconds: float = 20.0
+
+
+@dataclass
+class Spent:
+    """Seconds of a processor that the images of one request have needed so far."""
+
+    seconds: float = 0.0
 
 
 def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def from_data_url(url: str, bounds: Bounds) -> bytes:
-    """The image file's bytes. Raises DataError: another kind of URL, too large, not an image, or broken."""
+def from_data_url(url: str, bounds: Bounds, spent: Spent | None = None) -> bytes:
+    """The image file's bytes. Raises DataError: another kind of URL, too large, not an image, or broken.
+
+    spent: on the request's images so far; this one is added.
+    """
     head = DATA_URL_HEAD.match(url)
     if head is None:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,20}:", url)
@@ -72,16 +91,32 @@ def from_data_url(url: str, bounds: Bounds) -> bytes:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError("the image's base64 is broken.") from error
-    check(data, bounds)
+    check(data, bounds, spent)
     return data
 
 
-def check(data: bytes, bounds: Bounds) -> None:
-    """Check an image file by its header, then decode it once. Raises DataError."""
+def check(data: bytes, bounds: Bounds, spent: Spent | None = None) -> None:
+    """Check an image file by its header, then decode it once, in another process.
+
+    spent: on the request's images so far; this one is added.
+    Raises DataError for an image that is broken or beyond a bound; TimeoutError if too many images wait.
+    """
     if not data:
         raise DataError("the image is empty.")
     if len(data) > bounds.bytes:
         raise DataError(_too_many_bytes(len(data), bounds))
+    if spent is not None and spent.seconds > bounds.request_seconds:
+        raise DataError(f"the images before this one took more than {bounds.request_seconds:g} s to decode. Send fewer or smaller ones at a time.")
+    error, seconds = DECODERS.decode(data, asdict(bounds))
+    if spent is not None:
+        spent.seconds += seconds
+    if error is not None:
+        raise DataError(error)
+
+
+def decode(data: bytes, bounds: Bounds) -> None:
+    """Decode an image file once, in this process. Raises DataError, MemoryError."""
+    check_parts(data)
     try:
         with open_image(data) as opened:
             size = f"the image is {opened.width} x {opened.height} pixels"
@@ -91,6 +126,8 @@ def check(data: bytes, bounds: Bounds) -> None:
                 raise DataError(f"{size}; at most {bounds.side:,} per side are allowed. {SMALLER}")
             if min(opened.size) < 2:
                 raise DataError(f"{size}; at least 2 per side are needed.")
+            if (decoded := opened.width * opened.height * PIXEL_BYTES.get(opened.mode, 4)) > bounds.decoded:
+                raise DataError(f"{size} of {opened.mode}, {decoded >> 20} MiB to read; at most {bounds.decoded >> 20} are allowed. {SMALLER}")
             opened.load()
     except Image.DecompressionBombError as error:
         raise DataError(f"the image has far more than the {bounds.pixels:,} pixels that are allowed. {SMALLER}") from error

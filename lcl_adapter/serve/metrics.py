@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from lcl_adapter.serve.connections import COUNTERS
 from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.workers import DECODERS
 
 
 class Metrics:
@@ -34,6 +36,10 @@ class _EngineCollector(Collector):
     def collect(self) -> Any:
         for name, value in vars(self.engine.counters).items():
             yield CounterMetricFamily(f"lcl_{name}", f"Count of the engine: {name}.", value=value)
+        for name, value in vars(DECODERS.counters).items():
+            yield CounterMetricFamily(f"lcl_{name}", f"Count of the processes that decode pictures: {name}.", value=value)
+        for name, value in vars(COUNTERS).items():
+            yield CounterMetricFamily(f"lcl_{name}", f"Count of the server: {name}.", value=value)
         yield GaugeMetricFamily("lcl_kept_sets", "Prefilled sets in the cache.", value=len(self.engine.cache))
         yield GaugeMetricFamily("lcl_kept_bytes", "Bytes of the prefilled sets in the cache.", value=self.engine.cache.bytes)
         yield GaugeMetricFamily("lcl_kept_bytes_limit", "Bytes that the cache may use.", value=self.engine.cache.budget)

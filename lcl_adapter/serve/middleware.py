@@ -1,4 +1,4 @@
-"""Access, body size and timing, around the routes.
+"""Access, body size, requests a caller, and timing, around the routes.
 
 Plain ASGI, because Starlette's own wrapper hides that a client disconnected.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.serve.bodies import IMAGE, LONGEST_HEAD, MAX_TEXT, TOO_LARGE
 from lcl_adapter.serve.keys import LOCAL, Keys
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 OPEN_PATHS = {"/health", "/ready"}  # need no key; they reveal nothing about other callers
 # beginnings of the API's paths; with a page, all other paths belong to it and need no key
 API_PATHS = ("/v1/", "/metrics", "/docs", "/openapi.json")
+MAX_MESSAGE = 1000  # characters of an error
+MAX_REQUESTS = 800  # that are answered at a time, beside those to OPEN_PATHS
+MAX_CALLER_REQUESTS = 400  # of one caller
+MAX_CALLER_BODIES = 8  # times the limit of a body: bytes of all bodies that one caller has in memory
+RETRY_SECONDS = "5"
 
 
 def is_local(host: str) -> bool:
@@ -36,7 +43,8 @@ def is_local(host: str) -> bool:
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's format."""
+    """An error in OpenAI's format. What a message quotes may be long: its end is cut off."""
+    message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
     return {"error": api_types.Fault(message=message, type=kind, code=code, param=param).model_dump()}
 
 
@@ -50,6 +58,8 @@ class AccessControl:
 
     def __init__(self, app: ASGIApp, limit: int, keys: Keys | None, page: bool = False) -> None:
         self.app, self.limit, self.keys, self.page = app, limit, keys, page
+        self._requests: Counter[str] = Counter()  # that are being answered, by namespace
+        self._bytes: Counter[str] = Counter()  # of their bodies
 
     def _needs_no_key(self, path: str) -> bool:
         return path in OPEN_PATHS or (self.page and not path.startswith(API_PATHS))
@@ -80,18 +90,45 @@ class AccessControl:
         if not length.isdigit() or int(length) > self.limit:
             await self._refuse(send, 413, too_large)
             return
-        read = 0
+        if scope["path"] in OPEN_PATHS:  # a busy server says that it lives
+            await self.app(scope, receive, send)
+            return
+        await self._bounded(scope, receive, send, too_large)
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send, too_large: dict[str, Any]) -> None:
+        """Run the route, if the server and the caller have room for another request."""
+        caller = scope["state"]["caller"].namespace
+        if self._requests[caller] >= MAX_CALLER_REQUESTS or self._requests.total() >= MAX_REQUESTS:
+            message = f"too many requests at a time; try again in {RETRY_SECONDS} s."
+            await self._refuse(send, 429, error_body(message, "rate_limit_error", "queue_full"), (b"retry-after", RETRY_SECONDS.encode()))
+            return
+        read, has_images, end = 0, not scope["path"].startswith("/v1/"), b""
 
         async def bounded_receive() -> Message:
             """A body can be longer than its content-length says, or have none."""
-            nonlocal read
+            nonlocal read, has_images, end
             message = await receive()
-            read += len(message.get("body", b""))
+            body = message.get("body", b"")
+            read += len(body)
+            self._bytes[caller] += len(body)
+            has_images = has_images or IMAGE.search(end + body) is not None
+            end = (end + body)[-LONGEST_HEAD:]
             if read > self.limit:
                 raise HTTPException(413, too_large["error"]["message"])
+            if read > MAX_TEXT and not has_images:
+                raise HTTPException(413, TOO_LARGE)
+            if self._bytes[caller] > MAX_CALLER_BODIES * self.limit:
+                raise HTTPException(429, "the bodies of your requests are too large together; send fewer at a time.", {"Retry-After": RETRY_SECONDS})
             return message
 
-        await self.app(scope, bounded_receive, send)
+        self._requests[caller] += 1
+        try:
+            await self.app(scope, bounded_receive, send)
+        finally:
+            self._bytes[caller] -= read
+            self._requests[caller] -= 1
+            if not self._requests[caller]:
+                del self._requests[caller], self._bytes[caller]
 
     @staticmethod
     async def _refuse(send: Send, status: int, body: dict[str, Any], *more_headers: tuple[bytes, bytes]) -> None:

@@ -19,14 +19,15 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import free_memory
 from lcl_adapter.errors import RunError
 from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.connections import BoundedConnection
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.keys import Keys, read_keys
 from lcl_adapter.serve.middleware import is_local
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from lcl_adapter.serve.workers import DECODERS
 from lcl_adapter.terminal import LOGGING, console
 
-MAX_CONNECTIONS = 1000  # at a time; uvicorn answers further ones with status 503
 SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop
 IDLE_SECONDS = 30  # that an idle connection stays open
 
@@ -64,6 +65,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
     keys = check_address(options.host, options.key_file)
     with bind_address(options.host, options.port) as bound:
         began = time.monotonic()
+        DECODERS.start()
         service = make_service(options)
         config = uvicorn.Config(
             make(service, keys),
@@ -71,7 +73,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
             log_level="warning",
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=IDLE_SECONDS,
-            limit_concurrency=MAX_CONNECTIONS,
+            http=BoundedConnection,
             server_header=False,
         )
         with _address_errors(options.host, options.port):

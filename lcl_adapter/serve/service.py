@@ -20,14 +20,14 @@ from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestErr
 from lcl_adapter.serve.classification import Classification
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.images import Bounds, digest_of, from_data_url
+from lcl_adapter.serve.images import Bounds, Spent, check, digest_of, from_data_url
 from lcl_adapter.serve.jobs import Job, SetKey
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.sets import Calibrations, ShownSet
 from lcl_adapter.serve.store import Store, StoredSet
 
 MAX_WHITES = 1000  # of sets, that are remembered
-CONCURRENT_DECODES = 4  # images decoded at a time; one can need 100 MB
+MAX_DECODABLE = 100_000  # images whose check is remembered, by the digest of their bytes
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Service:
     adapter_folder: Path | None = None
     timeout: float = 120.0
     _whites: dict[int, float | None] = field(default_factory=dict)
-    _decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(CONCURRENT_DECODES))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _decodable: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.calibrations = Calibrations(self.engine, self.store)
@@ -60,19 +61,43 @@ class Service:
             self.check_text(example.label, f"examples[{number}].label")
         self.check_text(request.question or "", "question")
         self.check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
-        examples = [(e.label, self.decode(e.image, f"examples[{number}].image")) for number, e in enumerate(request.examples)]
+        spent = Spent()
+        examples = [(e.label, self.decode(e.image, f"examples[{number}].image", spent)) for number, e in enumerate(request.examples)]
         return self.store.put(namespace, name, examples, request.question, request.expected_version)
 
-    def decode(self, url: str, where: str) -> bytes:
-        """The image file's bytes, checked.
+    def decode(self, url: str, where: str, spent: Spent) -> bytes:
+        """The image file's bytes, checked. spent: on the request's images so far.
 
-        Only a few are checked at a time, for that needs the decoded pixels. Raises RequestError.
+        Raises RequestError; TimeoutError if too many images wait to be decoded.
         """
         try:
-            with self._decoding:
-                return from_data_url(url, self.bounds)
+            data = from_data_url(url, self.bounds, spent)
         except DataError as error:
             raise RequestError(f"{where}: {error}") from error
+        self._remember(digest_of(data))
+        return data
+
+    def _remember(self, digest: str) -> None:
+        """That an image can be decoded within the bounds."""
+        with self._lock:
+            if len(self._decodable) >= MAX_DECODABLE:
+                self._decodable.pop(next(iter(self._decodable)))
+            self._decodable[digest] = None
+
+    def check_stored(self, stored: StoredSet) -> None:
+        """A set may come from a server with other bounds, and the engine's only thread decodes its photos: each is checked once.
+
+        Raises RequestError with the example's number.
+        """
+        spent = Spent()
+        for number, example in enumerate(stored.examples):
+            if example.image in self._decodable:
+                continue
+            try:
+                check(self.store.bytes_of(stored.namespace, example.image), self.bounds, spent)
+            except DataError as error:
+                raise RequestError(f"support set {stored.name!r}, examples[{number}]: {error}") from error
+            self._remember(example.image)
 
     def check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
@@ -151,14 +176,15 @@ class Service:
             raise RequestError(
                 f"{len(request.images)} images are more than the {self.engine.queue_limit} questions that may wait; send fewer at a time."
             )
-        deadline = time.monotonic() + self.timeout
+        self.check_stored(stored)
+        deadline, spent = time.monotonic() + self.timeout, Spent()
         answers = tuple(model.wording.answered(label) for label in stored.labels)
         question = request.question or stored.question or model.wording.query
         shown, white = self.shown(stored), self.white(stored)
         jobs: list[Job | UserError] = []
         for number, url in enumerate(request.images):
             try:
-                picture = replace(self.picture(namespace, self.decode(url, f"images[{number}]")), white=white)
+                picture = replace(self.picture(namespace, self.decode(url, f"images[{number}]", spent)), white=white)
             except RequestError as error:
                 jobs.append(error)
                 continue
@@ -179,12 +205,13 @@ class Service:
     def chat(self, namespace: str, request: api_types.ChatIn) -> tuple[Job, TextDecoder]:
         """A job that is not queued yet, and the decoder of its tokens. Raises MissingError, RequestError."""
         model = self.engine.find(request.model)
-        turns = self.turns_of(namespace, request.messages)
+        turns = self.turns_of(namespace, request.messages, Spent())
         sampling = Sampling(request.temperature, request.top_p, request.seed, request.top_logprobs, request.token_limit)
         before, key = turns[:-1], None
         support: Callable[[], Sequence[Turn]] = lambda: before  # noqa: E731
         if request.support_set is not None:
             stored = self.store.get(namespace, request.support_set, request.support_set_version)
+            self.check_stored(stored)
             key = None if before else key_of(stored)  # only the set alone is cached, not a set with more turns
             support = lambda: (*self.shown(stored).turns(model.wording), *before)  # noqa: E731
         encoder = self.encoder_of(model)
@@ -196,10 +223,11 @@ class Service:
         job = Job(model.name, support, turns[-1], key, sampling=sampling, on_token=decoder.add, deadline=time.monotonic() + self.timeout)
         return job, decoder
 
-    def turns_of(self, namespace: str, messages: Sequence[api_types.Message]) -> tuple[Turn, ...]:
+    def turns_of(self, namespace: str, messages: Sequence[api_types.Message], spent: Spent) -> tuple[Turn, ...]:
         """Messages as turns.
 
-        System texts go before the next user text, for LLaVA's prompts have one fixed system text. Raises RequestError.
+        System texts go before the next user text, for LLaVA's prompts have one fixed system text. spent: as in :meth:`decode`.
+        Raises RequestError.
         """
         turns: list[Turn] = []
         instructions: list[str] = []
@@ -218,7 +246,7 @@ class Service:
                         raise RequestError(f"{where}: only a user message can have images.")
                     if images > self.bounds.images:
                         raise RequestError(f"{where}: a conversation has at most {self.bounds.images} images.")
-                    pictures.append(self.picture(namespace, self.decode(part.image_url.url, where)))
+                    pictures.append(self.picture(namespace, self.decode(part.image_url.url, where, spent)))
                     texts.append(IMAGE)
             if message.role in {"system", "developer"}:
                 instructions += texts

@@ -39,7 +39,7 @@ def image_of(picture: Picture, pad: bool = False) -> str:
                 if len(data) <= LARGEST_SENT and side is None and is_plain(opened):
                     opened.load()
                     return api_types.data_url(data)
-        except (OSError, Image.DecompressionBombError):  # read_image below raises a clear one
+        except (OSError, MemoryError, Image.DecompressionBombError):  # read_image below raises a clear one
             pass
     image = read_image(picture, side)
     image = squared(image, OPENAI_CLIP_MEAN) if pad else image

@@ -97,7 +97,7 @@ def stored_size(picture: Picture) -> tuple[tuple[int, int], int]:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(f"{picture}: {opened.width} x {opened.height} pixels is over the bound of {MAX_PIXELS:,}. Scale it down first.")
             return opened.size, orientation_of(opened)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, MemoryError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture}: not an image that can be read ({error}).") from error
 
 

@@ -115,7 +115,7 @@ def _can_be_shown(picture: Picture) -> bool:
     try:
         with open_image(read_bytes(picture)) as image:
             return min(image.size) >= MIN_SIDE and image.width * image.height <= MAX_PIXELS
-    except (DataError, OSError, Image.DecompressionBombError):
+    except (DataError, OSError, MemoryError, Image.DecompressionBombError):
         return False
 
 

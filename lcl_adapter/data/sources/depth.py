@@ -44,8 +44,8 @@ def _white(picture: Picture) -> float | None:
         with open_image(read_bytes(picture)) as image:
             if image.mode not in DEEP_MODES or image.width * image.height > MAX_PIXELS:
                 return None
-            return white_of(image, np.asarray(image, dtype=np.float32))
-    except (DataError, OSError, Image.DecompressionBombError):
+            return white_of(image, np.asarray(image))
+    except (DataError, OSError, MemoryError, Image.DecompressionBombError):
         return None
 
 

@@ -49,6 +49,7 @@ DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # of more
 RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8, 10, 12, 14 and 16 bits
 ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF's tag, and its values that exchange width and height
 BITS_PER_SAMPLE, LARGEST_SAMPLE = 258, 281  # TIFF's tags
+STRIP = 64  # rows of a picture of more than 8 bits that are scaled at a time
 LARGE = 16_000_000  # pixels; of such pictures, one at a time is decoded
 
 
@@ -80,6 +81,8 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         raise DataError(f"{picture}: over the bound of {MAX_PIXELS:,} pixels. Scale it down first.") from error
     except OSError as error:
         raise DataError(f"{picture}: the image is broken ({error}). Remove it or save it again.") from error
+    except MemoryError as error:
+        raise DataError(f"{picture}: the image needs more memory than there is. Scale it down first.") from error
     if box:
         image = _cut_out(image, box, picture)
     if picture.turned:
@@ -116,14 +119,14 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     """An image file's bytes as a picture of one of FORMATS, of which only the header is decoded yet. All reading goes through here.
 
     Whatever a decoder raises on broken bytes, then or inside the block, is an OSError; UnidentifiedImageError for no image.
-    Raises DecompressionBombError for far more pixels than MAX_PIXELS.
+    Raises DecompressionBombError for far more pixels than MAX_PIXELS; MemoryError where it does not fit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warning of a decompression bomb: callers have bounds of their own
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 yield opened
-        except (OSError, LclError, Image.DecompressionBombError):
+        except (OSError, MemoryError, LclError, Image.DecompressionBombError):
             raise
         except Exception as error:
             raise OSError(str(error) or type(error).__name__) from error
@@ -262,24 +265,30 @@ def _rgb(upright: Image.Image, white: float | None) -> Image.Image:
     """In place, where nothing but the orientation changes: of a large picture each copy counts."""
     deep_white = None
     if upright.mode in DEEP_MODES:  # before it is turned, which loses the file's tags
-        values = np.asarray(upright, dtype=np.float32)
-        known = values[np.isfinite(values)]
-        from_0_to_1 = upright.mode == "F" and known.min(initial=0.0) >= 0 and known.max(initial=0.0) <= 1  # beside pictures of whole numbers too
+        values = np.asarray(upright)
+        lowest, highest = _extremes(values)
+        from_0_to_1 = upright.mode == "F" and lowest >= 0 and highest <= 1  # beside pictures of whole numbers too
         deep_white = white_of(upright, values) if white is None or (from_0_to_1 and white > 1) else white
     ImageOps.exif_transpose(upright, in_place=True)
     if deep_white is not None:
-        values = np.asarray(upright, dtype=np.float32)
-        darkest = min(float(values[np.isfinite(values)].min(initial=0.0)), 0.0)
-        # Where nothing was measured, a depth or height map has NaN or an infinity: black, or white where it is beyond all values
-        values = np.nan_to_num(values, nan=darkest, posinf=deep_white + darkest, neginf=darkest)
-        scaled = (values - darkest) * (255.0 / deep_white)
-        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return _scaled(np.asarray(upright), deep_white)
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         page = Image.new("RGBA", upright.size, "white")
         page.alpha_composite(upright)
         return page.convert("RGB")
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _scaled(values: np.ndarray, white: float) -> Image.Image:
+    """Values of more than 8 bits in RGB, a strip at a time: as floats, a whole picture would need ten times its memory."""
+    darkest, _ = _extremes(values)
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), STRIP):
+        # Where nothing was measured, a depth or height map has NaN or an infinity: black, or white where it is beyond all values
+        strip = np.nan_to_num(values[top : top + STRIP].astype(np.float32), nan=darkest, posinf=white + darkest, neginf=darkest)
+        scaled[top : top + STRIP] = ((strip - darkest) * (255.0 / white)).clip(0, 255).round()
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def white_of(image: Image.Image, values: np.ndarray) -> float:
@@ -291,10 +300,15 @@ def white_of(image: Image.Image, values: np.ndarray) -> float:
     bits = bits[0] if isinstance(bits, tuple) else bits
     if bits and 8 < bits < 16:
         return float(2**bits - 1)
-    known = values[np.isfinite(values)]
-    lowest, highest = float(known.min(initial=0.0)), float(known.max(initial=0.0))
+    lowest, highest = _extremes(values)
     # Of values on both sides of 0, all are shown: black is the lowest one
     return highest - lowest if lowest < 0 else range_of(highest, image.mode == "F")
+
+
+def _extremes(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest of the values and 0. NaN and infinities do not count."""
+    known = np.isfinite(values) if values.dtype.kind == "f" else True
+    return float(values.min(initial=0, where=known)), float(values.max(initial=0, where=known))
 
 
 def range_of(highest: float, floats: bool) -> float:

@@ -1,0 +1,73 @@
+"""JSON bodies: bounded without their pictures, and read and validated outside the event loop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from lcl_adapter import reading
+from lcl_adapter.serve.jobs import GoneError
+
+MAX_TEXT = 256 * 2**10  # bytes of a body without the images in it
+MAX_STRINGS = 1024  # that are taken for images
+IMAGE = re.compile(rb'"data:|"data_base64"\s*:\s*"')  # where an image begins: a data URL, or an asset's base64
+LONGEST_HEAD = 32  # bytes of such a beginning, as clients write it
+SMALL = 16 * 2**10  # bytes of a body that is read on the event loop, in less than a millisecond
+TOO_LARGE = f"the request has more than {MAX_TEXT >> 10} kB beside its images."
+
+
+class BodyRoute(APIRoute):
+    """A route whose JSON body is read and validated in a thread, once it is known to be small beside its images."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        field = self.body_field
+        if field is None:
+            return handler
+
+        def read(body: bytes) -> Any:
+            """The validated body. Raises HTTPException, RequestValidationError."""
+            if bytes_beside_images(body) > MAX_TEXT:
+                raise HTTPException(413, TOO_LARGE)
+            try:
+                parsed = reading.parse_json(body)
+            except ValueError as error:
+                raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": str(error)}]) from error
+            value, faults = field.validate(parsed, {}, loc=("body",))
+            if faults:
+                raise RequestValidationError(faults)
+            return value
+
+        async def handle(request: Request) -> Response:
+            try:
+                body = await request.body()
+            except ClientDisconnect as error:
+                raise GoneError("the client disconnected") from error
+            if body and "json" in request.headers.get("content-type", "").lower():
+                value = read(body) if len(body) <= SMALL else await run_in_threadpool(read, body)
+                request._json = value  # what Request.json returns; FastAPI validates an object of the right class at once
+            return await handler(request)
+
+        return handle
+
+
+def bytes_beside_images(body: bytes) -> int:
+    """Bytes outside of the strings that hold images. A string with a quote in it counts from that quote on."""
+    size, place = len(body), 0
+    for _ in range(MAX_STRINGS):
+        head = IMAGE.search(body, place)
+        if head is None:
+            break
+        end = body.find(b'"', head.end())
+        end = len(body) if end < 0 else end
+        size -= end - head.end()
+        place = end + 1
+    return size

@@ -1,0 +1,429 @@
+"""Attacks on a running server by their price: pictures, bodies and connections that cost more than they should (docs/security.md)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.data.sources import Picture, images
+from lcl_adapter.errors import DataError
+from lcl_adapter.serve import connections, middleware
+from lcl_adapter.serve.api import make_app
+from lcl_adapter.serve.bodies import MAX_TEXT, bytes_beside_images
+from lcl_adapter.serve.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.service import Service
+from lcl_adapter.serve.store import Store
+from lcl_adapter.serve.workers import DECODERS, Decoders
+from tests.live import running
+from tests.test_serve import error_of, examples, png, put, url
+
+QUICK = 1.0  # seconds for a refusal, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Callable[[str], Path]) -> Iterator[Engine]:
+    made = Engine(load_base(BaseRef(str(tiny_folder("pocket")), device="cpu")), memory=10**8, queue=64)
+    yield made.start()
+    made.stop()
+
+
+@pytest.fixture
+def service(engine: Engine, tmp_path: Path) -> Iterator[Service]:
+    made = Service(engine, Store(tmp_path / "store"), timeout=60)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx2.Client]:
+    """A client of a server on a real socket, which has one support set, ``parts-set``."""
+    with running(make_app(service), lifespan="off") as address, httpx2.Client(base_url=address, timeout=60) as made:
+        assert put(made).status_code == 200
+        yield made
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def progressive(scans: int, side: int = 4000) -> bytes:
+    """A JPEG of a few kB, whose last scan is repeated."""
+    whole = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True, quality=10)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[last:-2] * scans + b"\xff\xd9"
+
+
+def with_segments(count: int) -> bytes:
+    whole = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    return whole[:2] + b"\xff\xe1\x00\x03x" * count + whole[2:]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_comments(size: int) -> bytes:
+    """A GIF with a comment in blocks of 255 bytes before its frame."""
+    whole = encoded(Image.new("P", (8, 8)), "GIF")
+    frame = whole.index(b"\x2c", 13 + 3 * 2 ** ((whole[10] & 7) + 1))
+    return whole[:frame] + b"\x21\xfe" + (b"\xff" + b"x" * 255) * (size // 256) + b"\0" + whole[frame:]
+
+
+COSTLY = {
+    "scans": (lambda: progressive(400), f"more than {MAX_SCANS} scans"),
+    "segments": (
+        lambda: b"\xff\xd8" + b"\xff\xe1\x00\x03x" * 200_000 + encoded(Image.new("RGB", (8, 8)), "JPEG")[2:],
+        f"more than {MAX_SEGMENTS:,} seg",
+    ),
+    "comment": (lambda: with_comments(9 * 2**20), "256 kB of comments"),
+    "chunks": (lambda: png(1)[:33] + chunk(b"abCd", b"") * 300_000 + png(1)[33:], f"more than {MAX_CHUNKS:,} chunks"),
+    "deep": (lambda: encoded(Image.new("I;16", (8000, 5000)), "PNG"), "MiB to read; at most 152"),
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_picture_that_costs_too_much_is_refused_with_its_reason(client: httpx2.Client, kind: str) -> None:
+    """A GIF with such a comment took 21 s, a JPEG of 8 kB with such scans 5 s."""
+    make, reason = COSTLY[kind]
+    picture = url(make(), "application/octet-stream")
+    began = time.monotonic()
+    response = client.post("/v1/classify", json={"support_set": "parts-set", "images": [picture, url(png(5))]})
+    assert time.monotonic() - began < 2 * QUICK + 1, "a part of it is the transfer of 10 MiB"
+    bad, good = response.json()["results"]
+    assert reason in bad["error"]["message"]
+    assert good["error"] is None
+    assert reason in error_of(put(client, "other", examples=[{"label": "bad", "image": picture}, *examples()]))["message"]
+
+
+def test_a_decoder_that_takes_too_long_is_ended_and_replaced(client: httpx2.Client, service: Service) -> None:
+    """Whatever makes it slow: here the limit is shorter than an honest picture needs. Others are answered meanwhile."""
+    service.bounds = replace(service.bounds, seconds=0.05)
+    slow = url(encoded(Image.effect_noise((4000, 4000), 50), "JPEG", quality=75))
+    before = replace(DECODERS.counters)
+    with ThreadPoolExecutor(8) as pool:
+        hostile = [pool.submit(client.post, "/v1/classify", json={"support_set": "parts-set", "images": [slow] * 2}) for _ in range(4)]
+        honest = client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(5))]}).json()
+    assert honest["results"][0]["error"] is None
+    for request in hostile:
+        for result in request.result().json()["results"]:
+            assert "takes more than 0.05 s to decode" in result["error"]["message"]
+    counts = {name: value - getattr(before, name) for name, value in asdict(DECODERS.counters).items()}
+    assert (counts["decoders_killed"], counts["decoders_started"] >= 8) == (8, True)
+    assert f"lcl_decoders_killed_total {float(DECODERS.counters.decoders_killed)}" in client.get("/metrics").text
+
+
+def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, service: Service) -> None:
+    service.bounds = replace(service.bounds, request_seconds=0.02)
+    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
+    results = client.post("/v1/classify", json={"support_set": "parts-set", "images": [picture] * 3}).json()["results"]
+    assert results[0]["error"] is None
+    assert "images before this one took more than 0.02 s" in results[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("form", ["photo", "photos", "conversation"])
+def test_all_pictures_of_typed_decisions_together_have_a_limit(client: httpx2.Client, service: Service, form: str) -> None:
+    """Those of the assets and of the state: one budget for both."""
+    service.bounds = replace(service.bounds, request_seconds=0.02)
+    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
+    state = {
+        "photo": {"support_set": "parts-set", "image": picture},
+        "photos": {"examples": [{"label": "good", "image": picture}, {"label": "bad", "image": picture}], "image": picture},
+        "conversation": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]},
+    }[form]
+    asked = {"state": state, "questions": {"q": {"type": "noul", "instructions": "Is it <a>?"}}, "assets": {"<a>": {"data_base64": picture}}}
+    error = error_of(client.post("/v1/systemone", json=asked))
+    assert "state" in error["message"]
+    assert "images before this one took more than 0.02 s" in error["message"]
+
+
+def test_memory_of_a_decoder_is_limited() -> None:
+    picture = encoded(Image.new("RGB", (6000, 6000)), "PNG", compress_level=1)
+    with pytest.raises(DataError, match="needs more than 32 MiB"):
+        check(picture, Bounds(memory=32 * 2**20))
+    check(picture, Bounds())
+
+
+def test_a_stored_set_with_a_costly_photo_does_not_reach_the_engine(client: httpx2.Client, service: Service) -> None:
+    """It may have been stored by an earlier version, which took any picture."""
+    service.store.put("local", "old", [("good", png(1)), ("bad", progressive(400))])
+    for path, body in (
+        ("/v1/classify", {"support_set": "old", "images": [url(png(5))]}),
+        ("/v1/chat/completions", {"model": "base", "support_set": "old", "messages": [{"role": "user", "content": "Which is it?"}]}),
+        ("/v1/systemone", {"state": {"support_set": "old", "image": url(png(5))}, "questions": {"q": {"type": "choice"}}}),
+    ):
+        began = time.monotonic()
+        error = error_of(client.post(path, json=body))
+        assert "support set 'old', examples[1]: the image has more than" in error["message"]
+        assert time.monotonic() - began < QUICK
+
+
+def test_a_crash_in_a_decoder_is_the_pictures_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Decoders(1)
+    try:
+        assert pool.decode(png(1), asdict(Bounds()))[0] is None
+        [worker] = pool._idle
+        os.kill(worker.process.pid, signal.SIGSEGV)
+        worker.process.wait()
+        assert "it ended the process" in (pool.decode(png(1), asdict(Bounds()))[0] or "")
+        assert pool.decode(png(1), asdict(Bounds()))[0] is None
+        assert (pool.counters.decoders_killed, pool.counters.decoders_started) == (1, 2)
+        [worker] = pool._idle
+    finally:
+        pool.close()
+    assert worker.process.returncode == 0
+
+
+def test_decoders_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """However it ends: their input ends with it."""
+    code = (
+        "from lcl_adapter.serve.images import Bounds, check; from lcl_adapter.serve.workers import DECODERS; import os, sys, time\n"
+        f"check({png(1)!r}, Bounds()); print(*[w.process.pid for w in DECODERS._idle], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        decoders = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert decoders
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/exe").exists() and _runs(pid) for pid in decoders):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_deep_picture_is_scaled_in_strips_to_the_same_values() -> None:
+    """As floats, a whole picture of 16 bits would need ten times its memory."""
+    values = np.random.default_rng(0).integers(0, 4096, (300, 50)).astype(np.uint16)
+    data = encoded(Image.fromarray(values), "PNG")
+    whole = (values.astype(np.float32) * (255.0 / 4095)).clip(0, 255).round().astype(np.uint8)
+    assert np.array_equal(np.asarray(images.read(Picture(Path("deep"), data=data, white=4095.0)))[..., 0], whole)
+
+
+def test_strips_without_a_measured_value_are_scaled_as_the_whole_picture() -> None:
+    """The darkest and the brightest value are of all strips, and no strip has a NaN or an infinity as its own."""
+    values = np.linspace(-2, 3, 300 * 50).reshape(300, 50).astype(np.float32)
+    values[:70], values[100, 0], values[100, 1] = np.nan, np.inf, -np.inf
+    low = values[70, 0]
+    read = np.asarray(images.read(Picture(Path("deep"), data=encoded(Image.fromarray(values), "TIFF"))))[..., 0]
+    known = np.nan_to_num(values, nan=low, posinf=3.0, neginf=low)
+    assert np.abs(read - (known - low) * 255.0 / (3.0 - low)).max() <= 0.51
+    assert (read[:70] == 0).all()
+    assert (read[100, 0], read[100, 1]) == (255, 0)
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_no_broken_file() -> None:
+    """The process of the server's decoders says which it was; everywhere else it is an error of one line."""
+    with pytest.raises(MemoryError), images.open_image(png(1)):
+        raise MemoryError
+
+
+# Bodies
+
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+
+
+def chat_of(size: int, **fields: Any) -> bytes:
+    """A body of about ``size`` bytes: each field is a function of a number of items."""
+    return json.dumps({**CHAT, **{name: make(size // 12) for name, make in fields.items()}}).encode()
+
+
+BODIES: dict[str, Callable[[int], bytes]] = {
+    "stop": lambda size: chat_of(size, stop=lambda count: [0] * (3 * count)),
+    "stop in pairs": lambda size: chat_of(size, stop=lambda count: [[0]] * count),
+    "unknown fields": lambda size: json.dumps({**CHAT, **{f"k{n:07}": 0 for n in range(size // 15)}}).encode(),
+    "metadata": lambda size: chat_of(size, metadata=lambda count: {f"k{n}": {"a": {}} for n in range(count // 2)}),
+    "deep metadata": lambda size: json.dumps(CHAT)[:-1].encode() + b', "metadata": ' + b'{"a":' * (size // 6) + b"0" + b"}" * (size // 6) + b"}",
+    "messages": lambda size: chat_of(size, messages=lambda count: [{"a": 0}] * count),
+    "parts": lambda size: chat_of(size, messages=lambda count: [{"role": "user", "content": [{"type": "text"}] * (count // 2)}]),
+    "tools": lambda size: chat_of(size, tools=lambda count: [{}] * count),
+    "a model's name": lambda size: json.dumps({**CHAT, "model": "m" * size}).encode(),
+    "a field's name": lambda size: json.dumps({**CHAT, "m" * size: 0}).encode(),
+    "a number": lambda size: json.dumps(CHAT)[:-1].encode() + b', "seed": ' + b"1" * size + b"}",
+    "no JSON": lambda size: b"[" * size,
+}
+
+
+def post(client: httpx2.Client, body: bytes) -> Any:
+    return client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_body_without_pictures_is_small_and_refused_quickly(client: httpx2.Client, kind: str) -> None:
+    """4 MiB of stop texts took 28 s, in which nobody was answered."""
+    for size in (MAX_TEXT - 2000, 4 * 2**20):
+        body = BODIES[kind](size)
+        began = time.monotonic()
+        response = post(client, body)
+        assert time.monotonic() - began < QUICK
+        assert response.status_code == (400 if len(body) <= MAX_TEXT else 413)
+        assert len(error_of(response)["message"]) < 1100
+        assert len(response.text) < 2500
+
+
+def test_text_beside_a_picture_is_as_small(client: httpx2.Client) -> None:
+    """A picture makes a body large; it does not make room for anything else."""
+    large = {"type": "image_url", "image_url": {"url": url(png(3, (1000, 500)))}}
+    body = {**CHAT, "messages": [{"role": "user", "content": [large, {"type": "text", "text": "What?"}]}]}
+    assert len(json.dumps(body)) > 4 * MAX_TEXT
+    assert post(client, json.dumps(body).encode()).status_code == 200
+    response = post(client, json.dumps({**body, "stop": [0] * MAX_TEXT}).encode())
+    assert (response.status_code, error_of(response)["message"]) == (413, "the request has more than 256 kB beside its images.")
+
+
+def test_an_asset_in_base64_alone_is_a_picture_too(client: httpx2.Client) -> None:
+    """It needs no data URL, and is as large as one."""
+    large = base64.b64encode(png(3, (1000, 500))).decode()
+    asked = {"state": "a part <a>", "questions": {"q": {"type": "noul", "instructions": "Is it good?"}}, "assets": {"<a>": {"data_base64": large}}}
+    for separators in ((",", ":"), (", ", " : ")):
+        body = json.dumps(asked, separators=separators).encode()
+        assert len(body) > 4 * MAX_TEXT
+        response = client.post("/v1/systemone", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 200, response.text
+    assert error_of(client.post("/v1/systemone", json={**asked, "seed": [0] * MAX_TEXT}))["message"].startswith("the request has more than 256 kB")
+
+
+def test_bytes_beside_images() -> None:
+    assert bytes_beside_images(b'{"data_base64" : "data:xyz", "b": "x"}') == len(b'{"data_base64" : "", "b": "x"}')
+    assert bytes_beside_images(b'{"data_base64": [1, 2], "b": "x"}') == len(b'{"data_base64": [1, 2], "b": "x"}')
+    assert bytes_beside_images(b'{"a": "data:xyz", "b": ["data:", 1]}') == len(b'{"a": "data:", "b": ["data:", 1]}')
+    assert bytes_beside_images(b'{"a": "data:x' + b"y" * 100) == len(b'{"a": "data:')
+    assert bytes_beside_images(rb'["\"data:xyz", 1, 2]') == len(rb'["\"data:", 1, 2]')
+    assert bytes_beside_images(b'"data:x"' * 3000) > 2000 * len(b'"data:x"')
+
+
+def test_a_large_body_does_not_stop_the_event_loop(client: httpx2.Client) -> None:
+    """Eight bodies of 36 MiB are read and validated while /health is asked."""
+    body = json.dumps({"support_set": "parts-set", "images": [url(b"\x89PNG" + bytes(9 * 2**20))] * 3}).encode()
+    with ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(client.post, "/v1/classify", content=body, headers={"Content-Type": "application/json"}) for _ in range(8)]
+        slowest = 0.0
+        while not all(request.done() for request in large):
+            began = time.monotonic()
+            assert client.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - began)
+    assert {request.result().status_code for request in large} <= {200, 429}
+    assert slowest < QUICK
+
+
+# Connections
+
+
+def connect(client: httpx2.Client, sent: bytes) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20)
+    made.sendall(sent)
+    return made
+
+
+HALF_SENT = {
+    "nothing": b"",
+    "headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-",
+    "body": b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+    "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "body of an answered request": b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("kind", HALF_SENT)
+def test_half_sent_requests_turn_nobody_away(client: httpx2.Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand of them, everybody got status 503, /health too."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 50)
+    before = connections.COUNTERS.connections_displaced
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(150):
+            opened.append(connect(client, HALF_SENT[kind]))
+        for path in ("/health", "/ready", "/v1/models"):
+            assert httpx2.get(f"{client.base_url}{path}", timeout=5).status_code == 200
+        assert connections.COUNTERS.connections_displaced - before >= 100
+    finally:
+        for one in opened:
+            one.close()
+
+
+@pytest.mark.parametrize("kind", ["nothing", "headers", "body", "body of an answered request"])
+def test_a_request_must_arrive_in_time(client: httpx2.Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then gains no time."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.4)
+    before = connections.COUNTERS.connections_late
+    with connect(client, HALF_SENT[kind]) as opened:
+        began = time.monotonic()
+        opened.settimeout(0.05)
+        received = b""
+        while True:
+            assert time.monotonic() - began < 5
+            try:
+                if kind != "nothing":
+                    opened.send(b"x")
+                part = opened.recv(1000)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if not part:
+                break
+            received += part
+    assert connections.COUNTERS.connections_late == before + 1
+    assert kind in {"body of an answered request"} or received.startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_goes_on_has_time(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow line is no attack: the time that a body has grows with what has arrived."""
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.3)
+    body = json.dumps({"support_set": "parts-set", "images": [url(png(3, (150, 100)))]}).encode()
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(client, head + f"Content-Length: {len(body)}\r\n\r\n".encode()) as opened:
+        step = len(body) // 8
+        for begin in range(0, len(body), step):
+            opened.sendall(body[begin : begin + step])
+            time.sleep(0.1)
+        assert opened.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's health is not one of them."""
+    monkeypatch.setattr(middleware, "MAX_CALLER_REQUESTS", 3)
+    opened = [connect(client, HALF_SENT["body"]) for _ in range(3)]
+    try:
+        until = time.monotonic() + 5
+        while (response := client.get("/v1/models")).status_code == 200 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    finally:
+        for one in opened:
+            one.close()
+    while client.get("/v1/models").status_code == 429:
+        assert time.monotonic() < until + 5
