@@ -217,7 +217,15 @@ def test_pictures_are_opened_in_one_place_and_of_one_list_of_formats() -> None:
     assert not opening
     formats = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "formats=FORMATS" in p.read_text()}
     assert formats == {"data/sources/images.py"}
-    shipped = {"pocket/parts.py", "pocket/products.py", "photo/build.py", "data/sources/pocket.py", "recipe/suites.py", "page/blocks.py"}
+    shipped = {
+        "pocket/parts.py",
+        "pocket/products.py",
+        "photo/build.py",
+        "data/sources/pocket.py",
+        "recipe/suites.py",
+        "page/blocks.py",
+        "page/visitors.py",
+    }
     own = {"reading.py", "files.py", "evaluate/caching.py", "checkpoints/exchange/ask_upstream.py", "recipe/shipped.py"}  # written by this package
     pattern = re.compile(r"json\.loads?\(|yaml\.(safe_load|load|compose)\(|\.read_text\(|\.read_bytes\(|ZipFile\(|gzip\.decompress")
     for path in PACKAGE.rglob("*.py"):
