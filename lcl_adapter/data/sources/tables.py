@@ -76,8 +76,8 @@ class Table:
         if self.label is None or len(image) != 1:
             return []
         try:
-            labels = json.loads(text)
-        except (ValueError, RecursionError):
+            labels = reading.parse_json(text)
+        except ValueError:
             return []
         if not isinstance(labels, dict) or {*self.wanted} & {*labels} or not all(PurePosixPath(name).suffix.lower() in SUFFIXES for name in labels):
             return []
