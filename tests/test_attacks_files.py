@@ -892,3 +892,10 @@ def test_an_adapter_under_a_name_that_no_route_reaches_is_refused(tmp_path: Path
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "0", "x"])
 def test_a_time_limit_is_a_number_of_seconds(pocket_tiny: Path, seconds: str) -> None:
     assert "--timeout" in refused("serve", pocket_tiny, "--timeout", seconds)
+
+
+def test_every_test_that_the_promises_name_is_there() -> None:
+    named = set(re.findall(r"\btest_[a-z0-9_]+\b(?!\.py)", (ROOT / "docs" / "security.md").read_text(encoding="utf-8")))
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10
+    assert not [name for name in named if f"def {name}(" not in there]
