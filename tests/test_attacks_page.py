@@ -160,11 +160,11 @@ def picture(colour: str = "red", kind: str = "PNG", **options: Any) -> bytes:
 # Other web pages
 
 ROUTES = [
-    ("GET", "/"), ("GET", "/config"), ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/support-sets"),
-    ("DELETE", "/v1/support-sets/x"), ("PUT", "/v1/support-sets/x"), ("POST", "/v1/classify"), ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/systemone"),
-    ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join"), ("GET", "/gradio_api/queue/data?session_hash=x"),
-    ("POST", "/gradio_api/cancel"), ("POST", "/login"), ("POST", "/logout"), ("OPTIONS", "/config"), ("OPTIONS", "/v1/support-sets"),
+    ("GET", "/"), ("GET", "/config"), ("GET", "/health"), ("GET", "/v1/models"),
+    ("GET", "/v1/support-sets"), ("DELETE", "/v1/support-sets/x"), ("PUT", "/v1/support-sets/x"), ("POST", "/v1/classify"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/systemone"), ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join"),
+    ("GET", "/gradio_api/queue/data?session_hash=x"), ("POST", "/gradio_api/cancel"), ("POST", "/login"), ("POST", "/logout"),
+    ("OPTIONS", "/config"), ("OPTIONS", "/v1/support-sets"),
 ]  # fmt: skip
 
 

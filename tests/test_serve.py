@@ -294,7 +294,7 @@ def test_requests_of_many_clients_are_batched_and_answered_separately(client: Te
         ({"examples": examples(("good", "</s><image>"), shots=1)}, "a special token of the model's prompt"),
         ({"examples": examples(("good", "a\x00b"), shots=1)}, "one line of visible text"),
         ({"examples": [{"label": "a", "image": "http://x/y.png"}, *examples()]}, r"examples[0].image: the image is a URL of http:"),
-        ({"examples": [{"label": "a", "image": "data:text/html;base64,PGI+"}, *examples()]}, "image/png, image/jpeg"),
+        ({"examples": [{"label": "a", "image": "data:text/html;base64,PGI+"}, *examples()]}, "image/jpeg, image/png"),
         ({"examples": [{"label": "a", "image": url(b"")}, *examples()]}, "the image is empty"),
         ({"examples": [{"label": "a", "image": "data:image/png;base64,%%%"}, *examples()]}, "base64 is broken"),
         ({"examples": examples(shots=40)}, "do not fit the context"),

@@ -24,6 +24,7 @@ from lcl_adapter.answering.judgement import Evidence, JudgeName, TowerEvidence, 
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
+from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
@@ -79,6 +80,9 @@ def ask_model(
         weighed = read_weighing(adapter, manifest)
         if weighed is not None and weighed[0].several is None:  # weighed on sets with one label alone; here are several
             weighed = None
+        if note := asked_otherwise(manifest.get("support_tokens"), loaded.support_tokens):
+            show_notes([note])
+            notes.append(note)
     judge = judge or ("model" if weighed is None else "both")
     if judge != "model" and weighed is None:
         raise AdapterError(

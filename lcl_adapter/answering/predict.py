@@ -360,7 +360,7 @@ class Predictor:
 
         logits_at: where logits are computed: a mask, the last so many tokens, or 0 for all of them.
         """
-        pictures = [picture for turn in turns for picture in turn.pictures]
+        pictures = self.encoder.pictures(turns)
         images = {"mm_encoder_outputs": self.vision.projected_features(pictures)} if pictures else {}
         outputs = self.base.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=logits_at, **images

@@ -10,7 +10,6 @@ refused.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -49,7 +48,9 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     model's own are sharded among processes. Raises RunError where the disk is full.
     """
     assert isinstance(base.model, PeftModel)
-    own = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
+    own: dict[str, Any] = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
+    if base.support_tokens:
+        own["support_tokens"] = base.support_tokens
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -74,7 +75,7 @@ def manifest_of(folder: Path, checkpoint: Checkpoint, family: Family, name: str,
         "tiles": False,
         **facts,
         "libraries": versions(),
-        "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES},
+        "files": {file: sha256_of(folder / file) for file in FILES},
     }
 
 
@@ -157,15 +158,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, dict[str, Any]]:
     """The base that an adapter belongs to, with the adapter attached, ready to predict; and the manifest.
 
-    base: replaces the manifest's values, for a base that has moved or another precision. Either layout works; the hash
-    of the weights must be the same. On Apple's GPUs the precision is fp16, where none is given.
+    base: replaces the manifest's values, for a base that has moved, another precision or other tokens of a support picture.
+    Either layout works; the hash of the weights must be the same. On Apple's GPUs the precision is fp16, where none is given.
 
     Raises AdapterError where the base is another one.
     """
     folder = adapter_folder(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
-    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation}
+    tokens = base.support_tokens or manifest.get("support_tokens")
+    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens}
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):

@@ -10,8 +10,8 @@ Shapes: B rows, T tokens of a row, X coordinates of a position (time, row, colum
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -32,7 +32,8 @@ Position = int | tuple[int, int, int]
 class Encoded:
     """One row of T tokens, without padding.
 
-    ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T.
+    ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T. ``pictures`` say themselves
+    to how many tokens they are pooled.
     """
 
     ids: list[int]
@@ -52,7 +53,8 @@ class Encoder:
 
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
     grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
-    window, which limits a row if it is shorter than the context.
+    window, which limits a row if it is shorter than the context. support_tokens: of a picture that is shown with a label;
+    None for as many as any other has.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Encoder:
         context: int,
         grid: tuple[int, int] | None = None,
         window: int | None = None,
+        support_tokens: int | None = None,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image = list(image)
+        self.support_tokens = support_tokens
         self.context = min(context, window or context)
         self.window = window
         self.grid = grid
@@ -115,7 +119,26 @@ class Encoder:
 
     @property
     def tokens_an_image(self) -> int:
+        """Of a picture that is asked about."""
         return len(self.image)
+
+    def tokens_of(self, picture: Picture) -> int:
+        """The number of tokens of a picture that :meth:`pictures` returned."""
+        return picture.tokens or self.tokens_an_image
+
+    def pictures(self, turns: Iterable[Turn]) -> tuple[Picture, ...]:
+        """The pictures of turns, in the order of their tokens. Those that are pooled say to how many."""
+        pooled = self.support_tokens
+        return tuple(replace(picture, tokens=pooled) if turn.shown and pooled else picture for turn in turns for picture in turn.pictures)
+
+    def image_tokens(self, turns: Iterable[Turn]) -> int:
+        """How many tokens the pictures of turns have together."""
+        return sum(map(self.tokens_of, self.pictures(turns)))
+
+    @property
+    def image_sizes(self) -> str:
+        """The tokens of an image, for messages."""
+        return f"{self.tokens_an_image}" + (f", {self.support_tokens} where shown with a label" if self.support_tokens else "")
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has. The texts contain no image."""
@@ -151,13 +174,13 @@ class Encoder:
             self._refuse_special_tokens(turn)
         rendered = self.family.render(turns, opened, first)
         if first:
-            ids, labels = self._encode(rendered)
+            ids, labels = self._encode(rendered, turns)
             return self.bos + ids, [IGNORED] * len(self.bos) + labels
         # A tokenizer can split the beginning of a text differently after other text: tokenise it behind the end token,
         # then drop that.
         shift = len(self.family.end)
         shifted = Rendered(self.family.end + rendered.text, tuple((a + shift, b + shift) for a, b in rendered.learned))
-        ids, labels = self._encode(shifted)
+        ids, labels = self._encode(shifted, turns)
         return ids[1:], labels[1:]
 
     def conversation(self, conversation: Conversation) -> Encoded:
@@ -177,14 +200,14 @@ class Encoder:
             positions += self.positions(more_ids, next_position)[0]
         longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
         if longest > self.context:
-            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.tokens_an_image}) do not fit the {self.limit}"
+            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.image_sizes}) do not fit the {self.limit}"
             remedy = (
                 "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else "Shorten it, or set `on_fault: skip` for its source."
             )
             raise EpisodeError(f"{conversation.origin}: {fault}. {remedy}")
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
-        return Encoded(ids, labels, branch, positions, conversation.pictures)
+        return Encoded(ids, labels, branch, positions, self.pictures(conversation.turns))
 
     def _turns_of(self, conversation: Conversation, turns: Sequence[Turn], first: bool = True) -> tuple[list[int], list[int]]:
         """As :meth:`turns`. The error names the conversation."""
@@ -193,18 +216,21 @@ class Encoder:
         except DataError as error:
             raise DataError(f"{conversation.origin}: {error}") from error
 
-    def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
-        """Ids and labels of a rendered text. A token is learned where its last character is in a learned part.
+    def _encode(self, rendered: Rendered, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        """Ids and labels of rendered turns. A token is learned where its last character is in a learned part.
 
         Raises DataError where a learned part begins or ends inside a token.
         """
         ids: list[int] = []
         labels: list[int] = []
         start = 0  # of the current part, in characters
+        pictures = iter(self.pictures(turns))
         for number, part in enumerate(rendered.text.split(IMAGE)):
             if number:
-                ids += self.image
-                labels += [IGNORED] * len(self.image)
+                tokens = next(pictures).tokens
+                image = [self.image_token_id] * tokens if tokens else self.image
+                ids += image
+                labels += [IGNORED] * len(image)
                 start += len(IMAGE)
             part_ids, ends = self._part(part)
             for a, b in rendered.learned:

@@ -26,6 +26,7 @@ from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.layouts.checkpoint import faults_of
 from lcl_adapter.base.layouts.configs import LLAVA_TYPES, TILED_TYPES
 from lcl_adapter.base.layouts.keys import DROPPED, language_path, skeleton
+from lcl_adapter.base.pooling import support_tokens
 from lcl_adapter.base.precision import TYPES, check_quantised, choose_precision, compute_type, quantisation
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import default_device
@@ -48,6 +49,7 @@ class Base:
     family: Family
     precision: Precision
     tiles: bool = False
+    support_tokens: int | None = None  # of a picture that is shown with a label; None for all of them
 
     @property
     def llava(self) -> Any:
@@ -86,7 +88,14 @@ class Base:
         return dtype
 
     def encoder(self) -> Encoder:
-        return _encoder(self.checkpoint, self.family, self.tiles)
+        return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens)
+
+    def with_support_tokens(self, tokens: int | None) -> Base:
+        """The same model, with so many tokens for a picture that is shown with a label; None for all of them.
+
+        Raises ModelError where it cannot have so many.
+        """
+        return replace(self, support_tokens=tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens)
 
     def with_model(self, model: Any) -> Base:
         return replace(self, model=model)
@@ -168,11 +177,13 @@ def load_encoder(base: BaseRef | str) -> Encoder:
     Raises ModelError as :func:`load_base` does.
     """
     checkpoint = open_checkpoint(base)
+    ref = BaseRef.of(base)
     with faults_of(checkpoint.folder, "files do not make a prompt"):
-        return _encoder(checkpoint, family_of(checkpoint), bool(BaseRef.of(base).tiles))
+        return _encoder(checkpoint, family_of(checkpoint), bool(ref.tiles), ref.support_tokens)
 
 
-def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
+def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | None) -> Encoder:
+    """asked: tokens of a support picture, None for all. Raises ModelError where it cannot have so many."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     grid = None
     if isinstance(family, chat_template.ChatTemplate):
@@ -183,9 +194,9 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool) -> Encoder:
             grid = (side, side)
     else:
         image = [config.image_token_id] * tokens_an_image(config, tiles)
-    return Encoder(
-        family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid, attention_window(config.get_text_config())
-    )
+    pooled = support_tokens(config, len(image), asked, tiles, checkpoint.folder)
+    window = attention_window(config.get_text_config())
+    return Encoder(family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid, window, pooled)
 
 
 def load_base(base: BaseRef | str) -> Base:
@@ -202,7 +213,7 @@ def load_base(base: BaseRef | str) -> Base:
     checkpoint = open_checkpoint(ref)
     with faults_of(checkpoint.folder, "files do not make a prompt"):
         config, family = with_full_attention(checkpoint.config), family_of(checkpoint)
-        _encoder(checkpoint, family, tiles and config.model_type in TILED_TYPES)
+        pooled = _encoder(checkpoint, family, tiles and config.model_type in TILED_TYPES, ref.support_tokens).support_tokens
     if tiles and config.model_type not in TILED_TYPES:
         raise ModelError(
             f"base {checkpoint.folder}: `tiles` is for LLaVA-NeXT and OneVision; a {config.model_type!r} model reads a picture whole. Remove it."
@@ -256,7 +267,7 @@ def load_base(base: BaseRef | str) -> Base:
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     read_masks(model, attention)
-    return Base(model, checkpoint, family, precision, tiles)
+    return Base(model, checkpoint, family, precision, tiles, pooled)
 
 
 def lora_targets(model: nn.Module) -> str:

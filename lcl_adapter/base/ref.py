@@ -19,6 +19,7 @@ class BaseRef:
     tower: the vision tower's folder, where the one in an original config is not on this machine.
     tiles: for LLaVA-NeXT and OneVision, reads pictures at twice the size in tiles; off by default.
     attn_implementation: how attention is computed; SDPA by default.
+    support_tokens: of a picture that is shown with a label; all of them by default.
     """
 
     name: str | None = None
@@ -27,12 +28,16 @@ class BaseRef:
     tower: str | None = None
     tiles: bool | None = None
     attn_implementation: Attention | None = None
+    support_tokens: int | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
         """The reference of a base's name or of a recipe; a reference is returned unchanged."""
         if isinstance(base, Recipe):
-            return cls(base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation)
+            return cls(
+                base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
+                support_tokens=base.image_tokens.support,
+            )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 
     def defaulting_to(self, **values: Any) -> BaseRef:

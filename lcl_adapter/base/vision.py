@@ -28,6 +28,7 @@ from lcl_adapter import processes
 from lcl_adapter.base.families.chat_template import preprocess
 from lcl_adapter.base.layouts.configs import NEXT, TILED_TYPES
 from lcl_adapter.base.model import Base, side_of
+from lcl_adapter.base.pooling import pool
 from lcl_adapter.data.sources import Picture, read_image
 
 BATCH = 32  # pictures that go through the tower at a time
@@ -36,8 +37,10 @@ BATCH = 32  # pictures that go through the tower at a time
 def _projector_type(projector: Any) -> torch.dtype:
     """The type that the projector computes in: its trained copy's, where it has one and that is switched on."""
     trained = getattr(projector, "modules_to_save", None)
-    if trained and not projector.disable_adapters:
-        projector = trained[projector.active_adapters[0]]
+    # An adapter that trains no projector may be active beside one that does
+    active = [trained[name] for name in projector.active_adapters if name in trained] if trained else []
+    if active and not projector.disable_adapters:
+        projector = active[0]
     elif trained is not None:
         projector = projector.original_module
     dtype: torch.dtype = next(projector.parameters()).dtype
@@ -63,6 +66,22 @@ def blank_picture() -> Picture:
     png = io.BytesIO()
     Image.new("RGB", (8, 8), "grey").save(png, "PNG")
     return Picture(Path("blank.png"), data=png.getvalue())
+
+
+def _whole(picture: Picture) -> Picture:
+    """The picture with all its tokens."""
+    return picture if picture.tokens is None else replace(picture, tokens=None)
+
+
+def _pooled(features_NTD: torch.Tensor, rows: Sequence[int], pictures: Sequence[Picture]) -> list[torch.Tensor]:
+    """The features of each picture, pooled to its tokens. rows: the picture's place among the features."""
+    features: list[torch.Tensor] = [features_NTD] * len(rows)
+    for tokens in {picture.tokens for picture in pictures}:
+        places = [place for place, picture in enumerate(pictures) if picture.tokens == tokens]
+        chosen_NTD = features_NTD[torch.tensor([rows[place] for place in places], device=features_NTD.device)]
+        for place, own_TD in zip(places, chosen_NTD if tokens is None else pool(chosen_NTD, tokens), strict=True):
+            features[place] = own_TD
+    return features
 
 
 class _ProjectorReachedError(Exception):
@@ -126,6 +145,7 @@ class VisionFeatures:
 
         For a model without a projector of its own: the output of its whole vision part, [N, 1, P, D].
         """
+        pictures = [_whole(picture) for picture in pictures]
         blends = [(row, *picture.blend) for row, picture in enumerate(pictures) if picture.blend is not None]
         if not blends:
             return self._unblended_features(pictures)
@@ -165,7 +185,7 @@ class VisionFeatures:
         return self.tower_features(pictures).flatten(1, 2)
 
     def projected_features(self, pictures: Sequence[Picture], noise: float = 0.0) -> dict[str, BaseModelOutputWithPooling]:
-        """``mm_encoder_outputs`` for the model's forward: [T, D] for each picture.
+        """``mm_encoder_outputs`` for the model's forward: [T, D] for each picture, fewer tokens where it is pooled.
 
         Without noise, each distinct picture is projected once.
 
@@ -175,18 +195,17 @@ class VisionFeatures:
         if not pictures:
             return {}
         # With noise, each occurrence of a picture gets noise of its own.
-        inputs = list(pictures) if noise else list(dict.fromkeys(pictures))
+        inputs = list(pictures) if noise else list(dict.fromkeys(map(_whole, pictures)))
         features_NSPC = self.tower_features(inputs)
         projector = self.base.llava.model.multi_modal_projector if self.base.own_projector else None
         features_NSPC = features_NSPC.to(self.base.dtype if projector is None else _projector_type(projector))
         if noise:
             features_NSPC = features_NSPC + noise * features_NSPC.std((0, 1, 2)) * torch.randn_like(features_NSPC)
         features_NTD = self._join_tiles(features_NSPC if projector is None else projector(features_NSPC))
-        if not noise:
-            row_of = {picture: row for row, picture in enumerate(inputs)}
-            features_NTD = features_NTD[torch.tensor([row_of[p] for p in pictures], device=features_NTD.device)]
-        features_NTD = features_NTD.to(self.base.dtype)  # a trained projector is in fp32, whatever the base is in
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features_NTD))}  # type: ignore[arg-type]
+        row_of = {picture: row for row, picture in enumerate(inputs)}
+        rows = list(range(len(pictures))) if noise else [row_of[_whole(picture)] for picture in pictures]
+        features = [f.to(self.base.dtype) for f in _pooled(features_NTD, rows, pictures)]  # a trained projector is in fp32, whatever the base is in
+        return {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
 
     def zero_term(self) -> torch.Tensor:
         """A scalar 0 that depends on tower and projector, for a batch without pictures.

@@ -72,7 +72,7 @@ def probe(base: Base, probes: Probes) -> Answers:
     logits = []
     for support, query in probes:
         ids = encoder.turns([*support, query], opened=True)[0]
-        pictures = [turn.picture for turn in (*support, query) if turn.picture is not None]
+        pictures = encoder.pictures([*support, query])
         positions: dict[str, Any] = {}
         if encoder.grid is not None:
             positions["position_ids"] = torch.tensor([encoder.positions(ids)[0]]).permute(2, 0, 1).to(base.device)

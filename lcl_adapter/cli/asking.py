@@ -45,6 +45,7 @@ def write_results(ask: Callable[[], Judged], out: Path) -> Judged:
     "--base",
     "The base to ask [default: the adapter's own, or pocket].",
     precision="Precision of the base [default: the adapter's own, or auto].",
+    support_tokens="Tokens of a photo of SUPPORT, pooled, for instance 64 of 576 [default: as the adapter was trained, or all].",
 )
 @click.option("--shots", type=click.IntRange(1), help="At most this many photos of each class.")
 @click.option("--question", help="Ask this about the queries, instead of the recipe's question.")
@@ -97,7 +98,10 @@ def ask(
             ask_model, support, queries, adapter=adapter, base=base, shots=shots, question=question, compare=compare, brief=brief, judge=judge
         )
     else:
-        local = {"--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision}
+        local: dict[str, object] = {
+            "--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision,
+            "--support-tokens": base.support_tokens,
+        }  # fmt: skip
         if given := [name for name, value in local.items() if value is not None]:
             raise click.UsageError(f"{', '.join(given)}: with --endpoint, the model is the server's; name it with --model.")
         if judge not in {None, "model"}:

@@ -190,6 +190,7 @@ def merge(run: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def _print_merge(result: dict[str, Any], name: str) -> None:
     """How far the merged weights and answers are from the adapter's."""
+    show_notes(result.get("notes", ()))
     written = f"{result['layout']} layout, {result['dtype']}, {result['bytes'] / 1e9:.2f} GB in {result['shards']} file(s)"
     results().print(f"{name}: {written}", highlight=False, markup=False)
     share, place = result["smallest_recovered_share"], result["smallest_recovered_share_in"]
@@ -251,6 +252,7 @@ def convert(source: BaseRef | str, out: Path, **options: Any) -> dict[str, Any]:
 def export(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str, Any]:
     """Write an adapter for upstream LLaVA, and print how to ask it there."""
     result = exchange.export_adapter(run, out, base)
+    show_notes(result.get("notes", ()))
     results().print(
         f"{out}: {_exported_parts(result)}, read again and equal; ask it in upstream's environment with {out / 'ask_upstream.py'}",
         highlight=False,
@@ -265,6 +267,7 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, **options: 
     options: those of ``lcl_adapter.checkpoints.exchange.export_for_vllm``.
     """
     result = exchange.export_for_vllm(run, out, base, **options)
+    show_notes(result.get("notes", ()))
     results().print(f"{out}: {result['layers']} layers, read again and equal; {out / 'serve.sh'} BASE serves it", highlight=False, markup=False)
     return result
 

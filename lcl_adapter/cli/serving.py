@@ -89,7 +89,11 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--timeout", type=Seconds(), default=120.0, show_default=True, help="Time limit of a request, in seconds."),
         store_option,
-        base_options("BASE", precision="Precision of the base [default: auto]."),
+        base_options(
+            "BASE",
+            precision="Precision of the base [default: auto].",
+            support_tokens="Tokens of a photo that is shown with a label, for every model [default: as each adapter was trained; the base: all].",
+        ),
     )
     for option in reversed(options):
         wrapped = option(wrapped)

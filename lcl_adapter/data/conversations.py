@@ -8,7 +8,7 @@ same turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Turn:
     further: more pictures of the same message. Then each ``<image>`` in the text marks the place of one picture, the
     first included.
     unfinished: the answer was cut; the token that ends it is not learned.
+    shown: the picture is shown with a label, and is not asked about. It may have fewer tokens.
     """
 
     role: str  # "user" or "assistant"; "text" is plain text, outside of any chat
@@ -33,6 +34,7 @@ class Turn:
     learn: bool = False
     further: tuple[Picture, ...] = ()
     unfinished: bool = False
+    shown: bool = False
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -51,10 +53,14 @@ class Conversation:
     origin: str
 
     @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The shared turns, then those of each branch."""
+        return (*self.shared, *(turn for branch in self.branches for turn in branch))
+
+    @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Every picture, in the order of the tokens: those of the shared turns, then those of each branch."""
-        turns = [*self.shared, *(turn for branch in self.branches for turn in branch)]
-        return tuple(picture for turn in turns for picture in turn.pictures)
+        """Every picture, in the order of the tokens."""
+        return tuple(picture for turn in self.turns for picture in turn.pictures)
 
 
 WORDINGS = {
@@ -82,7 +88,7 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
     learn_support = episode.learned is LearnedAnswers.REPEATED
     known_labels: set[str] = set()
     for position, example in enumerate(episode.support):
-        shared.append(Turn("user", wording.support_question(first=position == 0), example.picture))
+        shared.append(Turn("user", wording.support_question(first=position == 0), example.picture, shown=True))
         # The model cannot know a label before it was shown: the first mention of a label is never learned.
         learn = learn_support and example.label in known_labels
         shared.append(Turn("assistant", wording.answered(example.label), learn=learn))
@@ -107,8 +113,17 @@ def support_turns(labelled: Sequence[tuple[Picture, str]], wording: Wording | No
     turns: list[Turn] = []
     for position, index in enumerate(shown_order(len(labelled))):
         picture, label = labelled[index]
-        turns += [Turn("user", wording.support_question(position == 0), picture), Turn("assistant", wording.answered(label))]
+        turns += [Turn("user", wording.support_question(position == 0), picture, shown=True), Turn("assistant", wording.answered(label))]
     return tuple(turns)
+
+
+def shown_before(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """A chat's turns. Where the last one asks about a picture of its own, the earlier pictures are shown for it, as those of
+    a support set are.
+    """
+    if not turns or not turns[-1].pictures:
+        return tuple(turns)
+    return (*(replace(turn, shown=True) if turn.pictures else turn for turn in turns[:-1]), turns[-1])
 
 
 def to_conversation(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:

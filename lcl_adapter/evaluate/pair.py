@@ -28,7 +28,8 @@ class ModelPair:
     """The base and the adapter, as functions that answer requests.
 
     vision: the base's tower for the baselines, None if a server holds the models. identity: which models these are, as
-    JSON: the precision and the device of a base on this machine, or the names on a server. Cached figures depend on it.
+    JSON: the precision, the device and the support tokens of a base on this machine, or the names on a server. Cached
+    figures depend on it.
     weighing, tower: of judgements by model and tower; None where no weights were fitted. notes: what a user should know
     about a server's answers; it grows with the requests.
     """
@@ -50,7 +51,7 @@ class ModelPair:
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 
         base = predictor.base
-        identity = [base.precision, str(base.dtype), base.device.type]
+        identity: list[Any] = [base.precision, str(base.dtype), base.device.type, *([base.support_tokens] if base.support_tokens else [])]
         if weighed is None:
             return cls(without_adapter, predictor.run, predictor.vision, identity)
         weighing, statistics_2C = weighed

@@ -18,6 +18,7 @@ from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.model import Base
+from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture, read_image
@@ -32,7 +33,7 @@ from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity,
 from lcl_adapter.evaluate.weighing import evidence_of, weigh
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
-from lcl_adapter.terminal import console
+from lcl_adapter.terminal import console, show_notes
 
 CACHE = "evaluation"
 
@@ -62,8 +63,12 @@ def evaluate(
 
     Raises AdapterError, RecipeError, DataError; with ``served`` EndpointError, MissingError, RequestError.
     """
-    loaded, manifest = (None, read_manifest(run)) if served else load_adapter(run, base)
+    manifest = read_manifest(run)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
+    # The recipe as it is overridden; an imported run has no such value of its own
+    loaded = None if served else load_adapter(run, base.defaulting_to(support_tokens=recipe.image_tokens.support))[0]
+    if loaded is not None and (note := asked_otherwise(manifest.get("support_tokens"), loaded.support_tokens)):
+        show_notes([note])
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)
@@ -93,6 +98,7 @@ def evaluate(
         "seed": recipe.evaluate.seed if seed is None else seed,
         "limit": limit,
         **served_models,
+        **({"support_tokens": loaded.support_tokens} if loaded is not None and loaded.support_tokens else {}),
         "suites": rows,
         "retention": retention_of(falls, recipe),
     }

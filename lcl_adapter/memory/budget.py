@@ -88,7 +88,7 @@ class Work:
 
     Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture. cached: distinct
     pictures of the whole run, whose features stay in the cache. copies: of the learned tokens' logits, with their
-    probabilities and gradients.
+    probabilities and gradients. pooled: pictures that are projected whole before they are pooled.
     """
 
     rows: int
@@ -98,6 +98,7 @@ class Work:
     tiles: int = 1
     cached: int = 0
     copies: int = 4
+    pooled: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
         saved + adapter_gradients if train.gradient_accumulation_steps > 1 else max(saved, adapter_gradients),
         trained * size if autocast else 0,  # the adapter in 16 bits
         features(shape, size, work.pictures * work.tiles),
+        projected(shape, size, work.pooled),
         2 * tokens * shape.d * size,  # embedded tokens
         gradients,
         mask + masks,
@@ -238,6 +240,11 @@ def features(shape: Shape, size: int, tiles: int) -> int:
     return tiles * shape.tower_tokens * max(1, shape.tower_width) * size
 
 
+def projected(shape: Shape, size: int, pictures: int) -> int:
+    """What the projector computes for so many pictures, with all their tokens: its hidden states and its output."""
+    return 2 * pictures * shape.tower_tokens * shape.d * size
+
+
 def tower(shape: Shape, size: int, work: Work) -> int:
     """A batch of pictures in the frozen tower: pixels, hidden states, and one layer's activations."""
     count = min(BATCH, work.pictures) * work.tiles
@@ -247,11 +254,19 @@ def tower(shape: Shape, size: int, work: Work) -> int:
 
 
 def answering(
-    shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, load: Load, pictures: int, beside: Mapping[str, int] | None = None
+    shape: Shape,
+    precision: Precision,
+    device: str,
+    adapter: AdapterOptions,
+    load: Load,
+    pictures: int,
+    beside: Mapping[str, int] | None = None,
+    pooled: int = 0,
 ) -> Forecast:
     """Peak of answering questions.
 
-    pictures: distinct ones of a batch. beside: what else is in memory, for instance the optimiser while training.
+    pictures: distinct ones of a batch. beside: what else is in memory, for instance the optimiser while training. pooled:
+    pictures that are projected whole before they are pooled.
     """
     size = width(precision, device)
     behind = load.packed + load.generated
@@ -266,7 +281,7 @@ def answering(
     moments = {
         "loading": _loading(shape, precision, device),
         "vision tower at work": tower(shape, size, work),
-        "reading": reading(shape, size, load) + features(shape, size, pictures),
+        "reading": reading(shape, size, load) + features(shape, size, pictures) + projected(shape, size, pooled),
     }
     return Forecast(parts, moments)
 
@@ -292,4 +307,5 @@ def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0, near_base: bo
         tiles=5 if tiles else 1,
         cached=cached,
         copies=5 if near_base else 4,
+        pooled=rows * len({picture for picture in row.pictures if picture.tokens is not None}),
     )

@@ -130,14 +130,16 @@ class Plan:
 
     def _forecast(self, load: Load, beside: Mapping[str, int]) -> budget.Forecast:
         pictures = load.sets * self.case.pictures
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, pictures, beside)
+        pooled = pictures if self.collator.encoder.support_tokens else 0
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, pictures, beside, pooled)
 
     def serving(self) -> budget.Forecast:
         """One support set as long as the longest row's, and its questions."""
         support = self.row.branch.count(0) or len(self.row)
         question = max(1, len(self.row) - support)
         load = Load(1, support, question, 1).times(1, QUESTIONS_PER_PASS)
-        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, 8)
+        pooled = sum(picture.tokens is not None for picture in self.row.pictures)
+        return budget.answering(self.shape, self.precision, self.device, self.recipe.adapter, load, max(8, pooled), pooled=pooled)
 
     def forecasts(self) -> dict[str, budget.Forecast]:
         """By what the recipe does. All but ``serving`` are part of ``train``."""
@@ -173,6 +175,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
         "memory": memory,
         "precision": plan.precision,
         "tokens_an_image": encoder.tokens_an_image,
+        **({"support_tokens": encoder.support_tokens} if encoder.support_tokens else {}),
         "longest_row": len(plan.row),
         "images_in_it": len(plan.row.pictures),
         "context": encoder.context,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcl_adapter import reading
 from lcl_adapter.answering import api_types
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member
@@ -69,7 +70,7 @@ def picture_of(path: str | Path) -> Picture:
     """
     path = Path(path)
     try:
-        return Picture(Path(path.name), data=path.read_bytes() or b"\0")
+        return Picture(Path(path.name), data=reading.read_bytes(path) or b"\0")
     except OSError as error:
         raise DataError(f"{path.name}: the file was deleted in the meantime; add the photo again.") from error
 

@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin
 
 from lcl_adapter import reading
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.data.sources.images import MAX_PIXELS
+from lcl_adapter.data.sources.images import MAX_PIXELS, open_image
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve.images import Bounds, check
 
@@ -117,10 +117,10 @@ def encode(picture: Picture) -> tuple[bytes, str]:
 def _jpeg_tables(data: bytes) -> dict[str, object]:
     """A JPEG's quantization tables and subsampling, as Pillow's options. Empty: not a JPEG."""
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
+        with open_image(data) as opened:
             if not isinstance(opened, JpegImagePlugin.JpegImageFile) or not opened.quantization:
                 return {}
             subsampling = JpegImagePlugin.get_sampling(opened)
             return {"qtables": opened.quantization, "subsampling": max(subsampling, 0)}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, Image.DecompressionBombError):
         return {}

@@ -34,6 +34,16 @@ class DataOptions(Options):
     on_fault: Literal["skip", "refuse"] = Field("skip", description="at a bad picture: replace its row and count it, or stop")
 
 
+class ImageTokens(Options):
+    """How many tokens a picture has. The one that is asked about has all of them."""
+
+    support: int | None = Field(
+        None,
+        ge=1,
+        description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default",
+    )
+
+
 class AdapterOptions(Options):
     """LoRA on the language model's attention and MLP projections, by full module path."""
 
@@ -131,6 +141,7 @@ class Recipe(Options):
     attn_implementation: Attention = Field("sdpa", description="how attention is computed in training; flash_attention needs flash-attn and a GPU")
     vision_tower: str | None = Field(None, description="the vision tower's folder, if a base in the original layout does not contain it")
     tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: read pictures in tiles at twice the size; about five times the tokens")
+    image_tokens: ImageTokens = ImageTokens()
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()

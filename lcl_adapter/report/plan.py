@@ -21,7 +21,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         table.add_row(f"  or {moment}", *(_marked_size(f["moments"].get(moment), f["moments"]) for f in forecasts.values()), style="dim")
     table.add_row("peak", *(_size(f["total"]) for f in forecasts.values()), style="bold")
     results().print(table)
-    images = f"{plan['images_in_it']} images of {plan['tokens_an_image']}"
+    pooled = f", {plan['support_tokens']} where shown with a label" if "support_tokens" in plan else ""
+    images = f"{plan['images_in_it']} images of {plan['tokens_an_image']}{pooled}"
     rows = f"longest row {plan['longest_row']:,} tokens with {images}; context {plan['context']:,}"
     results().print(rows, highlight=False)
     device = "GPU" if plan["device"] == "cuda" else "CPU"

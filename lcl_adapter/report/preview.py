@@ -62,8 +62,9 @@ def pieces_of(encoded: Encoded, collator: Collator) -> tuple[Piece, ...]:
         token, branch = encoded.ids[position], encoded.branch[position]
         if token == encoder.image_token_id:
             close()
-            pieces.append(Piece(branch, picture=next(pictures)))
-            position += encoder.tokens_an_image
+            picture = next(pictures)
+            pieces.append(Piece(branch, picture=picture))
+            position += encoder.tokens_of(picture)
             continue
         now = (branch, encoded.labels[position] != IGNORED)
         if now != state:

@@ -9,9 +9,11 @@ from typing import Any
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base
+from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.errors import AdapterError
 from lcl_adapter.serve.images import digest_of
+from lcl_adapter.terminal import show_notes
 
 
 def matching_manifest(folder: Path, base: Base) -> dict[str, Any]:
@@ -29,10 +31,29 @@ def matching_manifest(folder: Path, base: Base) -> dict[str, Any]:
     return manifest
 
 
-def identity_of(manifest: dict[str, Any]) -> str:
-    """A hash of the weights, base's and adapter's, and of those of its judgements."""
+def identity_of(manifest: dict[str, Any], support_tokens: int | None = None) -> str:
+    """A hash of the weights, base's and adapter's, of those of its judgements, and of the tokens of a support picture."""
     judgement = [manifest["judgement"]] if manifest.get("judgement") else []
-    return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement], sort_keys=True).encode())
+    pooled = [support_tokens] if support_tokens else []
+    return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement, *pooled], sort_keys=True).encode())
+
+
+def support_tokens_of(name: str, manifest: dict[str, Any], base: Base, same_for_all: bool) -> int | None:
+    """The tokens of a support picture for an adapter, None for all of them: as it was trained or, with ``same_for_all``, the base's.
+
+    Prints a note where the two differ.
+    """
+    trained = manifest.get("support_tokens")
+    tokens = base.support_tokens if same_for_all else base.with_support_tokens(trained).support_tokens
+    if note := asked_otherwise(trained, tokens):
+        show_notes([f"{name}: {note}"])
+    return tokens
+
+
+def base_identity(base: Base) -> str:
+    """A hash of the base's weights, and of the tokens of a support picture where they are pooled."""
+    weights = base.checkpoint.hash()
+    return digest_of(f"{weights} {base.support_tokens}".encode()) if base.support_tokens else weights
 
 
 def check_effect(base: Base, peft_name: str, folder: Path) -> None:

@@ -238,7 +238,7 @@ def _with_options(question: Question, basis: Basis, where: str) -> Question:
 
 
 def _identity(turn: Turn) -> tuple[Any, ...]:
-    return turn.role, turn.text, [picture.path.name for picture in turn.pictures]
+    return turn.role, turn.text, turn.shown, [picture.path.name for picture in turn.pictures]
 
 
 def _opening(turn: Turn | None) -> Marked:

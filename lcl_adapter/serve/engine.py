@@ -27,24 +27,21 @@ from lcl_adapter import devices
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.judgement import read_weighing
-from lcl_adapter.answering.predict import Predictor, Question, Reply
-from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import unit_vectors
-from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import judging
-from lcl_adapter.serve.adapters import check_effect, identity_of, matching_manifest
+from lcl_adapter.serve.adapters import base_identity, check_effect, identity_of, matching_manifest, support_tokens_of
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
 from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
 from lcl_adapter.serve.model import Model
+from lcl_adapter.serve.predictors import Predictors
 
-VISION_CACHE_BYTES = 64 * 2**20  # vision features that are cached between requests
-MAX_DECODED = 4  # decoded pictures in memory at a time; one padded to a square can have 200 MB
 MAX_BATCH_TOKENS = 8192  # tokens of the questions in a batch; the attention mask grows with their square
 STOPPING_RETRY = 5  # seconds after which a client may ask again when the server stops
 
@@ -64,14 +61,16 @@ class Engine:
     """The model, its thread and its queue.
 
     memory: bytes for cached sets. queue: jobs that may wait. pack: questions in a batch. name: the base's, for clients.
+    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained.
     """
 
-    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base") -> None:
-        self.base = base
+    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None) -> None:
+        self.base = base if support_tokens is None else base.with_support_tokens(support_tokens)
+        self._same_for_all = support_tokens is not None
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
-        self.models: dict[str, Model] = {name: Model(name, wording, identity=base.checkpoint.hash())}
+        self.models: dict[str, Model] = {name: Model(name, wording, identity=base_identity(self.base), support_tokens=self.base.support_tokens)}
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
@@ -81,7 +80,7 @@ class Engine:
         self._stopping = False
         self._adapters_loaded = 0
         self._seconds_per_job = 0.05  # a running mean
-        self._predictor = self._new_predictor(base)
+        self._set_predictor()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> Engine:
@@ -288,11 +287,12 @@ class Engine:
         self.base.model.set_adapter(model.adapter, inference_mode=True)
         return nullcontext()
 
-    def prefill(self, turns: Sequence[Turn]) -> Prefilled:
-        """Read a support set. Cached sets are evicted first if there is not enough memory for both."""
+    def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
+        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both."""
+        predictor = self._predictors.of(self.find(name))
         if turns:
-            self.cache.make_room(len(self._predictor.encoder.turns(turns)[0]))
-        return self._predictor.prefill([turns])
+            self.cache.make_room(len(predictor.encoder.turns(turns)[0]))
+        return predictor.prefill([turns])
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Score the worded labels of each question by one prefilled set."""
@@ -301,7 +301,7 @@ class Engine:
     def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Judge by labelled photos that are not cached. The model of this name must be in use."""
         model, vision = self.find(name), self._predictor.vision
-        return judging.judged(model, judging.shown_labels(model, turns, vision), questions, self.ask(self.prefill(turns), questions), vision)
+        return judging.judged(model, judging.shown_labels(model, turns, vision), questions, self.ask(self.prefill(name, turns), questions), vision)
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""
@@ -313,7 +313,7 @@ class Engine:
         if key is not None and (cached := self.cache.get(key)) is not None:
             return cached
         turns = job.support()
-        prefilled = self.prefill(turns)
+        prefilled = self.prefill(job.model, turns)
         needs_vectors = bool(job.answers and job.judged) or key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
@@ -363,9 +363,10 @@ class Engine:
             if not job.future.done():
                 job.future.set_result("length")
 
-    def _new_predictor(self, base: Base) -> Predictor:
-        vision = VisionFeatures(base, limit=VISION_CACHE_BYTES, batch=MAX_DECODED)
-        return Predictor(base, vision, batch_size=1, pack=self._pack)
+    def _set_predictor(self) -> None:
+        """Predictors of the base as it is now."""
+        self._predictors = Predictors(self.base, self._pack)
+        self._predictor = self._predictors.own
 
     def load_adapter(self, name: str, folder: Path) -> Model:
         """Load an adapter under a name of its own, on the engine's thread. If it fails, other models stay as they were.
@@ -374,7 +375,9 @@ class Engine:
         Raises AdapterError if the name is in use for another model, or the adapter is for another base or prompt, is
         broken, or changes no answer.
         """
-        identity = identity_of(matching_manifest(folder, self.base))
+        manifest = matching_manifest(folder, self.base)
+        tokens = support_tokens_of(name, manifest, self.base, self._same_for_all)
+        identity = identity_of(manifest, tokens)
         recipe = folder / "recipe.yaml"
         wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
         existing = self.models.get(name)
@@ -397,9 +400,9 @@ class Engine:
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
-        weighing, statistics_2C = read_weighing(folder, read_manifest(folder)) or (None, None)
-        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C)
-        self._predictor = self._new_predictor(self.base)
+        weighing, statistics_2C = read_weighing(folder, manifest) or (None, None)
+        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C, support_tokens=tokens)
+        self._set_predictor()
         return self.models[name]
 
     def unload_adapter(self, name: str) -> None:
@@ -422,4 +425,4 @@ class Engine:
                     model.delete_adapter(peft_name)
             else:
                 self.base = self.base.with_model(model.unload())
-        self._predictor = self._new_predictor(self.base)
+        self._set_predictor()

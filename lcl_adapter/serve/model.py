@@ -18,6 +18,7 @@ class Model:
 
     adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
     identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
+    support_tokens: of a picture that is shown with a label; None for all of them.
     weighing, statistics: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
     """
 
@@ -29,3 +30,4 @@ class Model:
     created: float = field(default_factory=time.time)
     weighing: Weighing | None = None
     statistics: torch.Tensor | None = field(default=None, compare=False)
+    support_tokens: int | None = None

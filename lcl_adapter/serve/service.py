@@ -13,7 +13,7 @@ from pathlib import Path
 from lcl_adapter.answering import api_types
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
-from lcl_adapter.data.conversations import Turn, support_turns
+from lcl_adapter.data.conversations import Turn, shown_before, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, UserError
@@ -101,20 +101,25 @@ class Service:
 
     def check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
-        encoder = self.encoder
         for model in list(self.engine.models.values()):
+            encoder = self.encoder_of(model)
             answer = max((model.wording.answered(label) for _, label in examples), key=len)
             dialogue = [Turn("user", question or model.wording.query, examples[0][0]), Turn("assistant", answer)]
             length = len(encoder.turns([*support_turns(examples, model.wording), *dialogue])[0]) + self.engine.reserved_tokens
             if length > encoder.context:
+                each = encoder.support_tokens or encoder.tokens_an_image
                 raise RequestError(
-                    f"{len(examples)} photos and a question are {length} tokens ({encoder.tokens_an_image} per photo); they do not fit the "
+                    f"{len(examples)} photos and a question are {length} tokens ({each} per photo); they do not fit the "
                     f"context of {encoder.context}: show fewer."
                 )
 
     @cached_property
     def encoder(self) -> Encoder:
         return self.engine.base.encoder()
+
+    def encoder_of(self, model: Model) -> Encoder:
+        """With this model's tokens of a photo that is shown with a label."""
+        return self.engine.base.with_support_tokens(model.support_tokens).encoder()
 
     def check_text(self, text: str, where: str) -> None:
         """Raises RequestError for a text that the model would read as a part of its prompt."""
@@ -209,7 +214,7 @@ class Service:
             self.check_stored(stored)
             key = None if before else key_of(stored)  # only the set alone is cached, not a set with more turns
             support = lambda: (*self.shown(stored).turns(model.wording), *before)  # noqa: E731
-        encoder = self.engine.base.encoder()
+        encoder = self.encoder_of(model)
         # without the set; the engine checks the whole length
         length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit
         if length > encoder.context:
@@ -253,7 +258,7 @@ class Service:
             if message.role == "user":
                 texts, instructions = [*instructions, *texts], []
             turns.append(_turn(message.role, texts, pictures))
-        return tuple(turns)
+        return shown_before(turns)
 
     # Adapters
 

@@ -110,20 +110,21 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
 class Ruler:
     """Measures conversations with the base's encoder."""
 
-    encoder: Encoder
+    encoder: Encoder  # in which an image is one token
+    whole: Encoder
 
     @classmethod
     def of(cls, encoder: Encoder) -> Ruler:
         single = copy.copy(encoder)
-        single.image = [encoder.image_token_id]
-        return cls(single)
+        single.image, single.support_tokens = [encoder.image_token_id], None
+        return cls(single, encoder)
 
-    def lengths(self, conversation: Conversation, tokens_an_image: int) -> tuple[int, int]:
+    def lengths(self, conversation: Conversation) -> tuple[int, int]:
         """What must fit the context, and the whole row."""
 
         def measured(turns: tuple[Turn, ...], first: bool) -> int:
             ids, _ = self.encoder.turns(turns, first=first)
-            return len(ids) + sum(len(turn.pictures) for turn in turns) * (tokens_an_image - 1)
+            return len(ids) + self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
 
         shared = measured(conversation.shared, True) if conversation.shared else 0
         branches = [measured(branch, not conversation.shared) for branch in conversation.branches]
@@ -162,7 +163,7 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
     for episode in longest_episodes(pool, options, wording, ruler.examples):
         conversation = from_episode(episode, wording)
         try:
-            needed, whole = ruler.lengths(conversation, encoder.tokens_an_image)
+            needed, whole = ruler.lengths(conversation)
         except DataError:  # all names have a special token
             if collator.on_fault == "refuse":
                 raise
@@ -186,10 +187,10 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
 
 def _too_long(episode: Episode, conversation: Conversation, needed: int, encoder: Encoder, ruler: Ruler, wording: Wording) -> str:
     count = len(conversation.pictures)
-    fault = f"{needed} tokens ({count} images of {encoder.tokens_an_image}) do not fit the {encoder.limit}"
+    fault = f"{needed} tokens ({count} images of {encoder.image_sizes}) do not fit the {encoder.limit}"
     short = [tuple(replace(example, label="a") for example in examples) for examples in (episode.support, episode.queries)]
     with_short_names = from_episode(replace(episode, support=short[0], queries=short[1]), wording)
-    fits = ruler.lengths(with_short_names, encoder.tokens_an_image)[0] <= encoder.context
+    fits = ruler.lengths(with_short_names)[0] <= encoder.context
     remedy = "Shorter names would fit: rename, leave out the long ones, or lower" if fits else "Lower"
     return f"{episode.origin}: {fault}. {remedy} `shots` or `ways`, or use `wording: short`."
 
@@ -276,8 +277,8 @@ def _measure(
     answer: a text as long as the longest answer, and the tokens that it lacks.
     """
     encoder, ruler = collator.encoder, Ruler.of(collator.encoder)
-    frame = ruler.lengths(_empty(1), 1)[0]
-    turn = ruler.lengths(_empty(2), 1)[0] - frame
+    frame = ruler.lengths(_empty(1))[0]
+    turn = ruler.lengths(_empty(2))[0] - frame
     most = sizes[:, 0] + frame + sizes[:, 1] * (turn + 2 * JOINED) + sizes[:, 2] * (encoder.tokens_an_image + turn) + pool.new_tokens
     longest: list[tuple[int, int]] = []  # the shortest first
     errors: list[str] = []
@@ -290,7 +291,7 @@ def _measure(
             break
         try:
             conversation = from_dialogues((_with_longest(pool.dialogues[index], box, answer),))
-            needed, length = (tokens + answer[1] for tokens in ruler.lengths(conversation, encoder.tokens_an_image))
+            needed, length = (tokens + answer[1] for tokens in ruler.lengths(conversation))
             if needed > encoder.context and pool.new_tokens:
                 fault = f"{needed} tokens, with an answer of up to {pool.new_tokens}, do not fit the {encoder.limit}"
                 raise EpisodeError(f"{conversation.origin}: {fault}. Shorten the prompt, or lower `max_new_tokens`.")

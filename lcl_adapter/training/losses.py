@@ -36,9 +36,8 @@ def own_logits(
     the whole batch. rows: their indices. read_BT: true where the logits are needed.
     """
     ids_BT, positions = inputs["input_ids"], inputs["position_ids"]  # positions: [B, T], or [X, B, T]
-    counts = (ids_BT == encoder.image_token_id).sum(1) // encoder.image.count(encoder.image_token_id)
-    ends = counts.cumsum(0).tolist()
-    own_pictures = [picture for row in rows for picture in pictures[ends[row] - int(counts[row]) : ends[row]]]
+    by_row = _pictures_by_row((ids_BT == encoder.image_token_id).sum(1).tolist(), pictures, encoder)
+    own_pictures = [picture for row in rows for picture in by_row[row]]
     rows_R, requested = torch.tensor(rows, device=ids_BT.device), vision.requested
     with torch.no_grad(), base.without_adapter(), _without_noise(base.model):
         outputs = base.model(
@@ -52,6 +51,19 @@ def own_logits(
     vision.requested = requested  # the pictures are shown once, for the adapter
     logits_KV: torch.Tensor = outputs.logits
     return logits_KV.reshape(-1, logits_KV.shape[-1])
+
+
+def _pictures_by_row(tokens: Sequence[int], pictures: Sequence[Picture], encoder: Encoder) -> list[list[Picture]]:
+    """The pictures of each row. tokens: how many a row's pictures have together, without their marks."""
+    whole = encoder.image.count(encoder.image_token_id)
+    remaining, rows = iter(pictures), []
+    for count in tokens:
+        row: list[Picture] = []
+        while count:
+            row.append(next(remaining))
+            count -= row[-1].tokens or whole
+        rows.append(row)
+    return rows
 
 
 @contextmanager

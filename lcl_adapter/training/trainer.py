@@ -53,6 +53,10 @@ from lcl_adapter.training.trackers import Trackers
 
 COMPLETE = "complete"  # an empty file in a checkpoint, written last
 DATA = "data.json"
+# What a resumed run cannot change
+DECISIVE = (
+    "base", "precision", "vision_tower", "tiles", "image_tokens", "attn_implementation", "wording", "adapter", "sources", "shares", "train",
+)  # fmt: skip
 # Not passed to SFTConfig: what it does not have, and what is done here in its place
 NOT_SFT_OPTIONS = {
     "projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads", "max_steps", "num_train_epochs", "label_smoothing_factor",
@@ -405,11 +409,7 @@ def _in_first_process(work: Callable[[], Any]) -> Any:
 def check_unchanged(recipe: Recipe, mixture: Mixture) -> None:
     """Raises RunError where a resumed run has another recipe or other data than at its start."""
     original = load(recipe.output / "recipe.yaml")
-    changed = [
-        key
-        for key in ("base", "precision", "vision_tower", "tiles", "attn_implementation", "wording", "adapter", "sources", "shares", "train")
-        if getattr(original, key) != getattr(recipe, key)
-    ]
+    changed = [key for key in DECISIVE if getattr(original, key) != getattr(recipe, key)]
     if changed:
         raise RunError(
             f"{recipe.output}: the run started with other values of {', '.join(changed)} (its recipe.yaml has them). "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from urllib.parse import quote
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from lcl_adapter import reading
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client.scores import TokenScore
 from lcl_adapter.errors import ConflictError, EndpointError, MissingError, RequestError, UserError, did_you_mean
@@ -140,7 +140,7 @@ class Endpoint:
                 for line in response.iter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
-                    event = json.loads(line[len("data: ") :])
+                    event = reading.parse_json(line[len("data: ") :])
                     if error := event.get("error"):
                         raise EndpointError(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
                     yield "".join((choice.get("delta") or {}).get("content") or "" for choice in event.get("choices") or [])

@@ -15,6 +15,7 @@ from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.layouts import Checkpoint, check_folder_name
 from lcl_adapter.base.layouts.configs import NEXT
 from lcl_adapter.base.model import family_of
+from lcl_adapter.base.pooling import spent_elsewhere
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
@@ -67,7 +68,9 @@ def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str,
         shutil.copyfile(SCRIPT, partial / SCRIPT.name)
         write_text(partial / "README.md", _readme(run, out, manifest, checkpoint))
         largest_difference = _check_written(adapter, partial, checkpoint)
-    return {"out": str(out), "layers": len(adapter.layers), "projector": bool(projector), "largest_difference": largest_difference}
+    notes = spent_elsewhere(manifest.get("support_tokens"))
+    result = {"out": str(out), "layers": len(adapter.layers), "projector": bool(projector), "largest_difference": largest_difference}
+    return {**result, **({"notes": notes} if notes else {})}
 
 
 def _check_supported(adapter: Adapter) -> None:
@@ -163,5 +166,5 @@ def _readme(run: Path, out: Path, manifest: dict[str, Any], checkpoint: Checkpoi
         "Or load it as upstream does. The folder's name must contain `llava` and `lora`:\n\n"
         f"```\npython -m llava.serve.cli --model-path {out.name} --model-base /path/to/{base} --image-file query.png\n```\n\n"
         "If an adapter's keys are wrong, upstream prints no warning and answers as the base. The keys in this folder were read again after "
-        "writing, and they are correct.\n"
+        "writing, and they are correct.\n" + "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest.get("support_tokens")))
     )

@@ -17,6 +17,7 @@ from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.base.layouts.configs import NEXT, UPSTREAM_TYPES
 from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.base.pooling import spent_elsewhere
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
@@ -81,7 +82,14 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
         (partial / "serve.sh").chmod(0o755)
         write_text(partial / "README.md", _readme(run, manifest, settings))
         _check_written(adapter, partial)
-    return {"out": str(out), "layers": len(adapter.layers), "max_lora_rank": settings["slots"], "images": images}
+    notes = spent_elsewhere(manifest.get("support_tokens"))
+    return {
+        "out": str(out),
+        "layers": len(adapter.layers),
+        "max_lora_rank": settings["slots"],
+        "images": images,
+        **({"notes": notes} if notes else {}),
+    }
 
 
 def chat_template_of(checkpoint: Checkpoint, encoder: Encoder) -> str:
@@ -157,6 +165,7 @@ def _check_written(adapter: Adapter, folder: Path) -> None:
 
 
 def _readme(run: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> str:
+    notes = "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest.get("support_tokens")))
     wording, base, name = load(run / "recipe.yaml").wording, settings["base"], settings["name"]
     return (
         f"# {run.name}, for vLLM\n\nA LoRA adapter exported by lcl-adapter. Its base is `{base}` in Hugging Face's layout, "
@@ -166,4 +175,5 @@ def _readme(run: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> st
         f"lcl-adapter ask photos/ query.png --endpoint http://127.0.0.1:8000 --model {name} --wording {wording} --pad\n"
         f"lcl-adapter eval RUN --endpoint http://127.0.0.1:8000 --model {name} --pad\n```\n\n"
         "`--pad` makes pictures square before they are sent, as in training. vLLM would crop a picture that is not square.\n"
+        f"{notes}"
     )

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from lcl_adapter import reading
 from lcl_adapter.base.adapter import FILES, manifest_of
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.layouts.keys import skeleton
@@ -155,6 +156,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises AdapterError if it is missing, broken, or not one of plain LoRA."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder.")
+    if fault := reading.fault_of_folder(folder):
+        raise AdapterError(f"{folder}: {fault}.")
     file = folder / "adapter_config.json"
     try:
         config = read_object(file)

@@ -93,7 +93,9 @@ class _Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.tell, self.seek = file.tell, file.seek
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
     def read(self, size: int = -1) -> bytes:
         """Raises ReadError for more than MAX_HEADER bytes."""
