@@ -21,8 +21,8 @@ from fastapi import FastAPI
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.serve.api import make_app
-from lcl_adapter.serve.connections import BoundedConnection
 from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.http.connections import BoundedConnection
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 

@@ -49,7 +49,7 @@ from lcl_adapter.page.photos import unpack
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import TaggedSource
 from lcl_adapter.serve import folders
-from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.pictures.images import Bounds, check
 from lcl_adapter.serve.store import Store
 from lcl_adapter.training import trainer
 from tests.conftest import paint

@@ -34,8 +34,8 @@ from lcl_adapter.page.pictures import encode, store_picture
 from lcl_adapter.page.scratch import LOCK, PREFIX, scratch_folder, sweep
 from lcl_adapter.page.server import with_page
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.keys import read_keys
-from lcl_adapter.serve.middleware import is_local
+from lcl_adapter.serve.http.keys import read_keys
+from lcl_adapter.serve.http.middleware import is_local
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests import live

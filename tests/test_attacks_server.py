@@ -28,15 +28,15 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.sources import Picture, images
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve import connections, middleware
 from lcl_adapter.serve.api import make_app
-from lcl_adapter.serve.bodies import MAX_TEXT, bytes_beside_images
-from lcl_adapter.serve.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.http import connections, middleware
+from lcl_adapter.serve.http.bodies import MAX_TEXT, bytes_beside_images
+from lcl_adapter.serve.pictures.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
+from lcl_adapter.serve.pictures.images import Bounds, check
+from lcl_adapter.serve.pictures.pool import DECODERS, Decoders
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
-from lcl_adapter.serve.workers import DECODERS, Decoders
 from tests.live import running
 from tests.test_serve import error_of, examples, png, put, url
 
@@ -201,7 +201,7 @@ def test_a_crash_in_a_decoder_is_the_pictures_error(monkeypatch: pytest.MonkeyPa
 def test_decoders_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     """However it ends: their input ends with it."""
     code = (
-        "from lcl_adapter.serve.images import Bounds, check; from lcl_adapter.serve.workers import DECODERS; import os, sys, time\n"
+        "from lcl_adapter.serve.pictures.images import Bounds, check; from lcl_adapter.serve.pictures.pool import DECODERS; import os, sys, time\n"
         f"check({png(1)!r}, Bounds()); print(*[w.process.pid for w in DECODERS._idle], flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, text=True) as parent:

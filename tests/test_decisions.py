@@ -28,8 +28,8 @@ from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.images import digest_of
-from lcl_adapter.serve.keys import read_keys
+from lcl_adapter.serve.http.keys import read_keys
+from lcl_adapter.serve.pictures.images import digest_of
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests import tiny

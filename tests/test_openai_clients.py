@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lcl_adapter.answering.api_types import ChatIn
-from lcl_adapter.serve.images import Bounds, from_data_url
+from lcl_adapter.serve.pictures.images import Bounds, from_data_url
 from tests.live import serving
 
 

@@ -37,7 +37,7 @@ from lcl_adapter.page.handlers import Handlers, example_drawings, example_photos
 from lcl_adapter.page.server import with_page
 from lcl_adapter.page.texts import ENGLISH, JAPANESE, MESSAGES
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.keys import read_keys
+from lcl_adapter.serve.http.keys import read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests import live

@@ -44,8 +44,8 @@ from lcl_adapter.serve import api, server
 from lcl_adapter.serve import engine as serving_engine
 from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.http.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.jobs import BusyError, Job, Task
-from lcl_adapter.serve.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests.live import running

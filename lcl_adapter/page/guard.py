@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lcl_adapter import reading
 from lcl_adapter.page.pictures import ARCHIVES, UPLOADS, new_folder, resolved, store_picture, type_of
 from lcl_adapter.page.visitors import Visitors, cookie_of, folder_of, login_page
-from lcl_adapter.serve.middleware import error_body
+from lcl_adapter.serve.http.middleware import error_body
 
 API = "/gradio_api"
 FILES = f"{API}/file="

@@ -19,7 +19,7 @@ from lcl_adapter import reading
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.data.sources.images import MAX_PIXELS, open_image
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.pictures.images import Bounds, check
 
 OPENED, UPLOADS, ARCHIVES, EXPORTS = "opened", "uploads", "archives", "exports"  # folders of a visitor
 SECONDS = {OPENED: 3600, UPLOADS: 24 * 3600, ARCHIVES: 3600, EXPORTS: 3600}  # that a file stays on disk

@@ -18,7 +18,7 @@ from lcl_adapter.page.scratch import scratch_folder
 from lcl_adapter.page.texts import translations
 from lcl_adapter.page.visitors import Visitors
 from lcl_adapter.serve.api import make_app
-from lcl_adapter.serve.keys import Keys
+from lcl_adapter.serve.http.keys import Keys
 from lcl_adapter.serve.server import Options, serve_app
 from lcl_adapter.serve.service import Service
 

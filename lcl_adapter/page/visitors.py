@@ -18,8 +18,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from lcl_adapter.page.texts import message
-from lcl_adapter.serve.keys import Keys
-from lcl_adapter.serve.origins import is_encrypted
+from lcl_adapter.serve.http.keys import Keys
+from lcl_adapter.serve.http.origins import is_encrypted
 
 COOKIE = "lcl-session"
 SESSION_SECONDS = 24 * 3600  # after the last request

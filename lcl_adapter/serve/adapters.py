@@ -12,7 +12,7 @@ from lcl_adapter.base.model import Base
 from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.errors import AdapterError
-from lcl_adapter.serve.images import digest_of
+from lcl_adapter.serve.pictures.images import digest_of
 from lcl_adapter.terminal import show_notes
 
 

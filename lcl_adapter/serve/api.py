@@ -24,17 +24,17 @@ from starlette.exceptions import HTTPException
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.decisions import DecisionIn, DecisionOut
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
-from lcl_adapter.serve.bodies import BodyRoute
 from lcl_adapter.serve.decisions import decide
 from lcl_adapter.serve.decoding import TextDecoder, Token
+from lcl_adapter.serve.http.bodies import BodyRoute
+from lcl_adapter.serve.http.keys import Caller, Keys
+from lcl_adapter.serve.http.middleware import AccessControl, RequestMetrics, error_body
+from lcl_adapter.serve.http.origins import OwnPagesOnly
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
-from lcl_adapter.serve.keys import Caller, Keys
 from lcl_adapter.serve.metrics import Metrics
-from lcl_adapter.serve.middleware import AccessControl, RequestMetrics, error_body
-from lcl_adapter.serve.origins import OwnPagesOnly
+from lcl_adapter.serve.pictures.pool import DECODERS
 from lcl_adapter.serve.service import Service, summary
 from lcl_adapter.serve.store import StoredSet
-from lcl_adapter.serve.workers import DECODERS
 
 log = logging.getLogger("lcl_adapter.serve")
 SWEEP_SECONDS = 600  # between two removals of images that no set names any more

@@ -40,9 +40,9 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RequestError
 from lcl_adapter.serve.calibrate import Calibration
 from lcl_adapter.serve.engine import MAX_BATCH_TOKENS, Scored
-from lcl_adapter.serve.images import Spent, digest_of
 from lcl_adapter.serve.jobs import Job, SetKey
 from lcl_adapter.serve.model import Model
+from lcl_adapter.serve.pictures.images import Spent, digest_of
 from lcl_adapter.serve.service import Service, on_one_scale
 from lcl_adapter.serve.sets import ShownSet, judgement_of
 

@@ -21,7 +21,7 @@ from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import read_object, whole_folder, write_json
 from lcl_adapter.reading import brief
-from lcl_adapter.serve.images import Bounds, check
+from lcl_adapter.serve.pictures.images import Bounds, check
 from lcl_adapter.terminal import printable, show_notes
 
 LONGEST_FOLDER = 80  # bytes of a label's folder: Windows allows 260 characters of a whole path

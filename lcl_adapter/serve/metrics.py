@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lcl_adapter.serve.connections import COUNTERS
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.workers import DECODERS
+from lcl_adapter.serve.http.connections import COUNTERS
+from lcl_adapter.serve.pictures.pool import DECODERS
 
 
 class Metrics:

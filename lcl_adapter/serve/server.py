@@ -19,13 +19,13 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import free_memory
 from lcl_adapter.errors import RunError
 from lcl_adapter.serve.api import make_app
-from lcl_adapter.serve.connections import BoundedConnection
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.keys import Keys, read_keys
-from lcl_adapter.serve.middleware import is_local
+from lcl_adapter.serve.http.connections import BoundedConnection
+from lcl_adapter.serve.http.keys import Keys, read_keys
+from lcl_adapter.serve.http.middleware import is_local
+from lcl_adapter.serve.pictures.pool import DECODERS
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
-from lcl_adapter.serve.workers import DECODERS
 from lcl_adapter.terminal import LOGGING, console
 
 SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop

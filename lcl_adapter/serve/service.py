@@ -20,9 +20,9 @@ from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestErr
 from lcl_adapter.serve.classification import Classification
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.images import Bounds, Spent, check, digest_of, from_data_url
 from lcl_adapter.serve.jobs import Job, SetKey
 from lcl_adapter.serve.model import Model
+from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, from_data_url
 from lcl_adapter.serve.sets import Calibrations, ShownSet
 from lcl_adapter.serve.store import Store, StoredSet
 

@@ -28,7 +28,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from lcl_adapter.errors import ConflictError, MissingError, RunError
 from lcl_adapter.files import disk_is_full
-from lcl_adapter.serve.images import digest_of
+from lcl_adapter.serve.pictures.images import digest_of
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sets (

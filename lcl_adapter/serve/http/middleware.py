@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lcl_adapter.answering import api_types
-from lcl_adapter.serve.bodies import IMAGE, LONGEST_HEAD, MAX_TEXT, TOO_LARGE
-from lcl_adapter.serve.keys import LOCAL, Keys
+from lcl_adapter.serve.http.bodies import IMAGE, LONGEST_HEAD, MAX_TEXT, TOO_LARGE
+from lcl_adapter.serve.http.keys import LOCAL, Keys
 
 if TYPE_CHECKING:
     from lcl_adapter.serve.metrics import Metrics

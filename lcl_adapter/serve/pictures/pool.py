@@ -1,6 +1,6 @@
 """Processes in which strangers' pictures are decoded, so that none can hold the server or fill its memory.
 
-A process that exceeds a limit is ended and replaced. They are programs of their own (:mod:`lcl_adapter.serve.worker`), not
+A process that exceeds a limit is ended and replaced. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not
 forks of the server: they import Pillow and neither torch nor the model, start in half a second, and inherit no lock.
 """
 
@@ -26,7 +26,7 @@ from lcl_adapter.errors import RunError
 PROCESSES = min(4, os.cpu_count() or 1)
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
-CODE = "from lcl_adapter.serve.worker import main; main()"
+CODE = "from lcl_adapter.serve.pictures.process import main; main()"
 
 
 class _EndedError(Exception):
@@ -133,7 +133,7 @@ class Decoders:
         return _Worker()
 
     def decode(self, data: bytes, limits: Mapping[str, Any]) -> tuple[str | None, float]:
-        """Decode a picture within the limits, the fields of :class:`lcl_adapter.serve.images.Bounds`.
+        """Decode a picture within the limits, the fields of :class:`lcl_adapter.serve.pictures.images.Bounds`.
 
         Returns what is wrong with the picture, or None; and the seconds of a processor that it needed.
         Raises TimeoutError if no process becomes free; RunError if none can start.

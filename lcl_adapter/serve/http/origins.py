@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lcl_adapter.serve.middleware import API_PATHS, error_body
+from lcl_adapter.serve.http.middleware import API_PATHS, error_body
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})  # they change nothing
 DOCUMENTS = frozenset({"/", "/docs"})  # a link of another page may lead to them

@@ -1,4 +1,4 @@
-"""A process that decodes strangers' pictures, one after the other, for :mod:`lcl_adapter.serve.workers`.
+"""A process that decodes strangers' pictures, one after the other, for :mod:`lcl_adapter.serve.pictures.pool`.
 
 It reads requests from standard input and writes replies to standard output:
 
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from lcl_adapter import reading
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.images import Bounds, decode
+from lcl_adapter.serve.pictures.images import Bounds, decode
 
 LENGTHS = struct.Struct(">II")
 LENGTH = struct.Struct(">I")

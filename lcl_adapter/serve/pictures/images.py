@@ -15,8 +15,8 @@ from PIL import Image
 
 from lcl_adapter.data.sources.images import FORMATS, open_image
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.costs import check_parts
-from lcl_adapter.serve.workers import DECODERS
+from lcl_adapter.serve.pictures.costs import check_parts
+from lcl_adapter.serve.pictures.pool import DECODERS
 
 # Of the others, it is image/ and the format's name
 TYPE_OF = {

@@ -1,0 +1,1 @@
+"""Images that strangers send: bounds, costs before decoding, and the processes that decode them."""
