@@ -330,6 +330,14 @@ def test_an_invalid_name_is_refused(client: TestClient, name: str) -> None:
     assert client.put(f"/v1/support-sets/{name}", json={"examples": examples()}).status_code in {400, 404, 405}
 
 
+def test_an_invalid_name_is_explained_in_plain_words(client: TestClient) -> None:
+    refused = client.put("/v1/support-sets/my set", json={"examples": examples()})
+    assert refused.json()["error"]["message"].endswith("name: not a valid name: " + api_types.SET_NAME_RULE)
+    wrong = client.post("/v1/classify", json={"support_set": "my set", "images": "x"}).json()["error"]["message"]
+    assert "should" not in wrong
+    assert "images: a list is expected" in wrong
+
+
 def test_the_second_of_two_writers_gets_a_conflict(client: TestClient) -> None:
     assert put(client, expected_version=0).status_code == 200
     late = put(client, expected_version=0)

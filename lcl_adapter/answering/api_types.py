@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 SET_NAME = r"^\w[\w.-]{0,63}$"  # letters of any script
 SET_NAME_RULE = "letters of any script, digits, dots, dashes and underscores, at most 64, a letter or digit first"
@@ -34,10 +35,37 @@ def normalized_name(name: Any) -> Any:
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
-Name = Annotated[str, BeforeValidator(normalized_name), Field(pattern=SET_NAME)]
+def checked_name(name: str) -> str:
+    """Raises ValueError for a name that no route of the server could reach."""
+    if not re.fullmatch(SET_NAME, name):
+        raise ValueError(f"not a valid name: {SET_NAME_RULE}")
+    return name
+
+
+Name = Annotated[str, BeforeValidator(normalized_name), AfterValidator(checked_name), Field(json_schema_extra={"pattern": SET_NAME})]
 Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Question = Annotated[str, Field(min_length=1, max_length=500)]
 ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
+
+
+EXPECTED = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+}
+
+
+def message_of(fault: Any) -> str:
+    """What is wrong with a field, of one of pydantic's ``errors()``: without the field's value, which may be a photo or a key."""
+    if fault["type"] in EXPECTED:
+        return f"{EXPECTED[fault['type']]} is expected"
+    message: str = fault["msg"].removeprefix("Value error, ")
+    return re.sub(r"^(Input|String|List|Dictionary|Value) should ", "must ", message.replace(" after validation", ""))
 
 
 class ApiModel(BaseModel):

@@ -28,6 +28,7 @@ from lcl_adapter.answering.api_types import (
     Name,
     SimilarExample,
     check_labels,
+    message_of,
 )
 
 MAX_QUESTIONS = 64
@@ -188,7 +189,7 @@ def _read(kind: type[Model], value: Any, where: str = "") -> Model:
         faults = []
         for fault in error.errors()[:MAX_FAULTS]:
             place = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z]\w*", part))
-            message = fault["msg"].removeprefix("Value error, ")
+            message = message_of(fault)
             faults.append(f"{place}: {message}" if place else message)
         raise ValueError(where + "; ".join(faults)) from error
 

@@ -389,7 +389,7 @@ class Handlers:
 
     def _error_note(self, language: str, error: Exception) -> str:
         if isinstance(error, ValidationError):
-            text = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors()[:3])
+            text = "; ".join(api_types.message_of(fault) for fault in error.errors()[:3])
         else:
             text = self._without_url(error)
         return html.note(message(language, "failed", why=text) if not isinstance(error, DataError) else text, error=True)

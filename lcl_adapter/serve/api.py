@@ -352,8 +352,8 @@ def _field_of(fault: Any) -> str:
 
 
 def _fault_message(fault: Any) -> str:
-    """The field and its fault, without the field's value: that may be a photo or a key."""
+    """The field and its fault."""
     if fault["type"] == "json_invalid":
         return "the body is not JSON"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = api_types.message_of(fault)
     return f"{_field_of(fault)}: {message}" if _field_of(fault) else message

@@ -51,7 +51,7 @@ def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, byte
             examples=[api_types.LabelledImage(label=label, image="data:") for label, _ in examples], question=question, expected_version=expected
         )
     except ValidationError as error:
-        raise DataError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from error
+        raise DataError("; ".join(api_types.message_of(fault) for fault in error.errors())) from error
     labels = [example.label for example in request.examples]
     with _open(folder) as store:
         stored = store.put(namespace, name, list(zip(labels, [data for _, data in examples], strict=True)), question, expected)

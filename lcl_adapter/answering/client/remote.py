@@ -98,7 +98,7 @@ def judge(
     try:
         request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question, version=version)
     except ValidationError as error:
-        raise RequestError("; ".join(f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors()[:3])) from error
+        raise RequestError("; ".join(f"{detail['loc'][0]}: {api_types.message_of(detail)}" for detail in error.errors()[:3])) from error
     response = endpoint.classify(request)
     answered = iter(response.results)
     results = [next(answered) if isinstance(image, str) else _unreadable(image) for image in images]
