@@ -48,26 +48,6 @@ Question = Annotated[str, Field(min_length=1, max_length=500)]
 ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
 
 
-EXPECTED = {
-    "string_type": "a string",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "float_type": "a number",
-}
-
-
-def message_of(fault: Any) -> str:
-    """What is wrong with a field, of one of pydantic's ``errors()``: without the field's value, which may be a photo or a key."""
-    if fault["type"] in EXPECTED:
-        return f"{EXPECTED[fault['type']]} is expected"
-    message: str = fault["msg"].removeprefix("Value error, ")
-    return re.sub(r"^(Input|String|List|Dictionary|Value) should ", "must ", message.replace(" after validation", ""))
-
-
 class ApiModel(BaseModel):
     """A JSON object that refuses unknown fields. Null means "not given", and so does the neutral value of a field that is not
     supported: clients send both.

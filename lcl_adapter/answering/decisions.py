@@ -28,8 +28,8 @@ from lcl_adapter.answering.api_types import (
     Name,
     SimilarExample,
     check_labels,
-    message_of,
 )
+from lcl_adapter.answering.faults import message_of
 
 MAX_QUESTIONS = 64
 MAX_OPTIONS = 256

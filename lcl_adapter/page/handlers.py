@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint, judge
 from lcl_adapter.answering.client.messages import image_of
+from lcl_adapter.answering.faults import message_of
 from lcl_adapter.data.sources import Picture, read_class_folders
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
@@ -388,10 +389,7 @@ class Handlers:
         return [html.note(text, error=bool(text)), *[gr.skip()] * (3 + 3 * MAX_LABELS)]
 
     def _error_note(self, language: str, error: Exception) -> str:
-        if isinstance(error, ValidationError):
-            text = "; ".join(api_types.message_of(fault) for fault in error.errors()[:3])
-        else:
-            text = self._without_url(error)
+        text = "; ".join(map(message_of, error.errors()[:3])) if isinstance(error, ValidationError) else self._without_url(error)
         return html.note(message(language, "failed", why=text) if not isinstance(error, DataError) else text, error=True)
 
     def _without_url(self, error: Exception) -> str:

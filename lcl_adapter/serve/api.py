@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.decisions import DecisionIn, DecisionOut
+from lcl_adapter.answering.faults import message_of
 from lcl_adapter.errors import ConflictError, MissingError, RunError, UserError
 from lcl_adapter.serve.decisions import decide
 from lcl_adapter.serve.decoding import TextDecoder, Token
@@ -355,5 +356,5 @@ def _fault_message(fault: Any) -> str:
     """The field and its fault."""
     if fault["type"] == "json_invalid":
         return "the body is not JSON"
-    message = api_types.message_of(fault)
+    message = message_of(fault)
     return f"{_field_of(fault)}: {message}" if _field_of(fault) else message

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.faults import message_of
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve import folders
 from lcl_adapter.serve.service import summary
@@ -51,7 +52,7 @@ def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, byte
             examples=[api_types.LabelledImage(label=label, image="data:") for label, _ in examples], question=question, expected_version=expected
         )
     except ValidationError as error:
-        raise DataError("; ".join(api_types.message_of(fault) for fault in error.errors())) from error
+        raise DataError("; ".join(message_of(fault) for fault in error.errors())) from error
     labels = [example.label for example in request.examples]
     with _open(folder) as store:
         stored = store.put(namespace, name, list(zip(labels, [data for _, data in examples], strict=True)), question, expected)

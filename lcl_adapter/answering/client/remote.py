@@ -15,6 +15,7 @@ from lcl_adapter.answering.client.decisions import DecisionReader, ScoreSource
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
+from lcl_adapter.answering.faults import message_of
 from lcl_adapter.answering.predict import Reply, Request, SupportTurns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, RequestError
@@ -98,7 +99,7 @@ def judge(
     try:
         request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question, version=version)
     except ValidationError as error:
-        raise RequestError("; ".join(f"{detail['loc'][0]}: {api_types.message_of(detail)}" for detail in error.errors()[:3])) from error
+        raise RequestError("; ".join(f"{detail['loc'][0]}: {message_of(detail)}" for detail in error.errors()[:3])) from error
     response = endpoint.classify(request)
     answered = iter(response.results)
     results = [next(answered) if isinstance(image, str) else _unreadable(image) for image in images]
