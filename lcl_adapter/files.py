@@ -250,7 +250,7 @@ def _locked(path: Path) -> tuple[IO[str], Path]:
                 if error.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:  # a file system without locks
                     raise
             # A writer that ended in between has removed the file that was opened, and another may have locked a new one
-            if not lock.exists() or not os.path.samestat(os.fstat(opened.fileno()), lock.stat()):
+            if not _is_at(opened, lock):
                 opened.close()
                 continue
             opened.truncate(0)
@@ -260,6 +260,14 @@ def _locked(path: Path) -> tuple[IO[str], Path]:
         except BaseException:
             opened.close()
             raise
+
+
+def _is_at(opened: IO[str], path: Path) -> bool:
+    """Whether an open file is the one that ``path`` names now. Raises OSError."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock(path: Path) -> tuple[IO[str], Path]:
