@@ -179,7 +179,7 @@ def test_training_and_prediction_agree(base: Base) -> None:
     vision, encoder = VisionFeatures(adapted), adapted.encoder()
     asked = requests(3, [1, 2], queries=2)
     replies = Predictor(adapted, vision).run(asked, generate=False)
-    whole = Predictor(adapted.with_support_tokens(None), vision).run(asked, generate=False)
+    whole = Predictor(adapted.with_supports(None, "ordered"), vision).run(asked, generate=False)
     for (support, query, answers), reply, other in zip(asked, replies, whole, strict=True):
         for answer, log_likelihood in zip(answers, reply.log_likelihoods, strict=True):
             quiet = tuple(replace(turn, learn=False) for turn in support)
@@ -329,15 +329,15 @@ def test_a_server_with_a_number_of_its_own(run: Path, wide: Path, capsys: pytest
 
 
 def test_exports_and_merges_say_what_other_programs_spend(run: Path, tmp_path: Path) -> None:
-    from lcl_adapter.base.pooling import spent_elsewhere
+    from lcl_adapter.base.supports import spent_elsewhere
 
-    note = re.sub(r"\s+", " ", spent_elsewhere(POOLED)[0])
+    note = re.sub(r"\s+", " ", spent_elsewhere({"support_tokens": POOLED})[0])
     merged = call("merge", run, "--out", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
     assert note in re.sub(r"\s+", " ", merged.stderr)
-    assert not spent_elsewhere(None)
+    assert not spent_elsewhere({})
     exported = call("merge", run, "--out", tmp_path / "again", "--json")
-    assert json.loads(exported.stdout)["notes"] == spent_elsewhere(POOLED)
+    assert json.loads(exported.stdout)["notes"] == spent_elsewhere({"support_tokens": POOLED})
 
 
 # Errors

@@ -31,7 +31,7 @@ from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
-from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.recipe.schema import Precision, Supports
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,6 +51,8 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     own: dict[str, Any] = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
     if base.support_tokens:
         own["support_tokens"] = base.support_tokens
+    if base.supports != "ordered":
+        own["supports"] = base.supports
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -167,7 +169,11 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
     tokens = base.support_tokens or manifest.get("support_tokens")
-    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens}
+    supports: Supports = base.supports or manifest.get("supports", "ordered")
+    given = {
+        "device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens,
+        "supports": supports,
+    }  # fmt: skip
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):

@@ -21,6 +21,7 @@ from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data/conversations.py
 QUANTISED = ("int8", "nf4")
+Supports = Literal["ordered", "independent"]  # whether a labelled picture sees those before it: base/encoder.py
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
@@ -142,6 +143,11 @@ class Recipe(Options):
     vision_tower: str | None = Field(None, description="the vision tower's folder, if a base in the original layout does not contain it")
     tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: read pictures in tiles at twice the size; about five times the tokens")
     image_tokens: ImageTokens = ImageTokens()
+    supports: Supports = Field(
+        "ordered",
+        description="ordered: a labelled picture sees those before it, as in any chat; independent: it sees the instruction and itself, so a set "
+        "has no order, and can grow and shrink by a picture",
+    )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()

@@ -40,6 +40,7 @@ def _head(name: str, manifest: dict[str, Any]) -> str:
         "layout, family": f"{manifest['layout']}, {manifest['family']} (prompt v{manifest['prompt_version']})",
         "precision": manifest["precision"],
         "tokens of a picture shown with a label": f"{manifest['support_tokens']}, pooled" if manifest.get("support_tokens") else "",
+        "supports": "independent: a labelled picture sees no other" if manifest.get("supports") == "independent" else "",
         "trained classes": ", ".join(f"{source}: {count}" for source, count in trained.items()),
     }
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)

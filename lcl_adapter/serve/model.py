@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lcl_adapter.answering.judgement import Weighing
+from lcl_adapter.recipe.schema import Supports
 from lcl_adapter.recipe.wording import Wording
 
 
@@ -18,7 +19,7 @@ class Model:
 
     adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
     identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
-    support_tokens: of a picture that is shown with a label; None for all of them.
+    support_tokens: of a picture that is shown with a label; None for all of them. supports: whether such a picture sees those before it.
     weighing, statistics: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
     """
 
@@ -31,3 +32,4 @@ class Model:
     weighing: Weighing | None = None
     statistics: torch.Tensor | None = field(default=None, compare=False)
     support_tokens: int | None = None
+    supports: Supports = "ordered"

@@ -105,7 +105,8 @@ class Service:
             encoder = self.encoder_of(model)
             answer = max((model.wording.answered(label) for _, label in examples), key=len)
             dialogue = [Turn("user", question or model.wording.query, examples[0][0]), Turn("assistant", answer)]
-            length = len(encoder.turns([*support_turns(examples, model.wording), *dialogue])[0]) + self.engine.reserved_tokens
+            asked = len(encoder.turns(dialogue, first=False)[0]) + self.engine.reserved_tokens
+            length = encoder.support(support_turns(examples, model.wording)).longest + asked
             if length > encoder.context:
                 each = encoder.support_tokens or encoder.tokens_an_image
                 raise RequestError(
@@ -118,8 +119,8 @@ class Service:
         return self.engine.base.encoder()
 
     def encoder_of(self, model: Model) -> Encoder:
-        """With this model's tokens of a photo that is shown with a label."""
-        return self.engine.base.with_support_tokens(model.support_tokens).encoder()
+        """With this model's form of a support set."""
+        return self.engine.base.with_supports(model.support_tokens, model.supports).encoder()
 
     def check_text(self, text: str, where: str) -> None:
         """Raises RequestError for a text that the model would read as a part of its prompt."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler, get_worker_info
 
 from lcl_adapter.base.encoder import IGNORED, Encoded, Encoder, position_ids
-from lcl_adapter.data.conversations import WORDINGS, Conversation, to_conversation
+from lcl_adapter.data.conversations import Conversation, to_conversation, wording_of
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError, EpisodeError, UserError
@@ -30,23 +30,28 @@ def pad_to(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
-def attention_mask(branch_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+def attention_mask(branch_BT: torch.Tensor, example_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
     """bool [B, 1, T, T], true where token i may attend to token j. ``real`` is false for padding.
 
-    j is not after i, is no padding, and is shared or of i's own branch. Every token attends to itself, padding too, so
-    that no softmax is over an empty set.
+    j is not after i, is no padding, and is shared or of i's own branch. Inside a support set it is of i's own example, or of
+    none. Every token attends to itself, padding too, so that no softmax is over an empty set.
     """
     length = branch_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
-    related_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
+    related_BTT = _none_or_own(branch_BT) & (_none_or_own(example_BT) | (branch_BT > 0)[:, :, None])
     allowed_BTT = causal_TT & related_BTT & real_BT[:, None, :]
     return (allowed_BTT | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def _none_or_own(part_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T, T], true where j is of no part, or of i's own."""
+    return (part_BT[:, None, :] == 0) | (part_BT[:, None, :] == part_BT[:, :, None])
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
     """Tensors [B, T], padded on the right, with the names of the model's arguments. ``pictures`` are not read.
 
-    The attention mask is [B, T] where no row has several branches, else [B, 1, T, T].
+    The attention mask is [B, T] where no row has several branches or independent examples, else [B, 1, T, T].
     """
     length = pad_to(max(len(row) for row in rows))
 
@@ -54,11 +59,11 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
         return torch.tensor([getattr(row, field) + [fill] * (length - len(row)) for row in rows])
 
     real_BT = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
-    single_branch = max(max(row.branch) for row in rows) <= 1
+    causal = max(max(*row.branch, *row.example) for row in rows) <= 1
     return {
         "input_ids": padded("ids", pad),
         "labels": padded("labels", IGNORED),
-        "attention_mask": real_BT.long() if single_branch else attention_mask(padded("branch", 0), real_BT),
+        "attention_mask": real_BT.long() if causal else attention_mask(padded("branch", 0), padded("example", 0), real_BT),
         "position_ids": position_ids([row.positions for row in rows], length),
         "pictures": [picture for row in rows for picture in row.pictures],
     }
@@ -114,7 +119,7 @@ class Collator:
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
         """The conversation at ``index``; ``attempt`` counts its replacements."""
-        return to_conversation(self.mixture.draw(index, attempt), WORDINGS[self.mixture.recipe.wording])
+        return to_conversation(self.mixture.draw(index, attempt), wording_of(self.mixture.recipe))
 
     def row(self, index: int, faults: list[str] | None = None) -> Encoded:
         """The row at ``index``. The faults of replaced conversations are added to ``faults``.

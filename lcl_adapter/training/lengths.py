@@ -22,7 +22,7 @@ from rich.progress import track
 
 from lcl_adapter.base.encoder import Encoded, Encoder, check_alignment
 from lcl_adapter.base.families import IMAGE
-from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_dialogues, from_episode, to_conversation
+from lcl_adapter.data.conversations import Conversation, Turn, from_dialogues, from_episode, to_conversation, wording_of
 from lcl_adapter.data.episodes import Episode, draw, longest_box, longest_episodes
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, QuestionPool
 from lcl_adapter.data.sources.records import sizes_of
@@ -50,7 +50,7 @@ class Rows:
     """
 
     lengths: dict[str, list[int]]
-    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], ()))
+    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], ()))
     bounds: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
@@ -122,13 +122,16 @@ class Ruler:
     def lengths(self, conversation: Conversation) -> tuple[int, int]:
         """What must fit the context, and the whole row."""
 
-        def measured(turns: tuple[Turn, ...], first: bool) -> int:
-            ids, _ = self.encoder.turns(turns, first=first)
-            return len(ids) + self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
+        def pictures(turns: tuple[Turn, ...]) -> int:
+            """Tokens that these pictures have beside the one that each is measured with."""
+            return self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
 
-        shared = measured(conversation.shared, True) if conversation.shared else 0
-        branches = [measured(branch, not conversation.shared) for branch in conversation.branches]
-        return shared + max(branches), shared + sum(branches)
+        support = self.encoder.support(conversation.shared)
+        first = not conversation.shared
+        branches = [len(self.encoder.turns(branch, first=first)[0]) + pictures(branch) for branch in conversation.branches]
+        # Pictures of a set have the same number of tokens each
+        longest = support.longest + pictures(conversation.shared[:2] if support.examples else conversation.shared)
+        return longest + max(branches), len(support) + pictures(conversation.shared) + sum(branches)
 
     def examples(self, wording: Wording, labels: Sequence[str]) -> list[int]:
         """Tokens of a labelled example and a question, without images, for each label.
@@ -155,7 +158,7 @@ class Ruler:
 
 def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionPool, rows: Rows) -> None:
     """The longest episode that can be drawn. Raises EpisodeError where it does not fit, or none can be drawn."""
-    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
+    mixture, encoder, wording = collator.mixture, collator.encoder, wording_of(collator.mixture.recipe)
     options = mixture.options[name]
     assert isinstance(options, EpisodeOptions | InspectionOptions)
     ruler = Ruler.of(encoder)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
+from lcl_adapter.data.conversations import Turn, from_dialogues, wording_of
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_open_mi, read_test_pairs
 from lcl_adapter.data.sources.base import first_names, names_of, pictures_of
@@ -64,7 +64,7 @@ def build_cells(
     if missing:
         available = f"the recipe has {', '.join(known) or 'none'}; shipped ones are {', '.join(presets())}"
         raise RecipeError([f"no suite {name!r}{did_you_mean(name, [*known, *presets()])}; {available}" for name in missing])
-    wording, chosen = WORDINGS[recipe.wording], recipe.evaluate.seed if seed is None else seed
+    wording, chosen = wording_of(recipe), recipe.evaluate.seed if seed is None else seed
     for name, options in known.items():
         if not only or name in only:
             set_aside = recipe.evaluate.during_limit if name in recipe.evaluate.watched and name not in added else 0
@@ -74,7 +74,7 @@ def build_cells(
 def validation_cells(recipe: Recipe, limit: int | None = None) -> Iterator[Cell]:
     """The cells of the suites under ``evaluate.validation``. limit: only the first cases of each."""
     for name, options in recipe.evaluate.validation.items():
-        yield from cells_of(name, options, WORDINGS[recipe.wording], Selection(name, recipe.evaluate.seed, limit))
+        yield from cells_of(name, options, wording_of(recipe), Selection(name, recipe.evaluate.seed, limit))
 
 
 def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Selection) -> Iterator[Cell]:

@@ -1,0 +1,47 @@
+"""How an adapter was trained to read the pictures of a support set, as its manifest says, and notes where that is not what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcl_adapter.base.model import Base
+from lcl_adapter.recipe.schema import Supports
+
+
+def trained_supports(manifest: Mapping[str, Any]) -> Supports:
+    """Whether a labelled picture saw those before it."""
+    return "independent" if manifest.get("supports") == "independent" else "ordered"
+
+
+def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
+    """Notes where an adapter is asked in another form than it was trained in."""
+    notes = []
+    trained, supports = manifest.get("support_tokens"), trained_supports(manifest)
+    if trained != asked.support_tokens:
+        notes.append(
+            f"the adapter was trained with {_tokens(trained)} for a picture shown with a label, and is asked with {_tokens(asked.support_tokens)}"
+        )
+    if supports != asked.supports:
+        notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
+    return notes
+
+
+def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
+    """Notes for an adapter that leaves this package: only this package pools pictures, and reads them without each other."""
+    notes = []
+    if trained := manifest.get("support_tokens"):
+        notes.append(
+            f"trained with {trained} tokens for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every "
+            "picture. What that changes is measured by `lcl-adapter eval RUN image_tokens.support=ALL`, where ALL is the tokens of a whole picture"
+        )
+    if trained_supports(manifest) == "independent":
+        notes.append(
+            "trained with labelled pictures that do not see each other; in vLLM, upstream LLaVA and other programs each sees those before it. "
+            "What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
+        )
+    return notes
+
+
+def _tokens(count: int | None) -> str:
+    return "all tokens" if count is None else f"{count} tokens"
