@@ -64,7 +64,8 @@ def fill(
             elif part != HEAD:
                 head, tokens = support.head, slice(place.start - start, place.stop - start)
                 copies = [(head, number, place.start, place.stop - place.start), *([] if head_is_written else [(0, number, start, head)])]
-                rows.append(PictureRow(support.ids[:head] + support.ids[tokens], support.positions[:head] + support.positions[tokens], part, tuple(copies)))
+                ids, positions = support.ids[:head] + support.ids[tokens], support.positions[:head] + support.positions[tokens]
+                rows.append(PictureRow(ids, positions, part, tuple(copies)))
                 head_is_written = True
     for batch in _batches(rows):
         temporary = new_cache(len(cache.layers), max(len(row.ids) for row in batch))

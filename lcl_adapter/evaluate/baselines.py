@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lcl_adapter.base import prototypes
-from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
+from lcl_adapter.base.prototypes import class_means, standardised
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.boxes import parse
@@ -52,7 +52,7 @@ def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any]
 def _unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
     """Unit vectors [N, C] of the distinct pictures, and each picture's index among the N."""
     distinct = list(dict.fromkeys(pictures))
-    return standardised(mean_patches(distinct, vision)), {picture: index for index, picture in enumerate(distinct)}
+    return standardised(vision.mean_patches(distinct)), {picture: index for index, picture in enumerate(distinct)}
 
 
 def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[str, float] | None]:

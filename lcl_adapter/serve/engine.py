@@ -70,7 +70,8 @@ class Engine:
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
-        self.models: dict[str, Model] = {name: Model(name, wording, identity=base_identity(self.base), support_tokens=self.base.support_tokens)}
+        own = Model(name, wording, identity=base_identity(self.base), support_tokens=self.base.support_tokens, supports=self.base.supports)
+        self.models: dict[str, Model] = {name: own}
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
@@ -288,11 +289,14 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
-        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both."""
+        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both.
+
+        Photos of an independent set that a cached set has under the same label are not read again.
+        """
         predictor = self._predictors.of(self.find(name))
         if turns:
             self.cache.make_room(len(predictor.encoder.support(turns)))
-        return predictor.prefill([turns])
+        return predictor.prefill([turns], known=self.cache.of_model(name))
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Score the worded labels of each question by one prefilled set."""
