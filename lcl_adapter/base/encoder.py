@@ -165,9 +165,11 @@ class Encoder:
         return picture.tokens or self.tokens_an_image
 
     def pictures(self, turns: Iterable[Turn]) -> tuple[Picture, ...]:
-        """The pictures of turns, in the order of their tokens. Those that are pooled say to how many."""
+        """The pictures of turns, in the order of their tokens. Those that are pooled say to how many; a turn's own number comes first."""
         pooled = self.support_tokens
-        return tuple(replace(picture, tokens=pooled) if turn.shown and pooled else picture for turn in turns for picture in turn.pictures)
+        return tuple(
+            replace(picture, tokens=picture.tokens or pooled) if turn.shown and pooled else picture for turn in turns for picture in turn.pictures
+        )
 
     def image_tokens(self, turns: Iterable[Turn]) -> int:
         """How many tokens the pictures of turns have together."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -40,6 +40,16 @@ PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
 
 
+class SupportForm(NamedTuple):
+    """In which form the pictures of a support set are read.
+
+    tokens: of each, None for as many as any other has. supports: whether a picture sees those before it.
+    """
+
+    tokens: int | None = None
+    supports: Supports = "ordered"
+
+
 @dataclass(frozen=True)
 class Base:
     """A loaded base with its prompt, its tokenizer and its image processor."""
@@ -53,8 +63,12 @@ class Base:
     supports: Supports = "ordered"  # whether such a picture sees those before it
 
     @property
+    def form(self) -> SupportForm:
+        return SupportForm(self.support_tokens, self.supports)
+
+    @property
     def support_reading(self) -> list[Any]:
-        """What of a support set is read in another form than that of any chat, for identities; empty for none."""
+        """What is read in another form than in any chat, for identities; empty for nothing."""
         return [*([self.support_tokens] if self.support_tokens else []), *([self.supports] if self.supports != "ordered" else [])]
 
     @property

@@ -38,7 +38,7 @@ class BaseRef:
         if isinstance(base, Recipe):
             return cls(
                 base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
-                support_tokens=base.image_tokens.support, supports=base.supports,
+                support_tokens=base.image_tokens.most, supports=base.supports,
             )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 

@@ -14,14 +14,24 @@ def trained_supports(manifest: Mapping[str, Any]) -> Supports:
     return "independent" if manifest.get("supports") == "independent" else "ordered"
 
 
+def trained_tokens(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of tokens that a picture shown with a label had, from the largest on; empty for all tokens."""
+    given = manifest.get("support_tokens") or []
+    return tuple(sorted(given if isinstance(given, list) else [given], reverse=True))
+
+
+def most_tokens(manifest: Mapping[str, Any]) -> int | None:
+    """The largest of them, with which an adapter is asked where nothing else is said; None for all tokens."""
+    return max(trained_tokens(manifest), default=None)
+
+
 def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
     """Notes where an adapter is asked in another form than it was trained in."""
     notes = []
-    trained, supports = manifest.get("support_tokens"), trained_supports(manifest)
-    if trained != asked.support_tokens:
-        notes.append(
-            f"the adapter was trained with {_tokens(trained)} for a picture shown with a label, and is asked with {_tokens(asked.support_tokens)}"
-        )
+    trained, supports, whole = trained_tokens(manifest), trained_supports(manifest), asked.tokens_an_image
+    if (asked.support_tokens or whole) not in (trained or (whole,)):
+        differ = f"{_tokens(*trained)} for a picture shown with a label, and is asked with {_tokens(*filter(None, [asked.support_tokens]))}"
+        notes.append(f"the adapter was trained with {differ}")
     if supports != asked.supports:
         notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
     return notes
@@ -30,9 +40,9 @@ def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
 def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
     """Notes for an adapter that leaves this package: only this package pools pictures, and reads them without each other."""
     notes = []
-    if trained := manifest.get("support_tokens"):
+    if trained := trained_tokens(manifest):
         notes.append(
-            f"trained with {trained} tokens for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every "
+            f"trained with {_tokens(*trained)} for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every "
             "picture. What that changes is measured by `lcl-adapter eval RUN image_tokens.support=ALL`, where ALL is the tokens of a whole picture"
         )
     if trained_supports(manifest) == "independent":
@@ -43,5 +53,5 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _tokens(count: int | None) -> str:
-    return "all tokens" if count is None else f"{count} tokens"
+def _tokens(*counts: int) -> str:
+    return f"{' or '.join(map(str, counts))} tokens" if counts else "all tokens"

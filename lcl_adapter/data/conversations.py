@@ -105,6 +105,11 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
     return Conversation(tuple(shared), branches, episode.origin)
 
 
+def pooled_to(turns: Sequence[Turn], tokens: int) -> tuple[Turn, ...]:
+    """The turns, with so many tokens for each picture that is shown with a label."""
+    return tuple(replace(turn, picture=replace(turn.picture, tokens=tokens)) if turn.shown and turn.picture else turn for turn in turns)
+
+
 def shown_order(count: int) -> list[int]:
     """The order in which ``count`` labelled pictures are shown: a fixed permutation of their indices."""
     return [int(index) for index in np.random.default_rng(0).permutation(count)]

@@ -10,6 +10,7 @@ Shapes: N pictures, M shown pictures of a case, K labels of a case, C width of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ def _unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[
 
 def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[str, float] | None]:
     """For each case, the cosine of the query and the mean of each shown label; None if nothing is shown."""
-    vectors_NC, index = _unit_vectors([p for c in cases for t in (*c.support, c.query) for p in t.pictures], vision)
+    whole = [replace(picture, tokens=None) for case in cases for turn in (*case.support, case.query) for picture in turn.pictures]
+    vectors_NC, index = _unit_vectors(whole, vision)
     similarities: list[dict[str, float] | None] = []
     for case in cases:
         shown = case.episode.support if case.episode else ()

@@ -38,11 +38,22 @@ class DataOptions(Options):
 class ImageTokens(Options):
     """How many tokens a picture has. The one that is asked about has all of them."""
 
-    support: int | None = Field(
+    support: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = Field(
         None,
-        ge=1,
-        description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default",
+        description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default. Of several "
+        "numbers, each row of the training has one at random, and the number is chosen when asking",
     )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """From the largest on; empty for all tokens."""
+        given = self.support if isinstance(self.support, list) else [self.support] if self.support else []
+        return tuple(sorted(set(given), reverse=True))
+
+    @property
+    def most(self) -> int | None:
+        """The largest, with which rows are longest and the adapter is asked where nothing else is said; None for all tokens."""
+        return max(self.numbers, default=None)
 
 
 class AdapterOptions(Options):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.supports import trained_tokens
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import read_result, read_settings, write_text
 from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
@@ -39,7 +40,7 @@ def _head(name: str, manifest: dict[str, Any]) -> str:
         "base": f"`{manifest['base']}`, hash `{manifest['base_hash'][:16]}`",
         "layout, family": f"{manifest['layout']}, {manifest['family']} (prompt v{manifest['prompt_version']})",
         "precision": manifest["precision"],
-        "tokens of a picture shown with a label": f"{manifest['support_tokens']}, pooled" if manifest.get("support_tokens") else "",
+        "tokens of a picture shown with a label": f"{' or '.join(map(str, tokens))}, pooled" if (tokens := trained_tokens(manifest)) else "",
         "supports": "independent: a labelled picture sees no other" if manifest.get("supports") == "independent" else "",
         "trained classes": ", ".join(f"{source}: {count}" for source, count in trained.items()),
     }

@@ -70,8 +70,7 @@ class Engine:
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
-        own = Model(name, wording, identity=base_identity(self.base), support_tokens=self.base.support_tokens, supports=self.base.supports)
-        self.models: dict[str, Model] = {name: own}
+        self.models: dict[str, Model] = {name: Model(name, wording, identity=base_identity(self.base), form=self.base.form)}
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
@@ -289,9 +288,8 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
-        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both.
-
-        Photos of an independent set that a cached set has under the same label are not read again.
+        """Read a set by the model of this name. Cached sets are evicted first if there is not enough memory for both; what they have
+        of an independent set is not read again.
         """
         predictor = self._predictors.of(self.find(name))
         if turns:
@@ -380,8 +378,8 @@ class Engine:
         broken, or changes no answer.
         """
         manifest = matching_manifest(folder, self.base)
-        form = in_its_form(name, manifest, self.base, self._same_for_all)
-        identity = identity_of(manifest, form)
+        own = in_its_form(name, manifest, self.base, self._same_for_all)
+        identity = identity_of(manifest, own)
         recipe = folder / "recipe.yaml"
         wording = wording_of(load(recipe)) if recipe.exists() else self.models[self.name].wording
         existing = self.models.get(name)
@@ -405,10 +403,7 @@ class Engine:
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
         weighing, statistics_2C = read_weighing(folder, manifest) or (None, None)
-        self.models[name] = Model(
-            name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C,
-            support_tokens=form.support_tokens, supports=form.supports,
-        )  # fmt: skip
+        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C, form=own.form)
         self._set_predictor()
         return self.models[name]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from lcl_adapter.answering.predict import Predictor
-from lcl_adapter.base.model import Base
+from lcl_adapter.base.model import Base, SupportForm
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.recipe.schema import Supports
 from lcl_adapter.serve.model import Model
 
 VISION_CACHE_BYTES = 64 * 2**20  # vision features that are cached between requests
@@ -21,11 +20,10 @@ class Predictors:
     def __init__(self, base: Base, pack: int) -> None:
         self.base = base
         self.own = Predictor(base, VisionFeatures(base, limit=VISION_CACHE_BYTES, batch=MAX_DECODED), batch_size=1, pack=pack)
-        self._by_form: dict[tuple[int | None, Supports], Predictor] = {(base.support_tokens, base.supports): self.own}
+        self._by_form: dict[SupportForm, Predictor] = {base.form: self.own}
 
     def of(self, model: Model) -> Predictor:
         """With this model's form of a support set."""
-        form = model.support_tokens, model.supports
-        if form not in self._by_form:
-            self._by_form[form] = Predictor(self.base.with_supports(*form), self.own.vision, batch_size=1, pack=self.own.pack)
-        return self._by_form[form]
+        if model.form not in self._by_form:
+            self._by_form[model.form] = Predictor(self.base.with_supports(*model.form), self.own.vision, batch_size=1, pack=self.own.pack)
+        return self._by_form[model.form]

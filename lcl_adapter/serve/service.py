@@ -139,7 +139,7 @@ class Service:
 
     def encoder_of(self, model: Model) -> Encoder:
         """With this model's form of a support set."""
-        return self.engine.base.with_supports(model.support_tokens, model.supports).encoder()
+        return self.engine.base.with_supports(*model.form).encoder()
 
     def check_text(self, text: str, where: str) -> None:
         """Raises RequestError for a text that the model would read as a part of its prompt."""

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler, get_worker_info
 
 from lcl_adapter.base.encoder import IGNORED, Encoded, Encoder, position_ids
-from lcl_adapter.data.conversations import Conversation, to_conversation, wording_of
+from lcl_adapter.data.conversations import Conversation, pooled_to, to_conversation, wording_of
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError, EpisodeError, UserError
@@ -119,7 +119,12 @@ class Collator:
 
     def conversation(self, index: int, attempt: int = 0) -> Conversation:
         """The conversation at ``index``; ``attempt`` counts its replacements."""
-        return to_conversation(self.mixture.draw(index, attempt), wording_of(self.mixture.recipe))
+        recipe = self.mixture.recipe
+        conversation = to_conversation(self.mixture.draw(index, attempt), wording_of(recipe))
+        if len(numbers := recipe.image_tokens.numbers) < 2:
+            return conversation
+        tokens = int(generator("support tokens", recipe.train.seed, index).choice(numbers))
+        return replace(conversation, shared=pooled_to(conversation.shared, tokens))
 
     def row(self, index: int, faults: list[str] | None = None) -> Encoded:
         """The row at ``index``. The faults of replaced conversations are added to ``faults``.

@@ -22,6 +22,8 @@ from rich.progress import track
 
 from lcl_adapter.base.encoder import Encoded, Encoder, check_alignment
 from lcl_adapter.base.families import IMAGE
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Conversation, Turn, from_dialogues, from_episode, to_conversation, wording_of
 from lcl_adapter.data.episodes import Episode, draw, longest_box, longest_episodes
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, QuestionPool
@@ -81,9 +83,11 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
     The alignment of the first row is checked too. too_long: where given, collects the errors of what does not fit.
 
     Raises EpisodeError for an episode that can be drawn, or a record, that does not fit the context; DataError where
-    faults are refused.
+    faults are refused; ModelError where the base's pictures cannot have one of the recipe's numbers of tokens.
     """
     mixture, encoder = collator.mixture, collator.encoder
+    for tokens in mixture.recipe.image_tokens.numbers[1:]:
+        load_encoder(replace(BaseRef.of(mixture.recipe), support_tokens=tokens))
     rows = Rows({name: [] for name in mixture.options})
     for name, pool in mixture.pools.items():
         try:
