@@ -24,6 +24,7 @@ import pytest
 import torch
 import uvicorn
 from transformers.cli.serve import Serve
+from transformers.models.clip import modeling_clip
 
 from benchmarks import calibrate, common, data, merge, plan, predict, serve, soak, train
 from lcl_adapter import cli
@@ -143,16 +144,26 @@ def servers_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             made.append(self)
 
     @contextmanager
-    def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, Here]]:
+    def running(command: list[str], ready_path: str, **variables: str) -> Iterator[tuple[httpx2.Client, Here]]:
+        if "ENCODED" in variables:
+            monkeypatch.setenv("ENCODED", variables["ENCODED"])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(modeling_clip.CLIPVisionModel, "forward", modeling_clip.CLIPVisionModel.forward)  # put back at the end
+                exec(serve.COUNTER, {})
+                yield from started(command, ready_path)
+        else:
+            yield from started(command, ready_path)
+
+    def started(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, Here]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         program, *arguments = command
-        started = len(made)
+        before = len(made)
         start = {"lcl-adapter": lambda line: cli.main(line, standalone_mode=False), "transformers": transformers_cli}[Path(program).name]
         thread = threading.Thread(target=start, args=([*arguments, "--port", port],))
         thread.start()
-        while len(made) <= started or not made[-1].started:
+        while len(made) <= before or not made[-1].started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -178,6 +189,9 @@ def test_serve() -> None:
     numbers = finite(serve.main(["--small"]))
     assert numbers["same texts"] == 1
     assert numbers["stored set / transformers serve"] > 0
+    assert numbers["pictures encoded a question, stored set"] == 1
+    assert numbers["pictures encoded a question, transformers serve"] == 2 * serve.SHOTS + 1
+    assert numbers["kB uploaded a question, transformers serve / stored set"] == pytest.approx(2 * serve.SHOTS + 1, rel=0.02)
 
 
 @pytest.mark.usefixtures("servers_here")
