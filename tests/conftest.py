@@ -6,20 +6,19 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads cost more than they save on short texts
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from lcl_adapter.base.model import Base, load_base
-from tests.tiny import save_tiny
+if TYPE_CHECKING:  # imported where used, because the process that distributes the tests needs neither torch nor transformers
+    from lcl_adapter.base.model import Base
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", 2)))
 FAMILIES = ("pocket", "llava-1.5")
 EVERY = (
     "pocket", "llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision", "llava-interleave",
@@ -30,6 +29,23 @@ EVERY = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The two files that train for minutes run first, one in each process, so that none runs alone at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_pocket"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Any:
+    """Collections of garbage would be a quarter of the time of the imports."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +61,8 @@ def _small_garbage_collections() -> None:
 @pytest.fixture(autouse=True)
 def _on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test but those of the devices runs on a CPU, also where there is a GPU."""
+    import torch
+
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -62,6 +80,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> the folder of its tiny base."""
+    from tests.tiny import save_tiny
+
     made: dict[str, Path] = {}
 
     def folder(family: str = "pocket") -> Path:
@@ -75,6 +95,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(params=FAMILIES)
 def tiny_base(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Base:
     """A tiny base of each family in turn."""
+    from lcl_adapter.base.model import load_base
+
     return load_base(str(tiny_folder(request.param)))
 
 

@@ -6,8 +6,6 @@ import json
 import pickle
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from lcl_adapter.cli import main
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.recipe.shipped import recipes_folder
 from lcl_adapter.training.collate import Collator, Readable
+from tests import forked
 from tests.conftest import EVERY, paint
 from tests.test_formats import FIXTURES
 
@@ -205,7 +204,7 @@ def photo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("photo_data")
 def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
-    """To one that is not forked, without the model: it reads the same rows from files that it opens itself."""
+    """To one that is not forked from this one, without the model: it reads the same rows from files that it opens itself."""
     lengths, files = [], []
     for number, path in enumerate(SHIPPED):
         family = EVERY[number % len(EVERY)]
@@ -221,8 +220,7 @@ def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, t
         files.append(tmp_path / f"{path.stem}.pickle")
         with files[-1].open("wb") as file:
             NoTensors(file).dump(collator)
-    done = subprocess.run([sys.executable, "-c", UNPICKLE, *map(str, files)], capture_output=True, text=True)
-    assert done.stdout.splitlines() == lengths, done.stderr
+    assert forked.run(UNPICKLE, *files).splitlines() == lengths
 
 
 MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
