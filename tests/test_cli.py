@@ -106,7 +106,8 @@ def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
     """Train, eval and merge, each with --json: the steps of the quickstart, on random weights."""
     run = tmp_path / "run"
     small = [f"base={pocket_tiny}", f"output={run}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
-    few = [f"evaluate.suites.{s}.episodes=6" for s in ("2way", "2way-more", "5way", "shuffled-names", "no-support")]
+    suites = ("2way", "2way-more", "5way", "shuffled-names", "no-support")
+    few = [f"evaluate.suites.{s}.{value}" for s in suites for value in ("episodes=6", "new_tokens=4")] + ["evaluate.validation.words.episodes=6"]
     limits = [f"evaluate.suites.{s}.source.limit=10" for s in ("captions", "vqa")]
     trained = call("train", "recipes/pocket.yaml", *small, *few, *limits, "--json")
     assert trained.exit_code == 0, trained.output

@@ -264,11 +264,12 @@ def test_train_then_evaluate_needs_no_more_than_the_larger_of_the_two(tmp_path: 
     from benchmarks.common import Size, random_llava
 
     folder = random_llava(tmp_path / "base", Size(768, 2048, 8, 8), torch.float16)
+    suite = {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [1], "neighbours": "easy", "episodes": 2, "new_tokens": 2}
     settings = {
         "base": str(folder), "output": str(tmp_path / "run"),
         "sources": {"lcl": {"type": "pocket", "shots": [1]}},
         "train": {"max_steps": 1, "per_device_train_batch_size": 1, "threads": 1},
-        "evaluate": {"suites": {"2way": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [1], "episodes": 2}}},
+        "evaluate": {"suites": {"2way": suite}},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
 

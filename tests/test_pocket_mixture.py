@@ -23,6 +23,7 @@ FEW = ["evaluate.suites.2way.episodes=128", "evaluate.suites.2way.shots=2", "eva
 FEW += ["evaluate.suites.shuffled-names.episodes=96", "evaluate.suites.product.episodes=150", "evaluate.suites.product.shots=2"]
 FEW += ["evaluate.suites.inspection.references=[0, 2]", "evaluate.suites.inspection.limit=1"]
 FEW += [f"evaluate.suites.{suite}.source.limit=200" for suite in ("captions", "vqa")]
+FEW += ["evaluate.validation.words.episodes=32", "evaluate.validation.parts.limit=1", "evaluate.validation.products.episodes=32"]
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,7 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
     changes += [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.gradient_accumulation_steps=8", "train.logging_steps=1"]
     changes += ["train.dataloader_num_workers=0", "evaluate.every=1", "evaluate.during_limit=4"]
     changes += [f"evaluate.retention.{s}=101" for s in shipped.evaluate.retention]
+    changes += [f"evaluate.suites.{s}.new_tokens=4" for s, suite in shipped.evaluate.suites.items() if hasattr(suite, "new_tokens")]
     result = CliRunner().invoke(main, ["train", f"recipes/{name}.yaml", *changes, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
