@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,14 +43,22 @@ def pytest_collection() -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
+def _ready() -> None:
+    """Threads are set. In a process that runs many files, all that commands import later is imported now, for the fixture below."""
     import torch
 
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", 2)))
+    from tests.forked import PRELOADED
+
+    many = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(1 if many else int(os.environ.get("OMP_NUM_THREADS", 2)))
+    gc.disable()
+    for module in PRELOADED if many else []:
+        importlib.import_module(module)
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_garbage_collections() -> None:
+def _small_garbage_collections(_ready: None) -> None:
     """What is imported by now is left out of later collections.
 
     There are a million such objects, and visiting them took half the time of the tests that train.
