@@ -40,6 +40,10 @@ class Forked:
     def is_running(self) -> bool:
         return bool(self.process.is_alive())
 
+    def printed(self) -> str:
+        """Its standard output so far."""
+        return self.files[0].read_text(encoding="utf-8") if self.files[0].exists() else ""
+
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 

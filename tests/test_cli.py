@@ -33,6 +33,16 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_faulty_key_file_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom lcl_adapter.cli import main\n"
+        f"try:\n    main(['serve', 'pocket', '--api-key-file', {str(tmp_path / 'keys')!r}])\nexcept SystemExit as e:\n    assert e.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "the keys cannot be read (No such file or directory)" in done.stderr
+
+
 def test_importing_the_package_is_light() -> None:
     code = "import lcl_adapter, sys; assert 'torch' not in sys.modules; assert sorted(lcl_adapter.__all__) == list(lcl_adapter.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)
