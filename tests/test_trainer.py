@@ -39,9 +39,7 @@ def small(base: Path, output: Path, **train: Any) -> Recipe:
             "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1, "projector": True},
             "sources": {
                 "lcl": {"type": "pocket", "shots": [1, 2], "queries": 2, "names": "mixed", "learn": "repeated", "share": 0.7},
-                "vqa": {
-                    "type": "llava-json", "file": "pocket:vqa_train.json", "images": "pocket:drawings.zip", "packed": 3, "share": 0.3, "limit": 500,
-                },
+                "vqa": {"type": "llava-json", "file": "pocket:vqa_train.json", "images": "pocket:drawings.zip", "packed": 3, "share": 0.3},
             },
             "train": {
                 "max_steps": 6,
@@ -53,7 +51,7 @@ def small(base: Path, output: Path, **train: Any) -> Recipe:
                 **train,
             },
         }
-    )  # fmt: skip
+    )
 
 
 def pictures_of(base: Path) -> list[Picture]:
