@@ -20,7 +20,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,19 @@ def stock_row(conversation: Conversation, branch: int) -> dict[str, Any]:
     return {"prompt": messages[:-1], "completion": messages[-1:], "images": images}
 
 
+class Unhashed:
+    """A transform of ``datasets``, which hashes transforms by pickling them with everything that they reach: seconds for a mixture."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, batch: Any) -> Any:
+        return self.transform(batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.transform.__qualname__,)
+
+
 def stock_trainer(base: Base, settings: Recipe, queries: int, processor: Any = None) -> Any:
     """TRL's trainer on a recipe's episodes, a row for each of an episode's queries."""
     from transformers import AutoProcessor
@@ -146,7 +159,7 @@ def stock_trainer(base: Base, settings: Recipe, queries: int, processor: Any = N
         bf16=gpu,
         save_strategy="no",
     )
-    data = Dataset.from_dict({"index": range(mixture.total * queries)}).with_transform(rows)
+    data = Dataset.from_dict({"index": range(mixture.total * queries)}).with_transform(Unhashed(rows))
     return SFTTrainer(model=base.model, args=config, train_dataset=data, processing_class=processor or AutoProcessor.from_pretrained(base.path))
 
 

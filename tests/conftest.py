@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads cost more than they save on short texts
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from lcl_adapter.base.model import Base, load_base
-from tests.tiny import save_tiny
+if TYPE_CHECKING:  # imported where used, because the process that distributes the tests needs neither torch nor transformers
+    from lcl_adapter.base.model import Base
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else int(os.environ.get("OMP_NUM_THREADS", 2)))
 FAMILIES = ("pocket", "llava-1.5")
 EVERY = (
     "pocket", "llava-v1", "llava-1.5", "llava-next-vicuna", "llava-next-mistral", "llava-next-llama-3", "llava-onevision", "llava-interleave",
@@ -27,13 +28,50 @@ EVERY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The two files that train for minutes run first, one in each process, so that none runs alone at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_pocket"))
+    """The file that trains for a minute or two runs first, so that it does not run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pocket.py")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Any:
+    """Collections of garbage would be a quarter of the time of the imports."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ready() -> None:
+    """Threads are set. In a process that runs many files, all that commands import later is imported now, for the fixture below."""
+    import torch
+
+    from tests.forked import PRELOADED
+
+    many = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(1 if many else int(os.environ.get("OMP_NUM_THREADS", 2)))
+    gc.disable()
+    for module in PRELOADED if many else []:
+        importlib.import_module(module)
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_garbage_collections(_ready: None) -> None:
+    """What is imported by now is left out of later collections.
+
+    There are a million such objects, and visiting them took half the time of the tests that train.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test but those of the devices runs on a CPU, also where there is a GPU."""
+    import torch
+
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -51,6 +89,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> the folder of its tiny base."""
+    from tests.tiny import save_tiny
+
     made: dict[str, Path] = {}
 
     def folder(family: str = "pocket") -> Path:
@@ -64,6 +104,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(params=FAMILIES)
 def tiny_base(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Base:
     """A tiny base of each family in turn."""
+    from lcl_adapter.base.model import load_base
+
     return load_base(str(tiny_folder(request.param)))
 
 

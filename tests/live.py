@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.http.connections import BoundedConnection
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from tests.forked import Forked
 
 
 @contextmanager
@@ -63,24 +62,22 @@ def with_template(base: Path, out: Path) -> Path:
 
 
 @contextmanager
-def transformers_serving(base: Path, log: Path) -> Iterator[str]:
-    """The address of `transformers serve BASE`; its output is in the file ``log``."""
+def transformers_serving(base: Path) -> Iterator[str]:
+    """The address of what `transformers serve BASE` starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(base), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=output, stderr=output, cwd=log.parent)
+    options = {"device": "cpu", "dtype": "float32", "host": "127.0.0.1", "port": port}
+    process = Forked(f"from transformers.cli.serve import Serve; Serve({str(base)!r}, **{options!r})")
     try:
         for _ in range(600):
             try:
                 if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
             except httpx2.TransportError:
-                assert process.poll() is None, log.read_text()
+                assert process.is_running(), process.wait()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.wait(30)

@@ -14,8 +14,6 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import time
 import unicodedata
@@ -53,6 +51,7 @@ from lcl_adapter.serve.pictures.images import Bounds, check
 from lcl_adapter.serve.store import Store
 from lcl_adapter.training import trainer
 from tests.conftest import paint
+from tests.forked import Forked
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -683,10 +682,10 @@ else:
 def test_of_two_trainings_into_one_folder_one_is_refused_by_name(tmp_path: Path, pocket_tiny: Path) -> None:
     """Started together, as two processes. On the same machine and in the same second, one of them has the folder."""
     code = TRAINS.format(base=str(pocket_tiny), output=str(tmp_path / "run"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    printed = sorted(process.communicate(timeout=120)[0].strip() for process in both)
-    assert [process.returncode for process in both] == [0, 0]
+    both = [Forked(code) for _ in range(2)]
+    ended = [process.wait() for process in both]
+    assert [exit_code for exit_code, _, _ in ended] == [0, 0], ended
+    printed = sorted(out.strip() for _, out, _ in ended)
     assert printed[1] == "saved"
     assert printed[0].startswith("refused:")
     holder = re.search(r"another command is writing it: process (\d+) on \S+, since \d{4}-\d\d-\d\d", printed[0])

@@ -33,6 +33,16 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_faulty_key_file_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom lcl_adapter.cli import main\n"
+        f"try:\n    main(['serve', 'pocket', '--api-key-file', {str(tmp_path / 'keys')!r}])\nexcept SystemExit as e:\n    assert e.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "the keys cannot be read (No such file or directory)" in done.stderr
+
+
 def test_importing_the_package_is_light() -> None:
     code = "import lcl_adapter, sys; assert 'torch' not in sys.modules; assert sorted(lcl_adapter.__all__) == list(lcl_adapter.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -106,7 +116,8 @@ def test_the_main_job_on_a_tiny_base(tmp_path: Path, pocket_tiny: Path) -> None:
     """Train, eval and merge, each with --json: the steps of the quickstart, on random weights."""
     run = tmp_path / "run"
     small = [f"base={pocket_tiny}", f"output={run}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
-    few = [f"evaluate.suites.{s}.episodes=6" for s in ("2way", "2way-more", "5way", "shuffled-names", "no-support")]
+    suites = ("2way", "2way-more", "5way", "shuffled-names", "no-support")
+    few = [f"evaluate.suites.{s}.{value}" for s in suites for value in ("episodes=6", "new_tokens=4")] + ["evaluate.validation.words.episodes=6"]
     limits = [f"evaluate.suites.{s}.source.limit=10" for s in ("captions", "vqa")]
     trained = call("train", "recipes/pocket.yaml", *small, *few, *limits, "--json")
     assert trained.exit_code == 0, trained.output

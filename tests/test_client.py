@@ -447,7 +447,7 @@ def theirs(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """`transformers serve` on a tiny LLaVA-1.5, and the base's folder."""
     folder = tmp_path_factory.mktemp("transformers")
     base = with_template(tiny_folder("llava-1.5"), folder / "base")
-    with transformers_serving(base, folder / "log") as url:
+    with transformers_serving(base) as url:
         yield url, base
 
 

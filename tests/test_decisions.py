@@ -117,7 +117,7 @@ def both(base: Path) -> Iterator[tuple[httpx2.Client, httpx2.Client]]:
     """This project's server and `transformers serve`, on the same base."""
     with (
         serving(base, base.parent / "store") as ours,
-        transformers_serving(base, base.parent / "log") as theirs,
+        transformers_serving(base) as theirs,
         httpx2.Client(base_url=ours, timeout=60) as own,
         httpx2.Client(base_url=theirs, timeout=120) as other,
     ):

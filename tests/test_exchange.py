@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.data.conversations import WORDINGS, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, ModelError, RunError, UserError
+from tests import forked
 from tests.test_merge import WEIGHTS, adapter_on, delta, rewritten, weights_in
 from tests.tiny import VERSIONS, save_language, save_original, save_tiny
 
@@ -564,7 +564,7 @@ def test_parts_that_do_not_fit_are_refused(on_vicuna: Path, vicuna: Path, tmp_pa
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
-def test_an_adapter_that_reaches_the_tower_is_refused_with_commands_that_work(tmp_path: Path, targets: Any) -> None:
+def test_an_adapter_that_reaches_the_tower_is_refused_with_commands_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: Any) -> None:
     """PEFT's and TRL's own defaults for a LLaVA."""
     save_tiny(tmp_path / "base", "llava-1.5")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
@@ -576,7 +576,10 @@ def test_an_adapter_that_reaches_the_tower_is_refused_with_commands_that_work(tm
     with pytest.raises(AdapterError, match="Merge it into a base of its own") as refused:
         import_adapter(tmp_path / "adapter", tmp_path / "run", BaseRef(str(tmp_path / "base")))
     python, inspect = str(refused.value).splitlines()[1:]
-    subprocess.run([sys.executable, *shlex.split(python)[1:]], check=True, cwd=tmp_path, capture_output=True)
+    program, option, code = shlex.split(python)
+    assert (program, option) == ("python", "-c")
+    monkeypatch.chdir(tmp_path)
+    forked.run(code)
     name = "vision_tower.encoder.layers.0.self_attn.q_proj.weight"
     merged = open_checkpoint(str(tmp_path / shlex.split(inspect)[-1]))
     (weight,) = (weight for key, weight in merged.weights.items() if key.endswith(name))

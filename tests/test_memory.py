@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +32,7 @@ from lcl_adapter.errors import EpisodeError, ModelError
 from lcl_adapter.memory import plan
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.training import trainer
+from tests import forked
 from tests.test_merge import adapter_on
 from tests.test_predict import requests
 from tests.test_trainer import small
@@ -265,19 +264,17 @@ def test_train_then_evaluate_needs_no_more_than_the_larger_of_the_two(tmp_path: 
     from benchmarks.common import Size, random_llava
 
     folder = random_llava(tmp_path / "base", Size(768, 2048, 8, 8), torch.float16)
+    suite = {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [1], "neighbours": "easy", "episodes": 2, "new_tokens": 2}
     settings = {
         "base": str(folder), "output": str(tmp_path / "run"),
         "sources": {"lcl": {"type": "pocket", "shots": [1]}},
         "train": {"max_steps": 1, "per_device_train_batch_size": 1, "threads": 1},
-        "evaluate": {"suites": {"2way": {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [1], "episodes": 2}}},
+        "evaluate": {"suites": {"2way": suite}},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
 
     def peaks(what: str) -> list[int]:
-        child = [sys.executable, "-c", CHILD, str(tmp_path / "recipe.yaml"), what]
-        done = subprocess.run(child, capture_output=True, text=True, check=False, cwd=Path.cwd())
-        assert done.returncode == 0, done.stderr
-        return [int(line) for line in done.stdout.split()]
+        return [int(line) for line in forked.run(CHILD, tmp_path / "recipe.yaml", what).split()]
 
     trained, both = peaks("both")
     [alone] = peaks("evaluation")

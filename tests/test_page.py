@@ -106,11 +106,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, running: Running, request: pytest.FixtureRequest) -> Iterator[Callable[..., Page]]:
-    """Opens the page. Fails if anything is fetched from another server. Writes a screenshot at the end of the test."""
+    """Opens the page. Fails if anything is fetched from another server. Writes a screenshot of where a test failed."""
     running.delay = 0.0
     for name in running.store.names("local"):
         running.store.remove("local", name)
-    contexts, foreign_requests = [], []
+    contexts, foreign_requests, failed = [], [], request.session.testsfailed
 
     def opened(locale: str = "en-US", width: int = 1100, url: str | None = None) -> Page:
         context = browser.new_context(locale=locale, viewport={"width": width, "height": 900})
@@ -128,8 +128,8 @@ def visit(browser: Browser, running: Running, request: pytest.FixtureRequest) ->
 
     yield opened
     for context in contexts:
-        if context.pages:
-            screenshot(context.pages[0], f"{request.node.name}-end")
+        if context.pages and request.session.testsfailed > failed:
+            screenshot(context.pages[0], f"{request.node.name}-failed")
         context.close()
     assert foreign_requests == []
 

@@ -181,7 +181,7 @@ def test_both_presets_run_are_reported_and_measured_while_training(tmp_path: Pat
     run = tmp_path / "run"
     changes = [f"base={pocket_tiny}", f"output={run}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
     changes += ["evaluate.suites={page: {preset: page}, questions: {preset: questions}}", "evaluate.retention={page: 5%, questions: 5}"]
-    changes += ["evaluate.every=1", "evaluate.during_limit=6", "evaluate.during=[]"]
+    changes += ["evaluate.every=1", "evaluate.during_limit=6", "evaluate.during=[]", "evaluate.validation.words.episodes=4"]
     result = CliRunner().invoke(main, ["train", "recipes/pocket.yaml", *changes, "--json"])
     assert result.exit_code in {0, 3}, result.output
     rows = {row["name"]: row for row in json.loads(result.stdout)["suites"]}

@@ -5,7 +5,6 @@ the last checkpoint.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from lcl_adapter.errors import RecipeError, RunError
 from lcl_adapter.recipe import Recipe, load, save
 from lcl_adapter.training import sharding, trainer
 from lcl_adapter.training.collate import BucketedOrder, Collator
+from tests import forked
 from tests.test_trainer import losses, small
 
 ROOT = Path(__file__).parent.parent
@@ -149,10 +149,10 @@ def zero3_on_cpus() -> None:
     processes.training_device = lambda: "cuda"  # accelerate's CPU mode excludes DeepSpeed
 
 
-def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str) -> None:
-    """The body of one process of a launch."""
+def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, ...], shard: str, environment: dict[str, str]) -> None:
+    """The body of one process of a launch. What it prints is beside the recipe."""
+    forked.begin(printed_by(recipe, rank), printed_by(recipe, rank), environment)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     from lcl_adapter.cli import commands as run
 
     if shard:
@@ -173,17 +173,17 @@ def train_in_process(rank: int, port: int, recipe: Path, overrides: tuple[str, .
         os._exit(1)
 
 
-def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
-    """Two processes with the environment of torchrun.
+def printed_by(recipe: Path, rank: int) -> Path:
+    return recipe.with_suffix(f".{rank}.log")
 
-    They are forked from a server that has imported everything, to save time.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lcl_adapter.cli.commands", "trl", "tests.test_processes"])
+
+def launched(recipe: Path, *overrides: str, shard: str = "") -> list[Any]:
+    """Two processes with the environment of torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [context.Process(target=train_in_process, args=(rank, port, recipe, overrides, shard), daemon=True) for rank in range(2)]
+    given = (port, recipe, overrides, shard, dict(os.environ))
+    started = [forked.server().Process(target=train_in_process, args=(rank, *given), daemon=True) for rank in range(2)]
     for process in started:
         process.start()
     return started
@@ -225,9 +225,7 @@ def recipe_file(pocket_tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "two.yaml"
 
 
-def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
-    pocket_tiny: Path, tmp_path: Path, single: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(pocket_tiny: Path, tmp_path: Path, single: Path) -> None:
     """One of two processes is killed after the first checkpoint and the run is resumed.
 
     Every loss and the adapter are those of a single process.
@@ -249,7 +247,7 @@ def test_a_run_with_a_killed_process_is_resumed_to_the_loss_of_a_single_one(
     for process in second:
         process.join(120)
     assert [process.exitcode for process in second] == [0, 0]
-    assert capfd.readouterr().out.count("adapter saved in") == 1  # one process prints
+    assert "".join(printed_by(file, rank).read_text() for rank in range(2)).count("adapter saved in") == 1  # one process prints
     assert_same_run(tmp_path / "two", single)
 
 

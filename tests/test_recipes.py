@@ -6,8 +6,6 @@ import json
 import pickle
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +23,16 @@ from lcl_adapter.cli import main
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.recipe.shipped import recipes_folder
 from lcl_adapter.training.collate import Collator, Readable
+from tests import forked
 from tests.conftest import EVERY, paint
 from tests.test_formats import FIXTURES
 
 SHIPPED = sorted(recipes_folder().glob("*.yaml"))
+
+
+def short_answers(name: str) -> list[str]:
+    """Overrides. Tiny random weights end no answer, so each would have as many tokens as a suite allows."""
+    return [f"evaluate.suites.{s}.new_tokens=4" for s, suite in recipe.load(name).evaluate.suites.items() if hasattr(suite, "new_tokens")]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -61,7 +65,7 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
     changes += ["train.max_steps=2", "train.gradient_accumulation_steps=2", "train.logging_steps=1"]
     for suite in ("2way", "shuffled-names"):
         changes += [f"evaluate.suites.{suite}.episodes=4", f"evaluate.suites.{suite}.source.hold_out=0.4"]
-    result = CliRunner().invoke(main, ["train", "recipes/own-photos.yaml", *changes, "--json"])
+    result = CliRunner().invoke(main, ["train", "recipes/own-photos.yaml", *changes, *short_answers("own-photos"), "--json"])
     assert result.exit_code == 0, result.output
     assert [row["name"] for row in json.loads(result.stdout)["suites"]] == [
         "2way-0shot-easy",
@@ -205,7 +209,7 @@ def photo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("photo_data")
 def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
-    """To one that is not forked, without the model: it reads the same rows from files that it opens itself."""
+    """To one that is not forked from this one, without the model: it reads the same rows from files that it opens itself."""
     lengths, files = [], []
     for number, path in enumerate(SHIPPED):
         family = EVERY[number % len(EVERY)]
@@ -221,8 +225,7 @@ def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, t
         files.append(tmp_path / f"{path.stem}.pickle")
         with files[-1].open("wb") as file:
             NoTensors(file).dump(collator)
-    done = subprocess.run([sys.executable, "-c", UNPICKLE, *map(str, files)], capture_output=True, text=True)
-    assert done.stdout.splitlines() == lengths, done.stderr
+    assert forked.run(UNPICKLE, *files).splitlines() == lengths
 
 
 MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
@@ -256,6 +259,7 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
     changes += [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.gradient_accumulation_steps=8", "train.logging_steps=1"]
     changes += ["train.dataloader_num_workers=0", "evaluate.every=1", "evaluate.during_limit=4"]
     changes += [f"evaluate.retention.{s}=101" for s in shipped.evaluate.retention]
+    changes += short_answers(name)
     result = CliRunner().invoke(main, ["train", f"recipes/{name}.yaml", *changes, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -270,6 +274,7 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
 def test_the_four_bit_recipe_runs(tmp_path: Path) -> None:
     """pocket-qlora as it stands, on the shipped base, for two steps and a few questions: trained in nf4, and measured."""
     few = [f"evaluate.suites.{s}.episodes=2" for s in ("2way", "2way-more", "5way", "shuffled-names", "no-support")]
+    few += ["evaluate.validation.words.episodes=4", *short_answers("pocket-qlora")]
     few += [f"evaluate.suites.{s}.source.limit=4" for s in ("captions", "vqa")] + ["evaluate.retention={}"]
     steps = [f"output={tmp_path / 'run'}", "train.max_steps=2", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
     result = CliRunner().invoke(main, ["train", "recipes/pocket-qlora.yaml", *steps, *few, "--json"])

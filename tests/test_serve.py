@@ -10,8 +10,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -48,6 +46,7 @@ from lcl_adapter.serve.http.keys import Caller, Keys, read_keys
 from lcl_adapter.serve.jobs import BusyError, Job, Task
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
+from tests.forked import Forked
 from tests.live import running
 from tests.test_merge import adapter_on
 
@@ -1045,9 +1044,9 @@ def test_the_command_serves_and_stops_on_a_signal(run_folder: Path, tmp_path: Pa
         port = free.getsockname()[1]
     (tmp_path / "keys.txt").write_text(f"a {KEYS['ops']}\n")
     base = json.loads((run_folder / "lcl_adapter.json").read_text())["base"]
-    command = [sys.executable, "-m", "lcl_adapter", "serve", base, "--adapter", f"parts={run_folder}", "--port", str(port), "--memory", "1GB"]
+    command = ["serve", base, "--adapter", f"parts={run_folder}", "--port", str(port), "--memory", "1GB"]
     command += ["--api-key-file", str(tmp_path / "keys.txt"), "--store", str(tmp_path / "store")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Forked("from lcl_adapter.cli import main; main()", *command)
     try:
         own = httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=as_("ops"), timeout=30)
         for _ in range(600):
@@ -1068,13 +1067,10 @@ def test_the_command_serves_and_stops_on_a_signal(run_folder: Path, tmp_path: Pa
                 process.send_signal(signal.SIGTERM)
                 assert [line for line in lines if line][-1] == "data: [DONE]"
         own.close()
-        output, _ = process.communicate(timeout=40)
-        assert process.returncode in {0, -signal.SIGTERM}
     finally:
-        process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+        exit_code, *outputs = process.wait(40)
+    output = "".join(outputs)
+    assert exit_code in {0, -signal.SIGTERM}, output
     assert KEYS["ops"] not in output
     assert "base64" not in output
     assert Store(tmp_path / "store").get("a", "parts-set").version == 1

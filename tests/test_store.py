@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from lcl_adapter.data.sources import read_class_folders
 from lcl_adapter.errors import ConflictError, MissingError, RunError
 from lcl_adapter.serve import store as store_module
 from lcl_adapter.serve.store import MAX_VERSIONS, Example, Store
+from tests.forked import Forked
 
 ONE, TWO = [("good", b"a photo"), ("bad", b"another")], [("good", b"a photo"), ("bad", b"a third"), ("ugly", b"a photo")]
 
@@ -201,15 +200,15 @@ def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None
     acknowledged: dict[str, tuple[int, int]] = {}  # by name: the newest version, and the number in its photos
     last = 0
     for turn in range(20):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        lines = [writer.stdout.readline()]
+        writer = Forked(WRITER, tmp_path, last)
+        while not writer.printed():
+            assert writer.is_running(), writer.wait()
+            time.sleep(0.001)
         time.sleep(0.01 * (turn % 5))
         writer.send_signal(signal.SIGKILL)
-        lines += writer.stdout.read().splitlines()
-        writer.wait()
-        writer.stdout.close()
-        for words in (line.split() for line in lines if line.strip()):
+        exit_code, printed, _ = writer.wait()
+        assert exit_code == -signal.SIGKILL
+        for words in map(str.split, printed.splitlines()):
             if len(words) == 3:
                 acknowledged[words[0]] = (int(words[1]), int(words[2]))
                 last = int(words[2])

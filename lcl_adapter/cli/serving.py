@@ -46,6 +46,10 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
         base: BaseRef, adapters: tuple[str, ...], adapter_folder: Path | None, host: str, port: int, key_file: Path | None, memory: int | None,
         queue: int, timeout: float, store: Path,
     ) -> None:  # fmt: skip
+        if key_file is not None:
+            from lcl_adapter.serve.http.keys import read_keys
+
+            read_keys(key_file)  # its faults are reported at once, not after seconds of imports
         try:
             from lcl_adapter.serve.server import Options
         except ImportError as error:

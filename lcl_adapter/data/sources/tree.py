@@ -120,9 +120,20 @@ class Tree:
             table.setdefault(folder + slash, []).append(name)
         return table
 
+    @cached_property
+    def _folders_below(self) -> dict[str, set[str]]:
+        """Folder -> the names of the folders directly below it that have a file at any depth."""
+        table: dict[str, set[str]] = {}
+        for folder in self._by_folder:
+            start = 0
+            while (end := folder.find("/", start)) >= 0:
+                table.setdefault(folder[:start], set()).add(folder[start:end])
+                start = end + 1
+        return table
+
     def folders(self, under: str = "") -> list[str]:
-        """Names of the folders directly below ``under`` that have a file at any depth. On disk, empty folders too."""
-        names = {n[len(under) :].split("/")[0] for n in self._by_folder if n.startswith(under) and n != under}
+        """Names of the folders directly below ``under`` (``a/b/``) that have a file at any depth. On disk, empty folders too."""
+        names = set(self._folders_below.get(under, ()))
         if not self.archive and (self.root / under).is_dir():
             names |= {nfc(p.name) for p in (self.root / under).iterdir() if p.is_dir() and not _is_hidden(p.name)}
         return sorted(names)
