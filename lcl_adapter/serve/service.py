@@ -211,8 +211,12 @@ class Service:
             turn = Turn("user", question, picture)
             jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline))
         usable = [job for job in jobs if isinstance(job, Job)]
-        self.engine.submit(*usable)  # first: what a calibration leaves out of an independent set, it copies from the whole one
+        copies = model.form.supports == "independent"  # then a calibration has no photo to read after the whole set
+        if copies:
+            self.engine.submit(*usable)
         calibration = self.calibrations.of(shown, model) if usable else None
+        if not copies:
+            self.engine.submit(*usable)
         return Classification(stored, shown, model, calibration, jobs)
 
     @property
