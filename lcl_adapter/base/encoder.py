@@ -37,7 +37,8 @@ class Encoded:
     """One row of T tokens, without padding.
 
     ``branch`` is 0 in the shared support set and k in the k-th query. ``example`` is k in the k-th labelled picture of
-    an independent support set, which sees no other, and 0 elsewhere. All lists have length T. ``pictures`` say themselves to how
+    an independent support set, which sees no other, and 0 elsewhere. ``part`` is k in the k-th of several conversations that
+    share a packed row (``lcl_adapter.training.packing``), counted from 0. All lists have length T. ``pictures`` say themselves to how
     many tokens they are pooled.
     """
 
@@ -47,6 +48,7 @@ class Encoded:
     example: list[int]
     positions: list[Position]
     pictures: tuple[Picture, ...]
+    part: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -276,7 +278,7 @@ class Encoder:
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
         example = support.example + [0] * (len(ids) - len(support))
-        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns))
+        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns), [0] * len(ids))
 
     def _encode(self, rendered: Rendered, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """Ids and labels of rendered turns. A token is learned where its last character is in a learned part.

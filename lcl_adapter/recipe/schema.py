@@ -185,15 +185,19 @@ class Recipe(Options):
             raise ValueError(
                 "`adapter.pissa` changes the base's weights during training: set a precision of 16 bits or more, and no `evaluate.every`"
             )
-        near_base = [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
-        if self.adapter.pissa and near_base:
+        if self.adapter.pissa and self.near_base:
             raise ValueError(
-                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{near_base[0]}.retain: answers"
+                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{self.near_base[0]}.retain: answers"
             )
         for start, shares in self.phases():
             if sum(shares.values()) <= 0:
                 raise ValueError("all shares are 0: nothing would be trained" + (f" from {start:g} of the run on" if self.shares else ""))
         return self
+
+    @property
+    def near_base(self) -> list[str]:
+        """Sources that stay near the base's own distribution instead of learning their tokens."""
+        return [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
 
     def phases(self) -> list[tuple[float, dict[str, float]]]:
         """(start, shares) of each phase; ``start`` is a part of the run, 0 to 1.

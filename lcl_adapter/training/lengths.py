@@ -52,7 +52,7 @@ class Rows:
     """
 
     lengths: dict[str, list[int]]
-    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], ()))
+    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], (), []))
     bounds: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
@@ -82,13 +82,15 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
 
     The alignment of the first row is checked too. too_long: where given, collects the errors of what does not fit.
 
-    Raises EpisodeError for an episode that can be drawn, or a record, that does not fit the context; DataError where
-    faults are refused; ModelError where the base's pictures cannot have one of the recipe's numbers of tokens.
+    Raises EpisodeError for an episode that can be drawn, or a record, that does not fit the context, and for a row that does
+    not fit ``train.tokens_per_batch``; DataError where faults are refused; ModelError where the base's pictures cannot have one
+    of the recipe's numbers of tokens.
     """
     mixture, encoder = collator.mixture, collator.encoder
     for tokens in mixture.recipe.image_tokens.numbers[1:]:
         load_encoder(replace(BaseRef.of(mixture.recipe), support_tokens=tokens))
     rows = Rows({name: [] for name in mixture.options})
+    refused = False
     for name, pool in mixture.pools.items():
         try:
             if isinstance(pool, QuestionPool):
@@ -99,7 +101,8 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
             if too_long is None:
                 raise
             too_long.append(str(error))
-    if too_long and any(not isinstance(mixture.pools[name], QuestionPool) and name not in rows.bounds for name in mixture.pools):
+            refused = True
+    if refused:
         return rows
     check_alignment(encoder, collator.usable(0)[0])
     for index in range(min(mixture.total, CHECKED)):
@@ -190,6 +193,7 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
     if longest is not None:
         rows.add(encoder.conversation(longest))
     rows.bounds[name] = bound
+    collator.check_budget(longest.origin if longest is not None else name, bound)
 
 
 def _too_long(episode: Episode, conversation: Conversation, needed: int, encoder: Encoder, ruler: Ruler, wording: Wording) -> str:
@@ -272,7 +276,9 @@ def _bound_questions(collator: Collator, name: str, pool: QuestionPool, rows: Ro
         together = [entry for entry in measured.longest for _ in range(times)][: options.packed]
         rows.bounds[name] = sum(max(length, measured.rest) for length, _ in together)
         dialogues = tuple(_with_longest(pool.dialogues[index], box, answer) for _, index in together)
-        rows.add(encoder.conversation(from_dialogues(dialogues)))
+        conversation = from_dialogues(dialogues)
+        rows.add(encoder.conversation(conversation))
+        collator.check_budget(f"{name}, with {conversation.origin}", rows.bounds[name])
 
 
 def _measure(
