@@ -24,7 +24,7 @@ from lcl_adapter.errors import EpisodeError
 from lcl_adapter.memory import budget, plan
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.schema import AdapterOptions
-from lcl_adapter.training import preflight, replay, trainer
+from lcl_adapter.training import packing, preflight, replay, trainer
 from lcl_adapter.training.collate import Collator, attention_mask, collate
 from lcl_adapter.training.lengths import check_rows
 from lcl_adapter.training.packing import join, layout, pad_to, places_of, widest
@@ -45,27 +45,40 @@ def mixed(base: Path, output: Path, budget: int | None, supports: str = "ordered
     return Recipe.model_validate({**values, "supports": supports, "sources": sources, "adapter": {"rank": 4, "projector": True}})
 
 
+@pytest.fixture
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are laid as for a wide language model, whose attention costs little. The tiny ones are narrow."""
+    monkeypatch.setattr(packing, "EQUAL", 10**6)
+
+
 # --- the layout, and the mask
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths_of_rows, st.integers(90, 400))
-def test_a_layout_has_every_row_once_within_the_budget_and_no_more_tokens(lengths: list[int], budget: int) -> None:
-    rows = layout(lengths, budget)
+@given(lengths_of_rows, st.integers(90, 400), st.sampled_from([8, 64, 4096]))
+def test_a_layout_has_every_row_once_within_the_budget_and_no_more_tokens(lengths: list[int], budget: int, width: int) -> None:
+    rows = layout(lengths, budget, width)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     filled = [sum(lengths[index] for index in row) for row in rows]
     assert max(filled) <= budget
     assert len(rows) * pad_to(max(filled)) <= len(lengths) * pad_to(max(lengths))
     places = places_of(lengths, rows)
     assert [place.stop - place.start for place in places] == lengths
-    assert layout(lengths, None) == [[index] for index in range(len(lengths))]
+    assert layout(lengths, None, width) == [[index] for index in range(len(lengths))]
+
+
+def test_a_narrow_model_has_shorter_rows() -> None:
+    """Rows of one length have little padding as they are, so a narrow model's attention decides; a wide model's does not."""
+    assert [len(row) for row in layout([165] * 6, 512, 128)] == [1] * 6
+    assert [len(row) for row in layout([165] * 6, 512, 4096)] == [3] * 2
+    assert len(layout([400, 100, 100, 100], 448, 128)) < 4, "much padding is not computed by any model"
 
 
 def test_rows_that_the_base_reads_too_are_together() -> None:
     """They are laid first, so that the base's own pass has few rows."""
     lengths = [50, 10, 40, 10, 30, 10, 20, 10]
     near = [1, 3, 5, 7]
-    rows = layout(lengths, 90, near)
+    rows = layout(lengths, 90, 4096, near)
     assert sum(bool(set(row) & set(near)) for row in rows) == 1
     assert len(rows) == 2
 
@@ -91,6 +104,7 @@ def test_no_token_sees_another_part(branches: list[list[int]], padding: int) -> 
     assert torch.equal(mask[: len(packed)], expected[: len(packed)])
 
 
+@pytest.mark.usefixtures("_wide")
 def test_rows_that_stay_alone_have_a_mask_of_two_dimensions(pocket_tiny: Path, tmp_path: Path) -> None:
     made = small(pocket_tiny, tmp_path, tokens_per_batch=4000, per_device_train_batch_size=1)
     made = made.model_copy(update={"sources": {"lcl": made.sources["lcl"].model_copy(update={"queries": 1})}})
@@ -124,7 +138,7 @@ class Step:
         """The conversations in the order in which packed rows have them."""
         lengths = [len(self.collator.row(index)) for index in indices]
         near = [n for n, index in enumerate(indices) if self.mixture.slot(index).source in self.recipe.near_base]
-        return [indices[number] for row in layout(lengths, self.collator.budget, near) for number in row]
+        return [indices[number] for row in layout(lengths, self.collator.budget, self.collator.encoder.width, near) for number in row]
 
     def losses(self, indices: Sequence[int]) -> list[tuple[torch.Size, torch.Tensor, list[torch.Tensor]]]:
         """(shape of the tensor, loss, gradients): packed, then in rows of their own, in one batch."""
@@ -150,6 +164,7 @@ class Step:
         assert max(float((a - b).abs().max()) for a, b in zip(gradients, own_gradients, strict=True)) < 1e-4 * largest
 
 
+@pytest.mark.usefixtures("_wide")
 @pytest.mark.parametrize("supports", ["ordered", "independent"])
 @pytest.mark.parametrize("family", EVERY)
 def test_packed_rows_equal_separate_rows(family: str, supports: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -164,6 +179,7 @@ def test_packed_rows_equal_separate_rows(family: str, supports: str, tiny_folder
     step.assert_same(range(6))
 
 
+@pytest.mark.usefixtures("_wide")
 def test_noise_is_drawn_as_in_separate_rows(pocket_tiny: Path, tmp_path: Path) -> None:
     """The same noise on the same pictures, where both have them in one order; each picture goes through the tower once."""
     made = mixed(pocket_tiny, tmp_path / "run", 1500, feature_noise=0.5)
@@ -175,6 +191,7 @@ def test_noise_is_drawn_as_in_separate_rows(pocket_tiny: Path, tmp_path: Path) -
     assert quiet.losses(range(6))[0][1].item() != pytest.approx(step.losses(range(6))[0][1].item(), rel=1e-3)
 
 
+@pytest.mark.usefixtures("_wide")
 @pytest.mark.parametrize("family", ["llava-1.5", "qwen2-vl"])
 def test_rows_near_the_base_share_rows_with_others(family: str, tiny_folder: Callable[[str], Path], photos: Path, tmp_path: Path) -> None:
     folder = tiny_folder(family)
@@ -199,6 +216,7 @@ def test_rows_near_the_base_share_rows_with_others(family: str, tiny_folder: Cal
 # --- a training
 
 
+@pytest.mark.usefixtures("_wide")
 def test_a_training_learns_the_same(pocket_tiny: Path, tmp_path: Path) -> None:
     """The same losses and the same counts, in fewer rows."""
     facts, shapes = [], {}
@@ -254,15 +272,15 @@ def test_a_budget_of_just_the_longest_row_is_enough(pocket_tiny: Path, tmp_path:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=10), st.integers(60, 300))
-def test_a_forecast_bounds_every_layout(lengths: list[int], tokens: int) -> None:
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=10), st.integers(60, 300), st.sampled_from([8, 4096]))
+def test_a_forecast_bounds_every_layout(lengths: list[int], tokens: int, width: int) -> None:
     """No batch has more tokens, or more in its mask, than the forecast says; the trial is the batch of the longest row."""
     longest = Encoded(*([1] * max(lengths) for _ in range(5)), (), [0] * max(lengths))  # type: ignore[arg-type]
     work = budget.longest(longest, len(lengths), False, tokens_per_batch=tokens)
-    rows = layout(lengths, tokens)
-    width = pad_to(max(sum(lengths[index] for index in row) for row in rows))
-    assert len(rows) * width <= work.rows * work.tokens
-    assert len(rows) * width**2 <= work.rows * work.tokens * work.attended
+    rows = layout(lengths, tokens, width)
+    longest_packed = pad_to(max(sum(lengths[index] for index in row) for row in rows))
+    assert len(rows) * longest_packed <= work.rows * work.tokens
+    assert len(rows) * longest_packed**2 <= work.rows * work.tokens * work.attended
     trial = collate(widest(longest, len(lengths), tokens), 0)["labels"]
     assert trial.numel() <= work.rows * work.tokens
     assert (trial != IGNORED).sum() <= len(lengths) * len(longest)

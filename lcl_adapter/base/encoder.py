@@ -92,7 +92,7 @@ class Encoder:
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
     grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
     window, which limits a row if it is shorter than the context. support_tokens: of a picture that is shown with a label;
-    None for as many as any other has. independent: whether a labelled picture sees no other.
+    None for as many as any other has. independent: whether a labelled picture sees no other. width: of the language model.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Encoder:
         window: int | None = None,
         support_tokens: int | None = None,
         independent: bool = False,
+        width: int = 4096,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
@@ -113,6 +114,7 @@ class Encoder:
         self.image = list(image)
         self.support_tokens = support_tokens
         self.independent = independent
+        self.width = width
         self.context = min(context, window or context)
         self.window = window
         self.grid = grid

@@ -219,7 +219,8 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | N
     pooled = support_tokens(config, len(image), asked, tiles, checkpoint.folder)
     window = attention_window(config.get_text_config())
     context = config.text_config.max_position_embeddings
-    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports == "independent")
+    width = config.text_config.hidden_size
+    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports == "independent", width)
 
 
 def load_base(base: BaseRef | str) -> Base:

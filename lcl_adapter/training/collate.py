@@ -121,7 +121,7 @@ class Collator:
         lengths = [len(row) for row in rows]
         near = [number for number, (source, *_) in enumerate(counts) if source in self.mixture.recipe.near_base]
         # The base reads the rows with those once more
-        together = layout(lengths, self.budget, near)
+        together = layout(lengths, self.budget, self.encoder.width, near)
         packed = [join([rows[number] for number in numbers]) for numbers in together]
         return collate(packed, self.encoder.pad) | {"faults": faults, "counts": counts, "places": places_of(lengths, together)}
 
