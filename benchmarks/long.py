@@ -19,7 +19,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from PIL import Image
 
 from benchmarks.common import THREADS, child, finish, options_of, parser, random_model, random_wide_model, write_config
 from benchmarks.plan import SIZES
-from benchmarks.train import ROUNDS, Clock, peak
+from benchmarks.train import ROUNDS, ProcessorClock, peak
 from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import attach, load_base
 from lcl_adapter.base.ref import BaseRef
@@ -57,13 +56,6 @@ class Side:
 
 
 SIDES = {"short": Side(2), "long": Side(16, 64, 1)}
-
-
-class ProcessorClock(Clock):
-    """The processor time at each step's end, of all threads."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append(time.process_time())
 
 
 def write_photos(folder: Path, side: int) -> Path:
