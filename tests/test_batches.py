@@ -31,7 +31,7 @@ def recipe(**changes: object) -> Recipe:
 def test_which_tokens_attend_to_which(branch: list[int], padding: int) -> None:
     real = torch.tensor([[True] * len(branch) + [False] * padding])
     none = torch.zeros(1, len(branch) + padding, dtype=torch.long)
-    mask = attention_mask(none, torch.tensor([branch + [0] * padding]), none, real)[0, 0]
+    mask = attention_mask(none, torch.tensor([branch + [0] * padding]), none, none, real)[0, 0]
     for i in range(len(branch)):
         for j in range(len(branch) + padding):
             expected = j <= i and j < len(branch) and branch[j] in (0, branch[i])

@@ -1,4 +1,4 @@
-"""Support sets whose labelled pictures do not see each other: rows, masks, prediction, and sets that grow and shrink."""
+"""Support sets whose labelled pictures do not see each other, and compressed ones: rows, masks, prediction, growing sets."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lcl_adapter.data import episodes
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_episode
 from lcl_adapter.data.sources import Picture, read_pocket
 from lcl_adapter.errors import EpisodeError
+from lcl_adapter.recipe.schema import Supports
 from lcl_adapter.recipe.sources import EpisodeOptions
 from lcl_adapter.training.collate import collate
 from tests.conftest import EVERY
@@ -26,13 +27,16 @@ from tests.conftest import EVERY
 APART = replace(WORDINGS["short"], repeated=True)
 
 
-def base_of(folder: Path) -> Base:
-    return load_base(BaseRef(str(folder), device="cpu", supports="independent"))
+FORMS: tuple[Supports, ...] = ("independent", "compressed")
 
 
-@pytest.fixture(scope="module")
-def base(tiny_folder: Callable[[str], Path]) -> Base:
-    return base_of(tiny_folder("pocket"))
+def base_of(folder: Path, supports: Supports) -> Base:
+    return load_base(BaseRef(str(folder), device="cpu", supports=supports))
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def base(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Base:
+    return base_of(tiny_folder("pocket"), request.param)
 
 
 def drawn(count: int, shots: int = 2, queries: int = 2, learned: str = "query") -> list[Conversation]:
@@ -73,10 +77,11 @@ def assert_same(replies: Sequence[Reply], others: Sequence[Reply]) -> None:
         assert reply.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
 
 
+@pytest.mark.parametrize("supports", FORMS)
 @pytest.mark.parametrize("family", EVERY)
-def test_training_and_prediction_agree_in_every_family(family: str, tiny_folder: Callable[[str], Path]) -> None:
+def test_training_and_prediction_agree_in_every_family(family: str, supports: Supports, tiny_folder: Callable[[str], Path]) -> None:
     """The row of training with its mask, and the predictor that reads each picture in a row of its own; in batches, too."""
-    base = base_of(tiny_folder(family))
+    base = base_of(tiny_folder(family), supports)
     asked = [*requests_of(drawn(2, shots=2)), *requests_of(drawn(2, shots=1))]
     replies = Predictor(base, batch_size=4).run(asked, generate=False)
     assert_same(replies, [reply_in_one_row(base, request) for request in asked])
@@ -85,9 +90,10 @@ def test_training_and_prediction_agree_in_every_family(family: str, tiny_folder:
     assert Predictor(base).run(asked[:1])[0].text == Predictor(base, pack=1).run(asked[:1])[0].text
 
 
+@pytest.mark.parametrize("supports", FORMS)
 @pytest.mark.parametrize("family", EVERY)
-def test_a_set_has_no_order(family: str, tiny_folder: Callable[[str], Path]) -> None:
-    predictor = Predictor(base_of(tiny_folder(family)))
+def test_a_set_has_no_order(family: str, supports: Supports, tiny_folder: Callable[[str], Path]) -> None:
+    predictor = Predictor(base_of(tiny_folder(family), supports))
     asked = requests_of(drawn(3, shots=2))
     turned = [(tuple(turn for pair in pairs_of(support)[::-1] for turn in pair), query, answers) for support, query, answers in asked]
     assert_same(predictor.run(asked, generate=False), predictor.run(turned, generate=False))
@@ -96,7 +102,8 @@ def test_a_set_has_no_order(family: str, tiny_folder: Callable[[str], Path]) -> 
 def test_a_set_of_one_picture_is_any_chat(base: Base) -> None:
     asked = [(support[:2], query, answers) for support, query, answers in requests_of(drawn(3))]
     ordered = base.with_supports(None, "ordered")
-    assert_same(Predictor(base).run(asked, generate=False), Predictor(ordered).run(asked, generate=False))
+    if base.supports == "independent":  # in a compressed one, the question does not see the picture itself
+        assert_same(Predictor(base).run(asked, generate=False), Predictor(ordered).run(asked, generate=False))
     for support, query, _ in asked:
         row = Conversation(support, ((query, Turn("assistant", "x", learn=True)),), "test")
         mine, theirs = base.encoder().conversation(row), ordered.encoder().conversation(row)
@@ -116,6 +123,25 @@ def test_each_example_has_the_instruction_and_nothing_of_the_others(base: Base) 
         assert support.positions[part] == list(range(support.head, support.head + part.stop - part.start))
     assert support.next_position == support.longest == support.head + max(part.stop - part.start for part in support.examples)
     check_alignment(encoder, conversation)
+
+
+def test_of_a_compressed_set_the_words_are_stored(tiny_folder: Callable[[str], Path]) -> None:
+    """Not the pictures' own keys and values, although what the words say depends on the pictures."""
+    base = base_of(tiny_folder("pocket"), "compressed")
+    predictor, independent = Predictor(base), Predictor(base.with_supports(None, "independent"))
+    (conversation,) = drawn(1, shots=2)
+    other = tuple(replace(turn, picture=conversation.branches[0][0].picture) if turn.picture else turn for turn in conversation.shared)
+    whole, stored, changed = independent.prefill([conversation.shared]), predictor.prefill([conversation.shared]), predictor.prefill([other])
+    pictures = base.encoder().tokens_an_image * 4
+    assert stored.mask.shape[1] == int(stored.mask.sum()) == whole.mask.shape[1] - pictures
+    assert stored.bytes < whole.bytes
+    assert torch.equal(stored.next_position, whole.next_position), "positions are those with the pictures"
+    row = base.encoder().conversation(conversation)
+    image = base.encoder().image_token_id
+    assert [bool(h) for h in row.hidden] == [token == image and branch == 0 for token, branch in zip(row.ids, row.branch, strict=True)]
+    for layer, with_other in zip(stored.cache.layers[1:], changed.cache.layers[1:], strict=True):
+        assert not torch.allclose(layer.keys, with_other.keys, atol=1e-3)
+    assert not any(base.encoder().support([*conversation.shared, Turn("user", "And?"), Turn("assistant", "yes")]).hidden)
 
 
 def test_an_example_depends_on_itself_alone(base: Base) -> None:

@@ -87,17 +87,17 @@ def test_rows_that_the_base_reads_too_are_together() -> None:
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6).map(sorted), min_size=1, max_size=3), st.integers(0, 3))
 def test_no_token_sees_another_part(branches: list[list[int]], padding: int) -> None:
     """Within each part, the mask is that of a row of its own."""
-    rows = [Encoded([7] * len(b), [7] * len(b), b, [0] * len(b), list(range(len(b))), (), [0] * len(b)) for b in branches]
+    rows = [Encoded([7] * len(b), [7] * len(b), b, [0] * len(b), list(range(len(b))), (), [0] * len(b), [0] * len(b)) for b in branches]
     packed = join(rows)
     assert packed.positions == [position for row in rows for position in range(len(row))]
     fill = [0] * padding
-    columns = [torch.tensor([numbers + fill]) for numbers in (packed.part, packed.branch, packed.example)]
+    columns = [torch.tensor([numbers + fill]) for numbers in (packed.part, packed.branch, packed.example, packed.hidden)]
     real = torch.tensor([[True] * len(packed) + [False] * padding])
     mask = attention_mask(*columns, real)[0, 0]
     expected = torch.eye(len(packed) + padding, dtype=torch.bool)
     start = 0
     for row in rows:
-        own = [torch.tensor([numbers]) for numbers in (row.part, row.branch, row.example)]
+        own = [torch.tensor([numbers]) for numbers in (row.part, row.branch, row.example, row.hidden)]
         stop = start + len(row)
         expected[start:stop, start:stop] = attention_mask(*own, torch.ones(1, len(row), dtype=torch.bool))[0, 0]
         start = stop
@@ -165,7 +165,7 @@ class Step:
 
 
 @pytest.mark.usefixtures("_wide")
-@pytest.mark.parametrize("supports", ["ordered", "independent"])
+@pytest.mark.parametrize("supports", ["ordered", "independent", "compressed"])
 @pytest.mark.parametrize("family", EVERY)
 def test_packed_rows_equal_separate_rows(family: str, supports: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """In every family, qwen2-vl's positions of three coordinates among them."""
@@ -275,7 +275,7 @@ def test_a_budget_of_just_the_longest_row_is_enough(pocket_tiny: Path, tmp_path:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=10), st.integers(60, 300), st.sampled_from([8, 4096]))
 def test_a_forecast_bounds_every_layout(lengths: list[int], tokens: int, width: int) -> None:
     """No batch has more tokens, or more in its mask, than the forecast says; the trial is the batch of the longest row."""
-    longest = Encoded(*([1] * max(lengths) for _ in range(5)), (), [0] * max(lengths))  # type: ignore[arg-type]
+    longest = Encoded(*([1] * max(lengths) for _ in range(5)), (), [0] * max(lengths), [0] * max(lengths))  # type: ignore[arg-type]
     work = budget.longest(longest, len(lengths), False, tokens_per_batch=tokens)
     rows = layout(lengths, tokens, width)
     longest_packed = pad_to(max(sum(lengths[index] for index in row) for row in rows))

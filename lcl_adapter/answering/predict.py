@@ -117,11 +117,11 @@ class Predictor:
         Raises EpisodeError if a set leaves no room in the context; DataError for a broken picture.
         """
         rows = [self.encoder.support(turns) for turns in supports]
-        length, needed = max(map(len, rows)), max(row.longest for row in rows)
+        length, needed = max(row.visible for row in rows), max(row.longest for row in rows)
         if needed >= self.encoder.context:
             raise EpisodeError(f"a support set of {needed} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
         cache = new_cache(self.widths.layers, length + behind)
-        mask_SP = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
+        mask_SP = torch.tensor([[0] * (length - row.visible) + [1] * row.visible for row in rows], dtype=torch.long, device=self.device)
         parts: tuple[tuple[tuple[Part, slice], ...], ...] = ()
         if any(row.examples for row in rows):
             parts = tuple(independent.parts_of(row, turns, length) for row, turns in zip(rows, supports, strict=True))

@@ -5,7 +5,8 @@ Several queries behind one support set share a row. Each query attends to the su
 positions restart after the support set, so the other queries do not influence it.
 
 Where supports are independent, each labelled picture attends to the text before the first picture and to itself, and its
-positions restart there. So a set has no order. A query's positions follow those of the longest.
+positions restart there. So a set has no order. A query's positions follow those of the longest. In a compressed set, a
+query sees of a labelled picture only the text beside it, which has seen the picture (as VoCo-LLaMA, arXiv 2406.12275).
 
 Shapes: B rows, T tokens of a row, X coordinates of a position (time, row, column).
 """
@@ -25,6 +26,7 @@ from lcl_adapter.base.families import IMAGE, Family, Rendered
 from lcl_adapter.data.conversations import Conversation, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
+from lcl_adapter.recipe.schema import Supports
 
 IGNORED = -100
 NOT_AS_PREDICTED = "Training would not match prediction: change the answer."
@@ -38,8 +40,8 @@ class Encoded:
 
     ``branch`` is 0 in the shared support set and k in the k-th query. ``example`` is k in the k-th labelled picture of
     an independent support set, which sees no other, and 0 elsewhere. ``part`` is k in the k-th of several conversations that
-    share a packed row (``lcl_adapter.training.packing``), counted from 0. All lists have length T. ``pictures`` say themselves to how
-    many tokens they are pooled.
+    share a packed row (``lcl_adapter.training.packing``), counted from 0. ``hidden`` is 1 where no query sees a token, and 0
+    elsewhere. All lists have length T. ``pictures`` say themselves to how many tokens they are pooled.
     """
 
     ids: list[int]
@@ -49,6 +51,7 @@ class Encoded:
     positions: list[Position]
     pictures: tuple[Picture, ...]
     part: list[int]
+    hidden: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,7 +61,7 @@ class Encoded:
 class Support:
     """A support set of P tokens. Lists are [P].
 
-    example: as of :class:`Encoded`. next_position: of the token that follows. head: tokens before the first picture, which
+    example, hidden: as of :class:`Encoded`. next_position: of the token that follows. head: tokens before the first picture, which
     every example sees; 0 in an ordered set.
     """
 
@@ -67,10 +70,16 @@ class Support:
     example: list[int]
     positions: list[Position]
     next_position: int
+    hidden: list[int]
     head: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def visible(self) -> int:
+        """Tokens that a query sees, whose keys and values are stored."""
+        return len(self) - sum(self.hidden)
 
     @property
     def examples(self) -> list[slice]:
@@ -92,7 +101,7 @@ class Encoder:
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
     grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
     window, which limits a row if it is shorter than the context. support_tokens: of a picture that is shown with a label;
-    None for as many as any other has. independent: whether a labelled picture sees no other. width: of the language model.
+    None for as many as any other has. supports: how labelled pictures are read. width: of the language model.
     """
 
     def __init__(
@@ -105,7 +114,7 @@ class Encoder:
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         support_tokens: int | None = None,
-        independent: bool = False,
+        supports: Supports = "ordered",
         width: int = 4096,
     ) -> None:
         self.family = family
@@ -113,7 +122,7 @@ class Encoder:
         self.image_token_id = image_token_id
         self.image = list(image)
         self.support_tokens = support_tokens
-        self.independent = independent
+        self.supports = supports
         self.width = width
         self.context = min(context, window or context)
         self.window = window
@@ -233,10 +242,12 @@ class Encoder:
         Raises DataError as :meth:`turns`.
         """
         pairs = [turns[i : i + 2] for i in range(0, len(turns), 2)]
-        if not (self.independent and turns and all([turn.role for turn in pair] == ["user", "assistant"] and pair[0].shown for pair in pairs)):
+        if not (
+            self.supports != "ordered" and turns and all([turn.role for turn in pair] == ["user", "assistant"] and pair[0].shown for pair in pairs)
+        ):
             ids, labels = self.turns(turns) if turns else ([], [])
             positions, next_position = self.positions(ids)
-            return Support(ids, labels, [0] * len(ids), positions, next_position)
+            return Support(ids, labels, [0] * len(ids), positions, next_position, [0] * len(ids))
         head = [*self.bos, *self._part(self.family.render(pairs[0]).text.split(IMAGE)[0])[0]]
         ids, example = list(head), [0] * len(head)
         positions, start = self.positions(head)
@@ -244,14 +255,15 @@ class Encoder:
         for number, pair in enumerate(pairs, 1):
             own = self.turns(pair)[0]
             if own[: len(head)] != head:
-                raise DataError("this prompt's text before a picture depends on what follows: `supports: independent` is not possible.")
+                raise DataError(f"this prompt's text before a picture depends on what follows: `supports: {self.supports}` is not possible.")
             own_positions, end = self.positions(own[len(head) :], start)
             ids += own[len(head) :]
             example += [number] * (len(own) - len(head))
             positions += own_positions
             next_position = max(next_position, end)
         # An example knows no earlier one, so its label cannot be learned
-        return Support(ids, [IGNORED] * len(ids), example, positions, next_position, len(head))
+        hidden = [int(self.supports == "compressed" and token == self.image_token_id) for token in ids]
+        return Support(ids, [IGNORED] * len(ids), example, positions, next_position, hidden, len(head))
 
     def conversation(self, conversation: Conversation) -> Encoded:
         """A whole row: the shared support set, then every branch.
@@ -279,8 +291,8 @@ class Encoder:
             raise EpisodeError(f"{conversation.origin}: {fault}. {remedy}")
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
-        example = support.example + [0] * (len(ids) - len(support))
-        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns), [0] * len(ids))
+        example, hidden = (own + [0] * (len(ids) - len(support)) for own in (support.example, support.hidden))
+        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns), [0] * len(ids), hidden)
 
     def _encode(self, rendered: Rendered, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """Ids and labels of rendered turns. A token is learned where its last character is in a learned part.
@@ -365,7 +377,7 @@ def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
     They differ where a tokenizer joins turns that other software tokenises together. Each answer's own tokens are checked
     whenever a row is encoded.
     """
-    if encoder.independent:  # a set of one picture is what any chat is; the others are read in the same way
+    if encoder.supports != "ordered":  # a set of one picture is what any chat is; the others are read in the same way
         conversation = replace(conversation, shared=conversation.shared[:2])
     encoded = encoder.conversation(conversation)
     branch = conversation.branches[0]

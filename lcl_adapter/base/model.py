@@ -220,7 +220,7 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | N
     window = attention_window(config.get_text_config())
     context = config.text_config.max_position_embeddings
     width = config.text_config.hidden_size
-    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports == "independent", width)
+    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports, width)
 
 
 def load_base(base: BaseRef | str) -> Base:

@@ -11,7 +11,8 @@ from lcl_adapter.recipe.schema import Supports
 
 def trained_supports(manifest: Mapping[str, Any]) -> Supports:
     """Whether a labelled picture saw those before it."""
-    return "independent" if manifest.get("supports") == "independent" else "ordered"
+    supports: Supports = manifest.get("supports", "ordered")
+    return supports
 
 
 def trained_tokens(manifest: Mapping[str, Any]) -> tuple[int, ...]:
@@ -45,10 +46,11 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
             f"trained with {_tokens(*trained)} for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every "
             "picture. What that changes is measured by `lcl-adapter eval RUN image_tokens.support=ALL`, where ALL is the tokens of a whole picture"
         )
-    if trained_supports(manifest) == "independent":
+    if (supports := trained_supports(manifest)) != "ordered":
+        words = ", and of which a question sees only the words beside them" if supports == "compressed" else ""
         notes.append(
-            "trained with labelled pictures that do not see each other; in vLLM, upstream LLaVA and other programs each sees those before it. "
-            "What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
+            f"trained with labelled pictures that do not see each other{words}; in vLLM, upstream LLaVA and other programs they are read as in any "
+            "chat. What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
         )
     return notes
 

@@ -81,7 +81,7 @@ WORDINGS = {
 
 def wording_of(recipe: Recipe) -> Wording:
     """The sentences of a recipe's episodes. Where no labelled picture sees another, each has the instruction."""
-    return replace(WORDINGS[recipe.wording], repeated=recipe.supports == "independent")
+    return replace(WORDINGS[recipe.wording], repeated=recipe.supports != "ordered")
 
 
 def from_episode(episode: Episode, wording: Wording) -> Conversation:

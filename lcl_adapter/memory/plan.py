@@ -169,7 +169,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
     encoder = plan.collator.encoder
     fits = plan.peak() <= memory
     size = budget.width(plan.precision, device)
-    cache_of_a_set = keys_and_values(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
+    cache_of_a_set = keys_and_values(plan.shape, size, (plan.row.branch.count(0) or len(plan.row)) - sum(plan.row.hidden))
     return {
         "device": device,
         "memory": memory,

@@ -21,7 +21,7 @@ from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data/conversations.py
 QUANTISED = ("int8", "nf4")
-Supports = Literal["ordered", "independent"]  # whether a labelled picture sees those before it: base/encoder.py
+Supports = Literal["ordered", "independent", "compressed"]  # how labelled pictures are read: base/encoder.py
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
@@ -157,7 +157,8 @@ class Recipe(Options):
     supports: Supports = Field(
         "ordered",
         description="ordered: a labelled picture sees those before it, as in any chat; independent: it sees the instruction and itself, so a set "
-        "has no order, and can grow and shrink by a picture",
+        "has no order, and can grow and shrink by a picture; compressed: also, a question sees only the words beside it, so a set takes little "
+        "memory",
     )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")

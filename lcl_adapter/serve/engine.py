@@ -293,7 +293,7 @@ class Engine:
         """
         predictor = self._predictors.of(self.find(name))
         if turns:
-            self.cache.make_room(len(predictor.encoder.support(turns)))
+            self.cache.make_room(predictor.encoder.support(turns).visible)
         return predictor.prefill([turns], known=self.cache.of_model(name))
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:

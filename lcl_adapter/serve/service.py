@@ -211,7 +211,7 @@ class Service:
             turn = Turn("user", question, picture)
             jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline))
         usable = [job for job in jobs if isinstance(job, Job)]
-        copies = model.form.supports == "independent"  # then a calibration has no photo to read after the whole set
+        copies = model.form.supports != "ordered"  # then a calibration has no photo to read after the whole set
         if copies:
             self.engine.submit(*usable)
         calibration = self.calibrations.of(shown, model) if usable else None

@@ -27,15 +27,18 @@ from lcl_adapter.training.packing import join, layout, pad_to, places_of
 ATTEMPTS = 200  # with one photo in five broken, one episode of eight photos in six has none of them
 
 
-def attention_mask(part_BT: torch.Tensor, branch_BT: torch.Tensor, example_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+def attention_mask(
+    part_BT: torch.Tensor, branch_BT: torch.Tensor, example_BT: torch.Tensor, hidden_BT: torch.Tensor, real_BT: torch.Tensor
+) -> torch.Tensor:
     """bool [B, 1, T, T], true where token i may attend to token j. ``real`` is false for padding.
 
     j is not after i, is no padding, is of i's own part, and is shared or of i's own branch. Inside a support set it is of i's own
-    example, or of none. Every token attends to itself, padding too, so that no softmax is over an empty set.
+    example, or of none. A query sees no hidden token. Every token attends to itself, padding too, so that no softmax is over an empty set.
     """
     length = branch_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool).tril()
-    related_BTT = _own(part_BT) & _none_or_own(branch_BT) & (_none_or_own(example_BT) | (branch_BT > 0)[:, :, None])
+    asks_BT1, hidden_B1T = (branch_BT > 0)[:, :, None], (hidden_BT > 0)[:, None, :]
+    related_BTT = _own(part_BT) & _none_or_own(branch_BT) & (_none_or_own(example_BT) | asks_BT1) & ~(asks_BT1 & hidden_B1T)
     allowed_BTT = causal_TT & related_BTT & real_BT[:, None, :]
     return (allowed_BTT | torch.eye(length, dtype=torch.bool))[:, None]
 
@@ -53,7 +56,7 @@ def _none_or_own(number_BT: torch.Tensor) -> torch.Tensor:
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
     """Tensors [B, T], padded on the right, with the names of the model's arguments. ``pictures`` are not read.
 
-    The attention mask is [B, T] where no row has several parts, branches or independent examples, else [B, 1, T, T].
+    The attention mask is [B, T] where no row has several parts, branches or independent examples, or hidden tokens, else [B, 1, T, T].
     """
     length = pad_to(max(len(row) for row in rows))
 
@@ -61,8 +64,9 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
         return torch.tensor([getattr(row, field) + [fill] * (length - len(row)) for row in rows])
 
     real_BT = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
-    causal = max(max(*row.branch, *row.example) for row in rows) <= 1 and not any(row.part[-1] for row in rows)
-    mask = real_BT.long() if causal else attention_mask(padded("part", 0), padded("branch", 0), padded("example", 0), real_BT)
+    causal = max(max(*row.branch, *row.example) for row in rows) <= 1 and not any(row.part[-1] or any(row.hidden) for row in rows)
+    marks = (padded("part", 0), padded("branch", 0), padded("example", 0), padded("hidden", 0))
+    mask = real_BT.long() if causal else attention_mask(*marks, real_BT)
     return {
         "input_ids": padded("ids", pad),
         "labels": padded("labels", IGNORED),

@@ -52,7 +52,7 @@ class Rows:
     """
 
     lengths: dict[str, list[int]]
-    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], (), []))
+    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], (), [], []))
     bounds: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 

@@ -53,6 +53,7 @@ def join(rows: Sequence[Encoded]) -> Encoded:
         positions=[position for row in rows for position in row.positions],
         pictures=tuple(picture for row in rows for picture in row.pictures),
         part=[number for number, row in enumerate(rows) for _ in row.ids],
+        hidden=[hidden for row in rows for hidden in row.hidden],
     )
 
 
