@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
@@ -27,7 +27,7 @@ from tests.forked import Forked
 
 
 @contextmanager
-def running(app: FastAPI, port: int = 0, **options: Any) -> Iterator[str]:
+def running(app: ASGIApp, port: int = 0, **options: Any) -> Iterator[str]:
     """The address of a server of ``app``, which stops at the end. port: 0 is a free one. options: uvicorn's."""
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", http=BoundedConnection, **options))
     thread = threading.Thread(target=server.run)

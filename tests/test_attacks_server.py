@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
@@ -410,6 +415,109 @@ def test_a_body_that_goes_on_has_time(client: httpx2.Client, monkeypatch: pytest
             opened.sendall(body[begin : begin + step])
             time.sleep(0.1)
         assert opened.recv(100).startswith(b"HTTP/1.1 200")
+
+
+# Answers that are not read
+
+
+LARGE_ANSWER = 64 * 2**20  # bytes: more than the system holds for a client
+
+
+async def answer_at_once(_: Request) -> Response:
+    return Response(bytes(LARGE_ANSWER))
+
+
+async def answer_in_pieces(_: Request) -> Response:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(LARGE_ANSWER >> 20):
+            yield bytes(2**20)
+
+    return StreamingResponse(pieces())
+
+
+async def answer_shortly(_: Request) -> Response:
+    return Response(bytes(1000))
+
+
+ANSWERS = Starlette(routes=[Route("/once", answer_at_once), Route("/pieces", answer_in_pieces), Route("/short", answer_shortly)])
+UNREAD = {
+    "at once": b"GET /once HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "in pieces": b"GET /pieces HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a connection that ends": b"GET /once HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "many short ones": b"GET /short HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000,
+}
+
+
+def connect_narrowly(address: str) -> socket.socket:
+    """A connection whose system holds little of an answer for its client."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.settimeout(10)
+    made.connect(("127.0.0.1", httpx2.URL(address).port))
+    return made
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", UNREAD)
+def test_an_answer_must_be_read_in_time(loop: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a deadline, a client that never reads holds its connection, and its answer in memory, for ever."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.3)
+    before = connections.COUNTERS.connections_unread
+    with running(ANSWERS, loop=loop) as address, connect_narrowly(address) as opened:
+        with suppress(OSError):  # the server ends the connection while requests are still sent
+            opened.sendall(UNREAD[kind])
+        until = time.monotonic() + 10
+        while connections.COUNTERS.connections_unread == before:
+            assert time.monotonic() < until, "the connection is still open"
+            time.sleep(0.02)
+        received = 0
+        with suppress(ConnectionError):
+            while part := opened.recv(2**20):
+                received += len(part)
+    assert received < LARGE_ANSWER / 2
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", ["at once", "in pieces"])
+def test_an_answer_that_is_read_slowly_arrives(loop: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow line is no attack: the time to read grows with what has been read."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
+    received = 0
+    with running(ANSWERS, loop=loop) as address, connect_narrowly(address) as opened:
+        opened.sendall(UNREAD[kind])
+        began = time.monotonic()
+        while received < LARGE_ANSWER:
+            part = opened.recv(2**20)
+            assert part, "the connection was ended"
+            received += len(part)
+            if time.monotonic() - began < 2:
+                time.sleep(0.01)
+
+
+def test_unread_answers_of_a_caller_have_a_limit(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of 64 MiB can be asked for on hundreds of connections."""
+    photos = [{"label": label, "image": url(png(seed, (700, 500)))} for seed, label in enumerate(("good", "bad") * 2)]
+    assert put(client, "large", examples=photos).status_code == 200
+    path = "/v1/support-sets/large?images=true"
+    size = len(client.get(path).content)
+    assert size > 2 * 2**20
+    monkeypatch.setattr(middleware, "MAX_CALLER_BODIES", 2 * size / (64 * 2**20))
+    opened = [connect_narrowly(str(client.base_url)) for _ in range(2)]
+    try:
+        for one in opened:
+            one.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until = time.monotonic() + 10
+        while (response := client.get(path)).status_code == 200:
+            assert time.monotonic() < until
+        error = error_of(response)
+        assert (response.status_code, error["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+        assert "not read yet" in error["message"]
+        assert client.get("/v1/models").status_code == 200
+    finally:
+        for one in opened:
+            one.close()
+    while client.get(path).status_code == 429:
+        assert time.monotonic() < until
 
 
 def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,9 +216,10 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
                 stored_sets.append(service.store.get(caller.namespace, name))
         return api_types.SupportSets(data=[summary(stored) for stored in stored_sets])
 
-    @app.get("/v1/support-sets/{name}")
-    def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> api_types.SupportSetWithExamples:
-        return service.with_examples(service.store.get(caller.namespace, name, version), images)
+    @app.get("/v1/support-sets/{name}", response_model=api_types.SupportSetWithExamples)
+    def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> Response:
+        whole = service.with_examples(service.store.get(caller.namespace, name, version), images)
+        return Response(whole.model_dump_json(), media_type="application/json")  # written here, outside the event loop: it may have 90 MB
 
     @app.get("/v1/support-sets/{name}/versions")
     def versions(name: api_types.Name, caller: AnyCaller) -> api_types.Versions:
