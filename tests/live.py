@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -81,3 +82,21 @@ def transformers_serving(base: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
+    """While it lasts, calls of ``owner.name`` wait until it ends. Yields an event that says that one waits."""
+    waits, ends, function = threading.Event(), threading.Event(), getattr(owner, name)
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        waits.set()
+        assert ends.wait(20), "nobody else was answered meanwhile"
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, wait)
+        try:
+            yield waits
+        finally:
+            ends.set()

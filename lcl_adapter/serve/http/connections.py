@@ -48,6 +48,25 @@ class ConnectionCounters:
 COUNTERS = ConnectionCounters()  # of this process, for all its servers
 
 
+class Outlet:
+    """A connection's transport, which ignores what is written after its end.
+
+    Of several requests that a client sends at once, uvicorn says only to the last one that the client is gone; and a write to an
+    ended connection is an error of uvloop.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self.lost:
+            self._transport.write(data)
+
+
 class BoundedConnection(Protocol):
     """uvicorn's connection, with deadlines.
 
@@ -83,7 +102,8 @@ class BoundedConnection(Protocol):
         return min(times, default=None)
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self.outlet = Outlet(transport)
+        super().connection_made(self.outlet)  # type: ignore[arg-type]
         transport.set_write_buffer_limits(high=0)  # so that pause_writing says of every answer that it is not read
         with suppress(AttributeError, OSError):  # not every system has it
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -93,6 +113,9 @@ class BoundedConnection(Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_reading_timer()
+        self.outlet.lost = True
+        with suppress(AttributeError):  # h11 has none
+            self.pipeline.clear()  # requests that nobody waits for
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
