@@ -1,6 +1,6 @@
 # make quickstart   set-up, then the main task: train an adapter on the shipped base, and evaluate both
 # make test         set-up, then the whole suite
-# make check        lint, format, types
+# make check        lint, format, types, known advisories of pinned packages
 # make interop      comparison with upstream LLaVA, installed in an environment of its own: both directions, all families
 # make harness      comparison with lmms-eval, installed in an environment of its own (contrib/lmms-eval)
 # make photos       set-up, the base for photos, then a real result: labelled photos in, judged photos out
@@ -32,6 +32,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.advisories
 
 interop: $(READY) $(UPSTREAM)/ready $(DEEPSPEED)/ready
 	$(BIN)/python -m interop.check

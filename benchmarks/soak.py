@@ -2,6 +2,11 @@
 
     python -m benchmarks.soak runs/quickstart [SECONDS] [--small] [--store]        # an adapter on the shipped base
     python -m benchmarks.soak runs/quickstart --kills 20 [--small] [--store]       # the server is killed 20 times under load
+    python -m benchmarks.soak runs/quickstart --strangers [SECONDS] [--small] [--store]    # honest clients alone, then beside strangers
+
+With --strangers, a few honest clients use the server for two fifths of the time. Then they go on as before, while other
+clients send what costs a server most (benchmarks/strangers.py): expensive pictures and bodies, half-sent requests, and
+answers that they do not read. The slowest honest request is compared with twice the usual 99th percentile of its kind.
 
 With --kills all servers use the same store. Each client draws its next request at random. Most classify photos of a
 known set, and the results are compared with the offline engine. The others send a broken image, a body that is too
@@ -12,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import httpx2
@@ -38,6 +47,13 @@ from lcl_adapter.recipe import load
 SECONDS = 300.0
 SETS, QUERIES, SHOTS = 12, 4, 4
 KEYS = {"a": "a-key-of-the-soak-0123", "b": "b-key-of-the-soak-4567"}
+ROOT = Path(__file__).parent.parent
+STRANGER, OPS = "s-key-of-a-stranger-89", "ops-key-of-the-soak-10"
+ADMIN = {"Authorization": f"Bearer {OPS}"}
+HONEST = {"classify": 0.85, "chat": 0.1, "put": 0.05}  # beside strangers
+HONEST_CLIENTS, HONEST_PAUSE = 8, 0.3  # a server that is in use, and not full
+WARM_UP = 10.0  # seconds, in which every set is prefilled and calibrated
+SLOWEST = 2.0  # times the usual 99th percentile of its kind that an honest request may need beside strangers
 CACHE_MB = 6  # for prefilled sets: about a third of them fit, so that sets are evicted and prefilled again
 CLOSE = 1e-3  # allowed difference of a probability: in a batch, sums are computed in another order
 EXPECTED = {  # HTTP statuses; 0 is no answer, because the client disconnected or the server stopped reading
@@ -73,7 +89,9 @@ class Soak:
             self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "log_likelihoods": likelihoods})
         self.weights_of = dict(WEIGHTS)
         self.clients = 4 if small else CLIENTS
+        self.pause = 0.0  # seconds between two requests of a client, on average
         self.statuses: Counter[tuple[str, int]] = Counter()
+        self.seconds: dict[str, list[float]] = defaultdict(list)  # that answered requests needed, by kind
         self.wrong: list[str] = []
         self.compared = 0
         self.stored: dict[str, int] = {}
@@ -91,12 +109,16 @@ class Soak:
                 what = str(rng.choice(list(self.weights_of), p=list(self.weights_of.values())))
                 name = "ab"[int(rng.integers(2))]
                 headers = {"Authorization": f"Bearer {KEYS[name]}"}
+                began = time.monotonic()
                 try:
                     status = self.act(what, http, headers, name, rng)
                 except httpx2.TransportError:
                     status = 0
                 with self.lock:
                     self.statuses[what, status] += 1
+                    if status == 200:
+                        self.seconds[what].append(time.monotonic() - began)
+                time.sleep(float(rng.uniform(0, 2 * self.pause)))
 
     def act(self, what: str, http: httpx2.Client, headers: dict[str, str], name: str, rng: np.random.Generator) -> int:
         """Send one request of the kind ``what`` as the user ``name``. Returns the HTTP status."""
@@ -168,7 +190,7 @@ def command_of(soak: Soak, run: Path) -> tuple[list[str], Path]:
     folder = Path("build/soak").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     keys, store = folder / "keys.txt", folder / f"store-{time.time():.0f}"
-    keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    keys.write_text("".join(f"{name} {key}\n" for name, key in {**KEYS, "s": STRANGER, "ops": f"{OPS} admin"}.items()))
     command = [str(BIN / "lcl-adapter"), "serve", "pocket", "--adapter", f"lcl={run.absolute()}", "--api-key-file", str(keys), "--store", str(store)]
     return [*command, "--memory", f"{soak.weights / 1e6 + CACHE_MB:.0f}MB"], store
 
@@ -250,15 +272,89 @@ def loaded(options: argparse.Namespace) -> dict[str, Any]:
     return finish(options, "soak", ("what", "seen"), rows, {"resident memory, last quarter / second": late / early}, figures)
 
 
+def use(soak: Soak, address: str, seconds: float, process: Any) -> list[int]:
+    """Let all clients use the server for so many seconds. Returns its resident memory, measured twenty times."""
+    until, levels = time.monotonic() + seconds, []
+    threads = [threading.Thread(target=soak.client, args=(n, address, until)) for n in range(soak.clients)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < until:
+        time.sleep(seconds / 20)
+        levels.append(process.memory_info().rss)
+    for thread in threads:
+        thread.join()
+    return levels
+
+
+def beside_strangers(options: argparse.Namespace) -> dict[str, Any]:
+    """Honest clients alone, and then beside strangers, on one server."""
+    soak, seconds = Soak(options.run, options.small), options.seconds or (5.0 if options.small else SECONDS)
+    soak.weights_of, soak.pause, soak.clients = dict(HONEST), HONEST_PAUSE, 2 if options.small else HONEST_CLIENTS
+    command, store = command_of(soak, options.run)
+    with running(command, "/ready") as (client, process):
+        fill(soak, client)
+        address = str(client.base_url)
+        use(soak, address, 1.0 if options.small else WARM_UP, process)
+        soak.seconds.clear()
+        use(soak, address, 0.4 * seconds, process)
+        usual, soak.seconds = soak.seconds, defaultdict(list)
+        arguments = [sys.executable, "-m", "benchmarks.strangers", address, STRANGER, str(0.6 * seconds), *(["small"] if options.small else [])]
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+            assert other.stdout is not None
+            if other.stdout.readline().strip() != "ready":
+                raise SystemExit("soak: the strangers could not prepare their requests")
+            assert other.stdin is not None
+            other.stdin.write("begin\n")
+            other.stdin.flush()
+            levels = use(soak, address, 0.6 * seconds, process)
+            answered = json.loads(other.stdout.readline())
+        counted = {line.partition(" ")[0]: line.rpartition(" ")[2] for line in client.get("/metrics", headers=ADMIN).text.splitlines()}
+        time.sleep(0.1 if options.small else 25)  # the answers that nobody read have ended by then
+        after = process.memory_info().rss
+    intact, lost = check_store(store, soak.stored)
+    unexpected = {f"{what} {status}": n for (what, status), n in soak.statuses.items() if status not in EXPECTED[what]}
+    rows, slowest = [], 0.0
+    for what in HONEST:
+        before, beside = usual[what], soak.seconds[what]
+        if len(before) > 1 and beside:
+            p99 = quantiles(before, n=100)[98]
+            slowest = max(slowest, max(beside) / p99)
+            figures_of = " / ".join(
+                f"{1000 * value:.0f}" for value in (median(before), p99, median(beside), quantiles([*beside, *beside], n=100)[98], max(beside))
+            )
+            rows += [(f"{what}: alone median / 99 % / beside strangers median / 99 % / slowest, ms, of {len(before)} and {len(beside)}", figures_of)]
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for answer, n in answered["answers"].items():
+        kind, _, status = answer.rpartition(": ")
+        by_kind[kind].append(f"{n} x {status}")
+    rows += [(f"stranger's {kind}", ", ".join(counts)) for kind, counts in by_kind.items()]
+    rows += [("strangers' requests that were not refused as promised", str(answered["wrong"] or "none"))]
+    rows += [
+        (name, counted.get(f"lcl_{name}_total", "-")) for name in ("decoders_killed", "pictures_refused", "connections_late", "connections_unread")
+    ]
+    rows += [("judgements compared with the offline engine", f"{soak.compared}, {len(soak.wrong)} wrong")]
+    rows += [("answers of another kind than expected", str(unexpected or "none")), ("acknowledged sets", f"{len(soak.stored)}, {len(lost)} lost")]
+    early, late = float(np.median(levels[3:8])), float(np.median(levels[-5:]))
+    rows += [("resident memory, start / middle / end / after", " / ".join(f"{v / 1e6:.0f} MB" for v in (levels[0], early, late, after)))]
+    ratios = {"slowest honest request / usual p99": slowest, "resident memory, last quarter / second": late / early}
+    figures = {**soak.counts(sum(unexpected.values()), len(lost)), "damaged": int(not intact), "not refused": answered["wrong answers"]}
+    figures["strangers' requests"] = sum(answered["answers"].values())
+    result = finish(options, "soak-strangers", ("what", "measured"), rows, ratios, figures)
+    if not options.small and slowest > SLOWEST:
+        raise SystemExit(f"soak: an honest request needed {slowest:.2f} times the usual 99th percentile; at most {SLOWEST:g} are allowed")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     made = parser(__doc__)
     made.add_argument("run", type=Path, nargs="?", default=Path("runs/quickstart"))
     made.add_argument("seconds", type=float, nargs="?", help=f"how long [default: {SECONDS:.0f}]")
     made.add_argument("--kills", type=int, default=0, help="kill the server so often")
+    made.add_argument("--strangers", action="store_true", help="honest clients alone, and then beside hostile ones")
     options = options_of(made, "benchmarks.soak", arguments)
-    result = killed(options) if options.kills else loaded(options)
+    result = beside_strangers(options) if options.strangers else killed(options) if options.kills else loaded(options)
     figures = result["figures"]
-    if any(figures[fault] for fault in ("wrong", "unexpected", "lost", "damaged")) or not figures["compared"]:
+    if any(figures.get(fault) for fault in ("wrong", "unexpected", "lost", "damaged", "not refused")) or not figures["compared"]:
         raise SystemExit("soak: a wrong or unexpected answer, a lost set, a damaged store, or nothing compared")
     return result
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
@@ -27,7 +28,7 @@ from tests.forked import Forked
 
 
 @contextmanager
-def running(app: FastAPI, port: int = 0, **options: Any) -> Iterator[str]:
+def running(app: ASGIApp, port: int = 0, **options: Any) -> Iterator[str]:
     """The address of a server of ``app``, which stops at the end. port: 0 is a free one. options: uvicorn's."""
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", http=BoundedConnection, **options))
     thread = threading.Thread(target=server.run)
@@ -81,3 +82,21 @@ def transformers_serving(base: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
+    """While it lasts, calls of ``owner.name`` wait until it ends. Yields an event that says that one waits."""
+    waits, ends, function = threading.Event(), threading.Event(), getattr(owner, name)
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        waits.set()
+        assert ends.wait(20), "nobody else was answered meanwhile"
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, wait)
+        try:
+            yield waits
+        finally:
+            ends.set()

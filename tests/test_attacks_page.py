@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,11 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from PIL import Image
+from python_multipart import multipart
 
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.page import guard
 from lcl_adapter.page.pictures import encode, store_picture
 from lcl_adapter.page.scratch import LOCK, PREFIX, scratch_folder, sweep
 from lcl_adapter.page.server import with_page
@@ -324,6 +327,45 @@ def test_no_file_of_the_server_is_read(opened: Server, path: str) -> None:
     files = [{"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}]
     assert visitor.join("disk", opened.functions["chat"], [{"text": "", "files": files}, None, "base", ""]).status == 403
     assert visitor.join("disk", opened.functions["import_set"], [files[0]]).status == 403
+
+
+# Large requests
+
+
+@pytest.mark.parametrize("held", [(multipart.MultipartParser, "write"), (guard, "store_picture"), (guard, "_json")], ids=["parse", "store", "JSON"])
+def test_the_event_loop_parses_no_upload(opened: Server, monkeypatch: pytest.MonkeyPatch, held: tuple[Any, str]) -> None:
+    """Proved by order: while the parser waits, others are answered; when they are, it goes on."""
+    visitor = opened.visitor()
+    with ThreadPoolExecutor(1) as pool:
+        with live.held(monkeypatch, *held) as waits:
+            sent = pool.submit(visitor.join, "held", 0, []) if held[1] == "_json" else pool.submit(visitor.upload, "photo.png", picture())
+            assert waits.wait(10)
+            assert visitor.send("GET", "/health").status == visitor.send("GET", "/ready").status == 200
+            assert not sent.done()
+        assert held[1] == "_json" or sent.result().status == 200
+
+
+def test_a_request_of_the_page_has_few_values(opened: Server) -> None:
+    """Gradio validates them on the event loop."""
+    visitor = opened.visitor()
+    for values in ([0] * 30_000, [[]] * 15_000, [{"a": {"b": 0}}] * 8_000):
+        answer = visitor.join("many", 0, values)
+        assert (answer.status, "20,000 values" in answer.json()["error"]["message"]) == (413, True)
+
+
+@pytest.mark.parametrize("body", [b"", b"--limit", b"--limit\r\n\r\nx", b"\r\n" * 50_000, b"--limit\r\n" + b"a" * 50_000 + b": b\r\n\r\n"])
+def test_a_broken_upload_is_refused(opened: Server, body: bytes) -> None:
+    for content_type in ("multipart/form-data; boundary=limit", "multipart/form-data", "multipart/form-data; boundary=", "text/plain"):
+        headers = {"x-requested-with": "test", "content-type": content_type}
+        answer = opened.visitor().send("POST", "/gradio_api/upload", body, **headers)
+        assert answer.status == 400 or (answer.status, answer.body) == (200, b"[]")
+
+
+def test_an_upload_has_few_parts(opened: Server) -> None:
+    body = b'--limit\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n' * 600 + b"--limit--\r\n"
+    headers = {"x-requested-with": "test", "content-type": "multipart/form-data; boundary=limit"}
+    answer = opened.visitor().send("POST", "/gradio_api/upload", body, **headers)
+    assert (answer.status, "Too many files" in answer.json()["error"]["message"]) == (400, True)
 
 
 # Addresses

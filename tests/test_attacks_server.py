@@ -11,33 +11,46 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
+from lcl_adapter.answering import api_types
+from lcl_adapter.base import vision
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.sources import Picture, images
 from lcl_adapter.errors import DataError
+from lcl_adapter.serve import api
+from lcl_adapter.serve import service as service_module
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
-from lcl_adapter.serve.http import connections, middleware
+from lcl_adapter.serve.http import bodies, connections, middleware, threads
 from lcl_adapter.serve.http.bodies import MAX_TEXT, bytes_beside_images
+from lcl_adapter.serve.pictures import images as pictures
 from lcl_adapter.serve.pictures.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
-from lcl_adapter.serve.pictures.images import Bounds, check
-from lcl_adapter.serve.pictures.pool import DECODERS, Decoders
+from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, prepared
+from lcl_adapter.serve.pictures.pool import DECODERS, Decoded, Decoders
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
-from tests.live import running
+from tests.live import held, running
 from tests.test_serve import error_of, examples, png, put, url
 
 QUICK = 1.0  # seconds for a refusal, on a busy machine
@@ -135,6 +148,148 @@ def test_a_decoder_that_takes_too_long_is_ended_and_replaced(client: httpx2.Clie
     counts = {name: value - getattr(before, name) for name, value in asdict(DECODERS.counters).items()}
     assert (counts["decoders_killed"], counts["decoders_started"] >= 8) == (8, True)
     assert f"lcl_decoders_killed_total {float(DECODERS.counters.decoders_killed)}" in client.get("/metrics").text
+
+
+def test_a_caller_leaves_a_decoder_to_others() -> None:
+    """However many pictures one caller sends, and however long each lasts."""
+    pool, ends, decoded = Decoders(3), threading.Event(), list[str]()
+
+    def slow(data: bytes, limits: Any, side: int | None) -> Decoded:
+        decoded.append(data.decode())
+        if data != b"honest":
+            assert ends.wait(20)
+        return Decoded(None, 0.0)
+
+    pool._decode = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(12) as threads:
+        hostile = [threads.submit(pool.decode, b"hostile", {}, "stranger") for _ in range(10)]
+        until = time.monotonic() + 10
+        while len(decoded) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for _ in range(3):
+            assert pool.decode(b"honest", {}, "guest").error is None
+        assert decoded == ["hostile"] * 2 + ["honest"] * 3, "two at a time, and the third is free"
+        ends.set()
+        assert all(request.result().error is None for request in hostile)
+    assert pool._used.total() == 0
+
+
+def test_a_caller_with_one_decoder_may_use_it() -> None:
+    pool = Decoders(1)
+    pool._decode = lambda data, limits, side: Decoded(None, 0.0)  # type: ignore[method-assign]
+    assert pool.decode(b"", {}, "guest").error is None
+
+
+def test_threads_of_one_caller_are_not_those_of_another(client: httpx2.Client, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that last hold the threads of their own caller. Here as many last as there are connections to test it with."""
+    ends, began = threading.Event(), list[str]()
+
+    def wait(namespace: str) -> str:
+        began.append(namespace)
+        assert ends.wait(20)
+        return namespace
+
+    async def both() -> str:
+        async with anyio.create_task_group() as group:
+            for _ in range(3 * threads.MAX_CALLER_THREADS):
+                group.start_soon(threads.run_for, "stranger", wait, "stranger")
+            while len(began) < threads.MAX_CALLER_THREADS:
+                await anyio.sleep(0.01)
+            answer = await threads.run_for("guest", lambda: "guest")
+            assert began == ["stranger"] * threads.MAX_CALLER_THREADS
+            ends.set()
+        return answer
+
+    assert anyio.run(both) == "guest"
+    used = list[str]()
+    run_for = threads.run_for
+
+    async def noted(caller: str, function: Any, *arguments: Any) -> Any:
+        used.append(caller)
+        return await run_for(caller, function, *arguments)
+
+    monkeypatch.setattr(api, "run_for", noted)
+    assert client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(png(5))]}).status_code == 200
+    assert put(client, "threads").status_code == 200
+    assert client.get("/v1/support-sets/threads?images=true").status_code == client.get("/v1/support-sets").status_code == 200
+    assert set(used) == {"local"}
+    assert len(used) >= 4
+
+
+COSTLY_COPIES = {
+    "JPEG": lambda: encoded(Image.effect_noise((5000, 4001), 90).convert("RGB"), "JPEG", quality=40),
+    "sideways JPEG": lambda: encoded(Image.effect_noise((4000, 2001), 90), "JPEG", quality=40, exif=_turned()),
+    "transparent PNG": lambda: encoded(Image.effect_noise((1500, 1501), 90).convert("LA"), "PNG"),
+    "scans": lambda: progressive(35, 3000),
+}
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    return exif
+
+
+@pytest.mark.parametrize("kind", COSTLY_COPIES)
+def test_the_model_is_shown_a_copy_of_a_costly_picture(client: httpx2.Client, service: Service, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread decodes what it is shown, while everybody waits. The pixels are the same as without the copy."""
+    monkeypatch.setattr(DECODERS, "_decode", partial(_decode_as_costly, DECODERS._decode))
+    data, shown = COSTLY_COPIES[kind](), list[Picture]()
+    read = vision.read_image
+    monkeypatch.setattr(vision, "read_image", lambda picture, side: (shown.append(picture), read(picture, side))[1])
+    results = client.post("/v1/classify", json={"support_set": "parts-set", "images": [url(data, "application/octet-stream")]}).json()["results"]
+    assert results[0]["error"] is None
+    [picture] = [picture for picture in shown if picture.path.name == digest_of(data)]
+    assert picture.data is not None
+    side = vision.read_side(service.engine.base)
+    assert max(Image.open(io.BytesIO(picture.data)).size) < 2 * images.REDUCING_GAP * side
+    assert np.array_equal(read(picture, side), read(Picture(Path("original"), data=data), side))
+
+
+def _decode_as_costly(decode: Any, data: bytes, limits: Any, side: int | None) -> Decoded:
+    """A picture of which even a fast machine makes a copy. The machine's own time is what COSTLY_SECONDS bounds."""
+    decoded: Decoded = decode(data, limits, side)
+    return decoded._replace(prepared=decoded.prepared or prepared(data, side or 0)) if len(data) > 100_000 else decoded
+
+
+def test_a_stored_set_is_shown_with_the_copies_of_its_costly_photos(client: httpx2.Client, service: Service) -> None:
+    """Whatever other sets are checked meanwhile: the copies belong to the request."""
+    photos = [
+        (label, encoded(Image.effect_noise((3000, 3000 + n), 90), "JPEG", quality=60, progressive=True)) for n, label in enumerate(("good", "bad"))
+    ]
+    stored = service.store.put("local", "costly", photos)
+    shown = service.shown(stored)
+    service._decodable.clear()
+    for picture, (_, data) in zip((picture for picture, _ in shown.read()), photos, strict=True):
+        assert picture.path.name == digest_of(data)
+        assert picture.data != data
+        assert len(picture.data or b"") < len(data) / 10
+    body = {"support_set": "costly", "images": [url(png(5))]}
+    assert client.post("/v1/classify", json=body).json()["results"][0]["error"] is None
+    assert client.get("/v1/support-sets/costly?images=true").json()["examples"][0]["image"] == api_types.data_url(photos[0][1])
+
+
+def test_copies_that_are_remembered_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "check", lambda data, bounds, spent, side: data)
+    monkeypatch.setattr(service_module, "MAX_PREPARED", 25)
+    for number in range(9):
+        service._check(bytes(10), f"digest {number % 8}", Spent())
+    assert list(service._decodable) == ["digest 7", "digest 0"]
+    assert service._prepared_bytes == 20
+
+
+def test_costly_pictures_of_a_request_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PREPARED", 10)
+    with pytest.raises(DataError, match="before this one are costly"):
+        check(png(1), Bounds(), Spent(prepared=11), 28)
+
+
+def test_a_deep_picture_that_costs_much_is_refused() -> None:
+    """It has no copy, because it is scaled with its set."""
+    deep = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 65535, (2200, 2200), dtype=np.uint16)), "JPEG2000")
+    with pytest.raises(DataError, match=r"more than 8 bits takes more than 1 s"):
+        check(deep, Bounds(), side=28)
 
 
 def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, service: Service) -> None:
@@ -323,6 +478,20 @@ def test_bytes_beside_images() -> None:
     assert bytes_beside_images(b'"data:x"' * 3000) > 2000 * len(b'"data:x"')
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/chat/completions", "/v1/systemone", "/v1/support-sets/held"])
+def test_a_large_body_is_read_beside_the_event_loop(client: httpx2.Client, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proved by order: while a body is read, others are answered; when they are, it goes on."""
+    body, method = json.dumps({"support_set": "parts-set", "images": ["x" * 2 * bodies.SMALL]}), "PUT" if "sets" in path else "POST"
+    with ThreadPoolExecutor(1) as pool:
+        with held(monkeypatch, bodies, "bytes_beside_images") as waits:
+            sent = pool.submit(client.request, method, path, content=body, headers={"Content-Type": "application/json"})
+            assert waits.wait(10)
+            for other in ("/health", "/ready", "/v1/models"):
+                assert httpx2.get(f"{client.base_url}{other}", timeout=5).status_code == 200
+            assert not sent.done()
+        assert sent.result().status_code in {200, 400}
+
+
 def test_a_large_body_does_not_stop_the_event_loop(client: httpx2.Client) -> None:
     """Eight bodies of 36 MiB are read and validated while /health is asked."""
     body = json.dumps({"support_set": "parts-set", "images": [url(b"\x89PNG" + bytes(9 * 2**20))] * 3}).encode()
@@ -410,6 +579,111 @@ def test_a_body_that_goes_on_has_time(client: httpx2.Client, monkeypatch: pytest
             opened.sendall(body[begin : begin + step])
             time.sleep(0.1)
         assert opened.recv(100).startswith(b"HTTP/1.1 200")
+
+
+# Answers that are not read
+
+
+LARGE_ANSWER = 64 * 2**20  # bytes: more than the system holds for a client
+
+
+async def answer_at_once(_: Request) -> Response:
+    return Response(bytes(LARGE_ANSWER))
+
+
+async def answer_in_pieces(_: Request) -> Response:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(LARGE_ANSWER >> 20):
+            yield bytes(2**20)
+
+    return StreamingResponse(pieces())
+
+
+async def answer_shortly(_: Request) -> Response:
+    return Response(bytes(1000))
+
+
+ANSWERS = Starlette(routes=[Route("/once", answer_at_once), Route("/pieces", answer_in_pieces), Route("/short", answer_shortly)])
+UNREAD = {
+    "at once": b"GET /once HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "in pieces": b"GET /pieces HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a connection that ends": b"GET /once HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "several at once": b"GET /once HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3,
+    "many short ones": b"GET /short HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000,
+}
+
+
+def connect_narrowly(address: str) -> socket.socket:
+    """A connection whose system holds little of an answer for its client."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.settimeout(10)
+    made.connect(("127.0.0.1", httpx2.URL(address).port))
+    return made
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", UNREAD)
+def test_an_answer_must_be_read_in_time(loop: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a deadline, a client that never reads holds its connection, and its answer in memory, for ever."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.3)
+    before = connections.COUNTERS.connections_unread
+    with running(ANSWERS, loop=loop) as address, connect_narrowly(address) as opened:
+        with suppress(OSError):  # the server ends the connection while requests are still sent
+            opened.sendall(UNREAD[kind])
+        until = time.monotonic() + 10
+        while connections.COUNTERS.connections_unread == before:
+            assert time.monotonic() < until, "the connection is still open"
+            time.sleep(0.02)
+        received = 0
+        with suppress(ConnectionError):
+            while part := opened.recv(2**20):
+                received += len(part)
+    assert received < LARGE_ANSWER / 2
+    assert not caplog.records, "nothing is written to a connection that was ended"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", ["at once", "in pieces"])
+def test_an_answer_that_is_read_slowly_arrives(loop: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow line is no attack: the time to read grows with what has been read."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
+    received = 0
+    with running(ANSWERS, loop=loop) as address, connect_narrowly(address) as opened:
+        opened.sendall(UNREAD[kind])
+        began = time.monotonic()
+        while received < LARGE_ANSWER:
+            part = opened.recv(2**20)
+            assert part, "the connection was ended"
+            received += len(part)
+            if time.monotonic() - began < 2:
+                time.sleep(0.01)
+
+
+def test_unread_answers_of_a_caller_have_a_limit(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of 64 MiB can be asked for on hundreds of connections."""
+    photos = [{"label": label, "image": url(png(seed, (700, 500)))} for seed, label in enumerate(("good", "bad") * 2)]
+    assert put(client, "large", examples=photos).status_code == 200
+    path = "/v1/support-sets/large?images=true"
+    size = len(client.get(path).content)
+    assert size > 2 * 2**20
+    monkeypatch.setattr(middleware, "MAX_CALLER_BODIES", 2 * size / (64 * 2**20))
+    opened = [connect_narrowly(str(client.base_url)) for _ in range(2)]
+    try:
+        for one in opened:
+            one.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert one.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        response = client.get(path)
+        error = error_of(response)
+        assert (response.status_code, error["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+        assert "not read yet" in error["message"]
+        assert client.get("/v1/models").status_code == 200
+    finally:
+        for one in opened:
+            one.close()
+    until = time.monotonic() + 10
+    while client.get(path).status_code == 429:
+        assert time.monotonic() < until
 
 
 def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:

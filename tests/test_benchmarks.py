@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import socket
 import subprocess
 import threading
@@ -26,7 +27,7 @@ import uvicorn
 from transformers.cli.serve import Serve
 from transformers.models.clip import modeling_clip
 
-from benchmarks import calibrate, common, data, long, merge, plan, predict, serve, soak, train
+from benchmarks import calibrate, common, data, long, merge, plan, predict, serve, soak, strangers, train
 from lcl_adapter import cli
 from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.model import attach, load_base
@@ -223,6 +224,36 @@ def test_soak(run: Path) -> None:
     numbers = finite(soak.main([str(run), "2", "--small"]))
     assert numbers["compared"] > 0
     assert {numbers[fault] for fault in ("wrong", "unexpected", "lost", "damaged")} == {0}
+
+
+@pytest.mark.usefixtures("servers_here")
+def test_soak_beside_strangers(run: Path) -> None:
+    """Both phases run, what strangers send is refused as promised, and honest clients are judged right."""
+    result = soak.main([str(run), "5", "--strangers", "--small"])
+    numbers = finite(result)
+    assert numbers["compared"] > 0
+    assert {numbers[fault] for fault in ("wrong", "unexpected", "lost", "damaged", "not refused")} == {0}
+    assert numbers["strangers' requests"] > 20
+    measured = dict(result["rows"])
+    of_classify = next(what for what in measured if what.startswith("classify: alone"))
+    alone, beside = (int(count) for count in re.findall(r"(\d+) and (\d+)$", of_classify)[0])
+    assert min(alone, beside) > 1
+    for kind in ("picture, costly", "body, ", "connection, unread"):
+        assert any(what.startswith(f"stranger's {kind}") for what in measured), kind
+
+
+def test_an_answer_that_strangers_must_not_get_is_noticed() -> None:
+    """Each is a refusal in OpenAI's form, or it counts as wrong."""
+    fault = {"message": "no", "type": "invalid_request_error", "param": None, "code": None}
+    assert not strangers.fault_of(httpx2.Response(400, json={"error": fault}))
+    for response in (
+        httpx2.Response(200, json={"error": fault}),
+        httpx2.Response(500, json={"error": fault}),
+        httpx2.Response(400, text="Traceback"),
+        httpx2.Response(400, json={"detail": "no"}),
+        httpx2.Response(400, json={"error": {**fault, "message": "x" * 5000}}),
+    ):
+        assert strangers.fault_of(response)
 
 
 @pytest.mark.usefixtures("servers_here")

@@ -171,6 +171,14 @@ def test_ids_equal_the_processors(tiny_base: Base) -> None:
     assert list(theirs) == ours
 
 
+def test_a_chat_template_has_a_bound(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is compiled whole. Its time has no bound (docs/security.md)."""
+    folder = shutil.copytree(tiny_folder("smolvlm"), tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{# " + "x" * chat_template.MAX_TEMPLATE + " #}")
+    with pytest.raises(ModelError, match=r"it has 262,150 characters; at most 262,144 are compiled"):
+        load_base(str(folder))
+
+
 @pytest.mark.parametrize("family", EVERY)
 def test_no_text_may_contain_a_special_token(family: str, tiny_folder: Callable[[str], Path]) -> None:
     """Neither those of the prompt nor any other of the tokenizer: each would be read as that token anywhere in a text."""

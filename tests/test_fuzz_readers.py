@@ -1,9 +1,10 @@
-"""Readers on spoilt files: 2,000 of them, cut, overwritten, doubled, or in another encoding. Each is read, or refused with an error of
-this package.
+"""Readers on spoilt files: 2,000 lists and archives, and 2,000 pictures of all formats, cut, overwritten, doubled, or in another
+encoding. Each is read, or refused with an error of this package.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -13,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lcl_adapter.data.sources import read_class_folders, read_image, read_llava_json
+from lcl_adapter.data.sources import Picture, images, read_class_folders, read_image, read_llava_json
 from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.data.sources.inspection import read_mvtec
 from lcl_adapter.data.sources.manifest import read_manifest
 from lcl_adapter.errors import LclError
+from lcl_adapter.serve.pictures.images import Bounds, decode
 from tests.conftest import paint
 
 CASES = 2000
@@ -152,4 +156,78 @@ def test_spoilt_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
                 pytest.fail(f"{kind}, case {case}: {error!r}")
         if file.parent != tmp_path / "photos":
             shutil.rmtree(file.parent)
+    assert refused, "accidents that harm nothing test nothing"
+
+
+# Pictures
+
+
+MODES = {"GIF": "P", "PPM": "L"}  # of the pictures in these formats; others are in RGB, and the deep ones in 16 bits
+DEEP = ("PNG", "TIFF", "PPM", "JPEG2000")
+OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"progressive": True, "comment": b"a comment"}, "TIFF": {"compression": "tiff_lzw"}}
+
+
+def pictures_of_every_format() -> dict[str, bytes]:
+    """Files by format and kind: plain ones, deep ones, and those with several frames."""
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
+    deep = Image.fromarray(rng.integers(0, 65535, (24, 20), dtype=np.uint16))
+    files = {}
+    for name in images.FORMATS:
+        for kind, image, options in (
+            ("plain", colour.convert(MODES.get(name, "RGB")), {}),
+            ("other", colour.convert(MODES.get(name, "RGB")), OPTIONS.get(name, {})),
+            ("deep", deep if name in DEEP else None, {}),
+            ("frames", colour if name in {"GIF", "WEBP", "PNG", "TIFF"} else None, {"save_all": True, "append_images": [colour] * 2}),
+        ):
+            if image is not None:
+                buffer = io.BytesIO()
+                image.save(buffer, name, **options)
+                files[f"{name} {kind}"] = buffer.getvalue()
+    return files
+
+
+def spoilt_picture(raw: bytes, rng: random.Random) -> bytes:
+    """The file after one to four accidents, most of them in its first bytes, where its header and its sizes are."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(min(len(raw), 100) if rng.random() < 0.7 else len(raw)) if raw else 0
+        match rng.randrange(5):
+            case 0:
+                raw = raw[:at] + bytes([rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])]) + raw[at + 1 :]
+            case 1:
+                raw = raw[:at] + rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", rng.randbytes(4)]) + raw[at + 4 :]
+            case 2:
+                raw = raw[: at + rng.randrange(len(raw) + 1)]
+            case 3:
+                raw = raw[:at] + raw[max(0, at - rng.randint(1, 60)) :]
+            case 4:
+                raw = raw[:at] + rng.randbytes(rng.randint(1, 40)) + raw[at:]
+    return raw
+
+
+def test_pictures_of_every_format_are_fuzzed() -> None:
+    """All that are read, and as they are written."""
+    files = pictures_of_every_format()
+    assert {name.partition(" ")[0] for name in files} == set(images.FORMATS)
+    for name, raw in files.items():
+        assert images.read(Picture(Path(name), data=raw)).size == (20, 24)
+        decode(raw, Bounds())
+
+
+@pytest.mark.parametrize("kind", pictures_of_every_format())
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken metadata
+def test_spoilt_pictures_are_read_or_refused(kind: str) -> None:
+    """As training and the commands read them, and as the server's processes decode them."""
+    files = pictures_of_every_format()
+    raw, read, refused = files[kind], 0, 0
+    for case in range(-(-CASES // len(files))):
+        data = spoilt_picture(raw, random.Random(f"{kind} {case}"))
+        for reader in (lambda data: images.read(Picture(Path("photo"), data=data), 28), lambda data: decode(data, Bounds())):
+            try:
+                reader(data)
+                read += 1
+            except LclError:
+                refused += 1
+            except Exception as error:
+                pytest.fail(f"{kind}, case {case}: {error!r}")
     assert refused, "accidents that harm nothing test nothing"

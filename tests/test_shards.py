@@ -204,6 +204,22 @@ def test_a_network_that_fails_sometimes(remote_shards: tuple[str, Path], tmp_pat
         read_shards(None, urls, index, tmp_path / "other", 10**9, 4).dialogues[0]
 
 
+def test_a_fetched_shard_has_a_bound(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its host sends, no more than `cache_size` is written, and nothing is tried again."""
+    sent: list[int] = []
+
+    class Endless(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            sent.append(size)
+            return bytes(size)
+
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: Endless())
+    with pytest.raises(RunError, match=r"a.tar: is larger than `cache_size`, 10,000,000 bytes"):
+        Cache(tmp_path / "cache", 10_000_000).fetch("https://host/a.tar")
+    assert sum(sent) < 10_000_000 + 2 * shards.CHUNK
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
 def test_partial_files_of_a_killed_process_are_removed(folder: Path, tmp_path: Path) -> None:
     url = f"file://{folder / 'set-000.tar'}"
     cache = Cache(tmp_path / "cache", 10**9)

@@ -93,6 +93,11 @@ class _ProjectorReachedError(Exception):
         self.features = features
 
 
+def read_side(base: Base) -> int:
+    """Pixels of the longer side that a base reads of a picture: two tiles have twice as many as one."""
+    return side_of(base.llava.config) * (2 if base.tiles else 1)
+
+
 class VisionFeatures:
     """Features of pictures, cached up to ``limit`` bytes. The least recently used picture is dropped first.
 
@@ -137,7 +142,7 @@ class VisionFeatures:
 
     def _square(self, picture: Picture) -> Image.Image:
         processor = self.base.image_processor
-        side = side_of(self.base.llava.config) * (2 if self.base.tiles else 1)
+        side = read_side(self.base)
         image = squared(read_image(picture, side), (1, 1, 1) if self.base.family.padding == "white" else processor.image_mean)
         # Where the number of tokens depends on the picture's size, all pictures are resized to the same size.
         return image.resize((side, side), Image.Resampling.BICUBIC) if self.base.tiles or not self.base.own_projector else image

@@ -7,15 +7,18 @@ log-in page, and nothing of Gradio. Files are received and served here, and not 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import Any
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +26,8 @@ from lcl_adapter import reading
 from lcl_adapter.page.pictures import ARCHIVES, UPLOADS, new_folder, resolved, store_picture, type_of
 from lcl_adapter.page.visitors import Visitors, cookie_of, folder_of, login_page
 from lcl_adapter.serve.http.middleware import error_body
+from lcl_adapter.serve.http.threads import run_for
+from lcl_adapter.serve.jobs import GoneError
 
 API = "/gradio_api"
 FILES = f"{API}/file="
@@ -35,7 +40,9 @@ WITHOUT_QUERY = frozenset({"/", "/config"})  # Gradio would open the file of a s
 OWNED = ("session_hash", "event_id")  # names in a request that belong to one visitor
 MAX_BODY = 2**20  # bytes of JSON: fields and paths of photos
 MAX_LOGIN = 4096
+MAX_VALUES = 20_000  # in a body of JSON, which Gradio validates on the event loop; a photo has ten
 MAX_FILES = 512
+PIECE = 2**16  # bytes of an upload that are parsed at a time
 ZIP_HEAD = b"PK\x03\x04"
 # Gradio's page writes scripts and styles into its document; nothing is loaded from elsewhere, and nothing is sent elsewhere
 PAGE_POLICY = (
@@ -79,9 +86,9 @@ class Guard:
             return RedirectResponse("/", 303, {"set-cookie": cookie_of(scope, "", 0)})
         folder = folder_of(self.scratch, visitor)
         if reads and path.startswith(FILES):
-            return await run_in_threadpool(_file, folder, path.removeprefix(FILES))
+            return await run_for(visitor, _file, folder, path.removeprefix(FILES))
         if method == "POST" and path == f"{API}/upload":
-            return await self._store_uploads(Request(scope, receive), folder)
+            return await self._store_uploads(Request(scope, receive), visitor, folder)
         if reads and path == f"{API}/upload_progress":  # an upload is answered when it is complete
             return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         if method == "POST" and path in WRITTEN:
@@ -106,24 +113,21 @@ class Guard:
             return _error(401, "the server does not know this name with this key.")
         return JSONResponse({"success": True}, headers={"set-cookie": cookie_of(scope, token), "cache-control": "no-store"})
 
-    async def _store_uploads(self, request: Request, folder: Path) -> Response:
-        """The paths of the stored files, in order, as Gradio's script expects them."""
-        paths: list[str] = []
-        async with request.form(max_files=MAX_FILES, max_fields=MAX_FILES) as form:
-            for upload in form.getlist("files"):
-                if isinstance(upload, str):
-                    raise HTTPException(400, "a part of the upload is not a file.")
-                paths.append(str(await run_in_threadpool(_store, folder, upload.filename or "", await upload.read())))
-        return JSONResponse(paths)
+    async def _store_uploads(self, request: Request, visitor: str, folder: Path) -> Response:
+        """The paths of the stored files, in order, as Gradio's script expects them. The event loop only receives the bytes."""
+        with SpooledTemporaryFile(MAX_BODY, dir=str(self.scratch)) as spooled:
+            async for part in _stream(request):
+                await run_for(visitor, spooled.write, part)
+            return JSONResponse(await run_for(visitor, _store_all, request.headers, spooled, visitor, folder))
 
     async def _forward_json(self, scope: Scope, receive: Receive, send: Send, visitor: str, folder: Path) -> None:
         """Give Gradio a body whose files and windows are the visitor's own, and without addresses."""
-        fields = _json(await _body(scope, receive, MAX_BODY))
+        fields = await run_for(visitor, _json, await _body(scope, receive, MAX_BODY))
         for name in OWNED:
             if fields.get(name) is not None and not self.visitors.owns(visitor, fields[name]):
                 raise HTTPException(403, "this browser window is another visitor's.")
-        await run_in_threadpool(_check_files, fields, folder)
-        body = json.dumps(fields).encode()
+        await run_for(visitor, _check_files, fields, folder)
+        body = (await run_for(visitor, json.dumps, fields)).encode()
         headers = MutableHeaders(raw=list(scope["headers"]))
         headers["content-length"], headers["content-type"] = str(len(body)), "application/json"
         sent = False
@@ -170,19 +174,50 @@ def _file(folder: Path, path: str) -> Response:
     return FileResponse(file, media_type=media_type, filename=name, content_disposition_type="attachment", headers={"cache-control": "private"})
 
 
-def _store(folder: Path, name: str, data: bytes) -> Path:
+def _store_all(headers: Headers, spooled: IO[bytes], visitor: str, folder: Path) -> list[str]:
+    """Parse an upload and store its files. Returns their paths. Not on the event loop. Raises HTTPException."""
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        spooled.seek(0)
+        while piece := spooled.read(PIECE):
+            yield piece
+
+    async def store() -> list[str]:
+        paths: list[str] = []
+        form = await MultiPartParser(headers, pieces(), max_files=MAX_FILES, max_fields=MAX_FILES).parse()
+        try:
+            for upload in form.getlist("files"):
+                if isinstance(upload, str):
+                    raise HTTPException(400, "a part of the upload is not a file.")
+                paths.append(str(_store(visitor, folder, upload.filename or "", await upload.read())))
+        finally:
+            await form.close()
+        return paths
+
+    if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise HTTPException(400, "the upload is not multipart/form-data.")
+    try:
+        return asyncio.run(store())  # Starlette's parser is written for a loop; this one is this thread's own
+    except MultiPartException as error:
+        raise HTTPException(400, f"the upload cannot be read: {error.message}") from error
+
+
+def _store(visitor: str, folder: Path, name: str, data: bytes) -> Path:
     if not data.startswith(ZIP_HEAD):
-        return store_picture(new_folder(folder, UPLOADS), name, data)
+        return store_picture(new_folder(folder, UPLOADS), name, data, visitor)
     path = new_folder(folder, ARCHIVES) / "set.zip"  # read by the page alone, and never served
     path.write_bytes(data)
     return path
 
 
 def _check_files(fields: Any, folder: Path) -> None:
-    """Every file of a request is the visitor's own; its address is removed. Raises HTTPException."""
-    waiting = [fields]
+    """Every file of a request is the visitor's own; its address is removed. Raises HTTPException, also for too many values."""
+    waiting, count = [fields], 0
     while waiting:
         value = waiting.pop()
+        count += 1 + (len(value) if isinstance(value, list | dict) else 0)
+        if count > MAX_VALUES:
+            raise HTTPException(413, f"the request has more than {MAX_VALUES:,} values.")
         if isinstance(value, list):
             waiting += value
         elif isinstance(value, dict):
@@ -198,11 +233,20 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes:
     if Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send `Content-Type: application/json`.")
     body = b""
-    async for part in Request(scope, receive).stream():
+    async for part in _stream(Request(scope, receive)):
         body += part
         if len(body) > limit:
             raise HTTPException(413, f"the request is larger than {limit >> 10} KiB.")
     return body
+
+
+async def _stream(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for part in request.stream():
+            if part:
+                yield part
+    except ClientDisconnect as error:
+        raise GoneError("the client disconnected") from error
 
 
 def _json(body: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lcl_adapter import reading
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.data.sources.images import MAX_PIXELS, open_image
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.pictures.images import Bounds, check
+from lcl_adapter.serve.pictures.images import Bounds, Spent, check
 
 OPENED, UPLOADS, ARCHIVES, EXPORTS = "opened", "uploads", "archives", "exports"  # folders of a visitor
 SECONDS = {OPENED: 3600, UPLOADS: 24 * 3600, ARCHIVES: 3600, EXPORTS: 3600}  # that a file stays on disk
@@ -69,15 +69,15 @@ def resolved(visitor: Path, path: object) -> Path | None:
         return None
 
 
-def store_picture(folder: Path, name: str, data: bytes) -> Path:
+def store_picture(folder: Path, name: str, data: bytes, visitor: str = "") -> Path:
     """Decode a picture and store it anew in ``folder``: as JPEG if it was one, else as PNG.
 
-    name: a file's name, from anywhere. A file that is no picture, or costs too much to decode, is stored empty.
+    name: a file's name, from anywhere. visitor: who sent it. A file that is no picture, or costs too much to decode, is stored empty.
     Raises TimeoutError if too many pictures wait to be decoded.
     """
     stem = re.sub(r"[^\w.+ -]+", "_", PurePosixPath(name.replace("\\", "/")).stem).strip(". ")[:MAX_STEM] or "photo"
     try:
-        check(data, BOUNDS)
+        check(data, BOUNDS, Spent(visitor))
         encoded, suffix = encode(Picture(Path(stem), data=data))
     except DataError:
         encoded, suffix = b"", ".png"

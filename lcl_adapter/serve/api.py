@@ -31,6 +31,7 @@ from lcl_adapter.serve.http.bodies import BodyRoute
 from lcl_adapter.serve.http.keys import Caller, Keys
 from lcl_adapter.serve.http.middleware import AccessControl, RequestMetrics, error_body
 from lcl_adapter.serve.http.origins import OwnPagesOnly
+from lcl_adapter.serve.http.threads import run_for
 from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededError
 from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.pictures.pool import DECODERS
@@ -205,21 +206,28 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         service.unload_adapter(name)
 
     @app.put("/v1/support-sets/{name}")
-    def put_set(name: api_types.Name, body: api_types.SupportSetIn, caller: AnyCaller) -> api_types.SupportSetOut:
+    async def put_set(name: api_types.Name, body: api_types.SupportSetIn, caller: AnyCaller) -> api_types.SupportSetOut:
         """Store a new version. The answer is 409 if ``expected_version`` is not the newest."""
-        return summary(service.put(caller.namespace, name, body))
+        return summary(await run_for(caller.namespace, service.put, caller.namespace, name, body))
+
+    def stored_sets(namespace: str) -> list[api_types.SupportSetOut]:
+        sets: list[StoredSet] = []
+        for name in service.store.names(namespace):
+            with suppress(MissingError):  # another caller removed it after the names were read
+                sets.append(service.store.get(namespace, name))
+        return [summary(stored) for stored in sets]
 
     @app.get("/v1/support-sets")
-    def sets(caller: AnyCaller) -> api_types.SupportSets:
-        stored_sets: list[StoredSet] = []
-        for name in service.store.names(caller.namespace):
-            with suppress(MissingError):  # another caller removed it after the names were read
-                stored_sets.append(service.store.get(caller.namespace, name))
-        return api_types.SupportSets(data=[summary(stored) for stored in stored_sets])
+    async def sets(caller: AnyCaller) -> api_types.SupportSets:
+        return api_types.SupportSets(data=await run_for(caller.namespace, stored_sets, caller.namespace))
 
-    @app.get("/v1/support-sets/{name}")
-    def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> api_types.SupportSetWithExamples:
-        return service.with_examples(service.store.get(caller.namespace, name, version), images)
+    def written_set(namespace: str, name: str, version: int | None, images: bool) -> str:
+        return service.with_examples(service.store.get(namespace, name, version), images).model_dump_json()
+
+    @app.get("/v1/support-sets/{name}", response_model=api_types.SupportSetWithExamples)
+    async def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> Response:
+        # written outside the event loop: it may have 90 MB
+        return Response(await run_for(caller.namespace, written_set, caller.namespace, name, version, images), media_type="application/json")
 
     @app.post("/v1/support-sets/{name}/photos")
     def add_photo(name: api_types.Name, body: api_types.PhotoIn, caller: AnyCaller) -> api_types.SupportSetOut:
@@ -232,18 +240,18 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         return summary(service.drop_photo(caller.namespace, name, number, expected_version))
 
     @app.get("/v1/support-sets/{name}/versions")
-    def versions(name: api_types.Name, caller: AnyCaller) -> api_types.Versions:
-        numbers = service.store.versions(caller.namespace, name)
+    async def versions(name: api_types.Name, caller: AnyCaller) -> api_types.Versions:
+        numbers = await run_for(caller.namespace, service.store.versions, caller.namespace, name)
         return api_types.Versions(data=[api_types.Version(version=number, created=created) for number, created in numbers])
 
     @app.delete("/v1/support-sets/{name}", status_code=204)
-    def remove_set(name: api_types.Name, caller: AnyCaller, expected_version: VersionQuery = None) -> None:
-        service.remove(caller.namespace, name, expected_version)
+    async def remove_set(name: api_types.Name, caller: AnyCaller, expected_version: VersionQuery = None) -> None:
+        await run_for(caller.namespace, service.remove, caller.namespace, name, expected_version)
 
     @app.post("/v1/classify")
     async def classify(body: api_types.ClassifyIn, caller: AnyCaller, request: Request) -> api_types.ClassifyOut:
         """Classify images by a stored set. An image that cannot be used has an error in its own result."""
-        classification = await run_in_threadpool(service.classify, caller.namespace, body)
+        classification = await run_for(caller.namespace, service.classify, caller.namespace, body)
         await wait_for(classification.futures, request, classification.cancel, service.timeout)
         response = classification.response()
         metrics.images.inc(sum(result.error is None for result in response.results))
@@ -257,13 +265,13 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
         choice among a set's labels is judged and calibrated as by `/v1/classify`; any other question is answered by the
         model's likelihoods of its allowed answers.
         """
-        decisions = await run_in_threadpool(decide, service, caller.namespace, body)
+        decisions = await run_for(caller.namespace, decide, service, caller.namespace, body)
         await wait_for(decisions.futures, request, decisions.cancel, service.timeout)
         return decisions.response()
 
     @app.post("/v1/chat/completions")
     async def chat(body: api_types.ChatIn, caller: AnyCaller, request: Request) -> Any:
-        job, decoder = await run_in_threadpool(service.chat, caller.namespace, body)
+        job, decoder = await run_for(caller.namespace, service.chat, caller.namespace, body)
         if body.stream:
             stream = _Stream(body, job, decoder)
             engine.submit(job)

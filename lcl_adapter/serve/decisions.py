@@ -89,7 +89,7 @@ class Assets:
     """The images of a request by their placeholders, and which of them its texts name. spent: on all images of the request."""
 
     def __init__(self, service: Service, namespace: str, assets: Mapping[str, Any]) -> None:
-        self.service, self.namespace, self.spent = service, namespace, Spent()
+        self.service, self.namespace, self.spent = service, namespace, Spent(namespace)
         self.pictures = {name: self.read(asset.data_base64, f"assets[{name!r}]") for name, asset in assets.items()}
         self.unused = set(self.pictures)
         names = sorted(self.pictures, key=len, reverse=True)
@@ -97,14 +97,14 @@ class Assets:
 
     def read(self, data: str, where: str) -> Picture:
         url = data if data[: len(URL_HEAD)].lower() == URL_HEAD else f"data:image/png;base64,{data}"
-        return self.service.picture(self.namespace, self.service.decode(url, where, self.spent))
+        return self.service.sent_picture(self.namespace, url, where, self.spent)
 
     def photo(self, image: str, where: str) -> Picture:
         """A photo by its asset's key, or as a data URL. Raises RequestError."""
         if image in self.pictures:
             self.unused.discard(image)
             return self.pictures[image]
-        return self.service.picture(self.namespace, self.service.decode(image, where, self.spent))
+        return self.service.sent_picture(self.namespace, image, where, self.spent)
 
     def marked(self, text: str, where: str) -> Marked:
         """A text with its placeholders replaced. Raises RequestError for a special token in it."""
@@ -189,9 +189,9 @@ def _basis(service: Service, namespace: str, request: DecisionIn, model: Model, 
     state = request.state
     if isinstance(state, StoredSetState):
         stored = service.store.get(namespace, state.support_set, state.support_set_version)
-        service.check_stored(stored)
-        picture = replace(assets.photo(state.image, "state.image"), white=service.white(stored))
-        return _about(service.shown(stored), picture, model)
+        shown = service.shown(stored)
+        picture = replace(assets.photo(state.image, "state.image"), white=service.white(shown))
+        return _about(shown, picture, model)
     if isinstance(state, PhotosState):
         examples = _labelled(service, state, assets)
         picture = replace(assets.photo(state.image, "state.image"), white=examples[0][0].white)

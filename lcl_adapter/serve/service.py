@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from lcl_adapter.answering import api_types
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
+from lcl_adapter.base.vision import read_side
 from lcl_adapter.data.conversations import Turn, shown_before, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.depth import common_white
@@ -29,6 +30,7 @@ from lcl_adapter.serve.store import Example, Store, StoredSet
 
 MAX_WHITES = 1000  # of sets, that are remembered
 MAX_DECODABLE = 100_000  # images whose check is remembered, by the digest of their bytes
+MAX_PREPARED = 128 * 2**20  # bytes of the small copies of costly images
 
 
 @dataclass
@@ -46,7 +48,8 @@ class Service:
     timeout: float = 120.0
     _whites: dict[int, float | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _decodable: dict[str, None] = field(default_factory=dict)
+    _decodable: dict[str, bytes | None] = field(default_factory=dict)  # with the copy that the model is shown in its place, of costly ones
+    _prepared_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.calibrations = Calibrations(self.engine, self.store)
@@ -62,7 +65,7 @@ class Service:
             self.check_text(example.label, f"examples[{number}].label")
         self.check_text(request.question or "", "question")
         self.check_length([(Picture(Path("image")), example.label) for example in request.examples], request.question)
-        spent = Spent()
+        spent = Spent(namespace)
         examples = [(e.label, self.decode(e.image, f"examples[{number}].image", spent)) for number, e in enumerate(request.examples)]
         return self.store.put(namespace, name, examples, request.question, request.expected_version)
 
@@ -90,33 +93,56 @@ class Service:
         Raises RequestError; TimeoutError if too many images wait to be decoded.
         """
         try:
-            data = from_data_url(url, self.bounds, spent)
+            data = from_data_url(url, self.bounds)
+            self._check(data, digest_of(data), spent)
         except DataError as error:
             raise RequestError(f"{where}: {error}") from error
-        self._remember(digest_of(data))
         return data
 
-    def _remember(self, digest: str) -> None:
-        """That an image can be decoded within the bounds."""
+    def sent_picture(self, namespace: str, url: str, where: str, spent: Spent) -> Picture:
+        """A picture of a request. Of an image that costs much, it is the small copy. spent, errors: as :meth:`decode`."""
+        try:
+            data = from_data_url(url, self.bounds)
+            digest = digest_of(data)
+            return _picture(namespace, digest, self._check(data, digest, spent) or data)
+        except DataError as error:
+            raise RequestError(f"{where}: {error}") from error
+
+    def _check(self, data: bytes, digest: str, spent: Spent) -> bytes | None:
+        """Check an image, and remember it: those that were checked longest ago are forgotten first.
+
+        Returns the copy that the engine decodes in its place, None for an image that costs little. Raises DataError, TimeoutError.
+        """
+        copy = check(data, self.bounds, spent, read_side(self.engine.base))
         with self._lock:
-            if len(self._decodable) >= MAX_DECODABLE:
-                self._decodable.pop(next(iter(self._decodable)))
-            self._decodable[digest] = None
+            self._forget(digest)
+            self._decodable[digest] = copy
+            self._prepared_bytes += len(copy or b"")
+            while len(self._decodable) > MAX_DECODABLE or self._prepared_bytes > MAX_PREPARED:
+                self._forget(next(iter(self._decodable)))
+        return copy
 
-    def check_stored(self, stored: StoredSet) -> None:
-        """A set may come from a server with other bounds, and the engine's only thread decodes its photos: each is checked once.
+    def _forget(self, digest: str) -> None:
+        self._prepared_bytes -= len(self._decodable.pop(digest, None) or b"")
 
+    def _copies(self, stored: StoredSet) -> dict[str, bytes]:
+        """The copies of a set's costly images by their digests.
+
+        A set may come from a server with other bounds, and the engine's only thread decodes its photos: each is checked once.
         Raises RequestError with the example's number.
         """
-        spent = Spent()
+        spent, copies = Spent(stored.namespace), {}
         for number, example in enumerate(stored.examples):
-            if example.image in self._decodable:
-                continue
             try:
-                check(self.store.bytes_of(stored.namespace, example.image), self.bounds, spent)
-            except DataError as error:
-                raise RequestError(f"support set {stored.name!r}, examples[{number}]: {error}") from error
-            self._remember(example.image)
+                copy = self._decodable[example.image]
+            except KeyError:
+                try:
+                    copy = self._check(self.store.bytes_of(stored.namespace, example.image), example.image, spent)
+                except DataError as error:
+                    raise RequestError(f"support set {stored.name!r}, examples[{number}]: {error}") from error
+            if copy is not None:
+                copies[example.image] = copy
+        return copies
 
     def check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
         """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
@@ -165,25 +191,24 @@ class Service:
         for stored in versions:
             self.engine.drop_set(key_of(stored))
 
-    def picture(self, namespace: str, data: bytes) -> Picture:
-        """A picture whose path begins with the namespace, so that no cache is shared between callers."""
-        return Picture(Path(namespace) / digest_of(data), data=data)
-
     def shown(self, stored: StoredSet) -> ShownSet:
-        labels = tuple(example.label for example in stored.examples)
-        return ShownSet(key_of(stored), labels, stored.question, lambda: self._examples(stored), stored.id)
+        """A stored set, to be asked about. Raises RequestError for an image that must not be decoded, with the example's number."""
+        labels, copies = tuple(example.label for example in stored.examples), self._copies(stored)
+        return ShownSet(key_of(stored), labels, stored.question, lambda: self._examples(stored, copies), stored.id)
 
-    def _examples(self, stored: StoredSet) -> list[tuple[Picture, str]]:
-        pictures = [self.picture(stored.namespace, self.store.bytes_of(stored.namespace, e.image)) for e in stored.examples]
+    def _examples(self, stored: StoredSet, copies: Mapping[str, bytes]) -> list[tuple[Picture, str]]:
+        space = stored.namespace
+        pictures = [_picture(space, e.image, copies.get(e.image) or self.store.bytes_of(space, e.image)) for e in stored.examples]
         return on_one_scale(pictures, [e.label for e in stored.examples])
 
-    def white(self, stored: StoredSet) -> float | None:
-        """The value that is white in the set's photos, if they have more than 8 bits: new photos are read alike."""
-        if stored.id not in self._whites:
+    def white(self, shown: ShownSet) -> float | None:
+        """The value that is white in a stored set's photos, if they have more than 8 bits: new photos are read alike."""
+        assert shown.stored is not None
+        if shown.stored not in self._whites:
             if len(self._whites) >= MAX_WHITES:
                 self._whites.pop(next(iter(self._whites)))
-            self._whites[stored.id] = self._examples(stored)[0][0].white
-        return self._whites[stored.id]
+            self._whites[shown.stored] = shown.read()[0][0].white
+        return self._whites[shown.stored]
 
     # Classification
 
@@ -196,15 +221,15 @@ class Service:
             raise RequestError(
                 f"{len(request.images)} images are more than the {self.engine.queue_limit} questions that may wait; send fewer at a time."
             )
-        self.check_stored(stored)
-        deadline, spent = time.monotonic() + self.timeout, Spent()
+        shown = self.shown(stored)
+        deadline, spent = time.monotonic() + self.timeout, Spent(namespace)
         answers = tuple(model.wording.answered(label) for label in stored.labels)
         question = request.question or stored.question or model.wording.query
-        shown, white = self.shown(stored), self.white(stored)
+        white = self.white(shown)
         jobs: list[Job | UserError] = []
         for number, url in enumerate(request.images):
             try:
-                picture = replace(self.picture(namespace, self.decode(url, f"images[{number}]", spent)), white=white)
+                picture = replace(self.sent_picture(namespace, url, f"images[{number}]", spent), white=white)
             except RequestError as error:
                 jobs.append(error)
                 continue
@@ -229,15 +254,15 @@ class Service:
     def chat(self, namespace: str, request: api_types.ChatIn) -> tuple[Job, TextDecoder]:
         """A job that is not queued yet, and the decoder of its tokens. Raises MissingError, RequestError."""
         model = self.engine.find(request.model)
-        turns = self.turns_of(namespace, request.messages, Spent())
+        turns = self.turns_of(namespace, request.messages, Spent(namespace))
         sampling = Sampling(request.temperature, request.top_p, request.seed, request.top_logprobs, request.token_limit)
         before, key = turns[:-1], None
         support: Callable[[], Sequence[Turn]] = lambda: before  # noqa: E731
         if request.support_set is not None:
             stored = self.store.get(namespace, request.support_set, request.support_set_version)
-            self.check_stored(stored)
+            shown = self.shown(stored)
             key = None if before else key_of(stored)  # only the set alone is cached, not a set with more turns
-            support = lambda: (*self.shown(stored).turns(model.wording), *before)  # noqa: E731
+            support = lambda: (*shown.turns(model.wording), *before)  # noqa: E731
         encoder = self.encoder_of(model)
         # without the set; the engine checks the whole length
         length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit
@@ -270,7 +295,7 @@ class Service:
                         raise RequestError(f"{where}: only a user message can have images.")
                     if images > self.bounds.images:
                         raise RequestError(f"{where}: a conversation has at most {self.bounds.images} images.")
-                    pictures.append(self.picture(namespace, self.decode(part.image_url.url, where, spent)))
+                    pictures.append(self.sent_picture(namespace, part.image_url.url, where, spent))
                     texts.append(IMAGE)
             if message.role in {"system", "developer"}:
                 instructions += texts
@@ -305,6 +330,11 @@ class Service:
     def unload_adapter(self, name: str) -> None:
         """Raises MissingError; ModelError for the base."""
         self.engine.call(lambda engine: engine.unload_adapter(name), self.timeout)
+
+
+def _picture(namespace: str, digest: str, data: bytes) -> Picture:
+    """A picture whose path begins with the namespace, so that no cache is shared between callers."""
+    return Picture(Path(namespace) / digest, data=data)
 
 
 def _turn(role: str, texts: Sequence[str], pictures: Sequence[Picture]) -> Turn:

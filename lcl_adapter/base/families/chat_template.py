@@ -24,6 +24,7 @@ from lcl_adapter.files import read_object
 
 QUESTION = Turn("user", "q")
 ANSWER = Turn("assistant", "a")
+MAX_TEMPLATE = 2**18  # characters; the longest that are published have about 20,000
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def read_family(checkpoint: Checkpoint, side: int) -> ChatTemplate:
     text = _template_of(checkpoint)
     if text is None:
         raise ModelError(f"{where} there is none (chat_template.jinja, or in tokenizer_config.json).")
+    if len(text) > MAX_TEMPLATE:
+        raise ModelError(f"{where} it has {len(text):,} characters; at most {MAX_TEMPLATE:,} are compiled.")
     template = Template(tokenizer, text)
     try:
         closed = template([message(QUESTION), message(ANSWER)], False)

@@ -155,11 +155,17 @@ class Cache:
         for attempt in range(TRIES):
             try:
                 with fsspec.open(url, "rb") as source, partial.open("wb") as file:
+                    size = 0
                     while chunk := source.read(CHUNK):
+                        size += len(chunk)
+                        if size > self.size:
+                            raise RunError(
+                                f"{url}: is larger than `cache_size`, {self.size:,} bytes, in which the disk has room for shards. Give more."
+                            )
                         file.write(chunk)
                 partial.replace(target)
                 return
-            except (FileNotFoundError, ImportError, ValueError):
+            except (FileNotFoundError, ImportError, ValueError, RunError):
                 raise
             except Exception as error:
                 if attempt == TRIES - 1 or disk_is_full(error):

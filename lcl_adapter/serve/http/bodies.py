@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lcl_adapter import reading
+from lcl_adapter.serve.http.threads import run_for
 from lcl_adapter.serve.jobs import GoneError
 
 MAX_TEXT = 256 * 2**10  # bytes of a body without the images in it
@@ -52,7 +52,7 @@ class BodyRoute(APIRoute):
             except ClientDisconnect as error:
                 raise GoneError("the client disconnected") from error
             if body and "json" in request.headers.get("content-type", "").lower():
-                value = read(body) if len(body) <= SMALL else await run_in_threadpool(read, body)
+                value = read(body) if len(body) <= SMALL else await run_for(request.state.caller.namespace, read, body)
                 request._json = value  # what Request.json returns; FastAPI validates an object of the right class at once
             return await handler(request)
 

@@ -27,7 +27,8 @@ API_PATHS = ("/v1/", "/metrics", "/docs", "/openapi.json")
 MAX_MESSAGE = 1000  # characters of an error
 MAX_REQUESTS = 800  # that are answered at a time, beside those to OPEN_PATHS
 MAX_CALLER_REQUESTS = 400  # of one caller
-MAX_CALLER_BODIES = 8  # times the limit of a body: bytes of all bodies that one caller has in memory
+MAX_CALLER_BODIES = 8  # times the limit of a body: bytes of all bodies, and of unread answers, that one caller has in memory
+PIECE = 2**16  # bytes of an answer that are given to the connection at a time, so that the request lasts until the client has read it
 RETRY_SECONDS = "5"
 
 
@@ -121,11 +122,31 @@ class AccessControl:
                 raise HTTPException(429, "the bodies of your requests are too large together; send fewer at a time.", {"Retry-After": RETRY_SECONDS})
             return message
 
+        unread, refused = 0, False
+
+        async def bounded_send(message: Message) -> None:
+            """An answer waits in memory until its client has read it."""
+            nonlocal unread, refused
+            if refused:
+                return
+            if message["type"] == "http.response.start":
+                length = dict(message.get("headers", ())).get(b"content-length", b"0")
+                unread = int(length) if length.isdigit() else 0
+                self._bytes[caller] += unread
+                if refused := unread > PIECE and self._bytes[caller] > MAX_CALLER_BODIES * self.limit:
+                    reason = "the answers that you have not read yet are too large together; read them first."
+                    await self._refuse(send, 429, error_body(reason, "rate_limit_error", "queue_full"), (b"retry-after", RETRY_SECONDS.encode()))
+                    return
+            body = message.get("body", b"")
+            for begin in range(0, len(body) - PIECE, PIECE):
+                await send({**message, "body": body[begin : begin + PIECE], "more_body": True})
+            await send({**message, "body": body[-(len(body) % PIECE or PIECE) :]} if body else message)
+
         self._requests[caller] += 1
         try:
-            await self.app(scope, bounded_receive, send)
+            await self.app(scope, bounded_receive, bounded_send)
         finally:
-            self._bytes[caller] -= read
+            self._bytes[caller] -= read + unread
             self._requests[caller] -= 1
             if not self._requests[caller]:
                 del self._requests[caller], self._bytes[caller]

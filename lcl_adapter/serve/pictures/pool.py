@@ -1,7 +1,8 @@
 """Processes in which strangers' pictures are decoded, so that none can hold the server or fill its memory.
 
-A process that exceeds a limit is ended and replaced. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not
-forks of the server: they import Pillow and neither torch nor the model, start in half a second, and inherit no lock.
+A process that exceeds a limit is ended and replaced. One caller never uses all of them, so that others need not wait for
+it. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not forks of the server: they import Pillow
+and neither torch nor the model, start in half a second, and inherit no lock.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import lcl_adapter
 from lcl_adapter import reading
@@ -27,6 +29,18 @@ PROCESSES = min(4, os.cpu_count() or 1)
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
 CODE = "from lcl_adapter.serve.pictures.process import main; main()"
+
+
+class Decoded(NamedTuple):
+    """What a process answers about a picture.
+
+    error: what is wrong with it, or None. seconds: of a processor that it needed. prepared: a small file that shows a model the
+    same as the picture, which costs too much to be decoded again; None where the picture costs little.
+    """
+
+    error: str | None
+    seconds: float
+    prepared: bytes | None = None
 
 
 class _EndedError(Exception):
@@ -50,7 +64,7 @@ class _Worker:
         self.ready = False
         self.late = False
 
-    def ask(self, limits: Mapping[str, Any], data: bytes) -> dict[str, Any]:
+    def ask(self, limits: Mapping[str, Any], data: bytes, side: int | None) -> Decoded:
         """Raises _EndedError; RunError if the process cannot start."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -60,7 +74,7 @@ class _Worker:
             except _EndedError as error:
                 raise RunError("a process that decodes pictures cannot start on this machine.") from error
             self.ready = True
-        fields = json.dumps(limits).encode()
+        fields = json.dumps({"bounds": dict(limits), "side": side}).encode()
         clock = threading.Timer(SLOWEST * limits["seconds"], self._end_late)
         clock.daemon = True
         clock.start()
@@ -73,12 +87,13 @@ class _Worker:
         finally:
             clock.cancel()
 
-    def _reply(self, stream: IO[bytes]) -> dict[str, Any]:
-        length = stream.read(4)
-        reply = stream.read(int.from_bytes(length, "big"))
-        if len(length) < 4 or len(reply) < int.from_bytes(length, "big"):
+    def _reply(self, stream: IO[bytes]) -> Decoded:
+        lengths = stream.read(8)
+        fields, prepared = (int.from_bytes(part, "big") for part in (lengths[:4], lengths[4:]))
+        reply = stream.read(fields + prepared)
+        if len(lengths) < 8 or len(reply) < fields + prepared:
             raise _EndedError
-        return dict(reading.parse_json(reply))
+        return Decoded(**reading.parse_json(reply[:fields]), prepared=reply[fields:] or None)
 
     def _end_late(self) -> None:
         self.late = True
@@ -104,9 +119,11 @@ class DecodingCounters:
     """Counts since the start.
 
     decoders_killed: processes that exceeded a limit or crashed. pictures_refused: by a limit or as broken.
+    pictures_prepared: so costly that a model is shown a small copy.
     """
 
     pictures_decoded: int = 0
+    pictures_prepared: int = 0
     pictures_refused: int = 0
     decoders_started: int = 0
     decoders_killed: int = 0
@@ -118,9 +135,11 @@ class Decoders:
     def __init__(self, processes: int = PROCESSES) -> None:
         self.processes = processes
         self.counters = DecodingCounters()
-        self._free = threading.BoundedSemaphore(processes)
+        self._used: Counter[str] = Counter()  # processes, by caller
+        self._waiting: list[tuple[str, object]] = []  # callers in the order of their pictures
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def start(self) -> None:
         """Start all processes, without waiting for them."""
@@ -132,39 +151,64 @@ class Decoders:
         self.counters.decoders_started += 1
         return _Worker()
 
-    def decode(self, data: bytes, limits: Mapping[str, Any]) -> tuple[str | None, float]:
+    def decode(self, data: bytes, limits: Mapping[str, Any], caller: str = "", side: int | None = None) -> Decoded:
         """Decode a picture within the limits, the fields of :class:`lcl_adapter.serve.pictures.images.Bounds`.
 
-        Returns what is wrong with the picture, or None; and the seconds of a processor that it needed.
+        caller: who sent it. side: what the model reads, to which a costly picture is reduced; None if no model reads it.
         Raises TimeoutError if no process becomes free; RunError if none can start.
         """
-        if not self._free.acquire(timeout=WAIT_SECONDS):
-            raise TimeoutError("too many pictures wait to be decoded; try again later.")
-        try:
-            return self._decode(data, limits)
-        finally:
-            self._free.release()
+        with self._place(caller):
+            return self._decode(data, limits, side)
 
-    def _decode(self, data: bytes, limits: Mapping[str, Any]) -> tuple[str | None, float]:
+    @contextmanager
+    def _place(self, caller: str) -> Iterator[None]:
+        """A place for one picture. A caller leaves one process to others, and of those who wait, the one with fewest goes first."""
+        ticket = (caller, object())
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                if not self._changed.wait_for(lambda: self._next() is ticket, WAIT_SECONDS):
+                    raise TimeoutError("too many pictures wait to be decoded; try again later.")
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+            self._used[caller] += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used[caller] -= 1
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[str, object] | None:
+        """Whose picture is decoded next; None while no process is free for any of them."""
+        if self._used.total() >= self.processes:
+            return None
+        allowed = [ticket for ticket in self._waiting if self._used[ticket[0]] < max(1, self.processes - 1)]
+        return min(allowed, key=lambda ticket: self._used[ticket[0]], default=None)
+
+    def _decode(self, data: bytes, limits: Mapping[str, Any], side: int | None) -> Decoded:
         with self._lock:
             worker = self._idle.pop() if self._idle else self._new()
         try:
-            reply = worker.ask(limits, data)
+            reply = worker.ask(limits, data, side)
         except _EndedError:
             code = worker.end(1.0)
             with self._lock:
                 self.counters.decoders_killed += 1
                 self.counters.pictures_refused += 1
                 self._idle.append(self._new())
-            return _reason(worker, code, limits), float(limits["seconds"])
+            return Decoded(_reason(worker, code, limits), float(limits["seconds"]))
         except BaseException:
             worker.end()
             raise
         with self._lock:
             self._idle.append(worker)
-            self.counters.pictures_decoded += reply["error"] is None
-            self.counters.pictures_refused += reply["error"] is not None
-        return reply["error"], float(reply["seconds"])
+            self.counters.pictures_decoded += reply.error is None
+            self.counters.pictures_prepared += reply.prepared is not None
+            self.counters.pictures_refused += reply.error is not None
+        return reply
 
     def close(self) -> None:
         """End the processes that are idle. A later picture starts one again."""

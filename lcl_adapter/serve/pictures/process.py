@@ -2,8 +2,10 @@
 
 It reads requests from standard input and writes replies to standard output:
 
-    request   length of the limits and of the file (two 32-bit numbers), the limits as JSON, the file
-    reply     length (32 bits), JSON: {"error": null or what is wrong with the picture, "seconds": of the processor}
+    request   length of the fields and of the file (two 32-bit numbers), JSON: {"bounds": its limits, "side": what the model reads, or
+              null}, the file
+    reply     length of the fields and of a copy (two 32-bit numbers), JSON: {"error": null or what is wrong with the picture,
+              "seconds": of the processor}, the copy: of a picture that costs too much to be decoded by the model's thread too
 
 The first reply, before any request, has no error: the process is ready. It ends when its input ends.
 """
@@ -18,14 +20,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from lcl_adapter import reading
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve.pictures.images import Bounds, decode
+from lcl_adapter.serve.pictures.images import COSTLY_SECONDS, DEEP_REASON, MAX_DEEP_SECONDS, Bounds, decode, prepared
 
 LENGTHS = struct.Struct(">II")
-LENGTH = struct.Struct(">I")
+NICE = 10  # the model and honest requests go first
 
 
 def main() -> None:
@@ -33,29 +35,38 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a decoder prints may be read as a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it ends this process
-    _send(replies, {"error": None, "seconds": 0.0})
+    if hasattr(os, "nice"):
+        os.nice(NICE)
+    _send(replies, None, 0.0)
     used = _used_memory()
     while len(lengths := sys.stdin.buffer.read(LENGTHS.size)) == LENGTHS.size:
         fields, size = LENGTHS.unpack(lengths)
-        bounds = Bounds(**reading.parse_json(sys.stdin.buffer.read(fields)))
+        asked = reading.parse_json(sys.stdin.buffer.read(fields))
+        bounds = Bounds(**asked["bounds"])
         data = sys.stdin.buffer.read(size)
         _limit_memory(used + bounds.memory)
-        began, error = time.process_time(), None
+        began, error, copy = time.process_time(), None, b""
         _limit_time(bounds.seconds)
         try:
-            decode(data, bounds)
+            deep = decode(data, bounds)
+            if asked["side"] is not None and (seconds := time.process_time() - began) > COSTLY_SECONDS:
+                if not deep:
+                    copy = prepared(data, asked["side"])
+                elif seconds > MAX_DEEP_SECONDS:
+                    error = DEEP_REASON
         except DataError as refusal:
             error = str(refusal)
         except MemoryError:
             break  # the memory of this process is in pieces: another one goes on
         finally:
             _limit_time(0)
-        _send(replies, {"error": error, "seconds": time.process_time() - began})
+        _send(replies, error, time.process_time() - began, copy)
 
 
-def _send(replies: BinaryIO, reply: dict[str, Any]) -> None:
-    encoded = json.dumps(reply).encode()
-    replies.write(LENGTH.pack(len(encoded)) + encoded)
+def _send(replies: BinaryIO, error: str | None, seconds: float, copy: bytes = b"") -> None:
+    fields = json.dumps({"error": error, "seconds": seconds}).encode()
+    replies.write(LENGTHS.pack(len(fields), len(copy)) + fields)
+    replies.write(copy)
     replies.flush()
 
 
