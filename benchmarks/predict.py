@@ -81,10 +81,15 @@ def prefilled(base: Base, support: tuple[Turn, ...], queries: list[Turn]) -> tup
     return [reply.text for reply in replies], ended - began, ended - prefilled_at
 
 
+def repeated(support: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The support set with its instruction at every picture."""
+    return tuple(replace(turn, text=support[0].text) if turn.picture else turn for turn in support)
+
+
 def growing(base: Base, support: tuple[Turn, ...], rounds: int) -> float:
     """The time to add the last photo to an independent set of the others, over the time of reading it alone. The median of rounds."""
     independent = base.with_supports(None, "independent")
-    support = tuple(replace(turn, text=support[0].text) if turn.picture else turn for turn in support)
+    support = repeated(support)
     before = Predictor(independent).prefill([support[:-2]])
 
     def seconds(turns: tuple[Turn, ...], known: tuple[Prefilled, ...] = ()) -> float:
@@ -150,6 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     times = [(prefilled(base, *few)[2], prefilled(base, *many)[2]) for _ in range(1 if options.small else 2)]
     growth = statistics.median(longer / shorter for shorter, longer in times)
     added = growing(base, episode(more, 1)[0], 1 if options.small else 15)
+    compressed = base.with_supports(None, "compressed")
+    few_c, many_c = (repeated(support) for support, _ in (few, many))
+    times_c = [(prefilled(compressed, few_c, few[1])[2], prefilled(compressed, many_c, many[1])[2]) for _ in range(1 if options.small else 2)]
+    growth_c = statistics.median(longer / shorter for shorter, longer in times_c)
+    stored = Predictor(compressed).prefill([many_c]).bytes / Predictor(base).prefill([many[0]]).bytes
     texts, in_place = memory_of_asking(base, *many)
     with mock.patch.object(cache, "InPlaceLayer", Concatenated):
         other_texts, concatenated = memory_of_asking(base, *many)
@@ -159,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         (f"{count} queries, {shots} shots: plain / prefilled", f"{uncached / cached:.1f}", "at least 10"),
         (f"same answers, of {asked}", str(same), str(asked)),
         (f"a query at {more} shots / at {less} shots", f"{growth:.2f}", "at most 1.25"),
+        (f"the same, compressed sets: {more} shots / {less}", f"{growth_c:.2f}", "at most 1.25"),
+        (f"bytes of a stored set of {more} shots: compressed / ordered", f"{stored:.3f}", ""),
         (f"a photo added to a set of {2 * more - 1} / a photo alone", f"{added:.2f}", "at most 1.5"),
         (f"memory of asking {more} shots: in place / concatenated", f"{in_place / concatenated:.2f}", "at most 0.6"),
     ]
@@ -166,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "prefilled_speedup": uncached / cached,
         "same_answers": same / asked,
         "time_16_over_2_shots": growth,
+        "time_16_over_2_shots_compressed": growth_c,
+        "bytes_compressed_over_ordered": stored,
         "photo_added_over_photo_alone": added,
         "memory_of_asking": in_place / concatenated,
     }
