@@ -102,7 +102,7 @@ def test_train_on_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in train.LAYOUTS:
         assert numbers[f"{name}_loss"] == pytest.approx(numbers["packed_loss"], rel=1e-5)
     assert numbers["packed_padding"] < numbers["as_they_are_padding"]
-    assert numbers["sorted_packed_padding"] < numbers["sorted_padding"]
+    assert numbers["sorted_packed_padding"] <= numbers["sorted_padding"]
     assert numbers["mixture_queries_a_second"] > 0
 
 
