@@ -39,6 +39,7 @@ from tools.pocket.tokenizer import CHAT_TEMPLATE
 
 RANDOM = Path("build/random-150m")
 RANDOM_SMALL = Path("build/random-small")
+RANDOM_WIDE = Path("build/random-150m-576")
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
@@ -49,7 +50,8 @@ class Size:
 
     The patches have 14 pixels.
 
-    With 336 pixels the vision tower has the size of LLaVA-1.5's, with 28 it is tiny, else it is small.
+    With 336 pixels the vision tower has the size of LLaVA-1.5's, with 28 it is tiny, else it is small. small_tower: with 336
+    pixels too.
     """
 
     width: int
@@ -59,6 +61,7 @@ class Size:
     pixels: int = 112
     tied: bool = False
     context: int = 8192
+    small_tower: bool = False
 
     def config(self, tokenizer: Any = None) -> LlavaConfig:
         """Transformers' config. The vocabulary has 32,000 words; the tokenizer, by default pocket's, uses some of them."""
@@ -67,7 +70,7 @@ class Size:
         tower = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
         if self.pixels == 28:
             tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
-        if self.pixels == 336:
+        if self.pixels == 336 and not self.small_tower:
             tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         return LlavaConfig(
             vision_config=CLIPVisionConfig(**tower, image_size=self.pixels, patch_size=14),
@@ -125,6 +128,11 @@ def random_model(small: bool = False) -> Path:
     if small:
         return random_llava(RANDOM_SMALL, Size(64, 176, 2, 2, pixels=28, tied=True))
     return random_llava(RANDOM, Size(1280, 3520, 5, 10, pixels=168, tied=True))
+
+
+def random_wide_model() -> Path:
+    """The same language model and tower with LLaVA-1.5's 576 tokens an image: 336 pixels, 24 x 24 patches."""
+    return random_llava(RANDOM_WIDE, Size(1280, 3520, 5, 10, pixels=336, tied=True, small_tower=True))
 
 
 class Peak:

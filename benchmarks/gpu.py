@@ -116,12 +116,12 @@ def trained(base: Base, recipe: Recipe) -> Result:
     return {**figures, "forecast": forecast, "peak": measured, "error": forecast / measured - 1}
 
 
-def stock(base: Base, recipe: Recipe, queries: int) -> Result:
+def stock(base: Base, recipe: Recipe) -> Result:
     """The same episodes with TRL's trainer and collator."""
     peak = Peak()
     processor = AutoProcessor.from_pretrained(base.path)
     processor.chat_template = TEMPLATE
-    figures = _run(train.stock_trainer(base, recipe, queries, processor))
+    figures = _run(train.stock_trainer(base, recipe, processor))
     return {**figures, "peak": peak.total}
 
 
@@ -173,7 +173,7 @@ def training_part(shape: str, folder: Path, precision: str, queries: tuple[int, 
             base = attach(base, recipe.adapter)
             row["ours"] = trained(base, recipe)
             base = attach(without_adapter(base), recipe.adapter)
-            row["stock"] = _reported(partial(stock, base, recipe, count))
+            row["stock"] = _reported(partial(stock, base, recipe))
             base = without_adapter(base)
             result["trainings"].append(row)
             print(json.dumps(result), flush=True)  # if the next one runs out of time, this much is known

@@ -5,7 +5,8 @@
 32 queries on an 8-shot support set (2 classes, 16 images of 144 tokens), with 8 new tokens each. The time of the
 prefilled side includes the prefill. Plain ``generate`` answers every fourth query, and its time is taken four times.
 
-Then the time per query at 16 shots against 2 shots, without the prefill. Last, the memory of asking the 16-shot set: keys
+Then the time per query at 16 shots against 2 shots, without the prefill, and the time to add a photo to an independent set of
+31 photos against that of reading one photo alone; both encode the photo. Last, the memory of asking the 16-shot set: keys
 and values of the set, and the largest growth of the process while it is asked, against the same with a cache that is
 concatenated for each token, as transformers' own is.
 """
@@ -17,6 +18,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +28,7 @@ import torch
 
 from benchmarks.common import THREADS, finish, options_of, parser, random_model
 from lcl_adapter.answering import cache
-from lcl_adapter.answering.cache import InPlaceLayer
+from lcl_adapter.answering.cache import InPlaceLayer, Prefilled
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.model import Base, load_base
 from lcl_adapter.data import episodes
@@ -77,6 +79,26 @@ def prefilled(base: Base, support: tuple[Turn, ...], queries: list[Turn]) -> tup
     replies = predictor.ask(ready, [Question(0, q) for q in queries])
     ended = time.perf_counter()
     return [reply.text for reply in replies], ended - began, ended - prefilled_at
+
+
+def repeated(support: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The support set with its instruction at every picture."""
+    return tuple(replace(turn, text=support[0].text) if turn.picture else turn for turn in support)
+
+
+def growing(base: Base, support: tuple[Turn, ...], rounds: int) -> float:
+    """The time to add the last photo to an independent set of the others, over the time of reading it alone. The median of rounds."""
+    independent = base.with_supports(None, "independent")
+    support = repeated(support)
+    before = Predictor(independent).prefill([support[:-2]])
+
+    def seconds(turns: tuple[Turn, ...], known: tuple[Prefilled, ...] = ()) -> float:
+        predictor = Predictor(independent)  # its cache of features is empty
+        began = time.perf_counter()
+        predictor.prefill([turns], known=known)
+        return time.perf_counter() - began
+
+    return statistics.median(seconds(support, (before,)) / seconds(support[-2:]) for _ in range(rounds))
 
 
 class Concatenated(InPlaceLayer):
@@ -132,6 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     few, many = episode(less, count), episode(more, count)
     times = [(prefilled(base, *few)[2], prefilled(base, *many)[2]) for _ in range(1 if options.small else 2)]
     growth = statistics.median(longer / shorter for shorter, longer in times)
+    added = growing(base, episode(more, 1)[0], 1 if options.small else 15)
+    compressed = base.with_supports(None, "compressed")
+    few_c, many_c = (repeated(support) for support, _ in (few, many))
+    times_c = [(prefilled(compressed, few_c, few[1])[2], prefilled(compressed, many_c, many[1])[2]) for _ in range(1 if options.small else 2)]
+    growth_c = statistics.median(longer / shorter for shorter, longer in times_c)
+    stored = Predictor(compressed).prefill([many_c]).bytes / Predictor(base).prefill([many[0]]).bytes
     texts, in_place = memory_of_asking(base, *many)
     with mock.patch.object(cache, "InPlaceLayer", Concatenated):
         other_texts, concatenated = memory_of_asking(base, *many)
@@ -141,12 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         (f"{count} queries, {shots} shots: plain / prefilled", f"{uncached / cached:.1f}", "at least 10"),
         (f"same answers, of {asked}", str(same), str(asked)),
         (f"a query at {more} shots / at {less} shots", f"{growth:.2f}", "at most 1.25"),
+        (f"the same, compressed sets: {more} shots / {less}", f"{growth_c:.2f}", "at most 1.25"),
+        (f"bytes of a stored set of {more} shots: compressed / ordered", f"{stored:.3f}", ""),
+        (f"a photo added to a set of {2 * more - 1} / a photo alone", f"{added:.2f}", "at most 1.5"),
         (f"memory of asking {more} shots: in place / concatenated", f"{in_place / concatenated:.2f}", "at most 0.6"),
     ]
     ratios = {
         "prefilled_speedup": uncached / cached,
         "same_answers": same / asked,
         "time_16_over_2_shots": growth,
+        "time_16_over_2_shots_compressed": growth_c,
+        "bytes_compressed_over_ordered": stored,
+        "photo_added_over_photo_alone": added,
         "memory_of_asking": in_place / concatenated,
     }
     return finish(options, "predict", ("measure", "ratio", "bound"), rows, ratios, {"queries": count, "plain queries": asked, "same answers": same})

@@ -39,7 +39,7 @@ from benchmarks.serve import BIN, CLIENTS, running
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
+from lcl_adapter.data.conversations import Turn, support_turns, wording_of
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.data.sources.pocket import read_pocket
 from lcl_adapter.recipe import load
@@ -74,7 +74,7 @@ class Soak:
         torch.set_num_threads(THREADS)
         base, _ = load_adapter(run, BaseRef(device="cpu"))
         self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
-        self.wording, predictor = WORDINGS[load(run / "recipe.yaml").wording], Predictor(base)
+        self.wording, predictor = wording_of(load(run / "recipe.yaml")), Predictor(base)
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
         self.sets: list[dict[str, Any]] = []
         for _ in range(2 if small else SETS):

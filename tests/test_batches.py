@@ -30,7 +30,8 @@ def recipe(**changes: object) -> Recipe:
 @settings(max_examples=100, deadline=None)
 def test_which_tokens_attend_to_which(branch: list[int], padding: int) -> None:
     real = torch.tensor([[True] * len(branch) + [False] * padding])
-    mask = attention_mask(torch.tensor([branch + [0] * padding]), real)[0, 0]
+    none = torch.zeros(1, len(branch) + padding, dtype=torch.long)
+    mask = attention_mask(none, torch.tensor([branch + [0] * padding]), none, none, real)[0, 0]
     for i in range(len(branch)):
         for j in range(len(branch) + padding):
             expected = j <= i and j < len(branch) and branch[j] in (0, branch[i])

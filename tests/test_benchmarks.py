@@ -25,8 +25,9 @@ import pytest
 import torch
 import uvicorn
 from transformers.cli.serve import Serve
+from transformers.models.clip import modeling_clip
 
-from benchmarks import calibrate, common, data, merge, plan, predict, serve, soak, strangers, train
+from benchmarks import calibrate, common, data, long, merge, plan, predict, serve, soak, strangers, train
 from lcl_adapter import cli
 from lcl_adapter.base.adapter import save_adapter
 from lcl_adapter.base.model import attach, load_base
@@ -43,11 +44,11 @@ def _in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def child(module: str, *arguments: str) -> Any:
         return json.loads(json.dumps(importlib.import_module(module).main(arguments)))
 
-    for benchmark in (train, data, merge, plan):
+    for benchmark in (train, long, data, merge, plan):
         monkeypatch.setattr(benchmark, "child", child)
     for benchmark in (data, merge, plan):
         monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "build")
-    for benchmark in (train, calibrate, soak, predict):
+    for benchmark in (train, long, calibrate, soak, predict):
         monkeypatch.setattr(benchmark, "THREADS", torch.get_num_threads())
     monkeypatch.setattr(common, "RANDOM_SMALL", tmp_path / "random")
 
@@ -88,6 +89,30 @@ def test_train(monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers["pocket_first_loss_ours"] == pytest.approx(numbers["pocket_first_loss_stock"], rel=0.05), (
         "the same rows; a tokenizer may split an answer in another way"
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # of the stock trainer
+def test_train_on_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows and rows as they are learn the same tokens with the same loss, in both orders, and packed ones have less padding."""
+    steps = itertools.count(10**9, 10**6)
+    monkeypatch.setattr(train, "peak", lambda: next(steps))
+
+    numbers = finite(train.main(["mixture", "--small"]))
+    assert {numbers[f"{name}_learned"] for name in train.LAYOUTS} == {numbers["packed_learned"]}
+    for name in train.LAYOUTS:
+        assert numbers[f"{name}_loss"] == pytest.approx(numbers["packed_loss"], rel=1e-5)
+    assert numbers["packed_padding"] < numbers["as_they_are_padding"]
+    assert numbers["sorted_packed_padding"] <= numbers["sorted_padding"]
+    assert numbers["mixture_queries_a_second"] > 0
+
+
+def test_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = itertools.count(10**9, 10**6)
+    monkeypatch.setattr(long, "peak", lambda: next(steps))
+    numbers = finite(long.main(["--small"]))
+    assert numbers["long_learned"] == numbers["short_learned"] > 0, "both sides learn the same number of tokens"
+    assert (numbers["long_pictures"], numbers["short_pictures"]) == (33, 5)
+    assert 0 < numbers["7B_nf4_long_GB"] < 12
 
 
 def test_data() -> None:
@@ -144,16 +169,26 @@ def servers_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             made.append(self)
 
     @contextmanager
-    def running(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, Here]]:
+    def running(command: list[str], ready_path: str, **variables: str) -> Iterator[tuple[httpx2.Client, Here]]:
+        if "ENCODED" in variables:
+            monkeypatch.setenv("ENCODED", variables["ENCODED"])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(modeling_clip.CLIPVisionModel, "forward", modeling_clip.CLIPVisionModel.forward)  # put back at the end
+                exec(serve.COUNTER, {})
+                yield from started(command, ready_path)
+        else:
+            yield from started(command, ready_path)
+
+    def started(command: list[str], ready_path: str) -> Iterator[tuple[httpx2.Client, Here]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         program, *arguments = command
-        started = len(made)
+        before = len(made)
         start = {"lcl-adapter": lambda line: cli.main(line, standalone_mode=False), "transformers": transformers_cli}[Path(program).name]
         thread = threading.Thread(target=start, args=([*arguments, "--port", port],))
         thread.start()
-        while len(made) <= started or not made[-1].started:
+        while len(made) <= before or not made[-1].started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -179,6 +214,9 @@ def test_serve() -> None:
     numbers = finite(serve.main(["--small"]))
     assert numbers["same texts"] == 1
     assert numbers["stored set / transformers serve"] > 0
+    assert numbers["pictures encoded a question, stored set"] == 1
+    assert numbers["pictures encoded a question, transformers serve"] == 2 * serve.SHOTS + 1
+    assert numbers["kB uploaded a question, transformers serve / stored set"] == pytest.approx(2 * serve.SHOTS + 1, rel=0.02)
 
 
 @pytest.mark.usefixtures("servers_here")

@@ -34,7 +34,7 @@ from lcl_adapter.training.trainer import NOT_SFT_OPTIONS, sft_config
 from tests.test_recipe import write
 from tests.test_trainer import losses, small
 
-OWN = {"projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads"}  # not SFTConfig's
+OWN = {"projector_learning_rate", "feature_noise", "tokens_per_batch", "bucket", "feature_cache", "threads"}  # not SFTConfig's
 FIELDS = {field.name: field for field in dataclasses.fields(SFTConfig)}
 ACCEPTED = set(TrainOptions.model_fields) - OWN
 GOOD = "base: pocket\nsources: {a: {type: pocket}}\ntrain:\n"

@@ -22,6 +22,7 @@ from lcl_adapter.base.encoder import IGNORED
 from lcl_adapter.base.model import Base, attach, load_base, load_encoder
 from lcl_adapter.base.pooling import pool, sizes_of
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.base.supports import asked_otherwise
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import main
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, shown_before, to_conversation
@@ -179,7 +180,7 @@ def test_training_and_prediction_agree(base: Base) -> None:
     vision, encoder = VisionFeatures(adapted), adapted.encoder()
     asked = requests(3, [1, 2], queries=2)
     replies = Predictor(adapted, vision).run(asked, generate=False)
-    whole = Predictor(adapted.with_support_tokens(None), vision).run(asked, generate=False)
+    whole = Predictor(adapted.with_supports(None, "ordered"), vision).run(asked, generate=False)
     for (support, query, answers), reply, other in zip(asked, replies, whole, strict=True):
         for answer, log_likelihood in zip(answers, reply.log_likelihoods, strict=True):
             quiet = tuple(replace(turn, learn=False) for turn in support)
@@ -209,6 +210,56 @@ def test_rows_near_the_base_get_their_pictures_beside_pooled_ones(wide: Path) ->
         read = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
         results.append(own_logits(base, vision, encoder, batch, batch["pictures"], [len(order) - 1], read))
     assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+def recipe_of_several(wide: Path, run: Path, **train: Any) -> Recipe:
+    values = recipe_of(wide, run, **train).model_dump(mode="json", exclude_none=True)
+    return Recipe.model_validate({**values, "image_tokens": {"support": [4, WHOLE, POOLED, 4]}})
+
+
+def test_of_several_numbers_each_row_has_one(wide: Path) -> None:
+    """All numbers occur, one in each row, and the same again in another process or a resumed run. Lengths are bounded by the largest."""
+    recipe = recipe_of_several(wide, Path("run"))
+    assert (recipe.image_tokens.numbers, recipe.image_tokens.most) == ((WHOLE, POOLED, 4), WHOLE)
+    encoder = load_encoder(BaseRef.of(recipe))
+    assert encoder.support_tokens is None, "the whole grid is the default of longest rows"
+    collators = [Collator(Mixture(recipe), encoder) for _ in range(2)]
+    drawn = []
+    for index in range(40):
+        conversation, row = collators[0].usable(index)
+        shown = {picture.tokens for turn in conversation.shared for picture in turn.pictures}
+        assert len(shown) == (1 if conversation.shared else 0)
+        drawn += shown
+        assert row.ids.count(encoder.image_token_id) == sum(map(encoder.tokens_of, row.pictures))
+        assert row.ids == collators[1].row(index).ids
+    assert set(drawn) == {WHOLE, POOLED, 4}
+    rows = check_rows(collators[0])
+    assert rows.most("lcl") >= max(len(collators[0].row(index)) for index in range(40))
+
+
+def test_a_run_with_several_numbers_is_asked_with_any(wide: Path, tmp_path: Path) -> None:
+    recipe = recipe_of_several(wide, tmp_path / "several", logging_steps=1)
+    suite = {"kind": "lcl", "source": {"type": "pocket", "split": "held_out"}, "shots": [1], "neighbours": "easy", "episodes": 4}
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    file = tmp_path / "several.yaml"
+    file.write_text(json.dumps({**values, "evaluate": {"suites": {"by": {**suite, "support_tokens": [WHOLE, POOLED, 4]}}}}, default=str))
+    trained = call("train", file)
+    assert trained.exit_code == 0, trained.output
+    run = tmp_path / "several"
+    assert read_manifest(run)["support_tokens"] == [WHOLE, POOLED, 4]
+    assert "36 or 9 or 4, pooled" in (run / "README.md").read_text()
+    report = json.loads((run / "report.json").read_text())
+    assert [row["name"] for row in report["suites"]] == [f"by-1shot-easy-{tokens}tokens" for tokens in (WHOLE, POOLED, 4)]
+    for tokens, notes in ((None, 0), (4, 0), (WHOLE, 0), (1, 1)):
+        loaded, manifest = load_adapter(run, BaseRef(support_tokens=tokens))
+        assert loaded.form.tokens == {None: None, WHOLE: None}.get(tokens, tokens)
+        assert len(asked_otherwise(manifest, loaded)) == notes
+    for key in ("image_tokens.support=[36,7]", "evaluate.suites.by.support_tokens=[7]"):
+        refused = call("train", file, key, f"output={tmp_path / 'other'}")
+        assert refused.exit_code == 2
+        assert "support pictures of 7 tokens are not possible" in " ".join(refused.output.split())
+        assert not (tmp_path / "other").exists()
+    assert call("eval", run, "evaluate.suites.by.support_tokens=[7]").exit_code == 2
 
 
 # The commands
@@ -320,8 +371,8 @@ def test_a_server_with_a_number_of_its_own(run: Path, wide: Path, capsys: pytest
     for tokens in (None, WHOLE, 4):
         engine = Engine(load_base(BaseRef(str(wide), device="cpu")), memory=10**8, support_tokens=tokens)
         model = engine.load_adapter("pooled", run)
-        assert model.support_tokens == {None: POOLED, WHOLE: None, 4: 4}[tokens]
-        assert engine.models["base"].support_tokens == {None: None, WHOLE: None, 4: 4}[tokens]
+        assert model.form.tokens == {None: POOLED, WHOLE: None, 4: 4}[tokens]
+        assert engine.models["base"].form.tokens == {None: None, WHOLE: None, 4: 4}[tokens]
         identities.append((model.identity, engine.models["base"].identity))
         assert ("pooled: the adapter was trained with 9 tokens" in capsys.readouterr().err) == (tokens is not None)
     assert len({own for own, _ in identities}) == 3
@@ -329,15 +380,15 @@ def test_a_server_with_a_number_of_its_own(run: Path, wide: Path, capsys: pytest
 
 
 def test_exports_and_merges_say_what_other_programs_spend(run: Path, tmp_path: Path) -> None:
-    from lcl_adapter.base.pooling import spent_elsewhere
+    from lcl_adapter.base.supports import spent_elsewhere
 
-    note = re.sub(r"\s+", " ", spent_elsewhere(POOLED)[0])
+    note = re.sub(r"\s+", " ", spent_elsewhere({"support_tokens": POOLED})[0])
     merged = call("merge", run, "--out", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
     assert note in re.sub(r"\s+", " ", merged.stderr)
-    assert not spent_elsewhere(None)
+    assert not spent_elsewhere({})
     exported = call("merge", run, "--out", tmp_path / "again", "--json")
-    assert json.loads(exported.stdout)["notes"] == spent_elsewhere(POOLED)
+    assert json.loads(exported.stdout)["notes"] == spent_elsewhere({"support_tokens": POOLED})
 
 
 # Errors

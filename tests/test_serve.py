@@ -233,7 +233,7 @@ def test_old_sets_are_evicted_before_a_new_one_is_prefilled(client: TestClient, 
     monkeypatch.setattr(engine.cache, "budget", list(engine.cache.values())[-1].bytes)
     in_memory: list[int] = []  # bytes in the cache at the start of each prefill
     prefill = engine._predictor.prefill
-    monkeypatch.setattr(engine._predictor, "prefill", lambda supports: in_memory.append(engine.cache.bytes) or prefill(supports))
+    monkeypatch.setattr(engine._predictor, "prefill", lambda *a, **k: in_memory.append(engine.cache.bytes) or prefill(*a, **k))
     client.post("/v1/classify", json={"support_set": "second", **body})
     assert in_memory.pop(0) == 0
     assert set(in_memory) <= {0}  # the prefills of the calibration, and the set itself

@@ -12,7 +12,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 from uuid import uuid4
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -100,7 +100,12 @@ class LabelledImage(ApiModel):
         return label
 
 
-def check_labels(examples: Sequence[LabelledImage]) -> None:
+class Labelled(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+def check_labels(examples: Sequence[Labelled]) -> None:
     """Raises ValueError unless there are two labels or more, and each has one spelling."""
     labels = list(dict.fromkeys(example.label for example in examples))
     if len(labels) < 2:
@@ -127,6 +132,12 @@ class SupportSetIn(ApiModel):
     def _labels(self) -> SupportSetIn:
         check_labels(self.examples)
         return self
+
+
+class PhotoIn(LabelledImage):
+    """A photo for a stored set. expected_version: the version that the client read last; another one is refused."""
+
+    expected_version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
 
 
 class SupportSetOut(ApiModel):

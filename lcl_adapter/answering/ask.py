@@ -24,10 +24,10 @@ from lcl_adapter.answering.judgement import Evidence, JudgeName, TowerEvidence, 
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base
-from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import asked_otherwise
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns
+from lcl_adapter.data.conversations import WORDINGS, Turn, support_turns, wording_of
 from lcl_adapter.data.episodes.base import clash
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
 from lcl_adapter.data.sources.base import remarks
@@ -76,13 +76,13 @@ def ask_model(
         wording = WORDINGS[loaded.family.wording]
     else:
         loaded, manifest = load_adapter(adapter, base)
-        wording = WORDINGS[load(adapter / "recipe.yaml").wording]
+        wording = wording_of(load(adapter / "recipe.yaml"))
         weighed = read_weighing(adapter, manifest)
         if weighed is not None and weighed[0].several is None:  # weighed on sets with one label alone; here are several
             weighed = None
-        if note := asked_otherwise(manifest.get("support_tokens"), loaded.support_tokens):
-            show_notes([note])
-            notes.append(note)
+        changed = asked_otherwise(manifest, loaded)
+        show_notes(changed)
+        notes += changed
     judge = judge or ("model" if weighed is None else "both")
     if judge != "model" and weighed is None:
         raise AdapterError(

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicLayer
 
+from lcl_adapter.data.conversations import Turn
+
+Part = tuple[Turn, ...]  # of an independent set: an example, or () for the text before the first one
+
 
 class InPlaceLayer(DynamicLayer):
     """Keys and values of one layer, written into tensors with room for more tokens.
@@ -53,6 +57,15 @@ class InPlaceLayer(DynamicLayer):
         for stored, new in zip(self._stored, (key_states, value_states), strict=True):
             stored[:, :, self.length : end] = new
         return self._show(end)
+
+    def open_for(self, other: DynamicLayer, sets: int, length: int) -> None:
+        """Let an empty layer show ``length`` zeros of so many sets, shaped otherwise as another layer. They can be written in place."""
+        if self._stored is not None:
+            return
+        shape = (sets, other.keys.shape[1], max(length, self.reserved))
+        self._stored = other.keys.new_zeros(*shape, other.keys.shape[3]), other.values.new_zeros(*shape, other.values.shape[3])
+        self.dtype, self.device, self.is_initialized = other.keys.dtype, other.keys.device, True
+        self._show(length)
 
     def resize(self, capacity: int) -> None:
         """Move what is written to tensors for ``capacity`` tokens. The old ones are freed.
@@ -107,12 +120,15 @@ class Prefilled:
     """Support sets that the model has read, padded on the left to one length.
 
     cache: keys and values, [S, ...]. mask [S, P]: 1 where a token is real, 0 where it is padding. next_position [S]: the
-    position of the first token that follows each support set.
+    position of the first token that follows each support set. longest: of each set, the tokens that must fit the context.
+    parts: of each independent set, where its head and its examples are; empty where sets are ordered.
     """
 
     cache: Cache
     mask: torch.Tensor
     next_position: torch.Tensor
+    longest: tuple[int, ...]
+    parts: tuple[tuple[tuple[Part, slice], ...], ...] = ()
 
     @property
     def empty(self) -> bool:

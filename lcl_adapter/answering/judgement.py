@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from lcl_adapter.base.adapter import MANIFEST
-from lcl_adapter.base.prototypes import class_means, mean_patches, patch_distances
+from lcl_adapter.base.prototypes import class_means, patch_distances
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError
@@ -115,31 +115,23 @@ class ShownLabels:
 
 
 class TowerEvidence:
-    """The tower's evidence, with the vectors of pictures that were seen before.
+    """The tower's evidence about pictures.
 
     statistics: mean and deviation of the tower's features, [2, C], over pictures of the adapter's validation classes. A tower's
-    raw features have a few that are large for every picture, and cosines of them say little. remembered: how many vectors.
+    raw features have a few that are large for every picture, and cosines of them say little.
     """
 
-    def __init__(self, vision: VisionFeatures, statistics_2C: torch.Tensor | None = None, remembered: int = 20_000) -> None:
+    def __init__(self, vision: VisionFeatures, statistics_2C: torch.Tensor | None = None) -> None:
         self.vision = vision
         self.statistics_2C = statistics_2C
-        self.remembered = remembered
-        self._vectors: dict[Picture, torch.Tensor] = {}
 
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
-        vectors = {picture: self._vectors[picture] for picture in dict.fromkeys(pictures) if picture in self._vectors}
-        missing = [picture for picture in dict.fromkeys(pictures) if picture not in vectors]
-        if missing:
-            features_NC = mean_patches(missing, self.vision).cpu()
-            if self.statistics_2C is not None:
-                features_NC = (features_NC - self.statistics_2C[0]) / self.statistics_2C[1]
-            vectors.update(zip(missing, functional.normalize(features_NC, dim=1), strict=True))
-            for picture in missing[: max(0, self.remembered - len(self._vectors))]:
-                self._vectors[picture] = vectors[picture]
-        return torch.stack([vectors[picture] for picture in pictures])
+        features_NC = self.vision.mean_patches(pictures)
+        if self.statistics_2C is not None:
+            features_NC = (features_NC - self.statistics_2C[0]) / self.statistics_2C[1]
+        return functional.normalize(features_NC, dim=1)
 
     def remember(self, shown: Shown) -> ShownLabels:
         """The means of labelled photos, of which there is at least one."""

@@ -27,11 +27,12 @@ from functools import partial
 import torch
 from transformers import Cache
 
+from lcl_adapter.answering import independent
 from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, Limits, SetOfRequests, room
-from lcl_adapter.answering.cache import Prefilled, new_cache
+from lcl_adapter.answering.cache import Part, Prefilled, new_cache
 from lcl_adapter.answering.room import widths_of
 from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row, without_ends
-from lcl_adapter.base.encoder import position_ids
+from lcl_adapter.base.encoder import Position, position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
@@ -108,27 +109,37 @@ class Predictor:
         self.limits = Limits(self.widths, self.base.dtype.itemsize, self.device.type, self.batch_size, self.pack)
 
     @torch.inference_mode()
-    def prefill(self, supports: Sequence[Sequence[Turn]], behind: int = 0) -> Prefilled:
+    def prefill(self, supports: Sequence[Sequence[Turn]], behind: int = 0, known: Sequence[Prefilled] = ()) -> Prefilled:
         """Read each support set once. Either all sets have turns, or none has.
 
         behind: tokens to reserve behind the longest set, so that questions which need no more are asked without a copy.
+        known: sets that the same model has read. Examples of independent sets that they have are copied from there.
         Raises EpisodeError if a set leaves no room in the context; DataError for a broken picture.
         """
-        rows = [self._support_ids(turns) for turns in supports]
-        longest = max(len(row) for row in rows)
-        if longest >= self.encoder.context:
-            raise EpisodeError(f"a support set of {longest} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
-        cache = new_cache(self.widths.layers, longest + behind)
-        next_positions = [0] * len(rows)
-        mask_SP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=self.device)
-        if longest:
-            ids_SP = torch.tensor([[self.encoder.pad] * (longest - len(row)) + row for row in rows], device=self.device)
-            placed = [self.encoder.positions(row) for row in rows]
-            next_positions = [following for _, following in placed]
-            position_SP = position_ids([positions for positions, _ in placed], longest, left=True).to(self.device)
-            turns = [turn for support in supports for turn in support]
-            self._forward(ids_SP, mask_SP, position_SP, cache, turns, logits_at=1)
-        return Prefilled(cache, mask_SP, torch.tensor(next_positions, device=self.device))
+        rows = [self.encoder.support(turns) for turns in supports]
+        length, needed = max(row.visible for row in rows), max(row.longest for row in rows)
+        if needed >= self.encoder.context:
+            raise EpisodeError(f"a support set of {needed} tokens does not fit the context of {self.encoder.context}: show fewer photos.")
+        cache = new_cache(self.widths.layers, length + behind)
+        mask_SP = torch.tensor([[0] * (length - row.visible) + [1] * row.visible for row in rows], dtype=torch.long, device=self.device)
+        parts: tuple[tuple[tuple[Part, slice], ...], ...] = ()
+        if any(row.examples for row in rows):
+            parts = tuple(independent.parts_of(row, turns, length) for row, turns in zip(rows, supports, strict=True))
+            independent.fill(cache, rows, parts, known, self._read_alone)
+        elif length:
+            ids_SP = torch.tensor([[self.encoder.pad] * (length - len(row)) + row.ids for row in rows], device=self.device)
+            position_SP = position_ids([row.positions for row in rows], length, left=True).to(self.device)
+            self._forward(ids_SP, mask_SP, position_SP, cache, [turn for support in supports for turn in support], logits_at=1)
+        next_position_S = torch.tensor([row.next_position for row in rows], device=self.device)
+        return Prefilled(cache, mask_SP, next_position_S, tuple(row.longest for row in rows), parts)
+
+    def _read_alone(self, rows: Sequence[tuple[Ids, Sequence[Position], Sequence[Turn]]], cache: Cache) -> None:
+        """Read rows into an empty cache, padded on the right."""
+        length = max(len(ids) for ids, _, _ in rows)
+        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _, _ in rows], device=self.device)
+        positions = position_ids([own for _, own, _ in rows], length).to(self.device)
+        ids_RL = self._padded([ids for ids, _, _ in rows], length, self.encoder.pad)
+        self._forward(ids_RL, mask, positions, cache, [turn for _, _, turns in rows for turn in turns], logits_at=1)
 
     def ask(self, prefilled: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
         """Replies in the order of the questions. ``prefilled`` is unchanged afterwards.
@@ -153,7 +164,7 @@ class Predictor:
         answer. It may raise. ``prefilled`` is unchanged afterwards in every case. Raises EpisodeError if there is no room.
         """
         row = Row.of(self._encoded(turn, (), prefilled.empty) for turn in turns)
-        longest = int(prefilled.mask.sum()) + row.longest + new_tokens
+        longest = prefilled.longest[0] + row.longest + new_tokens
         if longest > self.encoder.context:
             raise EpisodeError(f"the turns and up to {new_tokens} new tokens are {longest} tokens, the context is {self.encoder.context}.")
         segment_ST = self._padded([row.segment], len(row.ids), PADDING)
@@ -190,7 +201,7 @@ class Predictor:
         replies: dict[int, Reply] = {}
         for same_kind in (by_length, [((), [i]) for i in without_support]):
             sets = (
-                SetOfRequests(support, members, len(self._support_ids(support)), [self._encoded(*requests[i][1:], not support) for i in members])
+                SetOfRequests(support, members, len(self.encoder.support(support)), [self._encoded(*requests[i][1:], not support) for i in members])
                 for support, members in same_kind
             )
             for batch in self.limits.batches(sets, self.max_new_tokens if generate else 0):
@@ -208,9 +219,6 @@ class Predictor:
         answered = self._ask_encoded(prefilled, [one.questions for one in sets], generate, pack)
         return {index: reply for one, own in zip(sets, answered, strict=True) for index, reply in zip(one.members, own, strict=True)}
 
-    def _support_ids(self, turns: Sequence[Turn]) -> Ids:
-        return self.encoder.turns(turns)[0] if turns else []
-
     @torch.inference_mode()
     def _ask_encoded(self, prefilled: Prefilled, questions: Sequence[Sequence[EncodedQuestion]], generate: bool, pack: int) -> list[list[Reply]]:
         """Replies to the questions about each support set, ``pack`` at a time."""
@@ -227,8 +235,7 @@ class Predictor:
         One forward pass reads the questions and the answers to score. Each generated token needs one more.
         """
         rows = [Row.of(questions) for questions in packs]
-        lengths_S = prefilled.mask.sum(1) + torch.tensor([row.longest for row in rows], device=self.device)
-        longest = int(lengths_S.max())
+        longest = max(support + row.longest for support, row in zip(prefilled.longest, rows, strict=True))
         if longest + self.max_new_tokens > self.encoder.context:
             raise EpisodeError(f"support set and query are {longest} tokens, the context is {self.encoder.context}: show fewer photos.")
         length = max(len(row.ids) for row in rows)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -27,11 +27,12 @@ from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import most_tokens
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
-from lcl_adapter.recipe.schema import Precision
+from lcl_adapter.recipe.schema import Precision, Supports
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,6 +52,8 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
     own: dict[str, Any] = {"precision": base.precision, "compute_dtype": str(base.dtype).removeprefix("torch."), "tiles": base.tiles}
     if base.support_tokens:
         own["support_tokens"] = base.support_tokens
+    if base.supports != "ordered":
+        own["supports"] = base.supports
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -138,6 +141,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not a manifest of this tool ({type(error).__name__}: {str(error)[:200]}).") from error
     if "base_hash" not in manifest:
         raise AdapterError(f"{path}: written by a version before 0.3, which recognised a base by its files and not by its weights; train it again.")
+    if manifest.get("supports", "ordered") not in get_args(Supports):
+        raise AdapterError(f"{path}: trained with supports {manifest['supports']!r}, which this version does not know.")
     wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
     if wrong:
         raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")
@@ -166,8 +171,12 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     folder = adapter_folder(folder)
     manifest = read_manifest(folder)
     checkpoint = checkpoint_of(folder, manifest, base)
-    tokens = base.support_tokens or manifest.get("support_tokens")
-    given = {"device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens}
+    tokens = base.support_tokens or most_tokens(manifest)
+    supports: Supports = base.supports or manifest.get("supports", "ordered")
+    given = {
+        "device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens,
+        "supports": supports,
+    }  # fmt: skip
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))
     if (loaded.family.name, loaded.family.version) != (manifest["family"], manifest["prompt_version"]):

@@ -4,6 +4,10 @@ Three rules hold here: only learned answers have labels, training uses the same 
 Several queries behind one support set share a row. Each query attends to the support set and to itself, and its
 positions restart after the support set, so the other queries do not influence it.
 
+Where supports are independent, each labelled picture attends to the text before the first picture and to itself, and its
+positions restart there. So a set has no order. A query's positions follow those of the longest. In a compressed set, a
+query sees of a labelled picture only the text beside it, which has seen the picture (as VoCo-LLaMA, arXiv 2406.12275).
+
 Shapes: B rows, T tokens of a row, X coordinates of a position (time, row, column).
 """
 
@@ -13,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from lcl_adapter.base.families import IMAGE, Family, Rendered
 from lcl_adapter.data.conversations import Conversation, Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
+from lcl_adapter.recipe.schema import Supports
 
 IGNORED = -100
 NOT_AS_PREDICTED = "Training would not match prediction: change the answer."
@@ -32,18 +38,59 @@ Position = int | tuple[int, int, int]
 class Encoded:
     """One row of T tokens, without padding.
 
-    ``branch`` is 0 in the shared support set and k in the k-th query. All lists have length T. ``pictures`` say themselves
-    to how many tokens they are pooled.
+    ``branch`` is 0 in the shared support set and k in the k-th query. ``example`` is k in the k-th labelled picture of
+    an independent support set, which sees no other, and 0 elsewhere. ``part`` is k in the k-th of several conversations that
+    share a packed row (``lcl_adapter.training.packing``), counted from 0. ``hidden`` is 1 where no query sees a token, and 0
+    elsewhere. All lists have length T. ``pictures`` say themselves to how many tokens they are pooled.
     """
 
     ids: list[int]
     labels: list[int]
     branch: list[int]
+    example: list[int]
     positions: list[Position]
     pictures: tuple[Picture, ...]
+    part: list[int]
+    hidden: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Support:
+    """A support set of P tokens. Lists are [P].
+
+    example, hidden: as of :class:`Encoded`. next_position: of the token that follows. head: tokens before the first picture, which
+    every example sees; 0 in an ordered set.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    example: list[int]
+    positions: list[Position]
+    next_position: int
+    hidden: list[int]
+    head: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def visible(self) -> int:
+        """Tokens that a query sees, whose keys and values are stored."""
+        return len(self) - sum(self.hidden)
+
+    @property
+    def examples(self) -> list[slice]:
+        """Where each example of an independent set is; none of an ordered one."""
+        starts = [self.example.index(number) for number in range(1, 1 + max(self.example, default=0))]
+        return [slice(a, b) for a, b in pairwise([*starts, len(self)])]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that must fit the context: the whole of an ordered set, the longest example with its head of an independent one."""
+        return self.head + max((part.stop - part.start for part in self.examples), default=len(self))
 
 
 class Encoder:
@@ -54,7 +101,7 @@ class Encoder:
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
     grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
     window, which limits a row if it is shorter than the context. support_tokens: of a picture that is shown with a label;
-    None for as many as any other has.
+    None for as many as any other has. supports: how labelled pictures are read. width: of the language model.
     """
 
     def __init__(
@@ -67,12 +114,16 @@ class Encoder:
         grid: tuple[int, int] | None = None,
         window: int | None = None,
         support_tokens: int | None = None,
+        supports: Supports = "ordered",
+        width: int = 4096,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image = list(image)
         self.support_tokens = support_tokens
+        self.supports = supports
+        self.width = width
         self.context = min(context, window or context)
         self.window = window
         self.grid = grid
@@ -127,9 +178,11 @@ class Encoder:
         return picture.tokens or self.tokens_an_image
 
     def pictures(self, turns: Iterable[Turn]) -> tuple[Picture, ...]:
-        """The pictures of turns, in the order of their tokens. Those that are pooled say to how many."""
+        """The pictures of turns, in the order of their tokens. Those that are pooled say to how many; a turn's own number comes first."""
         pooled = self.support_tokens
-        return tuple(replace(picture, tokens=pooled) if turn.shown and pooled else picture for turn in turns for picture in turn.pictures)
+        return tuple(
+            replace(picture, tokens=picture.tokens or pooled) if turn.shown and pooled else picture for turn in turns for picture in turn.pictures
+        )
 
     def image_tokens(self, turns: Iterable[Turn]) -> int:
         """How many tokens the pictures of turns have together."""
@@ -183,22 +236,53 @@ class Encoder:
         ids, labels = self._encode(shifted, turns)
         return ids[1:], labels[1:]
 
+    def support(self, turns: Sequence[Turn]) -> Support:
+        """A support set. It is read as a chat, in order, unless supports are independent and it is labelled pictures alone.
+
+        Raises DataError as :meth:`turns`.
+        """
+        pairs = [turns[i : i + 2] for i in range(0, len(turns), 2)]
+        if not (
+            self.supports != "ordered" and turns and all([turn.role for turn in pair] == ["user", "assistant"] and pair[0].shown for pair in pairs)
+        ):
+            ids, labels = self.turns(turns) if turns else ([], [])
+            positions, next_position = self.positions(ids)
+            return Support(ids, labels, [0] * len(ids), positions, next_position, [0] * len(ids))
+        head = [*self.bos, *self._part(self.family.render(pairs[0]).text.split(IMAGE)[0])[0]]
+        ids, example = list(head), [0] * len(head)
+        positions, start = self.positions(head)
+        next_position = start
+        for number, pair in enumerate(pairs, 1):
+            own = self.turns(pair)[0]
+            if own[: len(head)] != head:
+                raise DataError(f"this prompt's text before a picture depends on what follows: `supports: {self.supports}` is not possible.")
+            own_positions, end = self.positions(own[len(head) :], start)
+            ids += own[len(head) :]
+            example += [number] * (len(own) - len(head))
+            positions += own_positions
+            next_position = max(next_position, end)
+        # An example knows no earlier one, so its label cannot be learned
+        hidden = [int(self.supports == "compressed" and token == self.image_token_id) for token in ids]
+        return Support(ids, [IGNORED] * len(ids), example, positions, next_position, hidden, len(head))
+
     def conversation(self, conversation: Conversation) -> Encoded:
         """A whole row: the shared support set, then every branch.
 
         Raises EpisodeError where it does not fit the context, or where nothing in it is learned.
         """
         first = not conversation.shared
-        ids, labels = ([], []) if first else self._turns_of(conversation, conversation.shared)
-        shared = len(ids)
-        branch = [0] * shared
-        positions, next_position = self.positions(ids)
-        for number, turns in enumerate(conversation.branches, 1):
-            more_ids, more_labels = self._turns_of(conversation, turns, first)
+        try:
+            support = self.support(conversation.shared)
+            branches = [self.turns(turns, first=first) for turns in conversation.branches]
+        except DataError as error:
+            raise DataError(f"{conversation.origin}: {error}") from error
+        ids, labels, positions = list(support.ids), list(support.labels), list(support.positions)
+        branch = [0] * len(support)
+        for number, (more_ids, more_labels) in enumerate(branches, 1):
             ids, labels = ids + more_ids, labels + more_labels
             branch += [number] * len(more_ids)
-            positions += self.positions(more_ids, next_position)[0]
-        longest = shared + max((branch.count(n) for n in range(1, len(conversation.branches) + 1)), default=0)
+            positions += self.positions(more_ids, support.next_position)[0]
+        longest = support.longest + max((len(more_ids) for more_ids, _ in branches), default=0)
         if longest > self.context:
             fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.image_sizes}) do not fit the {self.limit}"
             remedy = (
@@ -207,14 +291,8 @@ class Encoder:
             raise EpisodeError(f"{conversation.origin}: {fault}. {remedy}")
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
-        return Encoded(ids, labels, branch, positions, self.pictures(conversation.turns))
-
-    def _turns_of(self, conversation: Conversation, turns: Sequence[Turn], first: bool = True) -> tuple[list[int], list[int]]:
-        """As :meth:`turns`. The error names the conversation."""
-        try:
-            return self.turns(turns, first=first)
-        except DataError as error:
-            raise DataError(f"{conversation.origin}: {error}") from error
+        example, hidden = (own + [0] * (len(ids) - len(support)) for own in (support.example, support.hidden))
+        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns), [0] * len(ids), hidden)
 
     def _encode(self, rendered: Rendered, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """Ids and labels of rendered turns. A token is learned where its last character is in a learned part.
@@ -299,6 +377,8 @@ def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
     They differ where a tokenizer joins turns that other software tokenises together. Each answer's own tokens are checked
     whenever a row is encoded.
     """
+    if encoder.supports != "ordered":  # a set of one picture is what any chat is; the others are read in the same way
+        conversation = replace(conversation, shared=conversation.shared[:2])
     encoded = encoder.conversation(conversation)
     branch = conversation.branches[0]
     whole, labels = encoder.turns([*conversation.shared, *branch])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -32,12 +32,22 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import LclError, ModelError
 from lcl_adapter.photo import EfficientNetLiteConfig
-from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision
+from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Attention, Precision, Supports
 from lcl_adapter.terminal import console
 
 # Full path, never a suffix: `q_proj` alone would adapt the vision tower too (peft#2615, LLaVA#1380).
 PROJECTIONS = r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "multi_modal_projector"
+
+
+class SupportForm(NamedTuple):
+    """In which form the pictures of a support set are read.
+
+    tokens: of each, None for as many as any other has. supports: whether a picture sees those before it.
+    """
+
+    tokens: int | None = None
+    supports: Supports = "ordered"
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,16 @@ class Base:
     precision: Precision
     tiles: bool = False
     support_tokens: int | None = None  # of a picture that is shown with a label; None for all of them
+    supports: Supports = "ordered"  # whether such a picture sees those before it
+
+    @property
+    def form(self) -> SupportForm:
+        return SupportForm(self.support_tokens, self.supports)
+
+    @property
+    def support_reading(self) -> list[Any]:
+        """What is read in another form than in any chat, for identities; empty for nothing."""
+        return [*([self.support_tokens] if self.support_tokens else []), *([self.supports] if self.supports != "ordered" else [])]
 
     @property
     def llava(self) -> Any:
@@ -88,14 +108,16 @@ class Base:
         return dtype
 
     def encoder(self) -> Encoder:
-        return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens)
+        return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens, self.supports)
 
-    def with_support_tokens(self, tokens: int | None) -> Base:
-        """The same model, with so many tokens for a picture that is shown with a label; None for all of them.
+    def with_supports(self, tokens: int | None, supports: Supports) -> Base:
+        """The same model, with so many tokens for a picture that is shown with a label, None for all of them, in an ordered set
+        or an independent one.
 
         Raises ModelError where it cannot have so many.
         """
-        return replace(self, support_tokens=tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens)
+        pooled = tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens
+        return replace(self, support_tokens=pooled, supports=supports)
 
     def with_model(self, model: Any) -> Base:
         return replace(self, model=model)
@@ -179,10 +201,10 @@ def load_encoder(base: BaseRef | str) -> Encoder:
     checkpoint = open_checkpoint(base)
     ref = BaseRef.of(base)
     with faults_of(checkpoint.folder, "files do not make a prompt"):
-        return _encoder(checkpoint, family_of(checkpoint), bool(ref.tiles), ref.support_tokens)
+        return _encoder(checkpoint, family_of(checkpoint), bool(ref.tiles), ref.support_tokens, ref.supports or "ordered")
 
 
-def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | None) -> Encoder:
+def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | None, supports: Supports = "ordered") -> Encoder:
     """asked: tokens of a support picture, None for all. Raises ModelError where it cannot have so many."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     grid = None
@@ -196,7 +218,9 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | N
         image = [config.image_token_id] * tokens_an_image(config, tiles)
     pooled = support_tokens(config, len(image), asked, tiles, checkpoint.folder)
     window = attention_window(config.get_text_config())
-    return Encoder(family, tokenizer, config.image_token_id, image, config.text_config.max_position_embeddings, grid, window, pooled)
+    context = config.text_config.max_position_embeddings
+    width = config.text_config.hidden_size
+    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports, width)
 
 
 def load_base(base: BaseRef | str) -> Base:
@@ -267,7 +291,7 @@ def load_base(base: BaseRef | str) -> Base:
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     read_masks(model, attention)
-    return Base(model, checkpoint, family, precision, tiles, pooled)
+    return Base(model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered")
 
 
 def lora_targets(model: nn.Module) -> str:

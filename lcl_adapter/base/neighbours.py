@@ -13,7 +13,7 @@ from typing import Any
 from rich.progress import track
 
 from lcl_adapter.base.model import load_base
-from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
+from lcl_adapter.base.prototypes import class_means, standardised
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture, read_class_folders, read_image
@@ -53,7 +53,7 @@ def index(folder: Path, base: BaseRef | str, out: Path | None = None) -> dict[st
                 console.print(f"left out: {error}", style="yellow", markup=False)
         if number not in class_N[-1:]:
             raise DataError(f"{folder}: class {picture_class.name!r} has no picture that can be read.")
-    means_KC = class_means(standardised(mean_patches(readable, vision)), class_N)
+    means_KC = class_means(standardised(vision.mean_patches(readable)), class_N)
     similarity_KK = means_KC @ means_KC.T
     similarity_KK.fill_diagonal_(-2)
     nearest = similarity_KK.argsort(1, descending=True)[:, : min(NEAREST, len(pool) - 1)].tolist()

@@ -62,27 +62,6 @@ def support_tokens(config: Any, tokens_an_image: int, asked: int | None, tiles: 
     return asked
 
 
-def asked_otherwise(trained: int | None, asked: int | None) -> str | None:
-    """A note where an adapter is asked with another number of tokens than it was trained with; None for all of them."""
-    if trained == asked:
-        return None
-    return f"the adapter was trained with {_tokens(trained)} for a picture shown with a label, and is asked with {_tokens(asked)}"
-
-
-def spent_elsewhere(trained: int | None) -> list[str]:
-    """A note for an adapter that leaves this package: only this package pools pictures."""
-    if trained is None:
-        return []
-    return [
-        f"trained with {trained} tokens for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every picture. "
-        "What that changes is measured by `lcl-adapter eval RUN image_tokens.support=ALL`, where ALL is the tokens of a whole picture"
-    ]
-
-
-def _tokens(count: int | None) -> str:
-    return "all tokens" if count is None else f"{count} tokens"
-
-
 def pool(features_NTD: torch.Tensor, tokens: int) -> torch.Tensor:
     """[N, T, D] -> [N, G, D]: the mean of each block. T and G are squares, and the side of G divides that of T."""
     side, pooled_side = math.isqrt(features_NTD.shape[1]), math.isqrt(tokens)

@@ -11,16 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from lcl_adapter.base.vision import BATCH, VisionFeatures
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 
 PATCH_BYTES = 256 * 10**6  # for the patches of some queries and their distances; ``plan`` counts them
-
-
-def mean_patches(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
-    """Each picture's mean patch in fp32, [N, C]. Raises DataError for a broken picture."""
-    chunks = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-    return torch.cat([vision.patches(chunk).float().mean(1) for chunk in chunks])
 
 
 @torch.inference_mode()
@@ -31,7 +25,7 @@ def unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.T
     """
     if not pictures:
         return torch.empty(0, 0)
-    return functional.normalize(mean_patches(pictures, vision), dim=1).cpu()
+    return functional.normalize(vision.mean_patches(pictures), dim=1)
 
 
 def standardised(features_NC: torch.Tensor) -> torch.Tensor:
@@ -72,5 +66,5 @@ def patch_distances(references: Sequence[Picture], queries: Sequence[Picture], v
 @torch.inference_mode()
 def statistics_of(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
     """Mean and deviation of the tower's features over pictures, [2, C], on the CPU."""
-    features_NC = mean_patches(pictures, vision).cpu()
+    features_NC = vision.mean_patches(pictures)
     return torch.stack([features_NC.mean(0), features_NC.std(0) + 1e-6])

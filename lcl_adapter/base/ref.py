@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.schema import Attention, Precision
+from lcl_adapter.recipe.schema import Attention, Precision, Supports
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class BaseRef:
     tiles: for LLaVA-NeXT and OneVision, reads pictures at twice the size in tiles; off by default.
     attn_implementation: how attention is computed; SDPA by default.
     support_tokens: of a picture that is shown with a label; all of them by default.
+    supports: whether such a picture sees those before it; "ordered" by default.
     """
 
     name: str | None = None
@@ -29,6 +30,7 @@ class BaseRef:
     tiles: bool | None = None
     attn_implementation: Attention | None = None
     support_tokens: int | None = None
+    supports: Supports | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
@@ -36,7 +38,7 @@ class BaseRef:
         if isinstance(base, Recipe):
             return cls(
                 base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
-                support_tokens=base.image_tokens.support,
+                support_tokens=base.image_tokens.most, supports=base.supports,
             )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 

@@ -32,6 +32,7 @@ from lcl_adapter.base.pooling import pool
 from lcl_adapter.data.sources import Picture, read_image
 
 BATCH = 32  # pictures that go through the tower at a time
+MEANS = 20_000  # mean patches that are remembered, a few kB each
 
 
 def _projector_type(projector: Any) -> torch.dtype:
@@ -116,6 +117,7 @@ class VisionFeatures:
         self.batch = batch
         self.cache: OrderedDict[Picture, torch.Tensor] = OrderedDict()
         self.bytes = 0
+        self._means: dict[Picture, torch.Tensor] = {}
         self.requested = self.computed = 0
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
@@ -184,6 +186,24 @@ class VisionFeatures:
         for picture, features_SPC in computed.items():
             self._add_to_cache(picture, features_SPC)
         return torch.stack(features)
+
+    @torch.inference_mode()
+    def mean_patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """Each picture's mean patch in fp32, [N, C], on the CPU. It is remembered when the picture's features are dropped.
+
+        Raises DataError for a broken picture.
+        """
+        wanted = [_whole(picture) for picture in pictures]
+        means = {picture: self._means[picture] for picture in wanted if picture in self._means}
+        missing = list(dict.fromkeys(picture for picture in wanted if picture not in means))
+        for start in range(0, len(missing), BATCH):
+            chunk = missing[start : start + BATCH]
+            means.update(zip(chunk, self.patches(chunk).float().mean(1).cpu(), strict=True))
+        for picture in missing:
+            if len(self._means) >= MEANS:
+                self._means.pop(next(iter(self._means)))
+            self._means[replace(picture, data=None)] = means[picture]
+        return torch.stack([means[picture] for picture in wanted])
 
     def patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """:meth:`tower_features` with a picture's tiles joined, [N, S * P, C]: compares pictures by the tower only."""

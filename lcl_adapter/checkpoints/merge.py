@@ -34,9 +34,9 @@ from lcl_adapter.base.layouts.keys import skeleton
 from lcl_adapter.base.layouts.tensors import row_blocks
 from lcl_adapter.base.layouts.writing import Change
 from lcl_adapter.base.model import Base, family_of, load_base
-from lcl_adapter.base.pooling import spent_elsewhere
 from lcl_adapter.base.precision import TYPES, nf4_round_trip, quantised_weights
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import spent_elsewhere
 from lcl_adapter.checkpoints.deltas import Adapter, blended_weight, check_combinable, check_fits, merged_rows
 from lcl_adapter.checkpoints.effect import WeightCheck, check_weights
 from lcl_adapter.checkpoints.probe import (
@@ -162,7 +162,7 @@ def merge(
         written = writer.ref(partial)
         reason = _reason_to_skip_probes(job, verify, written)
         probe_report = {"probes": reason} if reason or written is None else _check_answers(job, run, written, out, writer)
-    notes = spent_elsewhere(manifest.get("support_tokens"))
+    notes = spent_elsewhere(manifest)
     return {
         "out": str(out),
         "layout": to,

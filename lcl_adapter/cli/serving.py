@@ -156,6 +156,9 @@ def _parse_adapter(text: str) -> tuple[str, Path]:
         raise click.UsageError(f"--adapter: {shown(str(error))}.") from error
 
 
+version_option = click.option("--expected-version", "expected", type=click.IntRange(1), help="Refuse if the set has another version by now.")
+
+
 @main.group()
 def support() -> None:
     """Manage the support sets in the server's store from a shell."""
@@ -179,6 +182,45 @@ def add(name: str, photos: Path, shots: int | None, question: str | None, expect
     from lcl_adapter.serve import support_sets
 
     emit(support_sets.add(store, namespace, name, photos, shots, question, expected), as_json)
+
+
+@support.command("add-photo")
+@click.argument("name")
+@click.argument("label")
+@click.argument("photo", type=PATH)
+@version_option
+@store_option
+@namespace_option
+@json_option
+def add_photo(name: str, label: str, photo: Path, expected: int | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Store a new version of the set NAME, with one more PHOTO of LABEL. The label may be a new one.
+
+    
+    lcl-adapter support add-photo parts scratched new.jpg
+    """
+    from lcl_adapter.serve import support_sets
+
+    emit(support_sets.add_photo(store, namespace, name, label, photo, expected), as_json)
+
+
+@support.command("drop-photo")
+@click.argument("name")
+@click.argument("number", type=click.IntRange(0))
+@version_option
+@store_option
+@namespace_option
+@json_option
+def drop_photo(name: str, number: int, expected: int | None, store: Path, namespace: str, as_json: bool) -> None:
+    """Store a new version of the set NAME without the photo NUMBER, as `support show` counts them.
+
+    The only photo of a label stays: add another first.
+
+    
+    lcl-adapter support drop-photo parts 17
+    """
+    from lcl_adapter.serve import support_sets
+
+    emit(support_sets.drop_photo(store, namespace, name, number, expected), as_json)
 
 
 @support.command("list")

@@ -15,6 +15,7 @@ import numpy as np
 from lcl_adapter.data.episodes import Episode, LearnedAnswers
 from lcl_adapter.data.sources import Dialogue, Picture
 from lcl_adapter.data.sources.boxes import region_box
+from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.wording import Wording
 
 
@@ -78,12 +79,17 @@ WORDINGS = {
 }
 
 
+def wording_of(recipe: Recipe) -> Wording:
+    """The sentences of a recipe's episodes. Where no labelled picture sees another, each has the instruction."""
+    return replace(WORDINGS[recipe.wording], repeated=recipe.supports != "ordered")
+
+
 def from_episode(episode: Episode, wording: Wording) -> Conversation:
     """Support examples become turns, in order; every query becomes a branch of two turns.
 
-    An episode's own wording, from its task's templates, replaces ``wording``.
+    An episode's own wording, from its task's templates, replaces the sentences of ``wording``.
     """
-    wording = episode.wording or wording
+    wording = replace(episode.wording or wording, repeated=wording.repeated)
     shared: list[Turn] = []
     learn_support = episode.learned is LearnedAnswers.REPEATED
     known_labels: set[str] = set()
@@ -97,6 +103,11 @@ def from_episode(episode: Episode, wording: Wording) -> Conversation:
         (Turn("user", wording.query, query.picture), Turn("assistant", wording.answered(query.label), learn=True)) for query in episode.queries
     )
     return Conversation(tuple(shared), branches, episode.origin)
+
+
+def pooled_to(turns: Sequence[Turn], tokens: int) -> tuple[Turn, ...]:
+    """The turns, with so many tokens for each picture that is shown with a label."""
+    return tuple(replace(turn, picture=replace(turn.picture, tokens=tokens)) if turn.shown and turn.picture else turn for turn in turns)
 
 
 def shown_order(count: int) -> list[int]:

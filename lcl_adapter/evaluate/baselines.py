@@ -10,13 +10,14 @@ Shapes: N pictures, M shown pictures of a case, K labels of a case, C width of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lcl_adapter.base import prototypes
-from lcl_adapter.base.prototypes import class_means, mean_patches, standardised
+from lcl_adapter.base.prototypes import class_means, standardised
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.boxes import parse
@@ -52,12 +53,13 @@ def measure_baseline(cell: Cell, vision: VisionFeatures) -> tuple[dict[str, Any]
 def _unit_vectors(pictures: Sequence[Picture], vision: VisionFeatures) -> tuple[torch.Tensor, dict[Picture, int]]:
     """Unit vectors [N, C] of the distinct pictures, and each picture's index among the N."""
     distinct = list(dict.fromkeys(pictures))
-    return standardised(mean_patches(distinct, vision)), {picture: index for index, picture in enumerate(distinct)}
+    return standardised(vision.mean_patches(distinct)), {picture: index for index, picture in enumerate(distinct)}
 
 
 def _similarities(cases: Sequence[Case], vision: VisionFeatures) -> list[dict[str, float] | None]:
     """For each case, the cosine of the query and the mean of each shown label; None if nothing is shown."""
-    vectors_NC, index = _unit_vectors([p for c in cases for t in (*c.support, c.query) for p in t.pictures], vision)
+    whole = [replace(picture, tokens=None) for case in cases for turn in (*case.support, case.query) for picture in turn.pictures]
+    vectors_NC, index = _unit_vectors(whole, vision)
     similarities: list[dict[str, float] | None] = []
     for case in cases:
         shown = case.episode.support if case.episode else ()

@@ -51,7 +51,7 @@ class ModelPair:
                 return predictor.run(requests, done=done, new_tokens=new_tokens)
 
         base = predictor.base
-        identity: list[Any] = [base.precision, str(base.dtype), base.device.type, *([base.support_tokens] if base.support_tokens else [])]
+        identity: list[Any] = [base.precision, str(base.dtype), base.device.type, *base.support_reading]
         if weighed is None:
             return cls(without_adapter, predictor.run, predictor.vision, identity)
         weighing, statistics_2C = weighed

@@ -18,8 +18,8 @@ from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.adapter import load_adapter, read_manifest
 from lcl_adapter.base.model import Base
-from lcl_adapter.base.pooling import asked_otherwise
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import asked_otherwise
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture, read_image
 from lcl_adapter.errors import DataError
@@ -29,7 +29,7 @@ from lcl_adapter.evaluate.cases import Case, Cell, Judged
 from lcl_adapter.evaluate.metrics import Estimate, calibration_error
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import retention_of
-from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity, validation_cells
+from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity, suite_tokens, validation_cells
 from lcl_adapter.evaluate.weighing import evidence_of, weigh
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
@@ -66,9 +66,11 @@ def evaluate(
     manifest = read_manifest(run)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     # The recipe as it is overridden; an imported run has no such value of its own
-    loaded = None if served else load_adapter(run, base.defaulting_to(support_tokens=recipe.image_tokens.support))[0]
-    if loaded is not None and (note := asked_otherwise(manifest.get("support_tokens"), loaded.support_tokens)):
-        show_notes([note])
+    loaded = None if served else load_adapter(run, base.defaulting_to(support_tokens=recipe.image_tokens.most, supports=recipe.supports))[0]
+    if loaded is not None:
+        show_notes(asked_otherwise(manifest, loaded))
+        for tokens in suite_tokens(recipe):  # each must be possible, before anything is measured
+            loaded.with_supports(tokens, loaded.supports)
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)
@@ -99,6 +101,7 @@ def evaluate(
         "limit": limit,
         **served_models,
         **({"support_tokens": loaded.support_tokens} if loaded is not None and loaded.support_tokens else {}),
+        **({"supports": loaded.supports} if loaded is not None and loaded.supports != "ordered" else {}),
         "suites": rows,
         "retention": retention_of(falls, recipe),
     }

@@ -24,7 +24,7 @@ from lcl_adapter.base.model import PROJECTOR, side_of
 from lcl_adapter.base.precision import TYPES, quantised_weights
 from lcl_adapter.base.vision import BATCH
 from lcl_adapter.recipe.schema import QUANTISED, AdapterOptions, Precision, TrainOptions
-from lcl_adapter.training.collate import pad_to
+from lcl_adapter.training.packing import pad_to
 
 # The process with its libraries; on a GPU, CUDA's context and cuBLAS's workspace, as an H100 showed them (docs/gpu-results.md)
 RUNTIME = {"cpu": 600 * 10**6, "cuda": 700 * 10**6}
@@ -88,7 +88,8 @@ class Work:
 
     Rows of a batch, tokens of a row, learned tokens of the batch, distinct pictures, tiles of a picture. cached: distinct
     pictures of the whole run, whose features stay in the cache. copies: of the learned tokens' logits, with their
-    probabilities and gradients. pooled: pictures that are projected whole before they are pooled.
+    probabilities and gradients. pooled: pictures that are projected whole before they are pooled. attended: tokens that a
+    token's row may have where rows are packed, which no layout fills with more tokens in all; 0 where a row is as it is.
     """
 
     rows: int
@@ -99,6 +100,7 @@ class Work:
     cached: int = 0
     copies: int = 4
     pooled: int = 0
+    attended: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOp
     saved = shape.layers * tokens * shape.d * size + recomputed * one_layer if train.gradient_checkpointing else shape.layers * one_layer
     # Gradients of activations: of the MLP's three wide tensors and of the residual stream.
     gradients = tokens * size * (3 * shape.f + 3 * shape.d)
-    mask = work.rows * work.tokens**2  # booleans; every layer saves it as floats
+    mask = tokens * (work.attended or work.tokens)  # booleans; every layer saves it as floats
     masks = mask * size * (1 if train.gradient_checkpointing else shape.layers)
     logits = work.copies * work.learned * shape.words * FP32_BYTES
     dequantised = shape.widest * size if precision in QUANTISED else 0
@@ -295,9 +297,9 @@ def _loading(shape: Shape, precision: Precision, device: str) -> int:
     return 0 if same or device != "cpu" else (shape.language + shape.rest + shape.vision + shape.projector) * shape.stored.itemsize
 
 
-def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0, near_base: bool = False) -> Work:
+def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0, near_base: bool = False, tokens_per_batch: int | None = None) -> Work:
     """The largest batch: ``rows`` rows as long as ``row``. cached: distinct pictures of the whole run. near_base: whether
-    the base's own logits are needed too.
+    the base's own logits are needed too. tokens_per_batch: of a packed row.
     """
     return Work(
         rows=rows,
@@ -308,4 +310,5 @@ def longest(row: Encoded, rows: int, tiles: bool, cached: int = 0, near_base: bo
         cached=cached,
         copies=5 if near_base else 4,
         pooled=rows * len({picture for picture in row.pictures if picture.tokens is not None}),
+        attended=pad_to(max(len(row), min(tokens_per_batch, rows * len(row)))) if tokens_per_batch else 0,
     )

@@ -96,9 +96,9 @@ class Plan:
         """Steps whose rows are all as long as the longest, and the pictures of the whole run."""
         train = self.recipe.train
         row_pictures = self.mixture.total * len(set(self.row.pictures))
-        near_base = any(getattr(source, "retain", None) == "distribution" for source in self.recipe.sources.values())
         cached = min(row_pictures, self.mixture.pictures)
-        return budget.longest(self.row, train.per_device_train_batch_size, self.recipe.tiles, cached, near_base)
+        near_base = bool(self.recipe.near_base)
+        return budget.longest(self.row, train.per_device_train_batch_size, self.recipe.tiles, cached, near_base, train.tokens_per_batch)
 
     def training(self) -> budget.Forecast:
         return budget.training(self.shape, self.precision, self.device, self.recipe.adapter, self.recipe.train, self.work)
@@ -169,7 +169,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
     encoder = plan.collator.encoder
     fits = plan.peak() <= memory
     size = budget.width(plan.precision, device)
-    cache_of_a_set = keys_and_values(plan.shape, size, plan.row.branch.count(0) or len(plan.row))
+    cache_of_a_set = keys_and_values(plan.shape, size, (plan.row.branch.count(0) or len(plan.row)) - sum(plan.row.hidden))
     return {
         "device": device,
         "memory": memory,
@@ -178,6 +178,7 @@ def make_plan(recipe: Recipe, memory: int | None = None, device: str | None = No
         **({"support_tokens": encoder.support_tokens} if encoder.support_tokens else {}),
         "longest_row": len(plan.row),
         "images_in_it": len(plan.row.pictures),
+        **({"tokens_per_batch": recipe.train.tokens_per_batch} if recipe.train.tokens_per_batch else {}),
         "context": encoder.context,
         "forecasts": forecasts_json,
         "support_sets_beside": max(0, (memory - forecasts["serving"].total) // max(1, cache_of_a_set)),

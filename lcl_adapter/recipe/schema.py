@@ -21,6 +21,7 @@ from lcl_adapter.recipe.training import TrainOptions as TrainOptions
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data/conversations.py
 QUANTISED = ("int8", "nf4")
+Supports = Literal["ordered", "independent", "compressed"]  # how labelled pictures are read: base/encoder.py
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
@@ -37,11 +38,22 @@ class DataOptions(Options):
 class ImageTokens(Options):
     """How many tokens a picture has. The one that is asked about has all of them."""
 
-    support: int | None = Field(
+    support: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = Field(
         None,
-        ge=1,
-        description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default",
+        description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default. Of several "
+        "numbers, each row of the training has one at random, and the number is chosen when asking",
     )
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """From the largest on; empty for all tokens."""
+        given = self.support if isinstance(self.support, list) else [self.support] if self.support else []
+        return tuple(sorted(set(given), reverse=True))
+
+    @property
+    def most(self) -> int | None:
+        """The largest, with which rows are longest and the adapter is asked where nothing else is said; None for all tokens."""
+        return max(self.numbers, default=None)
 
 
 class AdapterOptions(Options):
@@ -142,6 +154,12 @@ class Recipe(Options):
     vision_tower: str | None = Field(None, description="the vision tower's folder, if a base in the original layout does not contain it")
     tiles: bool = Field(False, description="LLaVA-NeXT and OneVision: read pictures in tiles at twice the size; about five times the tokens")
     image_tokens: ImageTokens = ImageTokens()
+    supports: Supports = Field(
+        "ordered",
+        description="ordered: a labelled picture sees those before it, as in any chat; independent: it sees the instruction and itself, so a set "
+        "has no order, and can grow and shrink by a picture; compressed: also, a question sees only the words beside it, so a set takes little "
+        "memory",
+    )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()
@@ -168,15 +186,19 @@ class Recipe(Options):
             raise ValueError(
                 "`adapter.pissa` changes the base's weights during training: set a precision of 16 bits or more, and no `evaluate.every`"
             )
-        near_base = [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
-        if self.adapter.pissa and near_base:
+        if self.adapter.pissa and self.near_base:
             raise ValueError(
-                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{near_base[0]}.retain: answers"
+                f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{self.near_base[0]}.retain: answers"
             )
         for start, shares in self.phases():
             if sum(shares.values()) <= 0:
                 raise ValueError("all shares are 0: nothing would be trained" + (f" from {start:g} of the run on" if self.shares else ""))
         return self
+
+    @property
+    def near_base(self) -> list[str]:
+        """Sources that stay near the base's own distribution instead of learning their tokens."""
+        return [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
 
     def phases(self) -> list[tuple[float, dict[str, float]]]:
         """(start, shares) of each phase; ``start`` is a part of the run, 0 to 1.

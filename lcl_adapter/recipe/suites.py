@@ -44,6 +44,9 @@ class LclSuite(Options):
     names: Names = "random"
     episodes: int = Field(1024, ge=1)
     further_views: int = Field(0, ge=0, le=16)
+    support_tokens: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(as_list)] = Field(
+        [], description="one line for each number of tokens of a picture that is shown with a label; by default as the adapter was trained"
+    )
     new_tokens: NewTokens = 24
 
 

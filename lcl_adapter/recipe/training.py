@@ -18,7 +18,7 @@ STEPS = 300  # of a training whose recipe gives neither steps nor epochs
 _EVALUATED = "suites are measured by `evaluate.every`, `evaluate.during` and `evaluate.batch_size`"
 _ROWS = "rows are made from `sources`, and no text is prepared by TRL"
 _LEARNED = "the loss is on the answers that a source marks as learned (`learn`), and nowhere else"
-_PACKED = "rows with several questions are made with `queries` and `packed`"
+_PACKED = "`tokens_per_batch` lays whole rows into longer ones; `queries` and `packed` put several questions into a row"
 _LAUNCHED = "the launcher decides it: `accelerate launch --config_file launch/fsdp2.yaml`, zero3.yaml or ddp.yaml"
 _PRECISION = "`precision` decides the types of weights and activations"
 _ORDER = "the mixture decides the order of rows, so that a resumed run reads the same; `bucket` sorts by length"
@@ -185,7 +185,7 @@ NEEDED = {
 
 class TrainOptions(Options):
     """SFTConfig's own names, and these that it does not have: ``projector_learning_rate``, ``feature_noise``,
-    ``bucket``, ``feature_cache`` and ``threads``.
+    ``tokens_per_batch``, ``bucket``, ``feature_cache`` and ``threads``.
 
     None stands for SFTConfig's own default.
     """
@@ -246,6 +246,9 @@ class TrainOptions(Options):
     debug: Literal["", "underflow_overflow"] | None = None
     skip_memory_metrics: bool | None = None
     seed: int = Field(0, ge=0, lt=2**32)
+    tokens_per_batch: int | None = Field(
+        None, ge=1, description="whole rows of a batch share longer ones of at most so many tokens, so that little is padding"
+    )
     bucket: int = Field(8, ge=1, description="number of batches drawn together and sorted by length, to reduce padding")
     feature_cache: Annotated[str, AfterValidator(_amount)] = Field("1GB", description="memory for frozen vision features")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")

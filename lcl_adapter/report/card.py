@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
+from lcl_adapter.base.supports import trained_supports, trained_tokens
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import read_result, read_settings, write_text
 from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
+
+SUPPORTS = {
+    "ordered": "",
+    "independent": "independent: a labelled picture sees no other",
+    "compressed": "compressed: a labelled picture sees no other, and a question sees only the words beside it",
+}
 
 
 def write_card(run: Path) -> Path:
@@ -39,7 +46,8 @@ def _head(name: str, manifest: dict[str, Any]) -> str:
         "base": f"`{manifest['base']}`, hash `{manifest['base_hash'][:16]}`",
         "layout, family": f"{manifest['layout']}, {manifest['family']} (prompt v{manifest['prompt_version']})",
         "precision": manifest["precision"],
-        "tokens of a picture shown with a label": f"{manifest['support_tokens']}, pooled" if manifest.get("support_tokens") else "",
+        "tokens of a picture shown with a label": f"{' or '.join(map(str, tokens))}, pooled" if (tokens := trained_tokens(manifest)) else "",
+        "supports": SUPPORTS[trained_supports(manifest)],
         "trained classes": ", ".join(f"{source}: {count}" for source, count in trained.items()),
     }
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base
-from lcl_adapter.base.pooling import asked_otherwise
+from lcl_adapter.base.supports import asked_otherwise, most_tokens, trained_supports
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.errors import AdapterError
 from lcl_adapter.serve.pictures.images import digest_of
@@ -31,29 +31,28 @@ def matching_manifest(folder: Path, base: Base) -> dict[str, Any]:
     return manifest
 
 
-def identity_of(manifest: dict[str, Any], support_tokens: int | None = None) -> str:
-    """A hash of the weights, base's and adapter's, of those of its judgements, and of the tokens of a support picture."""
+def identity_of(manifest: dict[str, Any], form: Base | None = None) -> str:
+    """A hash of the weights, base's and adapter's, of those of its judgements, and of the form in which support sets are read."""
     judgement = [manifest["judgement"]] if manifest.get("judgement") else []
-    pooled = [support_tokens] if support_tokens else []
-    return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement, *pooled], sort_keys=True).encode())
+    reading = form.support_reading if form is not None else []
+    return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement, *reading], sort_keys=True).encode())
 
 
-def support_tokens_of(name: str, manifest: dict[str, Any], base: Base, same_for_all: bool) -> int | None:
-    """The tokens of a support picture for an adapter, None for all of them: as it was trained or, with ``same_for_all``, the base's.
+def in_its_form(name: str, manifest: dict[str, Any], base: Base, same_tokens: bool) -> Base:
+    """The base as an adapter reads support sets: as it was trained; with ``same_tokens``, with the base's tokens of a picture.
 
-    Prints a note where the two differ.
+    Prints a note where that is another form than it was trained in.
     """
-    trained = manifest.get("support_tokens")
-    tokens = base.support_tokens if same_for_all else base.with_support_tokens(trained).support_tokens
-    if note := asked_otherwise(trained, tokens):
-        show_notes([f"{name}: {note}"])
-    return tokens
+    tokens = base.support_tokens if same_tokens else most_tokens(manifest)
+    form = base.with_supports(tokens, trained_supports(manifest))
+    show_notes([f"{name}: {note}" for note in asked_otherwise(manifest, form)])
+    return form
 
 
 def base_identity(base: Base) -> str:
-    """A hash of the base's weights, and of the tokens of a support picture where they are pooled."""
+    """A hash of the base's weights, and of the form in which support sets are read."""
     weights = base.checkpoint.hash()
-    return digest_of(f"{weights} {base.support_tokens}".encode()) if base.support_tokens else weights
+    return digest_of(" ".join(map(str, [weights, *base.support_reading])).encode()) if base.support_reading else weights
 
 
 def check_effect(base: Base, peft_name: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -93,6 +93,7 @@ async def current_caller(request: Request) -> Caller:
 
 
 VersionQuery = Annotated[int | None, Query(ge=1, le=api_types.MAX_VERSION)]
+PhotoNumber = Annotated[int, Path(ge=0, lt=api_types.MAX_IMAGES)]
 AnyCaller = Annotated[Caller, Depends(current_caller)]
 
 
@@ -227,6 +228,16 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     async def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> Response:
         # written outside the event loop: it may have 90 MB
         return Response(await run_for(caller.namespace, written_set, caller.namespace, name, version, images), media_type="application/json")
+
+    @app.post("/v1/support-sets/{name}/photos")
+    def add_photo(name: api_types.Name, body: api_types.PhotoIn, caller: AnyCaller) -> api_types.SupportSetOut:
+        """Store a new version with one more photo. Of two callers at once, both photos are added, unless they give ``expected_version``."""
+        return summary(service.add_photo(caller.namespace, name, body))
+
+    @app.delete("/v1/support-sets/{name}/photos/{number}")
+    def drop_photo(name: api_types.Name, number: PhotoNumber, caller: AnyCaller, expected_version: VersionQuery = None) -> api_types.SupportSetOut:
+        """Store a new version without one photo. ``number``: its place in the set, from 0, as ``GET`` lists them."""
+        return summary(service.drop_photo(caller.namespace, name, number, expected_version))
 
     @app.get("/v1/support-sets/{name}/versions")
     async def versions(name: api_types.Name, caller: AnyCaller) -> api_types.Versions:

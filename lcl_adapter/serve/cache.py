@@ -75,6 +75,10 @@ class SetCache:
             self.counters.hits += 1
         return cached
 
+    def of_model(self, name: str) -> list[Prefilled]:
+        """The sets that a model has read, from the least to the most recently used."""
+        return [cached.prefilled for (model, _), cached in self._sets.items() if model == name]
+
     def make_room(self, tokens: int) -> None:
         """Evict sets before a new one of so many tokens is prefilled, so that memory never has to hold both.
 

@@ -30,12 +30,12 @@ from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import unit_vectors
-from lcl_adapter.data.conversations import WORDINGS, Turn
+from lcl_adapter.data.conversations import WORDINGS, Turn, wording_of
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
 from lcl_adapter.recipe import load
 from lcl_adapter.serve import judging
-from lcl_adapter.serve.adapters import base_identity, check_effect, identity_of, matching_manifest, support_tokens_of
+from lcl_adapter.serve.adapters import base_identity, check_effect, identity_of, in_its_form, matching_manifest
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
 from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
@@ -65,12 +65,12 @@ class Engine:
     """
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None) -> None:
-        self.base = base if support_tokens is None else base.with_support_tokens(support_tokens)
+        self.base = base if support_tokens is None else base.with_supports(support_tokens, base.supports)
         self._same_for_all = support_tokens is not None
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
-        self.models: dict[str, Model] = {name: Model(name, wording, identity=base_identity(self.base), support_tokens=self.base.support_tokens)}
+        self.models: dict[str, Model] = {name: Model(name, wording, identity=base_identity(self.base), form=self.base.form)}
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
@@ -288,11 +288,13 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
-        """Read a support set by the model of this name. Cached sets are evicted first if there is not enough memory for both."""
+        """Read a set by the model of this name. Cached sets are evicted first if there is not enough memory for both; what they have
+        of an independent set is not read again.
+        """
         predictor = self._predictors.of(self.find(name))
         if turns:
-            self.cache.make_room(len(predictor.encoder.turns(turns)[0]))
-        return predictor.prefill([turns])
+            self.cache.make_room(predictor.encoder.support(turns).visible)
+        return predictor.prefill([turns], known=self.cache.of_model(name))
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Score the worded labels of each question by one prefilled set."""
@@ -376,10 +378,10 @@ class Engine:
         broken, or changes no answer.
         """
         manifest = matching_manifest(folder, self.base)
-        tokens = support_tokens_of(name, manifest, self.base, self._same_for_all)
-        identity = identity_of(manifest, tokens)
+        own = in_its_form(name, manifest, self.base, self._same_for_all)
+        identity = identity_of(manifest, own)
         recipe = folder / "recipe.yaml"
-        wording = WORDINGS[load(recipe).wording] if recipe.exists() else self.models[self.name].wording
+        wording = wording_of(load(recipe)) if recipe.exists() else self.models[self.name].wording
         existing = self.models.get(name)
         if existing is not None:
             if existing.folder is not None and (existing.identity, existing.wording) == (identity, wording):
@@ -401,7 +403,7 @@ class Engine:
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
         weighing, statistics_2C = read_weighing(folder, manifest) or (None, None)
-        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C, support_tokens=tokens)
+        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C, form=own.form)
         self._set_predictor()
         return self.models[name]
 

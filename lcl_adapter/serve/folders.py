@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lcl_adapter import reading
 from lcl_adapter.answering import api_types
-from lcl_adapter.data.sources import read_class_folders
+from lcl_adapter.data.sources import Picture, read_class_folders
 from lcl_adapter.data.sources.base import remarks
 from lcl_adapter.data.sources.class_folder import BOXES, INDEX, NEIGHBOURS
 from lcl_adapter.data.sources.images import read_bytes
@@ -67,6 +67,11 @@ def read_photos(source: Path, shots: int | None = None) -> tuple[tuple[str, byte
     show_notes(remarks(pool))
     pictures = [(folder.name, picture) for folder in pool.classes for picture in folder.pictures[:shots]]
     return tuple((label, _checked(read_bytes(picture), str(picture))) for label, picture in pictures)
+
+
+def read_photo(photo: Path) -> bytes:
+    """The file's bytes. Raises DataError, with its name, where it is no picture that a set can have."""
+    return _checked(read_bytes(Picture(photo)), str(photo))
 
 
 def read(source: Path) -> SetFolder:

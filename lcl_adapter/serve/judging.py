@@ -41,4 +41,4 @@ def judged(
 
 
 def _tower(model: Model, vision: VisionFeatures) -> TowerEvidence:
-    return TowerEvidence(vision, model.statistics, remembered=0)  # a server's sets come and go
+    return TowerEvidence(vision, model.statistics)

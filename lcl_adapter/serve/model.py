@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lcl_adapter.answering.judgement import Weighing
+from lcl_adapter.base.model import SupportForm
 from lcl_adapter.recipe.wording import Wording
 
 
@@ -18,7 +19,7 @@ class Model:
 
     adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
     identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
-    support_tokens: of a picture that is shown with a label; None for all of them.
+    form: in which the pictures of a support set are read.
     weighing, statistics: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
     """
 
@@ -30,4 +31,4 @@ class Model:
     created: float = field(default_factory=time.time)
     weighing: Weighing | None = None
     statistics: torch.Tensor | None = field(default=None, compare=False)
-    support_tokens: int | None = None
+    form: SupportForm = field(default_factory=SupportForm)

@@ -20,12 +20,13 @@ from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, UserError
 from lcl_adapter.serve.classification import Classification
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
+from lcl_adapter.serve.edits import with_photo, without_photo
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import Job, SetKey
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, from_data_url
 from lcl_adapter.serve.sets import Calibrations, ShownSet
-from lcl_adapter.serve.store import Store, StoredSet
+from lcl_adapter.serve.store import Example, Store, StoredSet
 
 MAX_WHITES = 1000  # of sets, that are remembered
 MAX_DECODABLE = 100_000  # images whose check is remembered, by the digest of their bytes
@@ -67,6 +68,24 @@ class Service:
         spent = Spent(namespace)
         examples = [(e.label, self.decode(e.image, f"examples[{number}].image", spent)) for number, e in enumerate(request.examples)]
         return self.store.put(namespace, name, examples, request.question, request.expected_version)
+
+    def add_photo(self, namespace: str, name: str, request: api_types.PhotoIn) -> StoredSet:
+        """A new version of a set, with one more photo. Raises MissingError, RequestError, ConflictError; RunError if the disk is full."""
+        self.check_text(request.label, "label")
+        data = self.decode(request.image, "image", Spent())
+        self.store.get(namespace, name)  # before the image is written
+        added = Example(request.label, self.store.add_image(namespace, data))
+
+        def changed(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+            grown = with_photo(examples, added)
+            self.check_length([(Picture(Path("image")), example.label) for example in grown], None)
+            return grown
+
+        return self.store.change(namespace, name, changed, request.expected_version)
+
+    def drop_photo(self, namespace: str, name: str, number: int, expected: int | None) -> StoredSet:
+        """A new version of a set, without one photo. Raises MissingError, RequestError, ConflictError; RunError if the disk is full."""
+        return self.store.change(namespace, name, lambda examples: without_photo(examples, number), expected)
 
     def decode(self, url: str, where: str, spent: Spent) -> bytes:
         """The image file's bytes, checked. spent: on the request's images so far.
@@ -131,7 +150,8 @@ class Service:
             encoder = self.encoder_of(model)
             answer = max((model.wording.answered(label) for _, label in examples), key=len)
             dialogue = [Turn("user", question or model.wording.query, examples[0][0]), Turn("assistant", answer)]
-            length = len(encoder.turns([*support_turns(examples, model.wording), *dialogue])[0]) + self.engine.reserved_tokens
+            asked = len(encoder.turns(dialogue, first=False)[0]) + self.engine.reserved_tokens
+            length = encoder.support(support_turns(examples, model.wording)).longest + asked
             if length > encoder.context:
                 each = encoder.support_tokens or encoder.tokens_an_image
                 raise RequestError(
@@ -144,8 +164,8 @@ class Service:
         return self.engine.base.encoder()
 
     def encoder_of(self, model: Model) -> Encoder:
-        """With this model's tokens of a photo that is shown with a label."""
-        return self.engine.base.with_support_tokens(model.support_tokens).encoder()
+        """With this model's form of a support set."""
+        return self.engine.base.with_supports(*model.form).encoder()
 
     def check_text(self, text: str, where: str) -> None:
         """Raises RequestError for a text that the model would read as a part of its prompt."""
@@ -216,8 +236,12 @@ class Service:
             turn = Turn("user", question, picture)
             jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline))
         usable = [job for job in jobs if isinstance(job, Job)]
+        copies = model.form.supports != "ordered"  # then a calibration has no photo to read after the whole set
+        if copies:
+            self.engine.submit(*usable)
         calibration = self.calibrations.of(shown, model) if usable else None
-        self.engine.submit(*usable)
+        if not copies:
+            self.engine.submit(*usable)
         return Classification(stored, shown, model, calibration, jobs)
 
     @property

@@ -146,16 +146,42 @@ class Store:
             last, gone = head or (0, 1)
             if expected is not None and expected != (0 if gone else last):
                 raise _conflict(name, 0 if gone else last, expected)
-            version, now = last + 1, time.time()
-            set_id = connection.execute(
-                "INSERT INTO sets (namespace, name, version, question, created) VALUES (?, ?, ?, ?, ?)", (namespace, name, version, question, now)
-            ).lastrowid
-            assert set_id is not None
-            rows = [(set_id, place, example.label, example.image) for place, example in enumerate(stored)]
-            connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?)", rows)
-            connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, 0)", (namespace, name, version))
-            connection.execute("DELETE FROM sets WHERE namespace = ? AND name = ? AND version <= ?", (namespace, name, version - MAX_VERSIONS))
-        return StoredSet(set_id, namespace, name, version, now, stored, question)
+            return self._insert(connection, namespace, name, last + 1, stored, question)
+
+    @_store_errors
+    def change(
+        self, namespace: str, name: str, changed: Callable[[tuple[Example, ...]], Sequence[Example]], expected: int | None = None
+    ) -> StoredSet:
+        """Store a new version whose examples are those of the newest, changed. Nobody can write in between.
+
+        changed: may raise. The images of its examples are stored already (:meth:`add_image`).
+        Raises MissingError; ConflictError if ``expected`` is not the newest version; what ``changed`` raises.
+        """
+        with self._transaction() as connection:
+            newest = self.get(namespace, name)
+            if expected is not None and expected != newest.version:
+                raise _conflict(name, newest.version, expected)
+            return self._insert(connection, namespace, name, newest.version + 1, tuple(changed(newest.examples)), newest.question)
+
+    @_store_errors
+    def add_image(self, namespace: str, data: bytes) -> str:
+        """Store an image for a set that follows, and return its SHA-256."""
+        return self._write_image(namespace, data)
+
+    def _insert(
+        self, connection: sqlite3.Connection, namespace: str, name: str, version: int, examples: tuple[Example, ...], question: str | None
+    ) -> StoredSet:
+        """Write a version inside a transaction, and remove what is too old."""
+        now = time.time()
+        set_id = connection.execute(
+            "INSERT INTO sets (namespace, name, version, question, created) VALUES (?, ?, ?, ?, ?)", (namespace, name, version, question, now)
+        ).lastrowid
+        assert set_id is not None
+        rows = [(set_id, place, example.label, example.image) for place, example in enumerate(examples)]
+        connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?)", rows)
+        connection.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, 0)", (namespace, name, version))
+        connection.execute("DELETE FROM sets WHERE namespace = ? AND name = ? AND version <= ?", (namespace, name, version - MAX_VERSIONS))
+        return StoredSet(set_id, namespace, name, version, now, examples, question)
 
     @_store_errors
     def get(self, namespace: str, name: str, version: int | None = None) -> StoredSet:

@@ -1,4 +1,4 @@
-"""What the ``support`` commands do: add, list, show, remove, export and import sets of the store that the server uses.
+"""What the ``support`` commands do: add, add and drop a photo, list, show, remove, export and import sets of the store that the server uses.
 
 No model is loaded, so a set that is too long for a model's context can be stored. The server reports it when the set is
 used.
@@ -18,8 +18,9 @@ from lcl_adapter.answering import api_types
 from lcl_adapter.answering.faults import message_of
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve import folders
+from lcl_adapter.serve.edits import with_photo, without_photo
 from lcl_adapter.serve.service import summary
-from lcl_adapter.serve.store import Store, StoredSet
+from lcl_adapter.serve.store import Example, Store, StoredSet
 from lcl_adapter.terminal import results
 
 
@@ -60,6 +61,34 @@ def _put(folder: Path, namespace: str, name: str, examples: list[tuple[str, byte
     return summary(stored).model_dump()
 
 
+def add_photo(folder: Path, namespace: str, name: str, label: str, photo: Path, expected: int | None = None) -> dict[str, Any]:
+    """A new version of a set, with one more photo. Raises DataError, MissingError, RequestError, ConflictError."""
+    name = api_types.normalized_name(name)
+    try:
+        label = api_types.LabelledImage(label=label, image="data:").label
+    except ValidationError as error:
+        raise DataError("; ".join(message_of(fault) for fault in error.errors())) from error
+    data = folders.read_photo(photo)
+    with _open(folder) as store:
+        store.get(namespace, name)  # before the image is written
+        added = Example(label, store.add_image(namespace, data))
+        stored = store.change(namespace, name, lambda examples: with_photo(examples, added), expected)
+    results().print(f"{name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
+    return summary(stored).model_dump()
+
+
+def drop_photo(folder: Path, namespace: str, name: str, number: int, expected: int | None = None) -> dict[str, Any]:
+    """A new version of a set, without one photo. number: its place in the set, from 0, as :func:`show` lists them.
+
+    Raises MissingError, RequestError, ConflictError.
+    """
+    name = api_types.normalized_name(name)
+    with _open(folder) as store:
+        stored = store.change(namespace, name, lambda examples: without_photo(examples, number), expected)
+    results().print(f"{name}: version {stored.version}, {_label_counts(stored)}", highlight=False, markup=False)
+    return summary(stored).model_dump()
+
+
 def list_sets(folder: Path, namespace: str) -> dict[str, Any]:
     with _open(folder) as store:
         sets = [store.get(namespace, name) for name in store.names(namespace)]
@@ -80,8 +109,8 @@ def show(folder: Path, namespace: str, name: str, version: int | None = None) ->
     results().print(f"{name}: version {stored.version}, {_label_counts(stored)}; stored versions: {numbers}", highlight=False, markup=False)
     if stored.question:
         results().print(f"question: {stored.question}", highlight=False, markup=False)
-    for example in stored.examples:
-        results().print(f"  {example.image[:12]}  {example.label}", highlight=False, markup=False)
+    for number, example in enumerate(stored.examples):
+        results().print(f"  {number:>3}  {example.image[:12]}  {example.label}", highlight=False, markup=False)
     examples = [{"label": example.label, "sha256": example.image} for example in stored.examples]
     return {**summary(stored).model_dump(), "examples": examples, "versions": versions}
 

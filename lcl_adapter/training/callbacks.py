@@ -19,6 +19,7 @@ from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import read_lines, write_text
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import collate
+from lcl_adapter.training.packing import widest
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,26 @@ class LongestFirst(TrainerCallback):
     weights, random states and counters are restored.
 
     row: the longest row. pad: the id that rows are padded with. loss: the trainer's ``compute_loss``. holds_optimiser:
-    whether the optimiser's state is allocated for the trial; a resumed run has it already.
+    whether the optimiser's state is allocated for the trial; a resumed run has it already. budget: the most tokens of a
+    packed row; the trial's rows are then as long as packed ones can be.
     Raises RunError where the row does not fit the device's memory.
     """
 
     def __init__(
-        self, row: Encoded, pad: int, vision: VisionFeatures, loss: Callable[[Any, dict[str, Any]], torch.Tensor], holds_optimiser: bool = True
+        self,
+        row: Encoded,
+        pad: int,
+        vision: VisionFeatures,
+        loss: Callable[[Any, dict[str, Any]], torch.Tensor],
+        holds_optimiser: bool = True,
+        budget: int | None = None,
     ) -> None:
-        self.row, self.pad, self.vision, self.loss, self.holds_optimiser = row, pad, vision, loss, holds_optimiser
+        self.row, self.pad, self.vision, self.loss = row, pad, vision, loss
+        self.holds_optimiser, self.budget = holds_optimiser, budget
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         vision, device = self.vision, self.vision.base.device
-        batch = collate([self.row] * args.per_device_train_batch_size, self.pad)
+        batch = collate(widest(self.row, args.per_device_train_batch_size, self.budget), self.pad)
         counters = vision.requested, vision.computed
         optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper, which counts steps
         new_state = self.holds_optimiser and optimizer is not None and not optimizer.state

@@ -119,6 +119,7 @@ def facts_of(mixture: Mixture, totals: Mapping[str, Any], parts: dict[str, dict[
         "training_seconds": totals["seconds"],
         "longest_row": longest,
         "held_in": {n: sorted(names) for n, p in mixture.pools.items() if (names := names_of(p))},
+        **({"support_tokens": list(numbers)} if len(numbers := mixture.recipe.image_tokens.numbers) > 1 else {}),
     }
 
 

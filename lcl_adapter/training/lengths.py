@@ -22,7 +22,9 @@ from rich.progress import track
 
 from lcl_adapter.base.encoder import Encoded, Encoder, check_alignment
 from lcl_adapter.base.families import IMAGE
-from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, from_dialogues, from_episode, to_conversation
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.data.conversations import Conversation, Turn, from_dialogues, from_episode, to_conversation, wording_of
 from lcl_adapter.data.episodes import Episode, draw, longest_box, longest_episodes
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, QuestionPool
 from lcl_adapter.data.sources.records import sizes_of
@@ -50,7 +52,7 @@ class Rows:
     """
 
     lengths: dict[str, list[int]]
-    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], ()))
+    longest: Encoded = field(default_factory=lambda: Encoded([], [], [], [], [], (), [], []))
     bounds: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
@@ -80,11 +82,15 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
 
     The alignment of the first row is checked too. too_long: where given, collects the errors of what does not fit.
 
-    Raises EpisodeError for an episode that can be drawn, or a record, that does not fit the context; DataError where
-    faults are refused.
+    Raises EpisodeError for an episode that can be drawn, or a record, that does not fit the context, and for a row that does
+    not fit ``train.tokens_per_batch``; DataError where faults are refused; ModelError where the base's pictures cannot have one
+    of the recipe's numbers of tokens.
     """
     mixture, encoder = collator.mixture, collator.encoder
+    for tokens in mixture.recipe.image_tokens.numbers[1:]:
+        load_encoder(replace(BaseRef.of(mixture.recipe), support_tokens=tokens))
     rows = Rows({name: [] for name in mixture.options})
+    refused = False
     for name, pool in mixture.pools.items():
         try:
             if isinstance(pool, QuestionPool):
@@ -95,7 +101,8 @@ def check_rows(collator: Collator, too_long: list[str] | None = None) -> Rows:
             if too_long is None:
                 raise
             too_long.append(str(error))
-    if too_long and any(not isinstance(mixture.pools[name], QuestionPool) and name not in rows.bounds for name in mixture.pools):
+            refused = True
+    if refused:
         return rows
     check_alignment(encoder, collator.usable(0)[0])
     for index in range(min(mixture.total, CHECKED)):
@@ -122,13 +129,16 @@ class Ruler:
     def lengths(self, conversation: Conversation) -> tuple[int, int]:
         """What must fit the context, and the whole row."""
 
-        def measured(turns: tuple[Turn, ...], first: bool) -> int:
-            ids, _ = self.encoder.turns(turns, first=first)
-            return len(ids) + self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
+        def pictures(turns: tuple[Turn, ...]) -> int:
+            """Tokens that these pictures have beside the one that each is measured with."""
+            return self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
 
-        shared = measured(conversation.shared, True) if conversation.shared else 0
-        branches = [measured(branch, not conversation.shared) for branch in conversation.branches]
-        return shared + max(branches), shared + sum(branches)
+        support = self.encoder.support(conversation.shared)
+        first = not conversation.shared
+        branches = [len(self.encoder.turns(branch, first=first)[0]) + pictures(branch) for branch in conversation.branches]
+        # Pictures of a set have the same number of tokens each
+        longest = support.longest + pictures(conversation.shared[:2] if support.examples else conversation.shared)
+        return longest + max(branches), len(support) + pictures(conversation.shared) + sum(branches)
 
     def examples(self, wording: Wording, labels: Sequence[str]) -> list[int]:
         """Tokens of a labelled example and a question, without images, for each label.
@@ -155,7 +165,7 @@ class Ruler:
 
 def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionPool, rows: Rows) -> None:
     """The longest episode that can be drawn. Raises EpisodeError where it does not fit, or none can be drawn."""
-    mixture, encoder, wording = collator.mixture, collator.encoder, WORDINGS[collator.mixture.recipe.wording]
+    mixture, encoder, wording = collator.mixture, collator.encoder, wording_of(collator.mixture.recipe)
     options = mixture.options[name]
     assert isinstance(options, EpisodeOptions | InspectionOptions)
     ruler = Ruler.of(encoder)
@@ -183,6 +193,7 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
     if longest is not None:
         rows.add(encoder.conversation(longest))
     rows.bounds[name] = bound
+    collator.check_budget(longest.origin if longest is not None else name, bound)
 
 
 def _too_long(episode: Episode, conversation: Conversation, needed: int, encoder: Encoder, ruler: Ruler, wording: Wording) -> str:
@@ -265,7 +276,9 @@ def _bound_questions(collator: Collator, name: str, pool: QuestionPool, rows: Ro
         together = [entry for entry in measured.longest for _ in range(times)][: options.packed]
         rows.bounds[name] = sum(max(length, measured.rest) for length, _ in together)
         dialogues = tuple(_with_longest(pool.dialogues[index], box, answer) for _, index in together)
-        rows.add(encoder.conversation(from_dialogues(dialogues)))
+        conversation = from_dialogues(dialogues)
+        rows.add(encoder.conversation(conversation))
+        collator.check_budget(f"{name}, with {conversation.origin}", rows.bounds[name])
 
 
 def _measure(

@@ -55,12 +55,13 @@ COMPLETE = "complete"  # an empty file in a checkpoint, written last
 DATA = "data.json"
 # What a resumed run cannot change
 DECISIVE = (
-    "base", "precision", "vision_tower", "tiles", "image_tokens", "attn_implementation", "wording", "adapter", "sources", "shares", "train",
+    "base", "precision", "vision_tower", "tiles", "image_tokens", "supports", "attn_implementation", "wording", "adapter", "sources", "shares",
+    "train",
 )  # fmt: skip
 # Not passed to SFTConfig: what it does not have, and what is done here in its place
 NOT_SFT_OPTIONS = {
-    "projector_learning_rate", "feature_noise", "bucket", "feature_cache", "threads", "max_steps", "num_train_epochs", "label_smoothing_factor",
-    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+    "projector_learning_rate", "feature_noise", "tokens_per_batch", "bucket", "feature_cache", "threads", "max_steps", "num_train_epochs",
+    "label_smoothing_factor", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 
 
@@ -112,8 +113,6 @@ class LclTrainer(ResumingTrainer):
     def __init__(self, base: Base, recipe: Recipe, collator: Collator, vision: VisionFeatures, total: int) -> None:
         self.base, self.recipe, self.collator, self.vision = base, recipe, collator, vision
         self.tally = Tally()
-        # Sources that stay near the base's own distribution instead of learning their tokens
-        self.near_base = {name for name, source in recipe.sources.items() if getattr(source, "retain", None) == "distribution"}
         self.zero_term: torch.Tensor | None = None
         # A batch without pictures then still runs tower and projector: data parallel expects a gradient of a trained
         # projector in every process, and sharded weights need all processes to run the same modules.
@@ -138,7 +137,7 @@ class LclTrainer(ResumingTrainer):
             sharding.shard_weights(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The mean over learned tokens of the cross entropy or, in rows of ``near_base``, of the distance to the base's own
+        """The mean over learned tokens of the cross entropy or, for sources of ``near_base``, of the distance to the base's own
         distribution. Only their hidden states go through the head.
 
         num_items_in_batch: learned tokens of the whole step, in all processes.
@@ -148,20 +147,24 @@ class LclTrainer(ResumingTrainer):
             raise inputs["error"]
         labels_BT, pictures = inputs.pop("labels"), inputs.pop("pictures")
         self.tally.faults.update(inputs.pop("faults", ()))
-        counts = inputs.pop("counts", ())
+        counts, places = inputs.pop("counts", ()), inputs.pop("places", ())
         self.tally.add_rows(counts)
         targets_BT = labels_BT[:, 1:]  # one shorter: position t predicts token t + 1
         learned_BT = targets_BT != IGNORED
         read_BT = functional.pad(learned_BT, (0, 1))
-        near = [row for row, (source, *_) in enumerate(counts) if source in self.near_base]
-        own_KV = own_logits(self.base, self.vision, self.collator.encoder, inputs, pictures, near, read_BT) if near else None
+        near = [place for (source, *_), place in zip(counts, places, strict=True) if source in self.recipe.near_base]
+        near_BT = torch.zeros_like(read_BT)
+        for place in near:
+            near_BT[place.row, place.start : place.stop] = True
+        rows = sorted({place.row for place in near})
+        own_KV = own_logits(self.base, self.vision, self.collator.encoder, inputs, pictures, rows, read_BT & near_BT) if near else None
         outputs = model(**inputs, pictures=pictures, logits_to_keep=read_BT, use_cache=False)
         logits_LV, targets_L = outputs.logits.reshape(-1, outputs.logits.shape[-1]), targets_BT[learned_BT]
         smoothing = self.recipe.train.label_smoothing_factor if self.model.training else 0.0
         if own_KV is None:
             total = functional.cross_entropy(logits_LV.float(), targets_L, reduction="sum", label_smoothing=smoothing)
         else:
-            near_L = torch.zeros_like(learned_BT).index_fill_(0, torch.tensor(near, device=learned_BT.device), True)[learned_BT]
+            near_L = near_BT[:, 1:][learned_BT]
             learned = functional.cross_entropy(logits_LV[~near_L].float(), targets_L[~near_L], reduction="sum", label_smoothing=smoothing)
             total = learned + divergence(logits_LV[near_L], own_KV)
         loss = total / (learned_BT.sum() if num_items_in_batch is None else num_items_in_batch)
@@ -332,7 +335,8 @@ def _train(recipe: Recipe, resume: bool, make_callback: CallbackFactory | None, 
     trainer.add_callback(trackers)
     # DeepSpeed's backward belongs to its engine, which would accumulate the gradients of this trial
     if not processes.uses_deepspeed():
-        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, holds_optimiser=not processes.sharded()))
+        optimised = not processes.sharded()
+        trainer.add_callback(LongestFirst(rows.longest, collator.encoder.pad, vision, trainer.compute_loss, optimised, options.tokens_per_batch))
     checkpoint = _in_first_process(lambda: last_complete_checkpoint(output / "checkpoints")) if resume else None
     if checkpoint:
         check_checkpoint(checkpoint)

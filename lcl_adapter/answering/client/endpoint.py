@@ -168,6 +168,16 @@ class Endpoint:
     def put_set(self, name: str, support_set: api_types.SupportSetIn) -> api_types.SupportSetOut:
         return self._read(api_types.SupportSetOut, self._send("PUT", _set_path(name), support_set.model_dump(exclude_none=True)))
 
+    def add_photo(self, name: str, photo: api_types.PhotoIn) -> api_types.SupportSetOut:
+        """The set with one more photo, as its new version."""
+        body = photo.model_dump(exclude_none=True)
+        return self._read(api_types.SupportSetOut, self._send("POST", f"{_set_path(name)}/photos", body, once=True))
+
+    def drop_photo(self, name: str, number: int, expected_version: int | None = None) -> api_types.SupportSetOut:
+        """The set without one photo, as its new version. number: the photo's place in the set, from 0."""
+        query = {"expected_version": str(expected_version)} if expected_version is not None else None
+        return self._read(api_types.SupportSetOut, self._send("DELETE", f"{_set_path(name)}/photos/{number}", query=query))
+
     def remove_set(self, name: str) -> None:
         self._send("DELETE", _set_path(name))
 
@@ -181,10 +191,19 @@ class Endpoint:
         except ValidationError as error:
             raise EndpointError(f"{self.url}: its answer is not that of lcl-adapter's server in this version.") from error
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, query: dict[str, str] | None = None, repeatable: bool = False) -> Any:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        query: dict[str, str] | None = None,
+        repeatable: bool = False,
+        once: bool = False,
+    ) -> Any:
         """The JSON of the response; retries while the server is busy.
 
-        repeatable: a PUT with the same effect and answer when it is sent again, also after the server's time limit.
+        repeatable: a PUT with the same effect and answer when it is sent again, also after the server's time limit. once: a POST
+        that changes something.
         """
         busy = BUSY | {504} if repeatable else BUSY
         for attempt in range(TRIES):
@@ -196,7 +215,7 @@ class Endpoint:
             except httpx2.TransportError as error:
                 # A PUT or DELETE may have been done before the connection broke. Sent again, it would end in a
                 # conflict.
-                may_be_done = not isinstance(error, httpx2.ConnectError) and method not in {"GET", "POST"} and not repeatable
+                may_be_done = not isinstance(error, httpx2.ConnectError) and (once or method not in {"GET", "POST"}) and not repeatable
                 if last or may_be_done:
                     raise EndpointError(f"{self.url} cannot be reached ({error}). Is the server running?") from error
                 time.sleep(self.patience * 2**attempt / 8)

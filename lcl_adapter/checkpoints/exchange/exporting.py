@@ -15,12 +15,12 @@ from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.layouts import Checkpoint, check_folder_name
 from lcl_adapter.base.layouts.configs import NEXT
 from lcl_adapter.base.model import family_of
-from lcl_adapter.base.pooling import spent_elsewhere
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import spent_elsewhere
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.checkpoints.exchange.importing import read_upstream
-from lcl_adapter.data.conversations import WORDINGS
+from lcl_adapter.data.conversations import wording_of
 from lcl_adapter.errors import AdapterError, MergeError, RunError
 from lcl_adapter.files import read_result, whole_folder, write_json, write_text
 from lcl_adapter.recipe import load
@@ -68,7 +68,7 @@ def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str,
         shutil.copyfile(SCRIPT, partial / SCRIPT.name)
         write_text(partial / "README.md", _readme(run, out, manifest, checkpoint))
         largest_difference = _check_written(adapter, partial, checkpoint)
-    notes = spent_elsewhere(manifest.get("support_tokens"))
+    notes = spent_elsewhere(manifest)
     result = {"out": str(out), "layers": len(adapter.layers), "projector": bool(projector), "largest_difference": largest_difference}
     return {**result, **({"notes": notes} if notes else {})}
 
@@ -121,7 +121,7 @@ def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
 def _script_settings(run: Path, manifest: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """What ``ask_upstream.py`` needs to build the same prompt and the same pixels."""
     family = family_of(checkpoint)
-    wording = WORDINGS[load(run / "recipe.yaml").wording]
+    wording = wording_of(load(run / "recipe.yaml"))
     prompt_fields = ("system", "user", "assistant", "answer", "end", "image", "padding")
     return {
         **{field: getattr(family, field) for field in prompt_fields},
@@ -166,5 +166,5 @@ def _readme(run: Path, out: Path, manifest: dict[str, Any], checkpoint: Checkpoi
         "Or load it as upstream does. The folder's name must contain `llava` and `lora`:\n\n"
         f"```\npython -m llava.serve.cli --model-path {out.name} --model-base /path/to/{base} --image-file query.png\n```\n\n"
         "If an adapter's keys are wrong, upstream prints no warning and answers as the base. The keys in this folder were read again after "
-        "writing, and they are correct.\n" + "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest.get("support_tokens")))
+        "writing, and they are correct.\n" + "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest))
     )

@@ -17,8 +17,8 @@ from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.layouts import Checkpoint
 from lcl_adapter.base.layouts.configs import NEXT, UPSTREAM_TYPES
 from lcl_adapter.base.model import family_of, load_encoder
-from lcl_adapter.base.pooling import spent_elsewhere
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
+from lcl_adapter.base.supports import spent_elsewhere
 from lcl_adapter.checkpoints.deltas import Adapter, check_fits
 from lcl_adapter.checkpoints.exchange import names
 from lcl_adapter.data.conversations import Turn
@@ -82,7 +82,7 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
         (partial / "serve.sh").chmod(0o755)
         write_text(partial / "README.md", _readme(run, manifest, settings))
         _check_written(adapter, partial)
-    notes = spent_elsewhere(manifest.get("support_tokens"))
+    notes = spent_elsewhere(manifest)
     return {
         "out": str(out),
         "layers": len(adapter.layers),
@@ -165,7 +165,7 @@ def _check_written(adapter: Adapter, folder: Path) -> None:
 
 
 def _readme(run: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> str:
-    notes = "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest.get("support_tokens")))
+    notes = "".join(f"\nNote: {note}.\n" for note in spent_elsewhere(manifest))
     wording, base, name = load(run / "recipe.yaml").wording, settings["base"], settings["name"]
     return (
         f"# {run.name}, for vLLM\n\nA LoRA adapter exported by lcl-adapter. Its base is `{base}` in Hugging Face's layout, "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.data.conversations import WORDINGS, Turn, from_dialogues
+from lcl_adapter.base.model import load_encoder
+from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.data.conversations import Turn, from_dialogues, wording_of
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import ClassPool, InspectionPool, Picture, QuestionPool, open_reader, read_open_mi, read_test_pairs
 from lcl_adapter.data.sources.base import first_names, names_of, pictures_of
@@ -64,7 +66,7 @@ def build_cells(
     if missing:
         available = f"the recipe has {', '.join(known) or 'none'}; shipped ones are {', '.join(presets())}"
         raise RecipeError([f"no suite {name!r}{did_you_mean(name, [*known, *presets()])}; {available}" for name in missing])
-    wording, chosen = WORDINGS[recipe.wording], recipe.evaluate.seed if seed is None else seed
+    wording, chosen = wording_of(recipe), recipe.evaluate.seed if seed is None else seed
     for name, options in known.items():
         if not only or name in only:
             set_aside = recipe.evaluate.during_limit if name in recipe.evaluate.watched and name not in added else 0
@@ -74,7 +76,7 @@ def build_cells(
 def validation_cells(recipe: Recipe, limit: int | None = None) -> Iterator[Cell]:
     """The cells of the suites under ``evaluate.validation``. limit: only the first cases of each."""
     for name, options in recipe.evaluate.validation.items():
-        yield from cells_of(name, options, WORDINGS[recipe.wording], Selection(name, recipe.evaluate.seed, limit))
+        yield from cells_of(name, options, wording_of(recipe), Selection(name, recipe.evaluate.seed, limit))
 
 
 def cells_of(name: str, options: SuiteOptions, wording: Wording, selection: Selection) -> Iterator[Cell]:
@@ -249,7 +251,7 @@ def longest_case(recipe: Recipe, encoder: Encoder) -> LongestCase | None:
     cases = []
     for cell in build_cells(recipe, limit=DRAWN):
         for case in cell.cases:
-            support = len(encoder.turns(case.support)[0]) if case.support else 0
+            support = len(encoder.support(case.support))
             prompt, answers = encoder.question(case.query, case.answers)
             scored = sum(len(ids) - 1 for ids in answers)
             pictures = {picture for turn in (*case.support, case.query) for picture in turn.pictures}
@@ -257,17 +259,25 @@ def longest_case(recipe: Recipe, encoder: Encoder) -> LongestCase | None:
     return max(cases, key=lambda case: case.total, default=None)
 
 
+def suite_tokens(recipe: Recipe) -> list[int]:
+    """Every number of tokens of a picture shown with a label that a suite asks with."""
+    return sorted({tokens for suite in recipe.evaluate.suites.values() for tokens in getattr(suite, "support_tokens", [])})
+
+
 def check_suites(recipe: Recipe, encoder: Encoder) -> None:
     """Draw a few cases of every cell, and the longest questions of every question suite, so that faults show before
     training.
 
-    Raises RecipeError, DataError; EpisodeError if a question does not fit the context.
+    Raises RecipeError, DataError; EpisodeError if a question does not fit the context; ModelError where the base's pictures cannot
+    have as few tokens as a suite says.
     """
+    for tokens in suite_tokens(recipe):
+        load_encoder(replace(BaseRef.of(recipe), support_tokens=tokens))
     watched = tuple(recipe.evaluate.watched)
     during = build_cells(recipe, DRAWN, watched, during=True) if watched else ()
     for cell in chain(build_cells(recipe, limit=DRAWN), during, validation_cells(recipe, DRAWN)):
         for case in cell.cases if cell.kind != perplexity.KIND else ():
-            _check_length(encoder, cell.suite, [*case.support, case.query], cell.new_tokens)
+            _check_length(encoder, cell.suite, case.support, [case.query], cell.new_tokens)
     for name, options in recipe.evaluate.suites.items():
         if isinstance(options, PerplexitySuite):
             _check_page(encoder, name, perplexity.page(name, options, Selection(name, 0)))
@@ -281,11 +291,11 @@ def check_suites(recipe: Recipe, encoder: Encoder) -> None:
                     if options.source.on_fault == "refuse":
                         raise
                     continue
-                _check_length(encoder, name, turns, new_tokens)
+                _check_length(encoder, name, (), turns, new_tokens)
 
 
-def _check_length(encoder: Encoder, suite: str, turns: Sequence[Turn], new_tokens: int) -> None:
-    length = len(encoder.turns(turns, opened=True)[0]) + new_tokens
+def _check_length(encoder: Encoder, suite: str, support: Sequence[Turn], turns: Sequence[Turn], new_tokens: int) -> None:
+    length = encoder.support(support).longest + len(encoder.turns(turns, opened=True, first=not support)[0]) + new_tokens
     if length > encoder.context:
         raise EpisodeError(f"evaluate.suites.{suite}: {length} tokens do not fit the {encoder.limit}; lower its `shots`, or shorten the question.")
 

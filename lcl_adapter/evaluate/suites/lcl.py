@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lcl_adapter.data.conversations import pooled_to
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.sources import open_reader
 from lcl_adapter.errors import RecipeError
@@ -42,7 +43,7 @@ def cells(name: str, options: LclSuite, wording: Wording, selection: Selection) 
             drawn = draw_episodes(pool, episode_options, selection, selection.count(options.episodes), "refuse", name, neighbours)
             asked = [_apply_control(episode, control, name, selection, index) for index, episode in enumerate(drawn)]
             label = f"{name}-{neighbours}" if control and len(options.shots) == 1 else f"{name}-{shots}shot-{neighbours}"
-            yield Cell(
+            whole = Cell(
                 suite=name,
                 name=label,
                 kind=options.kind,
@@ -58,6 +59,16 @@ def cells(name: str, options: LclSuite, wording: Wording, selection: Selection) 
                 control=control,
                 new_tokens=options.new_tokens,
             )
+            yield from by_tokens(whole, options.support_tokens)
+
+
+def by_tokens(cell: Cell, numbers: Sequence[int]) -> Iterator[Cell]:
+    """The cell with each of these numbers of tokens for a picture that is shown with a label; the cell itself without any."""
+    for tokens in numbers:
+        cases = tuple(replace(case, support=pooled_to(case.support, tokens)) for case in cell.cases)
+        yield replace(cell, name=f"{cell.name}-{tokens}tokens", cases=cases)
+    if not numbers:
+        yield cell
 
 
 def _apply_control(episode: Episode, control: str | None, suite: str, selection: Selection, index: int) -> Episode:

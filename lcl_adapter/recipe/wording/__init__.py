@@ -30,6 +30,7 @@ class Wording:
     ``{name}`` stands for the label; queries and support set use the same form of answer.
 
     good, bad, neither: the words for these answers in this language.
+    repeated: whether the instruction stands with every labelled picture, and not with the first alone.
     """
 
     instruction: str = ""
@@ -39,19 +40,23 @@ class Wording:
     good: str = "good"
     bad: str = "defective"
     neither: str = "neither"
+    repeated: bool = False
 
     def support_question(self, first: bool) -> str:
-        return f"{self.instruction} {self.question}".strip() if first else self.question
+        return f"{self.instruction} {self.question}".strip() if first or self.repeated else self.question
 
     def answered(self, label: str) -> str:
         return self.answer.replace("{name}", label)
 
     def filled(self, **values: str) -> Wording:
         """A copy with ``{thing}``, ``{labels}`` and other placeholders replaced; ``{name}`` stays."""
-        texts = {f.name: getattr(self, f.name) for f in fields(self)}
+        texts = {name: getattr(self, name) for name in TEXTS}
         for key, value in values.items():
             texts = {name: text.replace("{" + key + "}", value) for name, text in texts.items()}
         return replace(self, **texts)
+
+
+TEXTS = tuple(f.name for f in fields(Wording) if f.type == "str")  # what a phrasing of a file may have
 
 
 @lru_cache(maxsize=8)
@@ -115,7 +120,7 @@ def _read(file: Path) -> dict[str, dict[str, tuple[Wording, ...]]]:
 
 def _wording(entry: Any, where: str, faults: list[str]) -> Wording | None:
     """One phrasing of the file; None, with a fault added, where it cannot be used."""
-    known = [f.name for f in fields(Wording)]
+    known = list(TEXTS)
     if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
         faults.append(f"{where}: a phrasing is a mapping of texts: {', '.join(known)}")
         return None

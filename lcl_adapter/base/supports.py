@@ -1,0 +1,59 @@
+"""How an adapter was trained to read the pictures of a support set, as its manifest says, and notes where that is not what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcl_adapter.base.model import Base
+from lcl_adapter.recipe.schema import Supports
+
+
+def trained_supports(manifest: Mapping[str, Any]) -> Supports:
+    """Whether a labelled picture saw those before it."""
+    supports: Supports = manifest.get("supports", "ordered")
+    return supports
+
+
+def trained_tokens(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of tokens that a picture shown with a label had, from the largest on; empty for all tokens."""
+    given = manifest.get("support_tokens") or []
+    return tuple(sorted(given if isinstance(given, list) else [given], reverse=True))
+
+
+def most_tokens(manifest: Mapping[str, Any]) -> int | None:
+    """The largest of them, with which an adapter is asked where nothing else is said; None for all tokens."""
+    return max(trained_tokens(manifest), default=None)
+
+
+def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
+    """Notes where an adapter is asked in another form than it was trained in."""
+    notes = []
+    trained, supports, whole = trained_tokens(manifest), trained_supports(manifest), asked.tokens_an_image
+    if (asked.support_tokens or whole) not in (trained or (whole,)):
+        differ = f"{_tokens(*trained)} for a picture shown with a label, and is asked with {_tokens(*filter(None, [asked.support_tokens]))}"
+        notes.append(f"the adapter was trained with {differ}")
+    if supports != asked.supports:
+        notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
+    return notes
+
+
+def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
+    """Notes for an adapter that leaves this package: only this package pools pictures, and reads them without each other."""
+    notes = []
+    if trained := trained_tokens(manifest):
+        notes.append(
+            f"trained with {_tokens(*trained)} for a picture shown with a label; vLLM, upstream LLaVA and other programs spend all tokens on every "
+            "picture. What that changes is measured by `lcl-adapter eval RUN image_tokens.support=ALL`, where ALL is the tokens of a whole picture"
+        )
+    if (supports := trained_supports(manifest)) != "ordered":
+        words = ", and of which a question sees only the words beside them" if supports == "compressed" else ""
+        notes.append(
+            f"trained with labelled pictures that do not see each other{words}; in vLLM, upstream LLaVA and other programs they are read as in any "
+            "chat. What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
+        )
+    return notes
+
+
+def _tokens(*counts: int) -> str:
+    return f"{' or '.join(map(str, counts))} tokens" if counts else "all tokens"
