@@ -8,8 +8,8 @@ a row, short wording. Short: 2 photos of each class, 576 tokens each. Long: 16 p
 cached before, as after the first pass of a run. Each ratio is the median of several rounds.
 
 Memory is the peak of a process of its own for each side. Time is measured in one process in which the sides take turns, a step
-each, at a learning rate of 0. It is the processor time of one thread: with processes of their own in two threads, three runs on
-a busy machine differed by a sixth.
+each, at a learning rate of 0. It is the processor time of one thread. Three runs with a process for each side, in two threads on
+a machine that others used too, gave 1.16, 1.20 and 1.36 for the time, and differed by more than is measured.
 
 The last two figures are forecasts of `lcl-adapter plan` for the same two rows on LLaVA-1.5-7B's config in nf4, with the adapter and
 the checkpointing of recipes/mix.yaml, on a GPU.
