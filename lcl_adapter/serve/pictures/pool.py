@@ -26,6 +26,7 @@ from lcl_adapter import reading
 from lcl_adapter.errors import RunError
 
 PROCESSES = min(4, os.cpu_count() or 1)
+ENDING = 10.0  # seconds that a process may take to end: it has the lowest priority, and says by its exit code why
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
 CODE = "from lcl_adapter.serve.pictures.process import main; main()"
@@ -99,11 +100,15 @@ class _Worker:
         self.late = True
         self.process.kill()
 
-    def end(self, wait: float = 0.0) -> int:
-        """End the process, after ``wait`` seconds at most, and return its exit code."""
+    def close(self) -> None:
+        """Close the process' input. An idle process ends by this."""
         with suppress(BrokenPipeError):
             assert self.process.stdin is not None
-            self.process.stdin.close()  # an idle process ends by this
+            self.process.stdin.close()
+
+    def end(self, wait: float = 0.0) -> int:
+        """End the process, after ``wait`` seconds at most, and return its exit code."""
+        self.close()
         try:
             self.process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -194,7 +199,7 @@ class Decoders:
         try:
             reply = worker.ask(limits, data, side)
         except _EndedError:
-            code = worker.end(1.0)
+            code = worker.end(ENDING)
             with self._lock:
                 self.counters.decoders_killed += 1
                 self.counters.pictures_refused += 1
@@ -215,7 +220,9 @@ class Decoders:
         with self._lock:
             idle, self._idle = self._idle, []
         for worker in idle:
-            worker.end(1.0)
+            worker.close()
+        for worker in idle:
+            worker.end(ENDING)
 
 
 def _reason(worker: _Worker, code: int, limits: Mapping[str, Any]) -> str:
