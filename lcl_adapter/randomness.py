@@ -22,8 +22,8 @@ Purpose = Literal[
     "control",  # what makes a control's support set uninformative
     "view",  # another view of a picture
     "interval",  # resampling for an interval
-    "own answer",
-    "support tokens",  # the tokens of a base's own answer, where they are drawn
+    "own answer",  # the tokens of a base's own answer, where they are drawn
+    "support tokens",  # how many tokens the labelled pictures of a row have, of several numbers
 ]
 
 

@@ -131,3 +131,19 @@ def photos(tmp_path: Path) -> Path:
         for index in range(4):
             paint(root / name / f"{index}.png", colour, seed=10 * number + index)
     return root
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many labelled pictures of independent sets were read, by pass."""
+    from lcl_adapter.answering.predict import Predictor
+
+    counts: list[int] = []
+    real = Predictor._read_alone
+
+    def counted(self: Predictor, rows: Any, cache: Any) -> None:
+        counts.append(len(rows))
+        real(self, rows, cache)
+
+    monkeypatch.setattr(Predictor, "_read_alone", counted)
+    return counts

@@ -171,20 +171,6 @@ def test_a_chat_that_is_no_support_set_is_read_in_order(base: Base) -> None:
         assert not base.encoder().support(turns).examples
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many examples were read, by pass."""
-    counts: list[int] = []
-    real = Predictor._read_alone
-
-    def counted(self: Predictor, rows: Sequence[independent.PictureRow], cache: object) -> None:
-        counts.append(len(rows))
-        real(self, rows, cache)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Predictor, "_read_alone", counted)
-    return counts
-
-
 def test_a_set_grows_and_shrinks_without_reading_the_rest(base: Base, reads: list[int]) -> None:
     predictor = Predictor(base)
     (conversation,) = drawn(1, shots=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from starlette.testclient import TestClient
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client import Endpoint
-from lcl_adapter.answering.independent import PictureRow
-from lcl_adapter.answering.predict import Predictor
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.cli import main
@@ -61,20 +59,6 @@ def service(engine: Engine, tmp_path: Path) -> Iterator[Service]:
 @pytest.fixture
 def client(service: Service) -> TestClient:
     return client_of(service)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many photos were read, by pass."""
-    counts: list[int] = []
-    real = Predictor._read_alone
-
-    def counted(self: Predictor, rows: Sequence[PictureRow], cache: object) -> None:
-        counts.append(len(rows))
-        real(self, rows, cache)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Predictor, "_read_alone", counted)
-    return counts
 
 
 def classified(client: Any, model: str = "apart", name: str = "parts-set") -> dict[str, float]:

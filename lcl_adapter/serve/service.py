@@ -73,12 +73,12 @@ class Service:
         """A new version of a set, with one more photo. Raises MissingError, RequestError, ConflictError; RunError if the disk is full."""
         self.check_text(request.label, "label")
         data = self.decode(request.image, "image", Spent())
-        self.store.get(namespace, name)  # before the image is written
+        question = self.store.get(namespace, name).question  # before the image is written
         added = Example(request.label, self.store.add_image(namespace, data))
 
         def changed(examples: tuple[Example, ...]) -> tuple[Example, ...]:
             grown = with_photo(examples, added)
-            self.check_length([(Picture(Path("image")), example.label) for example in grown], None)
+            self.check_length([(Picture(Path("image")), example.label) for example in grown], question)
             return grown
 
         return self.store.change(namespace, name, changed, request.expected_version)
@@ -265,7 +265,8 @@ class Service:
             support = lambda: (*shown.turns(model.wording), *before)  # noqa: E731
         encoder = self.encoder_of(model)
         # without the set; the engine checks the whole length
-        length = len(encoder.turns(turns, opened=True)[0]) + request.token_limit
+        asked = len(encoder.turns(turns[-1:], opened=True, first=not before)[0])
+        length = encoder.support(before).longest + asked + request.token_limit
         if length > encoder.context:
             raise RequestError(f"the messages and up to {request.token_limit} new tokens are {length} tokens, the context is {encoder.context}.")
         decoder = TextDecoder(self.engine.base.tokenizer, request.stops)

@@ -65,8 +65,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
 
     real_BT = torch.arange(length)[None] < torch.tensor([[len(row)] for row in rows])
     causal = max(max(*row.branch, *row.example) for row in rows) <= 1 and not any(row.part[-1] or any(row.hidden) for row in rows)
-    marks = (padded("part", 0), padded("branch", 0), padded("example", 0), padded("hidden", 0))
-    mask = real_BT.long() if causal else attention_mask(*marks, real_BT)
+    mask = real_BT.long() if causal else attention_mask(padded("part", 0), padded("branch", 0), padded("example", 0), padded("hidden", 0), real_BT)
     return {
         "input_ids": padded("ids", pad),
         "labels": padded("labels", IGNORED),
