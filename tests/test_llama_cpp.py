@@ -143,6 +143,16 @@ def test_a_run_is_merged_first_in_its_own_type(exported: Exported, tmp_path: Pat
     assert list(tmp_path.glob("*.partial*")) == []
 
 
+def test_the_page_says_how_labelled_pictures_were_read_in_training(exported: Exported, tmp_path: Path) -> None:
+    """llama.cpp reads them as in any chat."""
+    shutil.copytree(exported.run, run := tmp_path / "compressed")
+    manifest = json.loads((run / "lcl_adapter.json").read_text())
+    (run / "lcl_adapter.json").write_text(json.dumps({**manifest, "supports": "compressed"}))
+    export_for_llama_cpp(run, tmp_path / "gguf")
+    assert "- The adapter was trained with labelled pictures that do not see each other" in (tmp_path / "gguf" / "README.md").read_text()
+    assert "The adapter was" not in (exported.gguf / "README.md").read_text()
+
+
 def test_hugging_faces_layout_gives_the_same_files(exported: Exported, tmp_path: Path) -> None:
     convert(str(exported.merged), tmp_path / "hf", verify="tensors")
     export_for_llama_cpp(tmp_path / "hf", tmp_path / "out", class_token="first")

@@ -254,6 +254,7 @@ def modelfile(model: Model) -> str:
 def _readme(model: Model) -> str:
     pictures = max(1, model.context // (model.image_tokens + TURN))
     in_ollama = max(1, (model.context - 1) // OLLAMA_IMAGE)
+    notes = "".join(f"- The adapter was {note}.\n" for note in (model.merged or {}).get("notes", []))
     origin = f"the run `{model.title}`, merged into its base" if model.merged is not None else f"the checkpoint `{model.title}`"
     return f"""# {model.title}, for llama.cpp and Ollama
 
@@ -302,7 +303,7 @@ has a picture with one. Ollama itself was not run by this project.
 - Stored support sets: the labelled photos go with each request. llama-server reads an unchanged beginning once.
 - Calibrated probabilities, "none of these", and judgements by the vision tower.
 - Pictures are padded to squares with CLIP's mean colour, but after they were resized. `--pad` pads them before, as in training.
-"""
+{notes}"""
 
 
 def _class_token_text(class_token: ClassToken) -> str:
