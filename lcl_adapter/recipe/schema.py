@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lcl_adapter.errors import did_you_mean
-from lcl_adapter.recipe.options import Options, Share, Weight
+from lcl_adapter.recipe.options import Options, Share, Weight, as_list
 from lcl_adapter.recipe.sources import Reader, TaggedSource, set_readers
 from lcl_adapter.recipe.suites import PerplexitySuite, SuiteOptions, TaggedSuite, ValidationSuite, fill_presets
 from lcl_adapter.recipe.training import TrainOptions as TrainOptions
@@ -38,8 +38,8 @@ class DataOptions(Options):
 class ImageTokens(Options):
     """How many tokens a picture has. The one that is asked about has all of them."""
 
-    support: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = Field(
-        None,
+    support: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(lambda v: [] if v is None else as_list(v))] = Field(
+        [],
         description="of a picture that is shown with a label, pooled from its grid of patches: 144, 64, 36 ... of 576; all by default. Of several "
         "numbers, each row of the training has one at random, and the number is chosen when asking",
     )
@@ -47,8 +47,7 @@ class ImageTokens(Options):
     @property
     def numbers(self) -> tuple[int, ...]:
         """From the largest on; empty for all tokens."""
-        given = self.support if isinstance(self.support, list) else [self.support] if self.support else []
-        return tuple(sorted(set(given), reverse=True))
+        return tuple(sorted(set(self.support), reverse=True))
 
     @property
     def most(self) -> int | None:
