@@ -45,9 +45,11 @@ from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.http import bodies, connections, middleware, threads
 from lcl_adapter.serve.http.bodies import MAX_TEXT, bytes_beside_images
 from lcl_adapter.serve.pictures import images as pictures
+from lcl_adapter.serve.pictures import pool as pool_module
 from lcl_adapter.serve.pictures.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, prepared
 from lcl_adapter.serve.pictures.pool import DECODERS, Decoded, Decoders
+from lcl_adapter.serve.pictures.process import NICE
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests.live import held, running
@@ -154,7 +156,7 @@ def test_a_caller_leaves_a_decoder_to_others() -> None:
     """However many pictures one caller sends, and however long each lasts."""
     pool, ends, decoded = Decoders(3), threading.Event(), list[str]()
 
-    def slow(data: bytes, limits: Any, side: int | None) -> Decoded:
+    def slow(data: bytes, limits: Any, side: int | None, low: bool) -> Decoded:
         decoded.append(data.decode())
         if data != b"honest":
             assert ends.wait(20)
@@ -177,8 +179,44 @@ def test_a_caller_leaves_a_decoder_to_others() -> None:
 
 def test_a_caller_with_one_decoder_may_use_it() -> None:
     pool = Decoders(1)
-    pool._decode = lambda data, limits, side: Decoded(None, 0.0)  # type: ignore[method-assign]
+    pool._decode = lambda data, limits, side, low: Decoded(None, 0.0)  # type: ignore[method-assign]
     assert pool.decode(b"", {}, "guest").error is None
+
+
+def test_a_caller_of_costly_pictures_has_low_priority_until_time_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture's cost is known only afterwards. Nobody else is slowed down, and a few costly ones are nothing."""
+    pool, now, priorities = Decoders(2), [1000.0], list[bool]()
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+
+    def decode(data: bytes, limits: Any, side: int | None, low: bool) -> Decoded:
+        priorities.append(low)
+        return Decoded(None, float(data))
+
+    def low(caller: str, seconds: str) -> bool:
+        assert pool.decode(seconds.encode(), {}, caller).error is None
+        return priorities[-1]
+
+    pool._decode = decode  # type: ignore[method-assign]
+    assert [low("guest", "0.15") for _ in range(6)] == [False] * 6, "six photos of a phone"
+    assert [low("stranger", "4.0") for _ in range(3)] == [False, True, True]
+    assert not low("guest", "0.01")
+    now[0] += (3 * 4.0 - pool_module.BURST) / pool_module.RATE + 1
+    assert not low("stranger", "4.0")
+    assert low("stranger", "4.0")
+
+
+@pytest.mark.skipif(not hasattr(os, "getpriority"), reason="this system has no priorities of processes")
+def test_processes_of_low_priority_go_behind_those_of_the_server() -> None:
+    pool = Decoders(2)
+    try:
+        for low in (False, True, False, True):
+            assert pool._decode(png(1), asdict(Bounds()), None, low).error is None
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        nice = {worker.low: os.getpriority(os.PRIO_PROCESS, worker.process.pid) - own for worker in pool._idle}
+        assert nice == {False: 0, True: min(NICE, 19 - own)}
+        assert pool.counters.decoders_started == 2, "each is used again"
+    finally:
+        pool.close()
 
 
 def test_threads_of_one_caller_are_not_those_of_another(client: httpx2.Client, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +285,9 @@ def test_the_model_is_shown_a_copy_of_a_costly_picture(client: httpx2.Client, se
     assert np.array_equal(read(picture, side), read(Picture(Path("original"), data=data), side))
 
 
-def _decode_as_costly(decode: Any, data: bytes, limits: Any, side: int | None) -> Decoded:
+def _decode_as_costly(decode: Any, data: bytes, limits: Any, side: int | None, low: bool) -> Decoded:
     """A picture of which even a fast machine makes a copy. The machine's own time is what COSTLY_SECONDS bounds."""
-    decoded: Decoded = decode(data, limits, side)
+    decoded: Decoded = decode(data, limits, side, low)
     return decoded._replace(prepared=decoded.prepared or prepared(data, side or 0)) if len(data) > 100_000 else decoded
 
 
@@ -346,8 +384,8 @@ def test_a_crash_in_a_decoder_is_the_pictures_error(monkeypatch: pytest.MonkeyPa
         worker.process.wait()
         assert "it ended the process" in (pool.decode(png(1), asdict(Bounds()))[0] or "")
         assert pool.decode(png(1), asdict(Bounds()))[0] is None
-        assert (pool.counters.decoders_killed, pool.counters.decoders_started) == (1, 2)
-        [worker] = pool._idle
+        assert (pool.counters.decoders_killed, pool.counters.decoders_started) == (1, 3), "one of low priority: a crash is dear"
+        worker = pool._idle[-1]
     finally:
         pool.close()
     assert worker.process.returncode == 0

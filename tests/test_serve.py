@@ -10,13 +10,14 @@ import shutil
 import signal
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import numpy as np
@@ -25,6 +26,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from lcl_adapter.answering import api_types
@@ -43,7 +46,7 @@ from lcl_adapter.serve import engine as serving_engine
 from lcl_adapter.serve.decoding import TextDecoder, Token
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.http.keys import Caller, Keys, read_keys
-from lcl_adapter.serve.jobs import BusyError, Job, Task
+from lcl_adapter.serve.jobs import BusyError, FairQueue, Job, Task
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests.forked import Forked
@@ -995,6 +998,54 @@ def test_tasks_with_several_steps_finish_one_after_the_other(engine: Engine) -> 
     assert [entry for entry in log if entry != "short"] == [f"{name}{n}" for name in "abc" for n in range(3)]
     assert log.index("short") <= 3
     assert engine.alive
+
+
+def test_callers_have_their_turns_one_after_the_other(engine: Engine) -> None:
+    """However much one of them sends, and whoever came first."""
+    log: list[str] = []
+
+    def task(caller: str, n: int = 0) -> Task:
+        return Task(lambda: log.append(f"{caller}{n}"), caller)
+
+    last = task("busy", 5)
+    engine.submit(Task(lambda: time.sleep(0.2)), *(task("busy", n) for n in range(5)), task("guest"), last, task("other"))
+    last.future.result(30)
+    assert log == ["busy0", "guest0", "other0", "busy1", "busy2", "busy3", "busy4", "busy5"]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.booleans(), max_size=30))
+def test_a_fair_queue_gives_each_entry_once_and_each_caller_in_order(callers: list[str], pops: list[bool]) -> None:
+    queue, out, last_turn = FairQueue(), list[Task](), dict[str, int]()
+    entries = [Task(lambda: None, caller) for caller in callers]
+    arriving = list(entries)
+    for pop in [*pops, *[False] * len(callers), *[True] * len(callers)]:
+        if not pop and arriving:
+            queue.extend([arriving.pop(0)])
+        elif pop and len(queue):
+            longest_ago = min(last_turn.get(task.caller, -1) for task in queue)
+            out.append(cast(Task, queue.pop()))
+            assert last_turn.get(out[-1].caller, -1) == longest_ago
+            last_turn[out[-1].caller] = len(out)
+    assert len(queue) == 0
+    for caller in "abc":
+        assert [task for task in out if task.caller == caller] == [task for task in entries if task.caller == caller]
+
+
+def test_a_full_queue_is_that_of_one_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "queue_limit", 2)
+    blocked, ends = Task(lambda: ends.wait(30)), threading.Event()
+    engine.submit(blocked)
+
+    def job(caller: str) -> Job:
+        return Job("base", lambda: (), Turn("user", "Is it?"), answers=("yes", "no"), judged=False, caller=caller)
+
+    jobs = [job("busy"), job("busy"), job("guest")]
+    engine.submit(*jobs)
+    with pytest.raises(BusyError):
+        engine.submit(job("guest"), job("busy"))
+    engine.submit(job("guest"))
+    ends.set()
+    assert all(job.future.result(30).reply.log_likelihoods for job in jobs)
 
 
 def test_a_stopped_engine_refuses_new_and_waiting_work(tiny_folder: Callable[[str], Path]) -> None:

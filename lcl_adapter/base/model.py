@@ -306,9 +306,12 @@ def attach(base: Base, options: AdapterOptions) -> Base:
     """
     if options.projector and not base.own_projector:
         raise ModelError(f"`adapter.projector` is for LLaVAs; a {base.llava.config.model_type!r} model has no separate projector. Set it to false.")
+    other = {name: options.rank_of(name) for name in ("q_proj", "k_proj") if options.rank_of(name) != options.rank}
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
+        rank_pattern=other,
+        alpha_pattern={name: options.alpha * (rank / options.rank) ** (0.5 if options.rslora else 1) for name, rank in other.items()},
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
         use_dora=options.dora,

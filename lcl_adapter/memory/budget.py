@@ -145,9 +145,10 @@ def weights(shape: Shape, precision: Precision, device: str) -> dict[str, int]:
 def adapter_parameters(shape: Shape, adapter: AdapterOptions) -> int:
     """The number of trained parameters: LoRA on all seven projections, and the projector where it is trained."""
     d, f, k = shape.d, shape.f, shape.k
-    pair = 2 * (d + d) + 2 * (d + k) + 3 * (d + f)
+    query_key, others = (d + d) + (d + k), (d + k) + (d + d) + 3 * (d + f)
+    factors = adapter.rank_of("q_proj") * query_key + adapter.rank * others
     magnitudes = 2 * d + 2 * k + 2 * f + d if adapter.dora else 0
-    return shape.layers * (adapter.rank * pair + magnitudes) + (shape.projector if adapter.projector else 0)
+    return shape.layers * (factors + magnitudes) + (shape.projector if adapter.projector else 0)
 
 
 def layer_activations(shape: Shape, adapter: AdapterOptions, size: int, lora: int, mask: int) -> int:
@@ -168,7 +169,7 @@ def layer_activations(shape: Shape, adapter: AdapterOptions, size: int, lora: in
     saved += size * (2 * d + f) if own_inputs else lora * lora_inputs
     if adapter.dropout:
         saved += mask * lora_inputs
-    return saved + 7 * adapter.rank * lora
+    return saved + (5 * adapter.rank + 2 * adapter.rank_of("q_proj")) * lora
 
 
 def training(shape: Shape, precision: Precision, device: str, adapter: AdapterOptions, train: TrainOptions, work: Work) -> Forecast:

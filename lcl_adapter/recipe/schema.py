@@ -59,7 +59,10 @@ class AdapterOptions(Options):
     """LoRA on the language model's attention and MLP projections, by full module path."""
 
     rank: int = Field(16, ge=1, le=512)
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32, gt=0, description="alpha / rank is the weight of the LoRA, of every projection")
+    query_key_rank: int | None = Field(
+        None, ge=1, le=512, description="another rank of the query and key projections, by which attention finds the most alike photo"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     projector: bool = Field(False, description="also train all weights of the projector")
     rslora: bool = False
@@ -70,7 +73,13 @@ class AdapterOptions(Options):
     def _one_variant(self) -> Self:
         if self.pissa and (self.dora or self.rslora):
             raise ValueError("`pissa` cannot be combined with `dora` or `rslora`: leave them out")
+        if self.pissa and self.query_key_rank is not None:
+            raise ValueError("`pissa` cannot be combined with `query_key_rank`: leave one of them out")
         return self
+
+    def rank_of(self, projection: str) -> int:
+        """The rank of the LoRA of a projection such as ``q_proj``."""
+        return self.query_key_rank or self.rank if projection in {"q_proj", "k_proj"} else self.rank
 
 
 def _allowance(value: object) -> object:

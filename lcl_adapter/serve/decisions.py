@@ -174,7 +174,7 @@ def decide(service: Service, namespace: str, request: DecisionIn) -> Decisions:
     for name, asked in request.questions.items():
         question = made.asked[name] = _with_options(asked, basis, f"questions[{name!r}]")
         job = _job(basis, model, assets, question, f"questions[{name!r}]")
-        job.deadline = deadline
+        job.deadline, job.caller = deadline, namespace
         _check(service, job, f"questions[{name!r}]")
         made.jobs.append(job)
     if assets.unused:
@@ -249,7 +249,7 @@ def _opening(turn: Turn | None) -> Marked:
 
 
 def _job(basis: Basis, model: Model, assets: Assets, question: Question, where: str) -> Job:
-    """The question's job, without a deadline. Raises RequestError."""
+    """The question's job, without deadline and caller. Raises RequestError."""
     if isinstance(question, ChoiceQuestion) and not described(question) and (basis.shown or basis.conversation):
         return _choice(basis, model, assets, question, where)
     if isinstance(question, ChoiceQuestion) and len(question.criteria or ()) > len(LETTERS):

@@ -1,7 +1,7 @@
 """One model behind a queue: batches of jobs about the same support set, and a cache of prefilled sets.
 
-One thread owns the model. It removes the oldest job from the queue, together with every other job for the same model
-and the same set. So a set is prefilled once, and its questions go through the model in one batch. The prefilled set
+One thread owns the model. It takes the next job from the queue, which serves callers in turn, together with every other job
+for the same model and the same set. So a set is prefilled once, and its questions go through the model in one batch. The prefilled set
 stays in the cache.
 
 Shapes: N pictures, C width of a vector, S pictures of a support set, V tokens of the vocabulary.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from lcl_adapter.serve import judging
 from lcl_adapter.serve.adapters import base_identity, check_effect, identity_of, in_its_form, matching_manifest
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
-from lcl_adapter.serve.jobs import BusyError, Job, RunningTasks, SetKey, Task, same_batch
+from lcl_adapter.serve.jobs import BusyError, FairQueue, Job, RunningTasks, SetKey, Task, same_batch
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.predictors import Predictors
 
@@ -60,7 +60,7 @@ class Scored:
 class Engine:
     """The model, its thread and its queue.
 
-    memory: bytes for cached sets. queue: jobs that may wait. pack: questions in a batch. name: the base's, for clients.
+    memory: bytes for cached sets. queue: jobs of one caller that may wait. pack: questions in a batch. name: the base's, for clients.
     support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained.
     """
 
@@ -74,7 +74,7 @@ class Engine:
         self.counters = Counters()
         self.cache = SetCache(memory, self.counters)
         self._pack = pack
-        self._waiting: deque[Job | Task] = deque()
+        self._waiting = FairQueue()
         self._tasks = RunningTasks()
         self._changed = threading.Condition()
         self._stopping = False
@@ -115,13 +115,13 @@ class Engine:
     def submit(self, *jobs: Job | Task) -> None:
         """Queue all of them or none.
 
-        Raises BusyError if the queue has no room for the jobs, or the server is stopping.
+        Raises BusyError if the queue has no room for the jobs of one of their callers, or the server is stopping.
         """
         with self._changed:
             if self._stopping:
                 raise BusyError(STOPPING_RETRY)
-            count = sum(isinstance(job, Job) for job in jobs)
-            if count and sum(isinstance(job, Job) for job in self._waiting) + count > self.queue_limit:
+            counts = Counter(job.caller for job in jobs if isinstance(job, Job))
+            if any(self._waiting.jobs_of(caller) + count > self.queue_limit for caller, count in counts.items()):
                 self.counters.refused += len(jobs)
                 raise BusyError(max(1, math.ceil(self._seconds_per_job * len(self._waiting))))
             self._waiting.extend(jobs)
@@ -164,7 +164,7 @@ class Engine:
                 if isinstance(batch[0], Task):
                     if self._tasks.step(batch[0]):
                         with self._changed:
-                            self._waiting.append(batch[0])  # behind the jobs that were submitted in the meantime
+                            self._waiting.extend(batch)  # behind the jobs that were submitted in the meantime
                 else:
                     self._answer([job for job in batch if isinstance(job, Job)])
             except BaseException as error:  # no request may end the thread
@@ -174,7 +174,7 @@ class Engine:
             self._seconds_per_job = 0.8 * self._seconds_per_job + 0.2 * (time.monotonic() - began) / len(batch)
 
     def _next_batch(self) -> list[Job | Task]:
-        """Wait for work; return the oldest entry, and the jobs that can be answered with it.
+        """Wait for work; return the next entry, and the jobs that can be answered with it.
 
         Empty when the server stops.
         """
@@ -187,7 +187,7 @@ class Engine:
                         job.future.set_exception(BusyError(STOPPING_RETRY))
                 self._waiting.clear()
                 return []
-            first = self._waiting.popleft()
+            first = self._waiting.pop()
             if isinstance(first, Task) or first.key is None:
                 return [first]
             batch, tokens = [first], self._token_bound(first)
@@ -197,8 +197,7 @@ class Engine:
                 if isinstance(job, Job) and same_batch(job, first) and tokens + self._token_bound(job) <= MAX_BATCH_TOKENS:
                     batch.append(job)
                     tokens += self._token_bound(job)
-            chosen = set(map(id, batch))
-            self._waiting = deque(job for job in self._waiting if id(job) not in chosen)
+            self._waiting.remove(batch)
             return list(batch)
 
     def _token_bound(self, job: Job) -> int:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -44,7 +44,7 @@ class Job:
     returns whether to go on.
     judged: whether the tower counts too, where the model has weights for it, and similarities are computed; only with
     one picture in the question. ended: as of ``predict.Question``.
-    deadline: by ``time.monotonic``.
+    deadline: by ``time.monotonic``. caller: whose job it is.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     on_token: Callable[[Token], bool] | None = None
     deadline: float = math.inf
+    caller: str = ""
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
     prompt_tokens: int = 0  # known once the prompt is read
@@ -78,13 +79,53 @@ class Job:
 class Task:
     """Other work on the model, such as a calibration.
 
-    ``run`` may return a generator; then each step of it is queued on its own.
+    ``run`` may return a generator; then each step of it is queued on its own. caller: whose task it is; "" for the server's own.
     """
 
     run: Callable[[], Any]
+    caller: str = ""
     steps: Generator[None, None, Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class FairQueue:
+    """What waits for the model. The caller whose last turn was longest ago is next, with the oldest of their entries.
+
+    So whoever sends much waits for their own requests. Not for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._entries: deque[Job | Task] = deque()
+        self._last_turn: dict[str, int] = {}
+        self._turns = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Job | Task]:
+        return iter(self._entries)
+
+    def jobs_of(self, caller: str) -> int:
+        return sum(isinstance(entry, Job) and entry.caller == caller for entry in self._entries)
+
+    def extend(self, entries: Sequence[Job | Task]) -> None:
+        self._entries.extend(entries)
+
+    def pop(self) -> Job | Task:
+        """Remove the next entry. Its caller has had a turn."""
+        entry = min(self._entries, key=lambda waiting: self._last_turn.get(waiting.caller, 0))
+        self._turns += 1
+        self._last_turn[entry.caller] = self._turns
+        self.remove([entry])
+        return entry
+
+    def remove(self, entries: Sequence[Job | Task]) -> None:
+        removed = set(map(id, entries))
+        self._entries = deque(entry for entry in self._entries if id(entry) not in removed)
+
+    def clear(self) -> None:
+        self._entries.clear()
 
 
 @dataclass

@@ -234,7 +234,7 @@ class Service:
                 jobs.append(error)
                 continue
             turn = Turn("user", question, picture)
-            jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline))
+            jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline, caller=namespace))
         usable = [job for job in jobs if isinstance(job, Job)]
         copies = model.form.supports != "ordered"  # then a calibration has no photo to read after the whole set
         if copies:
@@ -270,7 +270,8 @@ class Service:
         if length > encoder.context:
             raise RequestError(f"the messages and up to {request.token_limit} new tokens are {length} tokens, the context is {encoder.context}.")
         decoder = TextDecoder(self.engine.base.tokenizer, request.stops)
-        job = Job(model.name, support, turns[-1], key, sampling=sampling, on_token=decoder.add, deadline=time.monotonic() + self.timeout)
+        deadline = time.monotonic() + self.timeout
+        job = Job(model.name, support, turns[-1], key, sampling=sampling, on_token=decoder.add, deadline=deadline, caller=namespace)
         return job, decoder
 
     def turns_of(self, namespace: str, messages: Sequence[api_types.Message], spent: Spent) -> tuple[Turn, ...]:

@@ -95,7 +95,7 @@ class Calibrations:
             running = self._running.get(key)
             if running is not None:
                 return running
-            task = Task(lambda: self._steps(shown, model))
+            task = Task(lambda: self._steps(shown, model), shown.key[0])
             self.engine.submit(task)
             self._running[key] = task.future
         task.future.add_done_callback(lambda _: self._running.pop(key, None))

@@ -1,7 +1,8 @@
 """Processes in which strangers' pictures are decoded, so that none can hold the server or fill its memory.
 
 A process that exceeds a limit is ended and replaced. One caller never uses all of them, so that others need not wait for
-it. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not forks of the server: they import Pillow
+it, and whoever has used much of the processor lately is served by processes of low priority, behind the model and everybody
+else's pictures. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not forks of the server: they import Pillow
 and neither torch nor the model, start in half a second, and inherit no lock.
 """
 
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,7 +31,8 @@ PROCESSES = min(4, os.cpu_count() or 1)
 ENDING = 10.0  # seconds that a process may take to end: it has the lowest priority, and says by its exit code why
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
-CODE = "from lcl_adapter.serve.pictures.process import main; main()"
+BURST, RATE = 1.0, 0.05  # seconds of a processor, and their number each second, that a caller has at the model's own priority
+CODE = "from lcl_adapter.serve.pictures.process import main; main({low})"
 
 
 class Decoded(NamedTuple):
@@ -49,14 +52,15 @@ class _EndedError(Exception):
 
 
 class _Worker:
-    """One process. Not for several threads at a time."""
+    """One process, of low priority or of the server's own. Not for several threads at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, low: bool = False) -> None:
+        self.low = low
         root = str(Path(lcl_adapter.__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # further threads would count as memory
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CODE],
+            [sys.executable, "-P", "-c", CODE.format(low=low)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -134,6 +138,23 @@ class DecodingCounters:
     decoders_killed: int = 0
 
 
+class Allowances:
+    """Seconds of a processor that each caller may still use at the model's own priority; negative where more was used.
+
+    A picture's costs are known only afterwards, so one may be dear. Not for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, float]] = {}  # seconds, and the time at which they were right
+
+    def of(self, caller: str) -> float:
+        seconds, at = self._of.get(caller, (BURST, 0.0))
+        return min(BURST, seconds + RATE * (time.monotonic() - at))
+
+    def use(self, caller: str, seconds: float) -> None:
+        self._of[caller] = (self.of(caller) - seconds, time.monotonic())
+
+
 class Decoders:
     """A pool of processes. They start when they are needed, or by :meth:`start`, and end with :meth:`close`."""
 
@@ -143,6 +164,7 @@ class Decoders:
         self._used: Counter[str] = Counter()  # processes, by caller
         self._waiting: list[tuple[str, object]] = []  # callers in the order of their pictures
         self._idle: list[_Worker] = []
+        self._allowances = Allowances()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -152,9 +174,17 @@ class Decoders:
             while len(self._idle) < self.processes:
                 self._idle.append(self._new())
 
-    def _new(self) -> _Worker:
+    def _new(self, low: bool = False) -> _Worker:
         self.counters.decoders_started += 1
-        return _Worker()
+        return _Worker(low)
+
+    def _take(self, low: bool) -> _Worker:
+        """An idle process of this priority, or a new one."""
+        worker = next((worker for worker in reversed(self._idle) if worker.low == low), None)
+        if worker is None:
+            return self._new(low)
+        self._idle.remove(worker)
+        return worker
 
     def decode(self, data: bytes, limits: Mapping[str, Any], caller: str = "", side: int | None = None) -> Decoded:
         """Decode a picture within the limits, the fields of :class:`lcl_adapter.serve.pictures.images.Bounds`.
@@ -163,7 +193,12 @@ class Decoders:
         Raises TimeoutError if no process becomes free; RunError if none can start.
         """
         with self._place(caller):
-            return self._decode(data, limits, side)
+            with self._lock:
+                low = self._allowances.of(caller) <= 0
+            decoded = self._decode(data, limits, side, low)
+            with self._lock:
+                self._allowances.use(caller, decoded.seconds)
+            return decoded
 
     @contextmanager
     def _place(self, caller: str) -> Iterator[None]:
@@ -193,9 +228,9 @@ class Decoders:
         allowed = [ticket for ticket in self._waiting if self._used[ticket[0]] < max(1, self.processes - 1)]
         return min(allowed, key=lambda ticket: self._used[ticket[0]], default=None)
 
-    def _decode(self, data: bytes, limits: Mapping[str, Any], side: int | None) -> Decoded:
+    def _decode(self, data: bytes, limits: Mapping[str, Any], side: int | None, low: bool) -> Decoded:
         with self._lock:
-            worker = self._idle.pop() if self._idle else self._new()
+            worker = self._take(low)
         try:
             reply = worker.ask(limits, data, side)
         except _EndedError:
@@ -203,7 +238,7 @@ class Decoders:
             with self._lock:
                 self.counters.decoders_killed += 1
                 self.counters.pictures_refused += 1
-                self._idle.append(self._new())
+                self._idle.append(self._new(low))
             return Decoded(_reason(worker, code, limits), float(limits["seconds"]))
         except BaseException:
             worker.end()

@@ -27,15 +27,15 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.serve.pictures.images import COSTLY_SECONDS, DEEP_REASON, MAX_DEEP_SECONDS, Bounds, decode, prepared
 
 LENGTHS = struct.Struct(">II")
-NICE = 10  # the model and honest requests go first
+NICE = 15  # of a process of low priority: the model and other callers' pictures go first
 
 
-def main() -> None:
-    """Answer requests until the input ends, or a picture needs more memory or time than its limits allow."""
+def main(low: bool) -> None:
+    """Answer requests until the input ends, or a picture needs more memory or time than its limits allow. low: with a low priority."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a decoder prints may be read as a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it ends this process
-    if hasattr(os, "nice"):
+    if low and hasattr(os, "nice"):
         os.nice(NICE)
     _send(replies, None, 0.0)
     used = _used_memory()
