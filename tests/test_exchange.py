@@ -97,7 +97,7 @@ def foreign(exported: Path, folder: Path, change: Callable[[dict[str, torch.Tens
     return folder
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"projector": True}, {"projector": True, "rslora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"projector": True}, {"projector": True, "rslora": True}, {"query_key_rank": 7}], ids=str)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exported_and_imported_again_it_is_the_same_adapter(
     runs: Callable[..., Path], tmp_path: Path, version: str, options: dict[str, bool]
@@ -240,13 +240,29 @@ def test_a_pissa_adapter_is_exported_as_plain_lora(bases: dict[str, Path], tmp_p
 
 
 def test_an_adapter_that_upstreams_peft_cannot_load_is_not_exported(runs: Callable[..., Path], tmp_path: Path) -> None:
-    """DoRA, and ranks that differ. The message says what to do instead, and nothing is written."""
+    """The message says what to do instead, and nothing is written."""
     with pytest.raises(AdapterError, match=r"has DoRA, which upstream's PEFT cannot load\. Merge it: `lcl-adapter merge --to original`"):
         export_adapter(runs(dora=True), tmp_path / "llava-lora")
-    run = rewritten(runs(), tmp_path / "run", lambda state: None, alpha_pattern={"q_proj": 2})
-    with pytest.raises(AdapterError, match="has ranks that differ from layer to layer, which upstream's PEFT cannot load"):
-        export_adapter(run, tmp_path / "llava-lora")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"query_key_rank": 7}, {"query_key_rank": 2, "rslora": True}], ids=str)
+def test_layers_are_exported_with_one_rank_and_one_scaling(runs: Callable[..., Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    """Upstream, vLLM and others know no other adapters. Each product B @ A stays what it was."""
+    trained = runs(**options)
+    for run in (trained, rewritten(trained, tmp_path / "run", lambda state: None, alpha_pattern={"q_proj": 3, "down_proj": 5})):
+        adapter, out = Adapter(run), tmp_path / f"llava-lora-{run.name}"
+        assert len({parts["A"].shape[0] for parts in adapter.layers.values()}) == 2
+        export_adapter(run, out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert not config.get("rank_pattern")
+        assert not config.get("alpha_pattern")
+        import_adapter(out, tmp_path / f"back-{run.name}")
+        back = Adapter(tmp_path / f"back-{run.name}")
+        assert {parts["A"].shape[0] for parts in back.layers.values()} == {config["r"]} == {adapter.rank}
+        for module, parts in adapter.layers.items():
+            expected = adapter.scaling_of(module) * parts["B"] @ parts["A"]
+            assert torch.allclose(delta(tmp_path / f"back-{run.name}", module), expected, atol=1e-6)
 
 
 def test_upstream_needs_the_original_base(bases: dict[str, Path], hf: Path, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 
 
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "projector": {"projector": True}}
+KINDS |= {"query and key": {"query_key_rank": 7}, "query and key, rslora": {"query_key_rank": 7, "rslora": True}}
 
 
 @pytest.fixture(scope="module")

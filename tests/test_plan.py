@@ -61,12 +61,13 @@ def test_memory_is_proportional(amount: int, unit: str) -> None:
     assert memory_bytes(f"{amount}{unit}") == amount * UNITS[unit]
 
 
-def test_parameters_are_counted_without_weights(tiny_folder: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("more", [{}, {"query_key_rank": 7}, {"query_key_rank": 7, "dora": True}], ids=str)
+def test_parameters_are_counted_without_weights(tiny_folder: Callable[[str], Path], more: dict[str, Any]) -> None:
     """The forecast's counts are those of the loaded model with its adapter."""
     for family in ("llava-1.5", "llava-onevision"):
         folder = tiny_folder(family)
         shape = budget.shape_of(open_checkpoint(str(folder)).config)
-        options = AdapterOptions(rank=4, projector=True)
+        options = AdapterOptions(rank=4, projector=True, **more)
         base = attach(load_base(str(folder)), options)
         parts = parameters_by_part(base.model)
         trained = sum(part["trained"] for part in parts.values())

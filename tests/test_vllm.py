@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from lcl_adapter.base.layouts import open_checkpoint
 from lcl_adapter.base.model import family_of, load_encoder
+from lcl_adapter.checkpoints.deltas import Adapter
 from lcl_adapter.checkpoints.exchange import export_for_vllm
 from lcl_adapter.checkpoints.exchange.for_vllm import RANKS
 from lcl_adapter.cli import main
@@ -56,6 +57,18 @@ def test_names_and_fields_are_those_that_vllm_reads(run_folder: Path, tmp_path: 
     assert {key.split(".")[-3] for key in weights} == set(config["target_modules"])
     stored = load_file(run_folder / "adapter_model.safetensors")
     assert all(torch.equal(weights[key], stored[key]) for key in weights)
+
+
+def test_query_and_key_layers_of_another_rank_are_filled_up(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    run = adapter_on(tiny_folder("llava-1.5"), tmp_path / "run", projector=False, query_key_rank=12)
+    export_for_vllm(run, tmp_path / "out")
+    exported, stored = Adapter(tmp_path / "out"), Adapter(run)
+    assert exported.config.r == 12
+    assert not exported.config.rank_pattern
+    for module, parts in stored.layers.items():
+        assert exported.layers[module]["A"].shape[0] == 12
+        assert exported.scaling_of(module) == pytest.approx(stored.scaling_of(module))
+        assert torch.equal(exported.layers[module]["B"] @ exported.layers[module]["A"], parts["B"] @ parts["A"])
 
 
 @pytest.mark.parametrize("family", ["llava-1.5", "llava-next-mistral", "llava-next-llama-3", "pocket"])

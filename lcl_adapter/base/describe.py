@@ -133,4 +133,6 @@ def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     tensors = tensors_in_file(file)
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    return {"adapter": f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}", "tensors": len(tensors), "adapter parameters": parameters}
+    other = "".join(f", {module} {rank}" for module, rank in (config.get("rank_pattern") or {}).items())
+    described = f"{kind}, rank {config.get('r')}{other}, alpha {config.get('lora_alpha')}"
+    return {"adapter": described, "tensors": len(tensors), "adapter parameters": parameters}

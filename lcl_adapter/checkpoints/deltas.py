@@ -23,6 +23,7 @@ from peft.tuners.lora.layer import Linear
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 
 from lcl_adapter.base.layouts.tensors import tensors_in_file
 from lcl_adapter.errors import AdapterError
@@ -94,7 +95,7 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The factor of B @ A where all layers have one rank, see :meth:`scaling_of`."""
+        """The factor of B @ A in a layer of the adapter's own rank, see :meth:`scaling_of`."""
         return self._factor(self.config.r, self.config.lora_alpha)
 
     def scaling_of(self, module: str) -> float:
@@ -103,6 +104,20 @@ class Adapter:
 
     def _factor(self, rank: int, alpha: float) -> float:
         return float(alpha) / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer."""
+        return max(parts["A"].shape[0] for parts in self.layers.values())
+
+    def of_one_rank(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The layers with the largest rank, filled up with zeros, and with one scaling: programs that know no other layers read these."""
+        rank, layers = self.rank, {}
+        for module, parts in self.layers.items():
+            missing, factor = rank - parts["A"].shape[0], self.scaling_of(module) / self.scaling
+            down, up = functional.pad(parts["A"], (0, 0, 0, missing)), functional.pad(parts["B"], (0, missing))
+            layers[module] = {**parts, "A": down.contiguous(), "B": (up if factor == 1 else up * factor).contiguous()}
+        return layers
 
     @property
     def starts_from_weight(self) -> bool:

@@ -268,9 +268,11 @@ def changes(recipe: Recipe, device: str) -> Iterator[Change]:
         if isinstance(options, EpisodeOptions | InspectionOptions) and options.queries > 1:
             yield Change(f"sources.{name}.queries=1", "fewer questions learned from one support set", _source(recipe, name, {"queries": 1}))
     if recipe.adapter.rank > 8:
-        half = recipe.adapter.rank // 2
-        smaller = _with(recipe, adapter={"rank": half, "alpha": recipe.adapter.alpha / 2})
-        yield Change(f"adapter.rank={half} adapter.alpha={recipe.adapter.alpha / 2:g}", "an adapter that can learn less", smaller)
+        half: dict[str, float] = {"rank": recipe.adapter.rank // 2, "alpha": recipe.adapter.alpha / 2}
+        if recipe.adapter.query_key_rank is not None:
+            half["query_key_rank"] = max(1, recipe.adapter.query_key_rank // 2)
+        overrides = " ".join(f"adapter.{key}={value:g}" for key, value in half.items())
+        yield Change(overrides, "an adapter that can learn less", _with(recipe, adapter=half))
     for name, options in recipe.sources.items():
         if isinstance(options, EpisodeOptions | InspectionOptions) and max(options.shots) > 1:
             fewer = sorted({s for s in options.shots if s < max(options.shots)}) or [max(options.shots) - 1]

@@ -54,8 +54,8 @@ def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str,
     check_fits([adapter], {name: weight.shape for name, weight in checkpoint.weights.items()})
     linear = checkpoint.config.projector_hidden_act == "linear"
     lora_tensors = {
-        f"{names.PREFIX}{names.module_to_upstream(module)}.lora_{half}.weight": parts[half].contiguous()
-        for module, parts in adapter.layers.items()
+        f"{names.PREFIX}{names.module_to_upstream(module)}.lora_{half}.weight": parts[half]
+        for module, parts in adapter.of_one_rank().items()
         for half in ("A", "B")
     }
     projector = names.projector_to_upstream(adapter.full_weights, linear) if adapter.full_weights else {}
@@ -74,11 +74,10 @@ def export_adapter(run: Path, out: Path, base: BaseRef = NOT_GIVEN) -> dict[str,
 
 
 def _check_supported(adapter: Adapter) -> None:
-    """Raises AdapterError if upstream's PEFT 0.7 cannot load the adapter. It loads plain LoRA of a single rank."""
+    """Raises AdapterError if upstream's PEFT 0.7 cannot load the adapter. It loads plain LoRA."""
     config = adapter.config
     for feature, present in (
         ("DoRA", config.use_dora),
-        ("ranks that differ from layer to layer", config.rank_pattern or config.alpha_pattern),
         ("a bias in LoRA", config.lora_bias),
         ("single tokens trained", getattr(config, "trainable_token_indices", None)),
         ("weights trained in full outside the projector", [name for name in adapter.full_weights if "multi_modal_projector" not in name]),
@@ -88,15 +87,15 @@ def _check_supported(adapter: Adapter) -> None:
 
 
 def _peft_config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Only the fields that PEFT 0.7 knows; it fails on newer ones. rsLoRA's scaling is expressed by alpha."""
+    """Only the fields that PEFT 0.7 knows; it fails on newer ones. rsLoRA's scaling is expressed by alpha, and all layers have one rank."""
     config = adapter.config
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(checkpoint.folder),
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": adapter.scaling * config.r,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scaling * adapter.rank,
         "lora_dropout": config.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -148,7 +147,7 @@ def _check_written(adapter: Adapter, folder: Path, checkpoint: Checkpoint) -> fl
     if written.layers.keys() != adapter.layers.keys():
         raise MergeError(f"{folder}: {len(adapter.layers)} layers were written, {len(written.layers)} can be read again. Nothing was saved.")
     for module, parts in adapter.layers.items():
-        expected = adapter.scaling * parts["B"].double() @ parts["A"].double()
+        expected = adapter.scaling_of(module) * parts["B"].double() @ parts["A"].double()
         actual = scaling * written.layers[module]["B"].double() @ written.layers[module]["A"].double()
         largest_difference = max(largest_difference, float((expected - actual).abs().max()) / max(1e-12, float(expected.abs().max())))
     if largest_difference > 1e-6:

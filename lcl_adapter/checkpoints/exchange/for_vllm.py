@@ -6,6 +6,7 @@ and the classes in vllm/model_executor/models/llava*.py that declare SupportsLoR
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
     _check_supported(run, adapter, checkpoint, bool(manifest["tiles"]))
     check_fits([adapter], {key: weight.shape for key, weight in checkpoint.weights.items()})
     encoder = load_encoder(checkpoint.ref)
-    lora_tensors = {
-        f"{names.PREFIX}{module}.lora_{half}.weight": parts[half].contiguous() for module, parts in adapter.layers.items() for half in ("A", "B")
-    }
+    layers = adapter.of_one_rank()
+    lora_tensors = {f"{names.PREFIX}{module}.lora_{half}.weight": parts[half] for module, parts in layers.items() for half in ("A", "B")}
     config = _peft_config(adapter, checkpoint)
     settings = {
         "base": checkpoint.folder.name,
@@ -81,7 +81,7 @@ def export_for_vllm(run: Path, out: Path, base: BaseRef = NOT_GIVEN, name: str =
         write_text(partial / "serve.sh", SCRIPT.format(**settings))
         (partial / "serve.sh").chmod(0o755)
         write_text(partial / "README.md", _readme(run, manifest, settings))
-        _check_written(adapter, partial)
+        _check_written(layers, partial)
     notes = spent_elsewhere(manifest)
     return {
         "out": str(out),
@@ -125,8 +125,7 @@ def _check_supported(run: Path, adapter: Adapter, checkpoint: Checkpoint, tiles:
     for feature, present in (
         ("a trained projector", changes_projector),
         ("DoRA", config.use_dora),
-        ("ranks that differ from layer to layer", config.rank_pattern or config.alpha_pattern),
-        (f"rank {config.r}, more than {RANKS[-1]}", config.r > RANKS[-1]),
+        (f"rank {adapter.rank}, more than {RANKS[-1]}", adapter.rank > RANKS[-1]),
     ):
         if present:
             raise AdapterError(f"{run}: it has {feature}, which vLLM does not support in an adapter. {instead}")
@@ -137,15 +136,14 @@ def _check_supported(run: Path, adapter: Adapter, checkpoint: Checkpoint, tiles:
 
 
 def _peft_config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Only the fields that both vLLM and PEFT read. rsLoRA's scaling is expressed by alpha."""
-    config = adapter.config
+    """Only the fields that both vLLM and PEFT read. rsLoRA's scaling is expressed by alpha, and all layers have one rank."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": checkpoint.folder.name,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": adapter.scaling * config.r,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scaling * adapter.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
@@ -154,12 +152,12 @@ def _peft_config(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _check_written(adapter: Adapter, folder: Path) -> None:
-    """Read the written files with PEFT. Raises MergeError if their tensors differ from the adapter's."""
+def _check_written(layers: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
+    """Read the written files with PEFT. Raises MergeError if their tensors differ from the layers'."""
     written = Adapter(folder)
-    if written.layers.keys() != adapter.layers.keys():
+    if written.layers.keys() != layers.keys():
         raise MergeError(f"{folder}: the layers that can be read again are not those that were written. Nothing was saved.")
-    for module, parts in adapter.layers.items():
+    for module, parts in layers.items():
         if not all(torch.equal(parts[half], written.layers[module][half]) for half in ("A", "B")):
             raise MergeError(f"{folder}: {module} in the written file differs from the adapter's. Nothing was saved.")
 
