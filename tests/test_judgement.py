@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcl_adapter.answering.api_types import ClassifyIn
 from lcl_adapter.answering.ask import ask_model
 from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.answering.decisions import ChoiceAnswer, DecisionIn
@@ -29,7 +30,8 @@ from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_class_folders
-from lcl_adapter.errors import AdapterError, DataError, RecipeError
+from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.errors import AdapterError, DataError, RecipeError, RequestError
 from lcl_adapter.evaluate import check_held_out
 from lcl_adapter.evaluate.metrics import calibration_error
 from lcl_adapter.evaluate.weighing import Weighed, fit
@@ -357,6 +359,17 @@ def test_a_server_judges_by_both_too(run: Path, photos: Path, pocket_tiny: Path,
         engine.submit(by_model)
         assert list(decided["other"].probabilities.values()) == pytest.approx(by_model.future.result(60).reply.probabilities, abs=1e-4)
         assert by_model.answers == (*map(model.wording.answered, labels[1:]), model.wording.answered("a nut")), "the tower judges a set's labels only"
+        service = Service(engine, Store(tmp_path / "other"))
+        service.store.put("local", "colours", [(label, read_bytes(picture)) for picture, label in shown])
+        for judge, asked in ((None, "both"), *((judge, judge) for judge in JUDGES)):
+            request = ClassifyIn(support_set="colours", images=[image_of(query)], model="lcl", judge=judge)
+            classification = service.classify("local", request)
+            wait(classification.futures, 60)
+            classified = classification.response()
+            assert classified.judge == asked
+            assert classified.results[0].probabilities == pytest.approx(expected[asked], abs=1e-4)
+        with pytest.raises(RequestError, match="judge: 'base' has no weights for 'tower'"):
+            service.classify("local", ClassifyIn(support_set="colours", images=[image_of(query)], model="base", judge="tower"))
         manifest = read_manifest(run)
         assert identity_of(manifest) != identity_of({**manifest, "judgement": None}), "a calibration belongs to the weights too"
     finally:

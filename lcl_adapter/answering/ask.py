@@ -160,12 +160,13 @@ def ask_stored_set(
     url: str,
     model: str | None = None,
     question: str | None = None,
+    judge: JudgeName | None = None,
     with_photos: bool = False,
     brief: bool = False,
 ) -> Judged:
     """Classify pictures with a support set that is stored on this project's server.
 
-    queries, brief: as of :func:`ask_model`. with_photos: also fetch the photos of the set.
+    queries, judge, brief: as of :func:`ask_model`. with_photos: also fetch the photos of the set.
 
     Raises DataError if all pictures are broken; EndpointError, MissingError, RequestError.
     """
@@ -176,8 +177,8 @@ def ask_stored_set(
 
         def answer(block: Sequence[Picture]) -> list[Row]:
             # Later blocks ask the version that the first one was answered by.
-            response = judge_by_stored_set(endpoint, name, block, model, question, answered.get("version"))
-            answered.update(support_set=name, version=response.version, model=response.model)
+            response = judge_by_stored_set(endpoint, name, block, model, question, answered.get("version"), judge)
+            answered.update(support_set=name, version=response.version, model=response.model, judge=response.judge)
             rows: list[Row] = []
             for result in response.results:
                 if result.error is not None:

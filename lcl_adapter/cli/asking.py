@@ -104,14 +104,15 @@ def ask(
         }  # fmt: skip
         if given := [name for name, value in local.items() if value is not None]:
             raise click.UsageError(f"{', '.join(given)}: with --endpoint, the model is the server's; name it with --model.")
-        if judge not in {None, "model"}:
-            raise click.UsageError(f"--judge {judge} cannot be used with --endpoint, which has no tower: the model judges.")
+        if judge not in {None, "model"} and not stored:
+            raise click.UsageError(f"--judge {judge} cannot be used with --endpoint, which has no tower, but with a stored set: --stored.")
         if compare:
             raise click.UsageError("--compare cannot be used with --endpoint: ask the server's base too, with --model.")
         if stored and shots:
             raise click.UsageError("--shots cannot be used with --stored: a stored set is used as it is.")
         if stored:
-            answers = partial(ask_stored_set, str(support), queries, endpoint, model=model, question=question, with_photos=brief, brief=brief)
+            options: dict[str, Any] = {"model": model, "question": question, "judge": judge}
+            answers = partial(ask_stored_set, str(support), queries, endpoint, **options, with_photos=brief, brief=brief)
         else:
             asked: dict[str, Any] = {"model": model, "shots": shots, "question": question, "wording": wording, "pad": pad, "scores": scores}
             answers = partial(ask_endpoint, support, queries, endpoint, **asked, brief=brief)

@@ -89,7 +89,7 @@ def serving(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(1),
             default=256,
             show_default=True,
-            help="Questions that may wait. Further ones are refused with status 429.",
+            help="Questions of one caller that may wait. Further ones are refused with status 429.",
         ),
         click.option("--timeout", type=Seconds(), default=120.0, show_default=True, help="Time limit of a request, in seconds."),
         store_option,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
@@ -75,7 +76,7 @@ class Calibration:
 class CalibrationEngine(Protocol):
     """The part of an engine that calibration needs."""
 
-    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]: ...
+    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: JudgeName) -> list[Reply]: ...
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor: ...
 
@@ -89,12 +90,17 @@ def familiarity(similarities: Sequence[float]) -> float:
 
 
 def calibrate(
-    engine: CalibrationEngine, model: str, examples: Sequence[tuple[Picture, str]], wording: Wording, question: str | None
+    engine: CalibrationEngine,
+    model: str,
+    examples: Sequence[tuple[Picture, str]],
+    wording: Wording,
+    question: str | None,
+    judge: JudgeName = "both",
 ) -> Generator[None, None, Calibration]:
     """Calibrate a set of labelled photos; the generator's return value is the result.
 
     It runs on the engine's thread and yields after each fold, so that other jobs run in between.
-    model: its name at the engine. question: the set's own; without it the wording's query is asked.
+    model: its name at the engine. judge: whose probabilities they are. question: the set's own; without it the wording's query is asked.
     """
     labels = list(dict.fromkeys(label for _, label in examples))
     answers = tuple(wording.answered(label) for label in labels)
@@ -102,7 +108,7 @@ def calibrate(
     for fold in _folds([label for _, label in examples]):
         remaining = [example for place, example in enumerate(examples) if place not in fold]
         questions = [(Turn("user", question or wording.query, examples[place][0]), answers) for place in fold]
-        replies = engine.judge(model, support_turns(remaining, wording), questions)
+        replies = engine.judge(model, support_turns(remaining, wording), questions, judge)
         judged += [(reply.log_likelihoods, labels.index(examples[place][1])) for place, reply in zip(fold, replies, strict=True)]
         yield
     vectors_NC = engine.vectors([picture for picture, _ in examples])

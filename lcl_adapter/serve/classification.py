@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.errors import UserError
 from lcl_adapter.serve.calibrate import Calibration
 from lcl_adapter.serve.jobs import Job
@@ -19,12 +20,13 @@ from lcl_adapter.serve.store import StoredSet
 class Classification:
     """A classification request that is being answered.
 
-    jobs: one for each image, or the error of an image that cannot be used.
+    judge: who decides. jobs: one for each image, or the error of an image that cannot be used.
     """
 
     stored: StoredSet
     shown: ShownSet
     model: Model
+    judge: JudgeName
     calibration: Future[Calibration] | None
     jobs: list[Job | UserError]
 
@@ -52,7 +54,7 @@ class Classification:
             calibration=api_types.CalibrationOut(
                 temperature=calibration.temperature, threshold=calibration.threshold, left_out=calibration.left_out, right=calibration.right
             ),
-            judge="model" if self.model.weighing is None else "both",
+            judge=self.judge,
             results=[self._judgement(calibration, job) for job in self.jobs],
         )
 

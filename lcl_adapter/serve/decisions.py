@@ -153,7 +153,7 @@ class Decisions:
         probabilities = {api_types.normalized_label(label): p for label, p in judgement.probabilities.items()}
         return choice_answer({option: probabilities[label] for label, option in option_of.items()}).model_copy(
             update={
-                "judge": "model" if self.model.weighing is None else "both",
+                "judge": self.model.judge(),
                 "calibrated": True,
                 "none_of_these": judgement.none_of_these,
                 "familiarity": judgement.familiarity,

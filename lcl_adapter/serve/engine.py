@@ -26,7 +26,7 @@ from peft import PeftModel
 from lcl_adapter import devices
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
-from lcl_adapter.answering.judgement import read_weighing
+from lcl_adapter.answering.judgement import JudgeName, read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
 from lcl_adapter.base.prototypes import unit_vectors
@@ -261,7 +261,7 @@ class Engine:
         if not jobs[0].judged:
             return [Scored(reply) for reply in replies]
         questions = [(job.turn, job.answers) for job in jobs]
-        replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision)
+        replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision, jobs[0].judge)
         vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
         cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
         return [Scored(reply, tuple(cosines)) for reply, cosines in zip(replies, cosines_NS, strict=True)]
@@ -299,10 +299,11 @@ class Engine:
         """Score the worded labels of each question by one prefilled set."""
         return self._predictor.ask(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
-    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
+    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: JudgeName = "both") -> list[Reply]:
         """Judge by labelled photos that are not cached. The model of this name must be in use."""
         model, vision = self.find(name), self._predictor.vision
-        return judging.judged(model, judging.shown_labels(model, turns, vision), questions, self.ask(self.prefill(name, turns), questions), vision)
+        shown, replies = judging.shown_labels(model, turns, vision), self.ask(self.prefill(name, turns), questions)
+        return judging.judged(model, shown, questions, replies, vision, judge)
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""

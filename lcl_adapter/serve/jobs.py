@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.decoding import Sampling, Token
@@ -42,8 +43,8 @@ class Job:
     there is one.
     answers: worded labels to score. Without answers the job generates text, and ``on_token`` gets each token and
     returns whether to go on.
-    judged: whether the tower counts too, where the model has weights for it, and similarities are computed; only with
-    one picture in the question. ended: as of ``predict.Question``.
+    judged: whether ``judge`` decides and similarities are computed; only with one picture in the question. The tower counts where
+    the model has weights for it. ended: as of ``predict.Question``.
     deadline: by ``time.monotonic``. caller: whose job it is.
     """
 
@@ -53,6 +54,7 @@ class Job:
     key: SetKey | None = None
     answers: tuple[str, ...] = ()
     judged: bool = True
+    judge: JudgeName = "both"
     ended: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     on_token: Callable[[Token], bool] | None = None
@@ -168,6 +170,6 @@ class RunningTasks:
 
 
 def same_batch(first: Job, second: Job) -> bool:
-    """Whether two jobs can be in one batch: same model, same support set, both scored or both generated, both judged or not."""
-    kinds = [(job.model, job.key, bool(job.answers), job.judged) for job in (first, second)]
+    """Whether two jobs can be in one batch: same model and support set, both scored or both generated, both judged alike or not at all."""
+    kinds = [(job.model, job.key, bool(job.answers), job.judged, job.judge) for job in (first, second)]
     return kinds[0] == kinds[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lcl_adapter.answering.judgement import Evidence, ShownLabels, TowerEvidence
+from lcl_adapter.answering.judgement import Evidence, JudgeName, ShownLabels, TowerEvidence
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn
@@ -24,18 +24,20 @@ def judged(
     questions: Sequence[tuple[Turn, tuple[str, ...]]],
     replies: Sequence[Reply],
     vision: VisionFeatures,
+    judge: JudgeName = "both",
 ) -> list[Reply]:
-    """The replies with the scores of model and tower; unchanged where the adapter has no weights for such questions.
+    """The replies with the scores of model and tower, or of the tower; unchanged where the model judges alone, or the adapter has
+    no weights for such questions.
 
     questions: each with its worded labels.
     """
-    if model.weighing is None or shown is None:
+    if model.weighing is None or shown is None or judge == "model":
         return list(replies)
     tower = _tower(model, vision)
     judged_replies = []
     for (turn, answers), reply in zip(questions, replies, strict=True):
         evidence = tower.about(shown, turn.pictures[:1], answers)[0] if turn.picture else [Evidence(False)] * len(answers)
-        scores = model.weighing.scores(reply.log_likelihoods, evidence)
+        scores = model.weighing.scores(reply.log_likelihoods, evidence, judge)
         judged_replies.append(reply if scores is None else replace(reply, log_likelihoods=scores))
     return judged_replies
 

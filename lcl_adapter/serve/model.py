@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from lcl_adapter.answering.judgement import Weighing
+from lcl_adapter.answering.judgement import JudgeName, Weighing
 from lcl_adapter.base.model import SupportForm
+from lcl_adapter.errors import RequestError
 from lcl_adapter.recipe.wording import Wording
 
 
@@ -32,3 +33,16 @@ class Model:
     weighing: Weighing | None = None
     statistics: torch.Tensor | None = field(default=None, compare=False)
     form: SupportForm = field(default_factory=SupportForm)
+
+    def judge(self, asked: JudgeName | None = None) -> JudgeName:
+        """Who judges by a support set: by default model and tower, where there are weights for them.
+
+        Raises RequestError where the tower is asked for and there are none.
+        """
+        weighed = self.weighing is not None and self.weighing.several is not None
+        if asked in {"tower", "both"} and not weighed:
+            raise RequestError(
+                f"judge: {self.name!r} has no weights for {asked!r}, so only 'model' can judge. They are fitted where a recipe has suites under "
+                "`evaluate.validation`."
+            )
+        return asked or ("both" if weighed else "model")

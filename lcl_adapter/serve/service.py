@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.base.encoder import Encoder
@@ -222,7 +223,9 @@ class Service:
                 f"{len(request.images)} images are more than the {self.engine.queue_limit} questions that may wait; send fewer at a time."
             )
         shown = self.shown(stored)
-        deadline, spent = time.monotonic() + self.timeout, Spent(namespace)
+        judge = model.judge(request.judge)
+        spent = Spent(namespace)
+        asked: dict[str, Any] = {"judge": judge, "deadline": time.monotonic() + self.timeout, "caller": namespace}
         answers = tuple(model.wording.answered(label) for label in stored.labels)
         question = request.question or stored.question or model.wording.query
         white = self.white(shown)
@@ -234,15 +237,15 @@ class Service:
                 jobs.append(error)
                 continue
             turn = Turn("user", question, picture)
-            jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, deadline=deadline, caller=namespace))
+            jobs.append(Job(model.name, partial(shown.turns, model.wording), turn, shown.key, answers, **asked))
         usable = [job for job in jobs if isinstance(job, Job)]
         copies = model.form.supports != "ordered"  # then a calibration has no photo to read after the whole set
         if copies:
             self.engine.submit(*usable)
-        calibration = self.calibrations.of(shown, model) if usable else None
+        calibration = self.calibrations.of(shown, model, judge) if usable else None
         if not copies:
             self.engine.submit(*usable)
-        return Classification(stored, shown, model, calibration, jobs)
+        return Classification(stored, shown, model, judge, calibration, jobs)
 
     @property
     def default_model(self) -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RunError
@@ -20,7 +21,7 @@ from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.store import Store
 
 MAX_CALIBRATIONS = 1000  # in memory; those of stored sets are on disk too
-CalibrationKey = tuple[SetKey, str]  # a set's key and a model's identity
+CalibrationKey = tuple[SetKey, str]  # a set's key, and a model's identity with who judges
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def judgement_of(shown: ShownSet, scored: Scored, calibration: Calibration) -> a
 
 @dataclass
 class Calibrations:
-    """The calibrations of sets, each computed once for a model."""
+    """The calibrations of sets, each computed once for a model and who judges."""
 
     engine: Engine
     store: Store
@@ -81,11 +82,16 @@ class Calibrations:
         """How many are in memory."""
         return len(self._done)
 
-    def of(self, shown: ShownSet, model: Model) -> Future[Calibration]:
-        """A set's calibration for a model: from memory, from the store, or computed by a task of the engine. Raises BusyError."""
-        key = (shown.key, model.identity)
+    def of(self, shown: ShownSet, model: Model, judge: JudgeName | None = None) -> Future[Calibration]:
+        """A set's calibration for a model: from memory, from the store, or computed by a task of the engine.
+
+        judge: of the model's own, by default. Raises BusyError.
+        """
+        judge = judge or model.judge()
+        judging = model.identity if judge == model.judge() else f"{model.identity} {judge}"
+        key = (shown.key, judging)
         calibration = self._done.get(key)
-        if calibration is None and shown.stored is not None and (fields := self.store.read_calibration(shown.stored, model.identity)) is not None:
+        if calibration is None and shown.stored is not None and (fields := self.store.read_calibration(shown.stored, judging)) is not None:
             calibration = Calibration.from_json(fields)
         if calibration is not None:
             done: Future[Calibration] = Future()
@@ -95,29 +101,29 @@ class Calibrations:
             running = self._running.get(key)
             if running is not None:
                 return running
-            task = Task(lambda: self._steps(shown, model), shown.key[0])
+            task = Task(lambda: self._steps(shown, model, judge, key), shown.key[0])
             self.engine.submit(task)
             self._running[key] = task.future
         task.future.add_done_callback(lambda _: self._running.pop(key, None))
         return task.future
 
-    def _steps(self, shown: ShownSet, model: Model) -> Generator[None, None, Calibration]:
+    def _steps(self, shown: ShownSet, model: Model, judge: JudgeName, key: CalibrationKey) -> Generator[None, None, Calibration]:
         """The steps of a task. Its last one stores the calibration and returns it."""
-        steps = calibrate(self.engine, model.name, shown.read(), model.wording, shown.question)
+        steps = calibrate(self.engine, model.name, shown.read(), model.wording, shown.question, judge)
         while True:
             with self.engine.using(model.name):  # between two steps a job may have switched to another adapter
                 try:
                     next(steps)
                 except StopIteration as finished:
-                    self._store(shown, model, finished.value)
+                    self._store(shown, key, finished.value)
                     return finished.value
             yield
 
-    def _store(self, shown: ShownSet, model: Model, calibration: Calibration) -> None:
+    def _store(self, shown: ShownSet, key: CalibrationKey, calibration: Calibration) -> None:
         """In memory, and on disk for a stored set. If the disk is full, the copy in memory is enough to answer."""
         if len(self._done) >= MAX_CALIBRATIONS:
             self._done.pop(next(iter(self._done)))
-        self._done[shown.key, model.identity] = calibration
+        self._done[key] = calibration
         if shown.stored is not None:
             with suppress(RunError):
-                self.store.write_calibration(shown.stored, model.identity, calibration.to_json())
+                self.store.write_calibration(shown.stored, key[1], calibration.to_json())

@@ -16,6 +16,7 @@ from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
 from lcl_adapter.answering.faults import message_of
+from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.answering.predict import Reply, Request, SupportTurns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, RequestError
@@ -81,8 +82,11 @@ def judge(
     model: str | None = None,
     question: str | None = None,
     version: int | None = None,
+    judge: JudgeName | None = None,
 ) -> api_types.ClassifyOut:
     """Classify pictures by a support set that is stored on this project's server. version: the newest by default.
+
+    judge: what decides; the server's default by default.
 
     The result of a picture that cannot be read here holds its error, as for one that the server cannot read. Raises
     DataError if none can be read; RequestError, MissingError, EndpointError.
@@ -97,7 +101,7 @@ def judge(
     if not sent:
         raise DataError(" ".join(str(error) for error in images))
     try:
-        request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question, version=version)
+        request = api_types.ClassifyIn(support_set=name, images=sent, model=model, question=question, version=version, judge=judge)
     except ValidationError as error:
         raise RequestError("; ".join(f"{detail['loc'][0]}: {message_of(detail)}" for detail in error.errors()[:3])) from error
     response = endpoint.classify(request)
