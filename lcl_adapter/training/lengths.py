@@ -25,7 +25,7 @@ from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.model import load_encoder
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Conversation, Turn, from_dialogues, from_episode, to_conversation, wording_of
-from lcl_adapter.data.episodes import Episode, draw, longest_box, longest_episodes
+from lcl_adapter.data.episodes import Episode, Place, draw, longest_box, longest_episodes
 from lcl_adapter.data.sources import ClassPool, Dialogue, InspectionPool, Picture, QuestionPool
 from lcl_adapter.data.sources.records import sizes_of
 from lcl_adapter.errors import DataError, EpisodeError
@@ -140,15 +140,16 @@ class Ruler:
         longest = support.longest + pictures(conversation.shared[:2] if support.examples else conversation.shared)
         return longest + max(branches), len(support) + pictures(conversation.shared) + sum(branches)
 
-    def examples(self, wording: Wording, labels: Sequence[str]) -> list[int]:
-        """Tokens of a labelled example and a question, without images, for each label.
+    def examples(self, wording: Wording, labels: Sequence[str], place: Place = "between") -> list[int]:
+        """Tokens of a labelled example and of what follows it, without images, for each label.
 
-        The label stands between two images, as in a row. 0 for what no row can have: a text with a special token.
+        The label stands between two images, as in a row, or at its end. 0 for what no row can have: a text with a special token.
         """
+        following = {"between": [wording.support_question(first=False)], "last": [wording.query], "end": []}[place]
         turns = (
-            Turn("user", wording.support_question(first=True), ANY_PICTURE),
+            Turn("user", wording.query if place == "end" else wording.support_question(first=True), ANY_PICTURE),
             Turn("assistant", wording.answered(MARK)),
-            Turn("user", wording.query, ANY_PICTURE),
+            *(Turn("user", text, ANY_PICTURE) for text in following),
         )
         if any(self.encoder.special_token_in(turn.text) for turn in turns):
             return [0] * len(labels)

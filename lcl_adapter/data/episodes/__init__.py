@@ -11,7 +11,7 @@ from lcl_adapter.data.episodes.base import Episode, Example, LearnedAnswers, Pol
 from lcl_adapter.data.episodes.inspection import inspection, inspection_episode
 from lcl_adapter.data.episodes.jigsaw import jigsaw
 from lcl_adapter.data.episodes.locate import locate
-from lcl_adapter.data.episodes.longest import longest_box, longest_episodes
+from lcl_adapter.data.episodes.longest import Place, longest_box, longest_episodes
 from lcl_adapter.data.episodes.n_way import n_way
 from lcl_adapter.data.episodes.product import product
 from lcl_adapter.data.episodes.references import ref_or_weight, two_way_ref
@@ -26,6 +26,7 @@ __all__ = [
     "Episode",
     "Example",
     "LearnedAnswers",
+    "Place",
     "draw",
     "inspection_episode",
     "longest_box",

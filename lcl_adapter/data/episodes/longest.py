@@ -2,15 +2,16 @@
 
 A row's text is cut at its images, and each example has one. So its length is a sum over examples, and the longest row has
 the longest label at each place. Here every place gets the longest label that may stand there, so no drawn episode is
-longer. It is too long by a little only where such labels never come together.
+longer. It is too long by a little only where such labels never come together. A label may have another number of tokens
+before another text, so there are three kinds of places.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice, product
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from lcl_adapter.data.episodes.base import LETTERS, Episode, Example, LearnedAnswers
 from lcl_adapter.data.episodes.inspection import MOST_KINDS
@@ -20,11 +21,25 @@ from lcl_adapter.data.sources.base import names_of, pictures_of
 from lcl_adapter.recipe.sources import EpisodeOptions, InspectionOptions
 from lcl_adapter.recipe.wording import Wording, phrasings
 
-Cost = Callable[[Wording, Sequence[str]], list[int]]  # tokens of an example and a question in this wording, with each label
+Place = Literal["between", "last", "end"]  # of a label: before a labelled picture, before a question, or at the end of a row
 Value = TypeVar("Value")
 MOST_NAMES = 3000  # of a pool; if it has more, the costs of those with the most bytes are computed
 FILLED = 8  # names, the longest ones, that a phrasing is filled with
 IN_LABELS = 20  # random names, the longest ones, that are joined to labels
+
+
+class Cost(Protocol):
+    """Tokens of an example, with each of the labels at this place, and of what is around it in this wording."""
+
+    def __call__(self, wording: Wording, labels: Sequence[str], place: Place = "between") -> list[int]: ...
+
+
+def random_names() -> list[str]:
+    """Random names of which some have the most tokens.
+
+    They are two letters in turn: where a tokenizer joins neither order of the two, every letter is a token.
+    """
+    return [5 * (a + b) for a, b in product(LETTERS.tolist(), repeat=2)]
 
 
 def longest_episodes(
@@ -83,19 +98,21 @@ class _Longest:
         labels = tuple(dict.fromkeys([*support, *queries]))
         return Episode(tuple(examples[: len(support)]), tuple(examples[len(support) :]), labels, LearnedAnswers.QUERY, origin, words)
 
-    def top(self, labels: Iterable[str], words: Wording, count: int = 1) -> list[str]:
-        """The ``count`` labels with the most tokens, the longest first."""
+    def top(self, labels: Iterable[str], words: Wording, count: int = 1, place: Place = "between") -> list[str]:
+        """The ``count`` labels with the most tokens at this place, the longest first."""
         distinct = list(dict.fromkeys(labels))
         if len(distinct) > MOST_NAMES:
             distinct = heapq.nlargest(MOST_NAMES, distinct, key=lambda label: len(label.encode()))
-        return _most(distinct, self.cost(words, distinct), count)
+        return _most(distinct, self.cost(words, distinct, place), count)
 
-    def random(self, words: Wording, count: int = 1) -> list[str]:
-        """Random names with the most tokens.
+    def shown(self, labels: Sequence[str], words: Wording, count: int, shots: int) -> list[str]:
+        """``shots`` examples of each of ``count`` labels: the longest ones before others, and the longest one before a question."""
+        support = shots * self.top(labels, words, count)
+        return [*support[:-1], *self.top(labels, words, place="last")] if support else []
 
-        They are two letters in turn: where a tokenizer joins neither order of the two, every letter is a token.
-        """
-        return self.top((5 * (a + b) for a, b in product(LETTERS.tolist(), repeat=2)), words, count)
+    def asked(self, labels: Sequence[str], words: Wording) -> str:
+        """The longest label at the end of a row."""
+        return self.top(labels, words, place="end")[0]
 
     def box(self, words: Wording) -> str:
         """:func:`longest_box`, once for each form of answer."""
@@ -111,33 +128,39 @@ class _Longest:
 
     def alone(self, words: Wording) -> int:
         """The cost of a phrasing without a label."""
-        return self.cost(words, [""])[0]
+        return self.cost(words, [""], "last")[0]
 
     def classes(self, options: EpisodeOptions) -> Iterator[Episode]:
         ways, shots = max(options.ways), max(options.shots)
         if options.names != "real":
-            yield self._of_names(self.random(self.wording, ways), shots, options.queries, "random names")
+            yield self._of_names(random_names(), ways, shots, options.queries, "random names")
         if options.names != "random":
-            names = self.top(names_of(self.pool), self.wording, ways)
-            yield self._of_names(names, shots, options.queries, f"the classes {_listed(names)}")
+            names = list(names_of(self.pool))
+            longest = _listed(self.top(names, self.wording, ways))
+            yield self._of_names(names, ways, shots, options.queries, f"the classes {longest}")
 
-    def _of_names(self, names: Sequence[str], shots: int, queries: int, description: str) -> Episode:
-        return self.episode(shots * list(names), [names[0]] * queries, None, f"{len(names)} ways of {shots} shots, {description}")
+    def _of_names(self, names: Sequence[str], ways: int, shots: int, queries: int, description: str) -> Episode:
+        support, asked = self.shown(names, self.wording, ways, shots), self.asked(names, self.wording)
+        return self.episode(support, [asked] * queries, None, f"{ways} ways of {shots} shots, {description}")
 
     def pair(self, options: EpisodeOptions) -> Iterator[Episode]:
         shots = max(options.shots)
-        name, neighbour = self.random(self.wording)[0], self.top(names_of(self.pool), self.wording)[0]
-        query = self.top([name, neighbour], self.wording)[0]
-        description = f"2 ways of {shots} shots, the class {neighbour!r} and a random name"
-        yield self.episode(shots * [name, neighbour], [query] * options.queries, None, description)
+        names, own = random_names(), list(names_of(self.pool))
+        # Either may be the one before the question
+        support = shots * [*self.top(names, self.wording), *self.top(own, self.wording)]
+        last, query = self.top([*names, *own], self.wording, place="last")[0], self.asked([*names, *own], self.wording)
+        for before in (support[:-1], support[1:]):
+            description = f"2 ways of {shots} shots, the class {support[1]!r} and a random name"
+            yield self.episode([*before, last], [query] * options.queries, None, description)
 
     def references(self, options: EpisodeOptions) -> Iterator[Episode]:
         shots = max(options.shots)
         for words in phrasings("references", options.templates, options.languages):
-            names = self.random(words, IN_LABELS)
-            label = self.top((f"{a}_{b}" for a, b in product(names, repeat=2)), words)[0]
-            answer = ", ".join([label] * shots)
-            yield self.episode([label] * 2 * shots, [answer] * options.queries, words, f"2 ways of {shots} shots, a name for each image")
+            names = self.top(random_names(), words, IN_LABELS)
+            labels = [f"{a}_{b}" for a, b in product(names, repeat=2)]
+            support = self.shown(labels, words, 1, 2 * shots)
+            answer = ", ".join([support[0]] * (shots - 1) + [self.asked(labels, words)])
+            yield self.episode(support, [answer] * options.queries, words, f"2 ways of {shots} shots, a name for each image")
 
     def pieces(self, options: EpisodeOptions) -> Iterator[Episode]:
         for words in phrasings("jigsaw", options.templates, options.languages):
@@ -147,7 +170,7 @@ class _Longest:
                     places = [[place % columns, place // columns] for place in range(count)]
                     # Which piece is the first and which the last can change how brackets and numbers join
                     answers = (str([a, *(p for p in places if p not in (a, b)), b]) for a, b in product(places, repeat=2) if a != b)
-                    answer = self.top(answers, grid)[0]
+                    answer = self.asked(list(answers), grid)
                     support = [f"piece {number}" for number in range(1, count + 1)]
                     yield self.episode(support, [answer] * options.queries, grid, f"a jigsaw of {columns} x {rows} pieces")
 
@@ -155,7 +178,7 @@ class _Longest:
         shots = max(options.shots)
         if options.plain:
             for words in phrasings("product.plain", options.templates, options.languages):
-                name = self.top(names_of(self.pool), words)[0]
+                name = self.asked(list(names_of(self.pool)), words)
                 yield self.episode([], [name] * options.queries, words, f"the product {name!r}")
         if options.plain == 1:
             return
@@ -163,13 +186,15 @@ class _Longest:
             for real in (False, True):
                 if options.names == ("random" if real else "real"):
                     continue
-                names = self.top(names_of(self.pool), words, 2) if real else self.random(words, 2)
+                all_names = list(names_of(self.pool)) if real else random_names()
+                names = self.top(all_names, words, 2)
                 # The longest at each place of the phrasing; the two together may be one product, which is never drawn
                 first = max(names, key=lambda name: self.alone(words.filled(a=name, b="")))
                 second = max(names, key=lambda name: self.alone(words.filled(a="", b=name)))
-                query = self.top([*names, words.neither], words)[0]
+                query = self.asked([*all_names, words.neither], words)
                 description = f"2 products of {shots} shots, {f'named {_listed(names)}' if real else 'random names'}"
-                yield self.episode(shots * names, [query] * options.queries, words.filled(a=first, b=second), description)
+                support = self.shown(all_names, words, 2, shots)
+                yield self.episode(support, [query] * options.queries, words.filled(a=first, b=second), description)
 
     def located(self, options: EpisodeOptions | InspectionOptions) -> Iterator[Episode]:
         for words in phrasings("locate", options.templates, options.languages):
@@ -188,7 +213,7 @@ class _Longest:
                 for name, words in self.filled(phrasing, names_of(pool)):
                     part = next(category for category in pool.categories if category.name == name)
                     description = f"form {form} with {shots} references of the part {name!r}"
-                    judged = self.top([words.good, words.bad], words)[0]
+                    judged = self.asked([words.good, words.bad], words)
                     match form:
                         case "plain":
                             yield self.episode([], [judged] * options.queries, words, description)
@@ -206,11 +231,13 @@ class _Longest:
 
     def _labelled(self, labels: list[str], shots: int, options: InspectionOptions, words: Wording, description: str) -> Iterator[Episode]:
         """Labelled parts, under their labels and, where the options allow it, under random names."""
-        for names in [labels, *([self.random(words, len(labels))] if options.random_names else [])]:
+        for allowed in [labels, *([random_names()] if options.random_names else [])]:
+            names = self.top(allowed, words, len(labels))
             # A label may have another number of tokens as the first or the last of the list
             orders = [order[start:] + order[:start] for order in (names, names[::-1]) for start in range(len(names))]
             listed = max((words.filled(labels=", ".join(order)) for order in orders), key=self.alone) if "{labels}" in words.query else words
-            yield self.episode(shots * names, [self.top(names, words)[0]] * options.queries, listed, description)
+            support = self.shown(allowed, words, len(labels), shots)
+            yield self.episode(support, [self.asked(allowed, words)] * options.queries, listed, description)
 
 
 def _most(values: Sequence[Value], costs: Sequence[int], count: int = 1) -> list[Value]:
