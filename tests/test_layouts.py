@@ -136,6 +136,34 @@ def test_both_layouts_answer_alike(originals: dict[str, Path], converted: dict[s
     assert float(one.logits.std()) > 0.1, "the logits differ from each other at all"
 
 
+def with_scaled_positions(folder: Path, **fields: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_theta": 10000.0, **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_scaled_positions_go_there_and_back(copied: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """Without their scale, a model would be converted into another one that answers otherwise."""
+    folder = with_scaled_positions(copied("hf"), rope_type=kind, factor=2.0)
+    result = convert(str(folder), tmp_path / "llava-scaled")
+    assert result["greedy_equal"] == result["probes"]
+    assert json.loads((tmp_path / "llava-scaled" / "config.json").read_text())["rope_scaling"] == {"type": kind, "factor": 2.0}
+    convert(str(tmp_path / "llava-scaled"), tmp_path / "back")
+    for converted_folder in (tmp_path / "llava-scaled", tmp_path / "back"):
+        rope = opened(converted_folder).config.text_config.rope_parameters
+        assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == (kind, 2.0, 10000.0)
+
+
+def test_positions_that_upstream_cannot_scale_are_refused(copied: Callable[..., Path], tmp_path: Path) -> None:
+    scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    folder = with_scaled_positions(copied("hf"), rope_type="llama3", **scaled)
+    with pytest.raises(ModelError, match=r"scaled \(llama3\), which upstream LLaVA cannot do"):
+        convert(str(folder), tmp_path / "llava-scaled")
+    assert not (tmp_path / "llava-scaled").exists()
+
+
 def test_transformers_reads_a_converted_base(originals: dict[str, Path], converted: dict[str, Path]) -> None:
     """Every weight by its name, none missing and none left over."""
     for version, folder in converted.items():

@@ -5,6 +5,7 @@ The meaning of upstream's fields: llava/model/llava_arch.py and multimodal_proje
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
@@ -40,6 +41,7 @@ MOST = {  # of a config, whole numbers from 1: what is far beyond any model woul
     "num_local_experts": 2**14, "patch_size": 2**12, "image_size": 2**14, "image_seq_length": 2**20, "num_channels": 2**10,
 }  # fmt: skip
 PARTS = ("vision_config", "text_config")
+UPSTREAM_SCALES = {"llama": ("linear", "dynamic"), "mistral": ()}  # transformers 4.37, modeling_llama.py and modeling_mistral.py
 
 
 def check_values(raw: dict[str, Any], name: str = "config.json") -> None:
@@ -108,12 +110,24 @@ def from_original(raw: dict[str, Any], vision: CLIPVisionConfig, rows: int, imag
     return LlavaNextConfig(**common, image_grid_pinpoints=[[high, wide] for wide, high in pinpoints], image_seq_length=side * side)
 
 
+def _scaled_positions(rope: Mapping[str, Any], language: str) -> dict[str, Any]:
+    """Upstream's field of scaled positions, in the form of its transformers; empty where they are not scaled. Raises ModelError."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return {}
+    if kind not in UPSTREAM_SCALES[language]:
+        raise ModelError(
+            f"the positions of this {language} model are scaled ({kind}), which upstream LLaVA cannot do; its original layout cannot be written."
+        )
+    return {"rope_scaling": {"type": kind, "factor": float(rope["factor"])}}
+
+
 def to_original(config: Any, tower: str, rows: int, family: str) -> dict[str, Any]:
     """Hugging Face's config as upstream's fields.
 
     tower: the value of ``mm_vision_tower``. rows: of the embedding that is written.
 
-    Raises ModelError for a language model that upstream has no class for.
+    Raises ModelError for a language model that upstream has no class for, or positions that it cannot scale.
     """
     text = config.text_config
     kinds = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
@@ -121,13 +135,14 @@ def to_original(config: Any, tower: str, rows: int, family: str) -> dict[str, An
         raise ModelError(f"upstream LLaVA has no class for {config.model_type} on {text.model_type}; its original layout cannot be written.")
     kind, architecture = kinds[text.model_type]
     language = {k: v for k, v in text.to_dict().items() if not isinstance(v, dict) and k not in {"model_type", "architectures", "dtype", "id2label"}}
-    theta = (getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    rope = getattr(text, "rope_parameters", None) or {}
     raw: dict[str, Any] = {
         **language,
         "architectures": [architecture],
         "model_type": kind,
         "vocab_size": rows,
-        "rope_theta": theta,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        **_scaled_positions(rope, text.model_type),
         "torch_dtype": str(config.dtype or "float16").removeprefix("torch."),
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_projector_type": next(name for name, activation in PROJECTORS.items() if activation == config.projector_hidden_act),
