@@ -237,11 +237,22 @@ def test_two_adapters_add_up_by_their_weights(
     """W + w1 d1 + w2 d2, for two kinds with different scalings. The answers are compared too."""
     plain, rslora = runs("lora", seed=1), runs("rslora", seed=2)
     result = merge(plain, tmp_path / "llava-out", dtype="fp32", more=[(rslora, second)], weight=first)
+    assert "notes" not in result
     assert result["largest_logit_difference"] < 1e-4 < result["adapter_effect"]
     base, actual = weights_in(bases["v1.5", "original"]), weights_in(tmp_path / "llava-out")
     for module in Adapter(plain).layers:
         expected = base[f"{module}.weight"].float() + first * delta(plain, module) + second * delta(rslora, module)
         assert torch.allclose(actual[f"{module}.weight"], expected, atol=1e-6)
+
+
+def test_a_merge_names_adapters_that_read_support_sets_otherwise(runs: Callable[..., Path], tmp_path: Path) -> None:
+    other = shutil.copytree(runs("lora", seed=2), tmp_path / "other")
+    manifest = json.loads((other / "lcl_adapter.json").read_text())
+    (other / "lcl_adapter.json").write_text(json.dumps({**manifest, "supports": "compressed", "support_tokens": [4]}))
+    notes = merge(runs("lora", seed=1), tmp_path / "llava-out", dtype="fp32", more=[(other, 1.0)], verify="layers")["notes"]
+    assert notes[-2] == f"{other} was trained with compressed support sets, the first adapter with ordered ones"
+    assert notes[-1] == f"{other} was trained with 4 tokens for a picture shown with a label, the first adapter with all tokens"
+    assert all(note.startswith(str(other)) for note in notes)
 
 
 def test_a_weight_below_one_adds_that_part_of_the_adapter(bases: dict[tuple[str, str], Path], runs: Callable[..., Path], tmp_path: Path) -> None:

@@ -272,6 +272,19 @@ def test_objects_of_a_detection_export_are_cut_out_or_their_pictures_left_out(im
     assert Picture.parse(str(nut)) == nut
 
 
+def test_categories_of_one_name_are_one_class_with_a_note(images: Path) -> None:
+    """As an export of two merged projects has them. One id for two names says nothing."""
+    columns = {"image": ["image"], "class": ["class"]}
+    annotations = [{"image_id": i, "category_id": 1 + i % 3} for i in range(4)]
+    names = [{"id": 1, "name": "screw"}, {"id": 2, "name": "nut"}, {"id": 3, "name": "screw"}]
+    pool = read_manifest(coco(images.parent / "coco.json", annotations=annotations, categories=names), images, columns)
+    assert {one.name: len(one.pictures) for one in pool.classes} == {"nut": 1, "screw": 3}
+    assert [note.partition(": ")[2] for note in pool.notes] == ["the categories 1, 3 all have the name 'screw'; they are read as one class"]
+    names[2]["id"] = 1
+    with pytest.raises(DataError, match="two categories have the id 1"):
+        read_manifest(coco(images.parent / "coco.json", annotations=annotations, categories=names), images, columns)
+
+
 def test_one_odd_annotation_does_not_refuse_the_file(images: Path) -> None:
     annotations = [{"image_id": i, "category_id": 1 + i % 2} for i in range(4)] + [{"image_id": 77, "category_id": 1}, 3]
     file = coco(images.parent / "coco.json", annotations=annotations)

@@ -55,5 +55,16 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def trained_otherwise(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> list[str]:
+    """Notes where two adapters of one merge were trained to read support sets differently. name: the second one's."""
+    notes = []
+    if trained_supports(first) != trained_supports(second):
+        notes.append(f"{name} was trained with {trained_supports(second)} support sets, the first adapter with {trained_supports(first)} ones")
+    if trained_tokens(first) != trained_tokens(second):
+        differ = f"{_tokens(*trained_tokens(second))} for a picture shown with a label, the first adapter with {_tokens(*trained_tokens(first))}"
+        notes.append(f"{name} was trained with {differ}")
+    return notes
+
+
 def _tokens(*counts: int) -> str:
     return f"{' or '.join(map(str, counts))} tokens" if counts else "all tokens"

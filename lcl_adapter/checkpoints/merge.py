@@ -36,7 +36,7 @@ from lcl_adapter.base.layouts.writing import Change
 from lcl_adapter.base.model import Base, family_of, load_base
 from lcl_adapter.base.precision import TYPES, nf4_round_trip, quantised_weights
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.base.supports import spent_elsewhere
+from lcl_adapter.base.supports import spent_elsewhere, trained_otherwise
 from lcl_adapter.checkpoints.deltas import Adapter, blended_weight, check_combinable, check_fits, merged_rows
 from lcl_adapter.checkpoints.effect import WeightCheck, check_weights
 from lcl_adapter.checkpoints.probe import (
@@ -163,6 +163,9 @@ def merge(
         reason = _reason_to_skip_probes(job, verify, written)
         probe_report = {"probes": reason} if reason or written is None else _check_answers(job, run, written, out, writer)
     notes = spent_elsewhere(manifest)
+    for folder, _ in more:
+        other = read_manifest(folder)
+        notes += [*(f"{folder}: {note}" for note in spent_elsewhere(other)), *trained_otherwise(manifest, other, str(folder))]
     return {
         "out": str(out),
         "layout": to,

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -64,7 +65,7 @@ class Table:
             elif begins == "[":
                 yield from _listed(file, text)
             elif begins == "{" and '"annotations"' in text and '"categories"' in text:
-                yield from _coco(file, text)
+                yield from _coco(file, text, self.notes)
             elif begins == "{" and (pairs := self._label_by_name(text)):
                 yield from pairs
             else:
@@ -289,10 +290,16 @@ def _label_studio(origin: str, task: Mapping[str, Any]) -> Iterator[Row]:
         yield origin, dict(task["data"])
 
 
-def _coco(file: Path, text: str) -> Iterator[Row]:
-    """COCO JSON: a row for each annotation. Its columns are image, class, group, box, width, height."""
+def _coco(file: Path, text: str, notes: list[str]) -> Iterator[Row]:
+    """COCO JSON: a row for each annotation. Its columns are image, class, group, box, width, height.
+
+    Categories of one name are one class, with a note. Raises DataError where two categories have one id.
+    """
     raw = _whole(file, text)
     try:
+        ids = [c["id"] for c in raw["categories"] if isinstance(c, dict)]
+        if twice := [number for number, count in Counter(ids).items() if count > 1]:
+            raise DataError(f"{file}: two categories have the id {brief(twice[0])}; an annotation of it could be of either. Give each its own.")
         names = {c["id"]: (str(c["name"]), str(c.get("supercategory") or "")) for c in raw["categories"] if isinstance(c, dict)}
         images = {i["id"]: i for i in raw["images"] if isinstance(i, dict)}
         paths = {key: str(image["file_name"]) for key, image in images.items()}
@@ -300,6 +307,10 @@ def _coco(file: Path, text: str) -> Iterator[Row]:
         iter(annotations)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not COCO JSON with images, annotations and categories ({type(error).__name__} {brief(error)}).") from error
+    for label, count in Counter(label for label, _ in names.values()).items():
+        if count > 1:
+            alike = ", ".join(str(number) for number, (name, _) in names.items() if name == label)
+            notes.append(f"{file}: the categories {alike} all have the name {label!r}; they are read as one class")
     for number, annotation in enumerate(annotations, 1):
         origin = f"{file}: annotation {number}"
         if not isinstance(annotation, dict) or _is_deep(annotation):
