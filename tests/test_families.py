@@ -333,6 +333,22 @@ def test_the_chat_template_is_the_prompt(family: str, wording: str, tiny_folder:
     assert templated(messages[:-1], True) == base.family.render(turns[:-1], opened=True).text
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "pocket"])
+@pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be brief."}]], ids=["text", "parts"])
+def test_a_system_message_goes_before_the_next_users_text(family: str, content: Any, tiny_folder: Callable[[str], Path]) -> None:
+    """As on our own server, and never as an answer of the assistant's."""
+    base, picture = load_base(str(tiny_folder(family))), Picture(Path("a.png"))
+    first, answer = Turn("user", "What is it?", picture), Turn("assistant", "good")
+    messages = [
+        {"role": "system", "content": content},
+        *(chat_template.message(turn) for turn in (first, answer, Turn("user", "And this?", picture))),
+    ]
+    template = FAMILIES[family].chat_template()
+    rendered = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True))
+    turns = [replace(first, text="Be brief.\nWhat is it?"), answer, Turn("user", "And this?", picture)]
+    assert rendered == base.family.render(turns, opened=True).text
+
+
 def test_several_images_in_a_turn_are_placed_by_its_text() -> None:
     pictures = (Picture(Path("a.png")), Picture(Path("b.png")))
     turn = Turn("user", "Compare <image> with <image>.", pictures[0], further=pictures[1:])

@@ -15,13 +15,19 @@ END = "<|im_end|>"
 
 
 def chat_template(image_token: str = IMAGE) -> str:
-    """The prompt as a Jinja template."""
-    text = "{% for c in m['content'] %}{% if c['type'] == 'text' %}{% set ns.text = ns.text + c['text'] %}{% else %}"
+    """The prompt as a Jinja template. A system message goes before the next user's text."""
+    read = (  # the text and the number of images of a message
+        "{% set ns.text = '' %}{% set ns.images = 0 %}{% if m['content'] is string %}{% set ns.text = m['content'] %}{% else %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{% set ns.text = ns.text + c['text'] %}"
+        "{% else %}{% set ns.images = ns.images + 1 %}{% endif %}{% endfor %}{% endif %}"
+    )
     image = repr(image_token)
     return (
-        f"{{{{ {SYSTEM!r} }}}}{{% set ns = namespace(text='', images=0, short=false) %}}"
-        "{% for m in messages %}{% set ns.text = '' %}{% set ns.images = 0 %}" + text + "{% set ns.images = ns.images + 1 %}{% endif %}{% endfor %}"
-        "{% if m['role'] == 'user' %}{% set ns.short = ns.images == 1 and not ns.text %}"
+        f"{{{{ {SYSTEM!r} }}}}{{% set ns = namespace(text='', images=0, short=false, first='') %}}"
+        "{% for m in messages %}" + read + "{% if m['role'] in ['system', 'developer'] %}"
+        "{% set ns.first = ns.first + ns.text + '\\n' %}"
+        "{% elif m['role'] == 'user' %}{% set ns.text = ns.first + ns.text %}{% set ns.first = '' %}"
+        "{% set ns.short = ns.images == 1 and not ns.text %}"
         f"{{{{ '\\n' if ns.short else '\\n<|im_start|>user\\n' }}}}{{{{ {image} * ns.images }}}}{{{{ ns.text if ns.short else ns.text + {END!r} }}}}"
         f"{{% else %}}{{{{ (': ' if ns.short else {ASSISTANT!r}) + ns.text + {END!r} }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ ':' if ns.short else {ASSISTANT!r} }}}}{{% endif %}}"

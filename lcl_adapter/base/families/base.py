@@ -15,6 +15,10 @@ from lcl_adapter.recipe.schema import WordingName
 
 IMAGE = "<image>"
 TOWERS = ("clip", "siglip")  # beginnings of the model types of LLaVA's usual towers
+INSTRUCTIONS = (  # in a Jinja template: adds a system message's texts to those that go before the next user's
+    "{% if m['content'] is string %}{% set ns.first = ns.first + m['content'] + '\\n' %}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'text' %}{% set ns.first = ns.first + c['text'] + '\\n' %}{% endif %}{% endfor %}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ class Family:
         return self.chat_frame
 
     def chat_template(self, image_token: str = IMAGE) -> str:
-        """The same prompt as a Jinja template, for transformers and vLLM. Tokenizers add the begin token."""
+        """The same prompt as a Jinja template, for transformers and vLLM. Tokenizers add the begin token.
+
+        A system message, which the prompt has no place for, goes before the next user's text, as on our own server.
+        """
 
         def printed(text: str) -> str:
             return "{{ " + repr(text) + " }}" if text else ""
@@ -103,7 +110,9 @@ class Family:
         image = printed(self.image.replace(IMAGE, image_token))
         images = "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "{% endif %}{% endfor %}"
         return (
-            f"{printed(self.system)}{{% for m in messages %}}{{% if m['role'] == 'user' %}}{printed(before)}{images}{texts}{printed(after)}"
+            f"{{% set ns = namespace(first='') %}}{printed(self.system)}{{% for m in messages %}}"
+            f"{{% if m['role'] in ['system', 'developer'] %}}{INSTRUCTIONS}"
+            f"{{% elif m['role'] == 'user' %}}{printed(before)}{images}{{{{ ns.first }}}}{{% set ns.first = '' %}}{texts}{printed(after)}"
             f"{{% else %}}{printed(self.assistant + opening)}{texts}{printed(closing + self.end)}{{% endif %}}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{printed(self.assistant)}{{% endif %}}"
         )
