@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lcl_adapter.answering.chunks import parts_that_fit, tokens_asked
 from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
@@ -93,15 +94,23 @@ def ask_model(
     tower = TowerEvidence(vision, statistics_2C)
     predictor = Predictor(loaded, vision)
     turns, answers = support_turns(labelled.shown, wording), labelled.answers(wording)
-    prefilled = predictor.prefill([turns])
+    asked_tokens = tokens_asked(predictor.encoder, Turn("user", question or wording.query, labelled.shown[0][0]), answers)
+    parts = parts_that_fit(turns, predictor.encoder, asked_tokens + predictor.max_new_tokens)
+    if len(parts) > 1:
+        in_parts = (
+            f"{len(labelled.shown)} labelled photos do not fit the context at once: they are read in {len(parts)} parts, whose scores are averaged"
+        )
+        show_notes([in_parts])
+        notes.append(in_parts)
+    prefilled = predictor.prefill(parts)
     if compare:
         with loaded.without_adapter():
-            prefilled_by_base = predictor.prefill([turns])
+            prefilled_by_base = predictor.prefill(parts)
     vectors_SC = tower.vectors([picture for picture, _ in labelled.shown])
 
     def answer(block: Sequence[Picture]) -> list[Row]:
         asked = [Question(0, Turn("user", question or wording.query, picture), answers) for picture in block]
-        replies = predictor.ask(prefilled, asked, generate=judge != "tower")
+        replies = predictor.ask_parts(prefilled, asked, generate=judge != "tower")
         if judge == "model":
             rows = [labelled.row(reply) for reply in replies]
         else:
@@ -112,7 +121,7 @@ def ask_model(
             row["most_alike"] = labelled.most_alike(cosines)
         if compare:
             with loaded.without_adapter():
-                by_base = predictor.ask(prefilled_by_base, asked, generate=False)
+                by_base = predictor.ask_parts(prefilled_by_base, asked, generate=False)
             for row, reply in zip(rows, by_base, strict=True):
                 scores = labelled.scores(reply)
                 row["base"] = {"label": labelled.label(reply), "probability": max(scores.values()), "scores": scores}

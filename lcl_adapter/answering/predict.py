@@ -87,6 +87,12 @@ class Reply:
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
 
 
+def combined(replies: Sequence[Reply]) -> Reply:
+    """The reply to one question by several parts of a support set: the mean of each answer's log-likelihoods."""
+    means = tuple(sum(scores) / len(replies) for scores in zip(*(reply.log_likelihoods for reply in replies), strict=True))
+    return Reply("", means, replies[0].tokens)
+
+
 @dataclass
 class Predictor:
     """Answers questions with one base: with its adapter, or without it inside ``base.without_adapter()``.
@@ -155,6 +161,16 @@ class Predictor:
         for queue, own in zip(queues, self._ask_encoded(prefilled, encoded, generate, self.limits.pack), strict=True):
             replies.update(zip(queue, own, strict=True))
         return [replies[i] for i in range(len(questions))]
+
+    def ask_parts(self, prefilled: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
+        """:meth:`ask`, where the sets in ``prefilled`` are the parts of one (:mod:`lcl_adapter.answering.chunks`). Of several parts
+        no text is generated.
+        """
+        count = len(prefilled.longest)
+        if count == 1:
+            return self.ask(prefilled, questions, generate)
+        replies = self.ask(prefilled, [replace(question, support=part) for question in questions for part in range(count)], generate=False)
+        return [combined(replies[start : start + count]) for start in range(0, len(replies), count)]
 
     @torch.inference_mode()
     def generate(self, prefilled: Prefilled, turns: Sequence[Turn], choose: Callable[[int, torch.Tensor], int | None], new_tokens: int) -> None:

@@ -26,6 +26,7 @@ from peft import PeftModel
 from lcl_adapter import devices
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
+from lcl_adapter.answering.chunks import parts_that_fit, tokens_asked
 from lcl_adapter.answering.judgement import JudgeName, read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
@@ -190,22 +191,16 @@ class Engine:
             first = self._waiting.pop()
             if isinstance(first, Task) or first.key is None:
                 return [first]
-            batch, tokens = [first], self._token_bound(first)
+            image = self._predictor.encoder.tokens_an_image
+            batch, tokens = [first], first.token_bound(image)
             for job in self._waiting:
                 if len(batch) == self._pack:
                     break
-                if isinstance(job, Job) and same_batch(job, first) and tokens + self._token_bound(job) <= MAX_BATCH_TOKENS:
+                if isinstance(job, Job) and same_batch(job, first) and tokens + job.token_bound(image) <= MAX_BATCH_TOKENS:
                     batch.append(job)
-                    tokens += self._token_bound(job)
+                    tokens += job.token_bound(image)
             self._waiting.remove(batch)
             return list(batch)
-
-    def _token_bound(self, job: Job) -> int:
-        """About how many tokens a question has with its answers.
-
-        Text counts a token per character, which is mostly too many.
-        """
-        return len(job.turn.pictures) * self._predictor.encoder.tokens_an_image + 64 + len(job.turn.text) + sum(map(len, job.answers))
 
     @property
     def reserved_tokens(self) -> int:
@@ -257,7 +252,7 @@ class Engine:
 
     def _scored(self, cached: CachedSet, jobs: Sequence[Job]) -> list[Scored]:
         """The scores of the answers of jobs that are all judged, or none is."""
-        replies = self._predictor.ask(cached.prefilled, [Question(0, job.turn, job.answers, job.ended) for job in jobs], generate=False)
+        replies = self._predictor.ask_parts(cached.prefilled, [Question(0, job.turn, job.answers, job.ended) for job in jobs], generate=False)
         if not jobs[0].judged:
             return [Scored(reply) for reply in replies]
         questions = [(job.turn, job.answers) for job in jobs]
@@ -286,23 +281,26 @@ class Engine:
         self.base.model.set_adapter(model.adapter, inference_mode=True)
         return nullcontext()
 
-    def prefill(self, name: str, turns: Sequence[Turn]) -> Prefilled:
-        """Read a set by the model of this name. Cached sets are evicted first if there is not enough memory for both; what they have
-        of an independent set is not read again.
+    def prefill(self, name: str, turns: Sequence[Turn], question: Turn, answers: Sequence[str]) -> Prefilled:
+        """Read a set by the model of this name, in parts if it does not fit the context beside a question whose answers are scored.
+
+        Cached sets are evicted first if there is not enough memory for both; what they have of an independent set is not read again.
         """
         predictor = self._predictors.of(self.find(name))
+        encoder = predictor.encoder
         if turns:
-            self.cache.make_room(predictor.encoder.support(turns).visible)
-        return predictor.prefill([turns], known=self.cache.of_model(name))
+            self.cache.make_room(encoder.support(turns).visible)
+        scored = parts_that_fit(turns, encoder, tokens_asked(encoder, question, answers) + predictor.max_new_tokens) if answers else [turns]
+        return predictor.prefill(scored, known=self.cache.of_model(name))
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Score the worded labels of each question by one prefilled set."""
-        return self._predictor.ask(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
+        return self._predictor.ask_parts(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
     def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: JudgeName = "both") -> list[Reply]:
         """Judge by labelled photos that are not cached. The model of this name must be in use."""
         model, vision = self.find(name), self._predictor.vision
-        shown, replies = judging.shown_labels(model, turns, vision), self.ask(self.prefill(name, turns), questions)
+        shown, replies = judging.shown_labels(model, turns, vision), self.ask(self.prefill(name, turns, *questions[0]), questions)
         return judging.judged(model, shown, questions, replies, vision, judge)
 
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
@@ -315,7 +313,7 @@ class Engine:
         if key is not None and (cached := self.cache.get(key)) is not None:
             return cached
         turns = job.support()
-        prefilled = self.prefill(job.model, turns)
+        prefilled = self.prefill(job.model, turns, job.turn, job.answers)
         needs_vectors = bool(job.answers and job.judged) or key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
@@ -333,6 +331,8 @@ class Engine:
 
         Sets each future to OpenAI's finish reason, "stop" or "length".
         """
+        if len(prefilled.longest) > 1:
+            raise EpisodeError("this set is larger than the context. It is read in parts: its labels can be scored, but no text can be written.")
         samplers = [TokenSampler(job.sampling) for job in jobs]
         eos = self._predictor.encoder.eos
 

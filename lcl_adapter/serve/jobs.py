@@ -72,6 +72,13 @@ class Job:
             return GoneError("cancelled")
         return TimeoutExceededError("the request exceeded the server's time limit.") if time.monotonic() > self.deadline else None
 
+    def token_bound(self, image: int) -> int:
+        """About how many tokens the question has with its answers, if a picture has ``image``.
+
+        Text counts a token per character, which is mostly too many.
+        """
+        return len(self.turn.pictures) * image + 64 + len(self.turn.text) + sum(map(len, self.answers))
+
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.chunks import parts_that_fit, tokens_asked
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import read_side
@@ -146,14 +147,14 @@ class Service:
         return copies
 
     def check_length(self, examples: Sequence[tuple[Picture, str]], question: str | None) -> None:
-        """Every loaded model must have room for the set, a question and its longest answer. Raises RequestError."""
+        """Every loaded model must have room for the set or its parts, a question and its longest answer. Raises RequestError."""
         for model in list(self.engine.models.values()):
             encoder = self.encoder_of(model)
             answer = max((model.wording.answered(label) for _, label in examples), key=len)
-            dialogue = [Turn("user", question or model.wording.query, examples[0][0]), Turn("assistant", answer)]
-            asked = len(encoder.turns(dialogue, first=False)[0]) + self.engine.reserved_tokens
-            length = encoder.support(support_turns(examples, model.wording)).longest + asked
-            if length > encoder.context:
+            asked = tokens_asked(encoder, Turn("user", question or model.wording.query, examples[0][0]), [answer]) + self.engine.reserved_tokens
+            turns = support_turns(examples, model.wording)
+            length = encoder.support(turns).longest + asked
+            if length > encoder.context and len(parts_that_fit(turns, encoder, asked)) == 1:
                 each = encoder.support_tokens or encoder.tokens_an_image
                 raise RequestError(
                     f"{len(examples)} photos and a question are {length} tokens ({each} per photo); they do not fit the "
