@@ -178,7 +178,7 @@ class Decoders:
         self.counters.decoders_started += 1
         return _Worker(low)
 
-    def _take(self, low: bool) -> _Worker:
+    def _idle_or_new(self, low: bool) -> _Worker:
         """An idle process of this priority, or a new one."""
         worker = next((worker for worker in reversed(self._idle) if worker.low == low), None)
         if worker is None:
@@ -230,7 +230,7 @@ class Decoders:
 
     def _decode(self, data: bytes, limits: Mapping[str, Any], side: int | None, low: bool) -> Decoded:
         with self._lock:
-            worker = self._take(low)
+            worker = self._idle_or_new(low)
         try:
             reply = worker.ask(limits, data, side)
         except _EndedError:
