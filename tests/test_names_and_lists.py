@@ -339,6 +339,8 @@ def test_boxes_on_stored_pixels_of_a_turned_photo_are_turned(tmp_path: Path, ori
         Picture(Path("photo (view 2).jpg"), tile=(2, 3, 5)),
         Picture(Path("large.png"), crop=(0.1, 12345.6, 3e-5, 1e6), listed_size=(20000, 2000000)),
         Picture(Path("plain.jpg"), crop=(1, 2, 3, 4)),
+        Picture(Path("deep.png"), white=4095.0, turned=1),
+        Picture(Path("deep.tif"), tile=(2, 2, 0), white=0.25),
     ],
     ids=str,
 )

@@ -34,7 +34,8 @@ class Fault(NamedTuple):
 
 PixelBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the upright picture
 PICTURE_NAME = re.compile(
-    r"(?:(.*?\.zip)!)?(.*?)(?: \(cut out at ([\de.+, -]+)(?: of (\d+) x (\d+))?\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?",
+    r"(?:(.*?\.zip)!)?(.*?)(?: \(cut out at ([\de.+, -]+)(?: of (\d+) x (\d+))?\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?"
+    r"(?: \(white ([\de.+-]+)\))?",
     re.DOTALL | re.IGNORECASE,
 )
 
@@ -81,14 +82,15 @@ class Picture:
             name += " (cut out at {:g}, {:g}, {:g}, {:g}".format(*self.crop) + (" of {} x {})".format(*self.listed_size) if self.listed_size else ")")
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
         name += " (tile {}x{}:{})".format(*self.tile) if self.tile else ""
+        name += f" (white {self.white:.12g})" if self.white is not None else ""
         return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
 
     @classmethod
     def parse(cls, name: str) -> Picture:
-        """The inverse of ``str``, for a picture that is no blend. ``artist`` and ``white`` are not in a name."""
+        """The inverse of ``str``, for a picture that is no blend. ``artist`` is not in a name."""
         match = PICTURE_NAME.fullmatch(name)
         assert match is not None
-        archive, inner, crop, width, height, view, turned, tile = match.groups()
+        archive, inner, crop, width, height, view, turned, tile, white = match.groups()
         return cls(
             Path(archive or inner),
             inner if archive else None,
@@ -97,6 +99,7 @@ class Picture:
             tile=tuple(int(n) for n in re.findall(r"\d+", tile)) if tile else None,  # type: ignore[arg-type]
             crop=tuple(float(n) for n in crop.split(", ")) if crop else None,  # type: ignore[arg-type]
             listed_size=(int(width), int(height)) if width else None,
+            white=float(white) if white else None,
         )
 
     def cropped(self, box: PixelBox) -> Picture:
