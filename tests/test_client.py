@@ -210,6 +210,21 @@ class Fake(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def closed_endpoints(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every endpoint of a test is closed at its end: a connection that is collected open is a warning of some later test."""
+    opened, made = list[Endpoint](), Endpoint.__init__
+
+    def noted(self: Endpoint, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(Endpoint, "__init__", noted)
+    yield
+    for endpoint in opened:
+        endpoint.close()
+
+
 @pytest.fixture
 def fake() -> Iterator[tuple[str, type[Fake]]]:
     kind = type("Own", (Fake,), {"answers": [], "requests": []})
