@@ -49,7 +49,6 @@ from lcl_adapter.serve.pictures import pool as pool_module
 from lcl_adapter.serve.pictures.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, prepared
 from lcl_adapter.serve.pictures.pool import DECODERS, Decoded, Decoders
-from lcl_adapter.serve.pictures.process import NICE
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from tests.live import held, running
@@ -213,8 +212,12 @@ def test_processes_of_low_priority_go_behind_those_of_the_server() -> None:
             assert pool._decode(png(1), asdict(Bounds()), None, low).error is None
         own = os.getpriority(os.PRIO_PROCESS, 0)
         nice = {worker.low: os.getpriority(os.PRIO_PROCESS, worker.process.pid) - own for worker in pool._idle}
-        assert nice == {False: 0, True: min(NICE, 19 - own)}
+        assert nice == {False: 0, True: min(pool_module.NICE, 19 - own)}
         assert pool.counters.decoders_started == 2, "each is used again"
+        slow = encoded(Image.effect_noise((5000, 5000), 90), "JPEG", quality=60, progressive=True)
+        assert pool._decode(slow, asdict(Bounds()), None, False).error is None
+        assert [worker.low for worker in pool._idle] == [True, True], "it took longer than most pictures do"
+        assert {os.getpriority(os.PRIO_PROCESS, worker.process.pid) - own for worker in pool._idle} == {min(pool_module.NICE, 19 - own)}
     finally:
         pool.close()
 

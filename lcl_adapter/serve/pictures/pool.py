@@ -1,9 +1,10 @@
 """Processes in which strangers' pictures are decoded, so that none can hold the server or fill its memory.
 
 A process that exceeds a limit is ended and replaced. One caller never uses all of them, so that others need not wait for
-it, and whoever has used much of the processor lately is served by processes of low priority, behind the model and everybody
-else's pictures. They are programs of their own (:mod:`lcl_adapter.serve.pictures.process`), not forks of the server: they import Pillow
-and neither torch nor the model, start in half a second, and inherit no lock.
+it. A process gets a low priority, behind the model and everybody else's pictures, as soon as a picture takes longer than
+most do; whoever has used much of the processor lately is served by such processes at once. They are programs of their own
+(:mod:`lcl_adapter.serve.pictures.process`), not forks of the server: they import Pillow and neither torch nor the model,
+start in half a second, and inherit no lock.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from lcl_adapter import reading
 from lcl_adapter.errors import RunError
 
 PROCESSES = min(4, os.cpu_count() or 1)
+NICE = 15  # added to the priority of a process that decodes long: the model and other callers' pictures go first
 ENDING = 10.0  # seconds that a process may take to end: it has the lowest priority, and says by its exit code why
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
 BURST, RATE = 1.0, 0.05  # seconds of a processor, and their number each second, that a caller has at the model's own priority
-CODE = "from lcl_adapter.serve.pictures.process import main; main({low})"
+LONG = 0.1  # seconds by the clock after which a picture's process gets a low priority
+CODE = "from lcl_adapter.serve.pictures.process import main; main()"
 
 
 class Decoded(NamedTuple):
@@ -55,12 +58,12 @@ class _Worker:
     """One process, of low priority or of the server's own. Not for several threads at a time."""
 
     def __init__(self, low: bool = False) -> None:
-        self.low = low
+        self.low = False
         root = str(Path(lcl_adapter.__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # further threads would count as memory
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CODE.format(low=low)],
+            [sys.executable, "-P", "-c", CODE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -68,6 +71,8 @@ class _Worker:
         )
         self.ready = False
         self.late = False
+        if low:
+            self.lower()
 
     def ask(self, limits: Mapping[str, Any], data: bytes, side: int | None) -> Decoded:
         """Raises _EndedError; RunError if the process cannot start."""
@@ -81,8 +86,10 @@ class _Worker:
             self.ready = True
         fields = json.dumps({"bounds": dict(limits), "side": side}).encode()
         clock = threading.Timer(SLOWEST * limits["seconds"], self._end_late)
-        clock.daemon = True
-        clock.start()
+        demotion = threading.Timer(LONG, self.lower)
+        for timer in (clock, demotion):
+            timer.daemon = True
+            timer.start()
         try:
             with suppress(BrokenPipeError):  # it has ended; so there is no reply either
                 self.process.stdin.write(len(fields).to_bytes(4, "big") + len(data).to_bytes(4, "big") + fields)
@@ -91,6 +98,7 @@ class _Worker:
             return self._reply(self.process.stdout)
         finally:
             clock.cancel()
+            demotion.cancel()
 
     def _reply(self, stream: IO[bytes]) -> Decoded:
         lengths = stream.read(8)
@@ -99,6 +107,13 @@ class _Worker:
         if len(lengths) < 8 or len(reply) < fields + prepared:
             raise _EndedError
         return Decoded(**reading.parse_json(reply[:fields]), prepared=reply[fields:] or None)
+
+    def lower(self) -> None:
+        """Give the process a low priority. It cannot get the server's back."""
+        if not self.low and hasattr(os, "setpriority"):
+            self.low = True
+            with suppress(OSError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
     def _end_late(self) -> None:
         self.late = True

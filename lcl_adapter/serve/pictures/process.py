@@ -27,16 +27,13 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.serve.pictures.images import COSTLY_SECONDS, DEEP_REASON, MAX_DEEP_SECONDS, Bounds, decode, prepared
 
 LENGTHS = struct.Struct(">II")
-NICE = 15  # of a process of low priority: the model and other callers' pictures go first
 
 
-def main(low: bool) -> None:
-    """Answer requests until the input ends, or a picture needs more memory or time than its limits allow. low: with a low priority."""
+def main() -> None:
+    """Answer requests until the input ends, or a picture needs more memory or time than its limits allow."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a decoder prints may be read as a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it ends this process
-    if low and hasattr(os, "nice"):
-        os.nice(NICE)
     _send(replies, None, 0.0)
     used = _used_memory()
     while len(lengths := sys.stdin.buffer.read(LENGTHS.size)) == LENGTHS.size:
