@@ -81,16 +81,13 @@ class Picture:
         if self.crop:
             name += " (cut out at {:g}, {:g}, {:g}, {:g}".format(*self.crop) + (" of {} x {})".format(*self.listed_size) if self.listed_size else ")")
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
-        name += " (tile {}x{}:{})".format(*self.tile) if self.tile else ""
-        name += f" (white {self.white:.12g})" if self.white is not None else ""
+        name += (" (tile {}x{}:{})".format(*self.tile) if self.tile else "") + (f" (white {self.white:.12g})" if self.white is not None else "")
         return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
 
     @classmethod
     def parse(cls, name: str) -> Picture:
         """The inverse of ``str``, for a picture that is no blend. ``artist`` is not in a name."""
-        match = PICTURE_NAME.fullmatch(name)
-        assert match is not None
-        archive, inner, crop, width, height, view, turned, tile, white = match.groups()
+        archive, inner, crop, width, height, view, turned, tile, white = PICTURE_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
         return cls(
             Path(archive or inner),
             inner if archive else None,
