@@ -205,7 +205,7 @@ def test_a_caller_of_costly_pictures_has_low_priority_until_time_has_passed(monk
 
 
 @pytest.mark.skipif(not hasattr(os, "getpriority"), reason="this system has no priorities of processes")
-def test_processes_of_low_priority_go_behind_those_of_the_server() -> None:
+def test_processes_of_low_priority_go_behind_those_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Decoders(2)
     try:
         for low in (False, True, False, True):
@@ -214,10 +214,14 @@ def test_processes_of_low_priority_go_behind_those_of_the_server() -> None:
         nice = {worker.low: os.getpriority(os.PRIO_PROCESS, worker.process.pid) - own for worker in pool._idle}
         assert nice == {False: 0, True: min(pool_module.NICE, 19 - own)}
         assert pool.counters.decoders_started == 2, "each is used again"
+        monkeypatch.setattr(pool_module, "LONG", 0.02)
         slow = encoded(Image.effect_noise((5000, 5000), 90), "JPEG", quality=60, progressive=True)
         assert pool._decode(slow, asdict(Bounds()), None, False).error is None
         assert [worker.low for worker in pool._idle] == [True, True], "it took longer than most pictures do"
         assert {os.getpriority(os.PRIO_PROCESS, worker.process.pid) - own for worker in pool._idle} == {min(pool_module.NICE, 19 - own)}
+        for _ in range(3):
+            assert pool._decode(slow, asdict(Bounds()), None, False).error is None
+        assert [worker.low for worker in pool._idle] == [True, True], "what costly pictures leave behind does not grow"
     finally:
         pool.close()
 

@@ -46,7 +46,7 @@ Name = Annotated[str, BeforeValidator(normalized_name), AfterValidator(checked_n
 Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
 Question = Annotated[str, Field(min_length=1, max_length=500)]
 ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
-Judge = Literal["model", "tower", "both"]
+JudgeName = Literal["model", "tower", "both"]
 
 
 class ApiModel(BaseModel):
@@ -180,7 +180,7 @@ class ClassifyIn(ApiModel):
     model: ModelName | None = None
     version: int | None = Field(default=None, ge=1, le=MAX_VERSION)
     question: Question | None = None
-    judge: Judge | None = Field(None, description="by default model and tower, where the adapter has weights for them")
+    judge: JudgeName | None = Field(None, description="by default model and tower, where the adapter has weights for them")
 
 
 class Fault(ApiModel):
@@ -231,7 +231,7 @@ class ClassifyOut(ApiModel):
     support_set: str
     version: int
     calibration: CalibrationOut
-    judge: Judge = Field("model", description="what decided: the model's scores, the tower's likeness, or both with the adapter's weights")
+    judge: JudgeName = Field("model", description="what decided: the model's scores, the tower's likeness, or both with the adapter's weights")
     results: list[Judgement]
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from lcl_adapter.base.encoder import Encoder
 from lcl_adapter.data.conversations import Turn
 
-Part = tuple[Turn, ...]
 QUESTION = 256  # tokens that parts leave at least to a question, without its pictures; a quarter of a small context
 
 
@@ -21,31 +20,31 @@ def tokens_asked(encoder: Encoder, question: Turn, answers: Sequence[str]) -> in
     return len(encoder.turns([question, Turn("assistant", max(answers, key=len, default=""))], first=False)[0])
 
 
-def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int) -> list[Part]:
+def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int) -> list[tuple[Turn, ...]]:
     """The fewest parts of a support set that leave ``behind`` tokens of the context, and room for other questions.
 
     The whole set where it fits, where its pictures are read without each other, where it is no list of labelled pictures, or where even
     one picture of each label is too much.
     """
     whole = [tuple(turns)]
-    needed = encoder.support(turns).longest
+    read = encoder.support(turns)
     room = encoder.context - max(behind, min(QUESTION, encoder.context // 4) + encoder.tokens_an_image)
     examples = list(zip(turns[::2], turns[1::2], strict=False))
     labelled = len(turns) == 2 * len(examples) and all(user.shown and user.picture and answer.role == "assistant" for user, answer in examples)
     labelled = labelled and len({user.text for user, _ in examples[1:]}) == 1  # a chat asks something else each time
-    if needed + behind <= encoder.context or encoder.support(turns).examples or not labelled or room <= 0:
+    if read.longest + behind <= encoder.context or read.examples or not labelled or room <= 0:
         return whole
     by_label: dict[str, list[int]] = {}
     for number, (_, answer) in enumerate(examples):
         by_label.setdefault(answer.text, []).append(number)
-    for count in range(max(2, -(-needed // room)), max(map(len, by_label.values())) + 1):
+    for count in range(max(2, -(-read.longest // room)), max(map(len, by_label.values())) + 1):
         parts = [_part(examples, by_label, number, count) for number in range(count)]
         if all(encoder.support(part).longest <= room for part in parts):
             return parts
     return whole
 
 
-def _part(examples: Sequence[tuple[Turn, Turn]], by_label: dict[str, list[int]], number: int, count: int) -> Part:
+def _part(examples: Sequence[tuple[Turn, Turn]], by_label: dict[str, list[int]], number: int, count: int) -> tuple[Turn, ...]:
     """Every ``count``-th example of each label. One of a label with fewer examples than parts is shown in several of them."""
     chosen = sorted(place for own in by_label.values() for place in own[number::count] or [own[number % len(own)]])
     turns = [turn for place in chosen for turn in examples[place]]

@@ -16,12 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.base.adapter import MANIFEST
 from lcl_adapter.base.prototypes import class_means, patch_distances
 from lcl_adapter.base.vision import VisionFeatures
@@ -30,7 +31,6 @@ from lcl_adapter.errors import AdapterError
 from lcl_adapter.files import read_result, sha256_of, write_json
 
 STATISTICS = "tower.safetensors"
-JudgeName = Literal["model", "tower", "both"]
 JUDGES: tuple[JudgeName, ...] = get_args(JudgeName)
 Shown = tuple[tuple[Picture, str], ...]  # labelled photos
 

@@ -34,7 +34,7 @@ ENDING = 10.0  # seconds that a process may take to end: it has the lowest prior
 SLOWEST = 10  # times the limit of processor time that a picture may last by the clock: other work may slow the decoder down
 WAIT_SECONDS = 60  # for a free process
 BURST, RATE = 1.0, 0.05  # seconds of a processor, and their number each second, that a caller has at the model's own priority
-LONG = 0.1  # seconds by the clock after which a picture's process gets a low priority
+LONG = 0.5  # seconds by the clock after which a picture's process gets a low priority
 CODE = "from lcl_adapter.serve.pictures.process import main; main()"
 
 
@@ -110,8 +110,10 @@ class _Worker:
 
     def lower(self) -> None:
         """Give the process a low priority. It cannot get the server's back."""
-        if not self.low and hasattr(os, "setpriority"):
-            self.low = True
+        if self.low:
+            return
+        self.low = True
+        if hasattr(os, "setpriority"):
             with suppress(OSError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
@@ -259,10 +261,15 @@ class Decoders:
             worker.end()
             raise
         with self._lock:
-            self._idle.append(worker)
+            # Those of low priority are for one caller or a few, and each costly picture may leave one more
+            surplus = worker.low and sum(idle.low for idle in self._idle) >= self.processes
+            if not surplus:
+                self._idle.append(worker)
             self.counters.pictures_decoded += reply.error is None
             self.counters.pictures_prepared += reply.prepared is not None
             self.counters.pictures_refused += reply.error is not None
+        if surplus:
+            worker.end()
         return reply
 
     def close(self) -> None:
