@@ -16,12 +16,13 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.answering.chunks import parts_that_fit, tokens_asked
 from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
 from lcl_adapter.answering.judged import CLOSE_MARGIN, NONE_OF_THESE, Judged, margin_of, summary
-from lcl_adapter.answering.judgement import Evidence, JudgeName, TowerEvidence, Weighing, read_weighing
+from lcl_adapter.answering.judgement import Evidence, TowerEvidence, Weighing, read_weighing
 from lcl_adapter.answering.predict import Predictor, Question, Reply
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.model import load_base

@@ -12,9 +12,9 @@ import click
 from lcl_adapter.cli.common import ADAPTER, PATH, base_options, emit, json_option, main, scores_option
 
 if TYPE_CHECKING:
+    from lcl_adapter.answering.api_types import JudgeName
     from lcl_adapter.answering.client import ScoreSource
     from lcl_adapter.answering.judged import Judged
-    from lcl_adapter.answering.judgement import JudgeName
     from lcl_adapter.base.ref import BaseRef
 
 

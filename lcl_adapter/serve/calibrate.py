@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lcl_adapter.answering.judgement import JudgeName
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture

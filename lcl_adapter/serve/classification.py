@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcl_adapter.answering import api_types
-from lcl_adapter.answering.judgement import JudgeName
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.errors import UserError
 from lcl_adapter.serve.calibrate import Calibration
 from lcl_adapter.serve.jobs import Job

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lcl_adapter.answering.judgement import JudgeName
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.decoding import Sampling, Token

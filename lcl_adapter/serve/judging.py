@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lcl_adapter.answering.judgement import Evidence, JudgeName, ShownLabels, TowerEvidence
+from lcl_adapter.answering.api_types import JudgeName
+from lcl_adapter.answering.judgement import Evidence, ShownLabels, TowerEvidence
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import Turn

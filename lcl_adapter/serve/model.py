@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lcl_adapter.answering.judgement import JudgeName, Weighing
+from lcl_adapter.answering.api_types import JudgeName
+from lcl_adapter.answering.judgement import Weighing
 from lcl_adapter.base.model import SupportForm
 from lcl_adapter.errors import RequestError
 from lcl_adapter.recipe.wording import Wording

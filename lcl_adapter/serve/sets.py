@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lcl_adapter.answering import api_types
-from lcl_adapter.answering.judgement import JudgeName
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RunError

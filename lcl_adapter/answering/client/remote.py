@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.answering.client.decisions import DecisionReader, ScoreSource
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.client.scores import log_likelihoods
 from lcl_adapter.answering.faults import message_of
-from lcl_adapter.answering.judgement import JudgeName
 from lcl_adapter.answering.predict import Reply, Request, SupportTurns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, RequestError
