@@ -297,9 +297,7 @@ class Engine:
         """Score the worded labels of each question by one prefilled set."""
         return self._predictor.ask_parts(prefilled, [Question(0, turn, answers) for turn, answers in questions], generate=False)
 
-    def judge(
-        self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: api_types.JudgeName = "both"
-    ) -> list[Reply]:
+    def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: api_types.JudgeName) -> list[Reply]:
         """Judge by labelled photos that are not cached. The model of this name must be in use."""
         model, vision = self.find(name), self._predictor.vision
         shown, replies = judging.shown_labels(model, turns, vision), self.ask(self.prefill(name, turns, *questions[0]), questions)
