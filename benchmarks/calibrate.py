@@ -64,7 +64,8 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
                 calibration = finished.value
                 break
         queries = [pictures[0][shots], pictures[1][shots], pictures[2][0], pictures[3][0]]
-        replies = engine.judge("adapter", support_turns(shown, wording), [(Turn("user", wording.query, query), answers) for query in queries])
+        questions = [(Turn("user", wording.query, query), answers) for query in queries]
+        replies = engine.judge("adapter", support_turns(shown, wording), questions, "both")
         cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T
     rows = []
     for number, reply in enumerate(replies):
