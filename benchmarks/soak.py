@@ -36,6 +36,7 @@ import torch
 
 from benchmarks.common import THREADS, finish, options_of, parser
 from benchmarks.serve import BIN, CLIENTS, running
+from lcl_adapter.answering.judgement import TowerEvidence, Weighing, read_weighing
 from lcl_adapter.answering.predict import Predictor, Question
 from lcl_adapter.base.adapter import load_adapter
 from lcl_adapter.base.ref import BaseRef
@@ -72,9 +73,11 @@ class Soak:
 
     def __init__(self, run: Path, small: bool) -> None:
         torch.set_num_threads(THREADS)
-        base, _ = load_adapter(run, BaseRef(device="cpu"))
+        base, manifest = load_adapter(run, BaseRef(device="cpu"))
         self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
         self.wording, predictor = wording_of(load(run / "recipe.yaml")), Predictor(base)
+        weighing, statistics_2C = read_weighing(run, manifest) or (Weighing(), None)
+        tower = TowerEvidence(predictor.vision, statistics_2C)
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
         self.sets: list[dict[str, Any]] = []
         for _ in range(2 if small else SETS):
@@ -85,8 +88,10 @@ class Soak:
             ready = predictor.prefill([support_turns(shown, self.wording)])
             replies = predictor.ask(ready, [Question(0, Turn("user", self.wording.query, q), answers) for q in queries], generate=False)
             examples = [{"label": label, "image": url(read_bytes(picture))} for picture, label in shown]
-            likelihoods = [reply.log_likelihoods for reply in replies]
-            self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "log_likelihoods": likelihoods})
+            # As the server judges: by model and tower, where the adapter has weights for both
+            evidence = tower.of(tuple(shown), queries, tuple(c.name for c in classes))
+            judged = [weighing.scores(reply.log_likelihoods, own) or reply.log_likelihoods for reply, own in zip(replies, evidence, strict=True)]
+            self.sets.append({"examples": examples, "queries": [url(read_bytes(q)) for q in queries], "scores": judged})
         self.weights_of = dict(WEIGHTS)
         self.clients = 4 if small else CLIENTS
         self.pause = 0.0  # seconds between two requests of a client, on average
@@ -165,7 +170,7 @@ class Soak:
         if broken and results.pop()["error"] is None:
             self.wrong.append("a broken image was judged")
         for query, result in zip(chosen, results, strict=True):
-            scaled = np.array(support_set["log_likelihoods"][query]) / reply["calibration"]["temperature"]
+            scaled = np.array(support_set["scores"][query]) / reply["calibration"]["temperature"]
             expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
             gap = float(np.abs(expected - np.array(list(result["probabilities"].values()))).max())
             with self.lock:

@@ -169,6 +169,11 @@ def open_tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
+# Gradio dims what it is about to replace, and fades; a contrast that is measured meanwhile is not the page's
+SETTLED = """() => ![...document.querySelectorAll('.pending')].some(e => getComputedStyle(e).opacity < 1)
+    && !document.getAnimations().some(a => a instanceof CSSTransition && a.playState == 'running')"""
+
+
 def upload(page: Page, element: str, *files: Path) -> None:
     field = page.locator(f"#{element} input[type=file]").first
     field.set_input_files([str(file) for file in files])
@@ -441,6 +446,7 @@ def test_screen_readers_and_contrast(visit: Callable[..., Page], running: Runnin
             upload(page, "lcl-queries", photos / "good/3.png")
             press(page, "Classify")
             expect(page.locator("#lcl-answer section")).to_have_count(1)
+        page.wait_for_function(SETTLED)
         violations = Axe().run(page).response["violations"]
         faults += [(tab, violation["id"], node["html"][:160]) for violation in violations for node in violation["nodes"]]
     # In Gradio's gallery a button contains the file field. This is harmless, for the field is not in the tab order.
