@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -32,25 +33,26 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from lcl_adapter.answering import api_types
+from lcl_adapter.answering.sent_images import data_url
 from lcl_adapter.base import vision
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.sources import Picture, images
 from lcl_adapter.errors import DataError
-from lcl_adapter.serve import api
+from lcl_adapter.serve import api, set_json
 from lcl_adapter.serve import service as service_module
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.http import bodies, connections, middleware, threads
 from lcl_adapter.serve.http.bodies import MAX_TEXT, bytes_beside_images
+from lcl_adapter.serve.http.middleware import AccessControl
 from lcl_adapter.serve.pictures import images as pictures
 from lcl_adapter.serve.pictures import pool as pool_module
 from lcl_adapter.serve.pictures.costs import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS
 from lcl_adapter.serve.pictures.images import Bounds, Spent, check, digest_of, prepared
 from lcl_adapter.serve.pictures.pool import DECODERS, Decoded, Decoders
 from lcl_adapter.serve.service import Service
-from lcl_adapter.serve.store import Store
+from lcl_adapter.serve.store import Store, StoredSet
 from tests.live import held, running
 from tests.test_serve import error_of, examples, png, put, url
 
@@ -312,7 +314,7 @@ def test_a_stored_set_is_shown_with_the_copies_of_its_costly_photos(client: http
         assert len(picture.data or b"") < len(data) / 10
     body = {"support_set": "costly", "images": [url(png(5))]}
     assert client.post("/v1/classify", json=body).json()["results"][0]["error"] is None
-    assert client.get("/v1/support-sets/costly?images=true").json()["examples"][0]["image"] == api_types.data_url(photos[0][1])
+    assert client.get("/v1/support-sets/costly?images=true").json()["examples"][0]["image"] == data_url(photos[0][1])
 
 
 def test_copies_that_are_remembered_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -705,30 +707,92 @@ def test_an_answer_that_is_read_slowly_arrives(loop: str, kind: str, monkeypatch
                 time.sleep(0.01)
 
 
-def test_unread_answers_of_a_caller_have_a_limit(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A set of 64 MiB can be asked for on hundreds of connections."""
-    photos = [{"label": label, "image": url(png(seed, (700, 500)))} for seed, label in enumerate(("good", "bad") * 2)]
-    assert put(client, "large", examples=photos).status_code == 200
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_requests_sent_at_once_end_with_their_connection(loop: str) -> None:
+    """The first of them too: its answer went on to its end, as fast as it could be made, for a client that was gone."""
+    made, ended = 0, threading.Event()
+
+    async def answer(_: Request) -> Response:
+        async def pieces() -> AsyncIterator[bytes]:
+            nonlocal made
+            try:
+                for _ in range(LARGE_ANSWER >> 16):
+                    made += 1
+                    yield bytes(2**16)
+                    await asyncio.sleep(0)
+            finally:
+                ended.set()
+
+        return StreamingResponse(pieces())
+
+    with running(Starlette(routes=[Route("/", answer)]), loop=loop) as address, connect_narrowly(address) as opened:
+        opened.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
+        assert opened.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        opened.close()
+        assert ended.wait(10)
+    assert made < (LARGE_ANSWER >> 16) / 2
+
+
+def stored_photos(service: Service) -> StoredSet:
+    """A set of 2 MB, more than the system holds for a client who does not read."""
+    return service.store.put("local", "large", [(label, png(seed, (700, 500))) for seed, label in enumerate(("good", "bad") * 2)])
+
+
+def test_a_set_is_written_in_pieces_as_it_is_read(client: httpx2.Client, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that nobody reads costs one piece. A set may have 90 MB, and be asked for on hundreds of connections."""
+    stored, made = stored_photos(service), []
+    b64encode = base64.b64encode
+    monkeypatch.setattr(set_json.base64, "b64encode", lambda data: (made.append(len(data)), b64encode(data))[1])
+    monkeypatch.setattr(set_json, "PIECE", 3 * 2**12)
     path = "/v1/support-sets/large?images=true"
-    size = len(client.get(path).content)
-    assert size > 2 * 2**20
-    monkeypatch.setattr(middleware, "MAX_CALLER_BODIES", 2 * size / (64 * 2**20))
-    opened = [connect_narrowly(str(client.base_url)) for _ in range(2)]
-    try:
-        for one in opened:
-            one.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            assert one.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
-        response = client.get(path)
-        error = error_of(response)
-        assert (response.status_code, error["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
-        assert "not read yet" in error["message"]
-        assert client.get("/v1/models").status_code == 200
-    finally:
-        for one in opened:
-            one.close()
-    until = time.monotonic() + 10
-    while client.get(path).status_code == 429:
-        assert time.monotonic() < until
+    whole = sum(len(service.store.bytes_of("local", example.image)) for example in stored.examples)
+    with connect_narrowly(str(client.base_url)) as opened:
+        opened.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert opened.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        read = -1
+        while read != sum(made) or not made:  # until nothing more is made
+            read = sum(made)
+            time.sleep(0.2)
+        assert 0 < read < whole / 2
+    made.clear()
+    answered = client.get(path).json()
+    assert sum(made) >= whole
+    assert set(made) <= {3 * 2**12, *(len(service.store.bytes_of("local", e.image)) % (3 * 2**12) for e in stored.examples)}
+    assert [example["image"] for example in answered["examples"]] == [data_url(service.store.bytes_of("local", e.image)) for e in stored.examples]
+    without = client.get("/v1/support-sets/large").json()
+    assert {**answered, "examples": [{**example, "image": None} for example in answered["examples"]]} == without
+
+
+def test_a_set_whose_image_is_missing_is_an_error_before_its_answer_begins(client: httpx2.Client, service: Service) -> None:
+    stored = stored_photos(service)
+    service.store._image_path("local", stored.examples[-1].image).unlink()
+    assert client.get("/v1/support-sets/large").status_code == 200
+    response = client.get("/v1/support-sets/large?images=true")
+    assert (response.status_code, error_of(response)["code"]) == (507, "storage")
+
+
+def test_unread_answers_of_a_caller_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are in memory as a whole, until their clients have read them."""
+    monkeypatch.setattr(middleware, "MAX_CALLER_BODIES", 2)
+    app = AccessControl(ANSWERS, LARGE_ANSWER, None)
+    with running(app) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        opened = [connect_narrowly(address) for _ in range(2)]
+        try:
+            for one in opened:
+                one.sendall(UNREAD["at once"])
+                assert one.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+            response = client.get("/once")
+            error = error_of(response)
+            assert (response.status_code, error["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+            assert "not read yet" in error["message"]
+            assert client.get("/short").status_code == 200
+        finally:
+            for one in opened:
+                one.close()
+        until = time.monotonic() + 10
+        while client.get("/once").status_code == 429:
+            assert time.monotonic() < until
 
 
 def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import weakref
@@ -375,3 +376,24 @@ def test_an_adapter_is_loaded_in_fp16_on_apples_gpus(pocket_tiny: Path, tmp_path
     adapter.load_adapter(run, BaseRef(device="mps", precision="fp32"))
     adapter.load_adapter(run)
     assert [ref.precision for ref in asked] == ["fp16", "fp32", "fp32"]
+
+
+def test_loaded_objects_are_looked_through_again_when_memory_is_short() -> None:
+    """A server sets them aside, because looking through them stops every thread."""
+
+    class Node:
+        me: object
+
+    gone: list[bool] = []
+    node = Node()
+    node.me = node
+    weakref.finalize(node, gone.append, True)
+    with devices.loaded_objects_set_aside():
+        del node
+        gc.collect()
+        assert not gone
+        assert gc.get_freeze_count() > 0
+        devices.release_memory()
+        assert gone
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0

@@ -6,7 +6,6 @@ Server and client share them. Unknown fields are refused: a misspelt one would o
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
@@ -383,29 +382,6 @@ class ChatIn(ApiModel):
     @property
     def token_limit(self) -> int:
         return self.max_completion_tokens or self.max_tokens or 256
-
-
-def data_url(data: bytes) -> str:
-    """An image file's bytes as a URL."""
-    return f"data:image/{media_type(data)};base64,{base64.b64encode(data).decode()}"
-
-
-def media_type(data: bytes) -> str:
-    """What follows ``image/`` in a media type, by the first bytes of an image file."""
-    if data[4:8] == b"ftyp":
-        return "avif" if data[8:12] in {b"avif", b"avis"} else "heic"
-    if data[:1] == b"P" and data[1:2] in b"123456Ff":
-        return "x-portable-pixmap"
-    heads = {
-        b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff",
-        b"\0\0\0\x0cjP": "jp2",
-    }  # fmt: skip
-    return next((name for head, name in heads.items() if data.startswith(head)), "png")
-
-
-def suffix(data: bytes) -> str:
-    """The suffix of an image file's name, with its dot, by the first bytes."""
-    return {"jpeg": ".jpg", "x-portable-pixmap": ".ppm"}.get(media_type(data), f".{media_type(data)}")
 
 
 def completion_id() -> str:

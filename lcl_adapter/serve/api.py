@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
@@ -36,6 +36,7 @@ from lcl_adapter.serve.jobs import BusyError, GoneError, Job, TimeoutExceededErr
 from lcl_adapter.serve.metrics import Metrics
 from lcl_adapter.serve.pictures.pool import DECODERS
 from lcl_adapter.serve.service import Service, summary
+from lcl_adapter.serve.set_json import pieces_of
 from lcl_adapter.serve.store import StoredSet
 
 log = logging.getLogger("lcl_adapter.serve")
@@ -221,13 +222,14 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
     async def sets(caller: AnyCaller) -> api_types.SupportSets:
         return api_types.SupportSets(data=await run_for(caller.namespace, stored_sets, caller.namespace))
 
-    def written_set(namespace: str, name: str, version: int | None, images: bool) -> str:
-        return service.with_examples(service.store.get(namespace, name, version), images).model_dump_json()
-
     @app.get("/v1/support-sets/{name}", response_model=api_types.SupportSetWithExamples)
-    async def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> Response:
-        # written outside the event loop: it may have 90 MB
-        return Response(await run_for(caller.namespace, written_set, caller.namespace, name, version, images), media_type="application/json")
+    async def read_set(name: api_types.Name, caller: AnyCaller, version: VersionQuery = None, images: bool = False) -> Any:
+        stored = await run_for(caller.namespace, service.store.get, caller.namespace, name, version)
+        if not images:
+            return service.with_examples(stored)
+        pieces = pieces_of(service.store, stored, summary(stored))
+        first = await run_for(caller.namespace, next, pieces)  # an error before it is still answered with its own status
+        return StreamingResponse(_rest(caller.namespace, first, pieces), media_type="application/json")
 
     @app.post("/v1/support-sets/{name}/photos")
     def add_photo(name: api_types.Name, body: api_types.PhotoIn, caller: AnyCaller) -> api_types.SupportSetOut:
@@ -289,6 +291,13 @@ def make_app(service: Service, keys: Keys | None = None, body_limit: int = 64 * 
 def usage_of(job: Job, decoder: TextDecoder) -> dict[str, int]:
     generated = len(decoder.tokens)
     return {"prompt_tokens": job.prompt_tokens, "completion_tokens": generated, "total_tokens": job.prompt_tokens + generated}
+
+
+async def _rest(caller: str, piece: bytes | None, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """All pieces, from ``piece`` on. Each is made outside the event loop, when the client has read those before it."""
+    while piece is not None:
+        yield piece
+        piece = await run_for(caller, next, pieces, None)
 
 
 Piece = tuple[str, list[Token]]  # new text of an answer, and its tokens

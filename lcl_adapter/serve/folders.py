@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lcl_adapter import reading
 from lcl_adapter.answering import api_types
+from lcl_adapter.answering.sent_images import suffix
 from lcl_adapter.data.sources import Picture, read_class_folders
 from lcl_adapter.data.sources.base import remarks
 from lcl_adapter.data.sources.class_folder import BOXES, INDEX, NEIGHBOURS
@@ -51,7 +52,7 @@ def write(out: Path, name: str, version: int, question: str | None, examples: Se
     entries = []
     with whole_folder(out) as partial:
         for number, (label, data) in enumerate(examples):
-            file = Path(label_folders[label]) / f"{number:03d}{api_types.suffix(data)}"
+            file = Path(label_folders[label]) / f"{number:03d}{suffix(data)}"
             (partial / file).parent.mkdir(exist_ok=True)
             (partial / file).write_bytes(data)
             entries.append({"label": label, "file": str(file)})

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.devices import free_memory
+from lcl_adapter.devices import free_memory, loaded_objects_set_aside
 from lcl_adapter.errors import RunError
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
@@ -85,7 +85,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
             markup=False,
         )
         server = uvicorn.Server(config)
-        with contextlib.suppress(KeyboardInterrupt):
+        with loaded_objects_set_aside(), contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[bound])
         if not server.started:
             raise RunError("the server could not start; the reason is in the messages above.")

@@ -19,6 +19,7 @@ from lcl_adapter.base.vision import read_side
 from lcl_adapter.data.conversations import Turn, shown_before, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.depth import common_white
+from lcl_adapter.devices import release_memory
 from lcl_adapter.errors import AdapterError, DataError, MissingError, RequestError, UserError
 from lcl_adapter.serve.classification import Classification
 from lcl_adapter.serve.decoding import Sampling, TextDecoder
@@ -175,12 +176,9 @@ class Service:
         if token is not None:
             raise RequestError(f"{where}: contains {token!r}, a special token of the model's prompt. Leave it out.")
 
-    def with_examples(self, stored: StoredSet, images: bool) -> api_types.SupportSetWithExamples:
-        """A set with its examples; with ``images``, their bytes as data URLs."""
-        examples = []
-        for example in stored.examples:
-            image = api_types.data_url(self.store.bytes_of(stored.namespace, example.image)) if images else None
-            examples.append(api_types.StoredExample(label=example.label, sha256=example.image, image=image))
+    def with_examples(self, stored: StoredSet) -> api_types.SupportSetWithExamples:
+        """A set with its examples, without the images' bytes."""
+        examples = [api_types.StoredExample(label=example.label, sha256=example.image) for example in stored.examples]
         return api_types.SupportSetWithExamples(**summary(stored).model_dump(), examples=examples)
 
     def remove(self, namespace: str, name: str, expected: int | None) -> None:
@@ -335,7 +333,12 @@ class Service:
 
     def unload_adapter(self, name: str) -> None:
         """Raises MissingError; ModelError for the base."""
-        self.engine.call(lambda engine: engine.unload_adapter(name), self.timeout)
+
+        def unload(engine: Engine) -> None:
+            engine.unload_adapter(name)
+            release_memory()
+
+        self.engine.call(unload, self.timeout)
 
 
 def _picture(namespace: str, digest: str, data: bytes) -> Picture:

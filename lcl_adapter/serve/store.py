@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from lcl_adapter.errors import ConflictError, MissingError, RunError
 from lcl_adapter.files import disk_is_full
@@ -242,6 +242,10 @@ class Store:
     @_store_errors
     def bytes_of(self, namespace: str, image: str) -> bytes:
         return self._image_path(namespace, image).read_bytes()
+
+    @_store_errors
+    def open_image(self, namespace: str, image: str) -> BinaryIO:
+        return self._image_path(namespace, image).open("rb")
 
     @_store_errors
     def sweep(self, min_age: float = 3600.0) -> int:

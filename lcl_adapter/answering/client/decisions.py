@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from lcl_adapter.answering import api_types
 from lcl_adapter.answering.client.endpoint import Endpoint
 from lcl_adapter.answering.client.messages import image_of, to_messages
 from lcl_adapter.answering.predict import SupportTurns
+from lcl_adapter.answering.sent_images import data_url
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import EndpointError, MissingError, RequestError, UserError
@@ -152,4 +152,4 @@ def _asset(url: str) -> dict[str, str]:
 def _small_picture() -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 60, 40)).save(buffer, "PNG")
-    return api_types.data_url(buffer.getvalue())
+    return data_url(buffer.getvalue())

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from lcl_adapter.answering import api_types
+from lcl_adapter.answering.sent_images import data_url
 from lcl_adapter.base.families import IMAGE
 from lcl_adapter.base.vision import squared
 from lcl_adapter.data.conversations import Turn
@@ -38,7 +38,7 @@ def image_of(picture: Picture, pad: bool = False) -> str:
                     side = REDUCED_SIDE // REDUCING_GAP + 1
                 if len(data) <= LARGEST_SENT and side is None and is_plain(opened):
                     opened.load()
-                    return api_types.data_url(data)
+                    return data_url(data)
         except (OSError, MemoryError, Image.DecompressionBombError):  # read_image below raises a clear one
             pass
     image = read_image(picture, side)
@@ -47,7 +47,7 @@ def image_of(picture: Picture, pad: bool = False) -> str:
     if not png or len(png) > LARGEST_SENT:
         image.thumbnail((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.BICUBIC)
         png = _png(image)
-    return api_types.data_url(png)
+    return data_url(png)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,8 +51,7 @@ COUNTERS = ConnectionCounters()  # of this process, for all its servers
 class Outlet:
     """A connection's transport, which ignores what is written after its end.
 
-    Of several requests that a client sends at once, uvicorn says only to the last one that the client is gone; and a write to an
-    ended connection is an error of uvloop.
+    A write to an ended connection is an error of uvloop.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -103,6 +102,7 @@ class BoundedConnection(Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.outlet = Outlet(transport)
+        self._cycles: deque[Any] = deque()  # requests that are not answered yet; the first one is being answered
         super().connection_made(self.outlet)  # type: ignore[arg-type]
         transport.set_write_buffer_limits(high=0)  # so that pause_writing says of every answer that it is not read
         with suppress(AttributeError, OSError):  # not every system has it
@@ -116,7 +116,16 @@ class BoundedConnection(Protocol):
         self.outlet.lost = True
         with suppress(AttributeError):  # h11 has none
             self.pipeline.clear()  # requests that nobody waits for
+        for cycle in self._cycles:  # of several that a client sent at once, uvicorn says only to the last one that the client is gone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        """A request begins. Only httptools calls this; with h11 a client has one request at a time."""
+        super().on_headers_complete()
+        if self.cycle is not None:
+            self._cycles.append(self.cycle)
 
     def data_received(self, data: bytes) -> None:
         if self._idle:  # another request begins
@@ -132,6 +141,8 @@ class BoundedConnection(Protocol):
 
     def on_response_complete(self) -> None:
         self._read_bytes, self._unread_seconds = 0, 0.0
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
         super().on_response_complete()
         if self.transport.is_closing() or self.answering:
             return

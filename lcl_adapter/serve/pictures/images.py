@@ -46,7 +46,7 @@ PIXEL_BYTES = {"1": 1, "L": 1, "P": 4, "I;16": 8, "I;16B": 8, "I;16L": 8, "I;16N
 
 # The thread of the model decodes every picture that it is shown, while nobody else is answered. Of a picture that needs more than so
 # many seconds it is shown a small copy. A picture of more than 8 bits is scaled with its set, so it has no copy, and a limit instead
-COSTLY_SECONDS = 0.1
+COSTLY_SECONDS = 0.03
 MAX_DEEP_SECONDS = 1.0
 MAX_PREPARED = 64 * 2**20  # bytes of the copies of one request
 DEEP_REASON = f"the image of more than 8 bits takes more than {MAX_DEEP_SECONDS:g} s to decode. {SMALLER}"
