@@ -61,11 +61,18 @@ def noise(side: int) -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)), "PNG", compress_level=0)
 
 
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 3)
+
+
 def pictures(small: bool) -> dict[str, str]:
-    """Data URLs by kind. All but ``costly`` are refused; that one is just allowed, and as slow as a picture can be."""
+    """Data URLs by kind. All but ``costly`` are refused; that one is just allowed, and as slow as a picture can be.
+
+    Its base64 has no padding, so that bytes can follow.
+    """
     good = encoded(Image.new("RGB", (32, 32)), "PNG")
     files = {
-        "costly": progressive(45, 500 if small else 6000),
+        "costly": padded(progressive(45, 500 if small else 6000)),
         "scans": progressive(400, 4000),
         "bomb": bomb(60_000),
         "long side": bomb(9_000),
@@ -142,7 +149,9 @@ class Strangers:
         with self.client() as http:
             while time.monotonic() < until:
                 kind = "costly" if number < 2 else rng.choice(names)  # half of the threads send the worst alone
-                body = {"support_set": SET, "images": [self.pictures[kind]] * (2 if kind == "costly" else 1)}
+                # Of other bytes each time, because the server decodes no picture again that it knows
+                images = [self.pictures[kind] + base64.b64encode(rng.randbytes(3)).decode() for _ in range(2)]
+                body = {"support_set": SET, "images": images if kind == "costly" else [self.pictures[kind]]}
                 with suppress(httpx2.TransportError):
                     self.check_picture(kind, http.post("/v1/classify", json=body, headers=self.headers))
                 time.sleep(rng.uniform(0, 2 * PAUSE))

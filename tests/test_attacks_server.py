@@ -33,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from lcl_adapter.answering import api_types
 from lcl_adapter.answering.sent_images import data_url
 from lcl_adapter.base import vision
 from lcl_adapter.base.model import load_base
@@ -317,12 +318,30 @@ def test_a_stored_set_is_shown_with_the_copies_of_its_costly_photos(client: http
     assert client.get("/v1/support-sets/costly?images=true").json()["examples"][0]["image"] == data_url(photos[0][1])
 
 
+def test_a_picture_is_checked_once_for_each_caller(client: httpx2.Client, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who grows a set by sending it again waits for the new photo alone."""
+    checked: list[str] = []
+    check_image = service_module.check
+    monkeypatch.setattr(
+        service_module, "check", lambda data, bounds, spent, side: (checked.append(spent.caller), check_image(data, bounds, spent, side))[1]
+    )
+    assert put(client, "known", examples=examples()).status_code == 200
+    assert put(client, "known", examples=examples(shots=3)).status_code == 200
+    assert checked == ["local"] * 2, "those of parts-set were checked when it was stored"
+    request = api_types.SupportSetIn.model_validate({"examples": examples()})
+    service.put("another", "known", request)
+    assert checked[2:] == ["another"] * 4
+    broken = {"support_set": "known", "images": [url(b"no picture")]}
+    reasons = [client.post("/v1/classify", json=broken).json()["results"][0]["error"]["message"] for _ in range(2)]
+    assert reasons[0] == reasons[1]
+
+
 def test_copies_that_are_remembered_have_a_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "check", lambda data, bounds, spent, side: data)
     monkeypatch.setattr(service_module, "MAX_PREPARED", 25)
     for number in range(9):
         service._check(bytes(10), f"digest {number % 8}", Spent())
-    assert list(service._decodable) == ["digest 7", "digest 0"]
+    assert list(service._decodable) == [("", "digest 7"), ("", "digest 0")]
     assert service._prepared_bytes == 20
 
 
@@ -339,10 +358,15 @@ def test_a_deep_picture_that_costs_much_is_refused() -> None:
         check(deep, Bounds(), side=28)
 
 
+def large_photos(count: int) -> list[str]:
+    """Of different bytes, because a picture that is known is not decoded again."""
+    photo = encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75)
+    return [url(photo + bytes(number)) for number in range(count)]
+
+
 def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, service: Service) -> None:
     service.bounds = replace(service.bounds, request_seconds=0.02)
-    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
-    results = client.post("/v1/classify", json={"support_set": "parts-set", "images": [picture] * 3}).json()["results"]
+    results = client.post("/v1/classify", json={"support_set": "parts-set", "images": large_photos(3)}).json()["results"]
     assert results[0]["error"] is None
     assert "images before this one took more than 0.02 s" in results[-1]["error"]["message"]
 
@@ -351,13 +375,13 @@ def test_all_pictures_of_a_request_together_have_a_limit(client: httpx2.Client, 
 def test_all_pictures_of_typed_decisions_together_have_a_limit(client: httpx2.Client, service: Service, form: str) -> None:
     """Those of the assets and of the state: one budget for both."""
     service.bounds = replace(service.bounds, request_seconds=0.02)
-    picture = url(encoded(Image.effect_noise((2000, 2000), 50), "JPEG", quality=75))
+    good, bad, asked_about, asset = large_photos(4)
     state = {
-        "photo": {"support_set": "parts-set", "image": picture},
-        "photos": {"examples": [{"label": "good", "image": picture}, {"label": "bad", "image": picture}], "image": picture},
-        "conversation": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}]}]},
+        "photo": {"support_set": "parts-set", "image": asked_about},
+        "photos": {"examples": [{"label": "good", "image": good}, {"label": "bad", "image": bad}], "image": asked_about},
+        "conversation": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": asked_about}}]}]},
     }[form]
-    asked = {"state": state, "questions": {"q": {"type": "noul", "instructions": "Is it <a>?"}}, "assets": {"<a>": {"data_base64": picture}}}
+    asked = {"state": state, "questions": {"q": {"type": "noul", "instructions": "Is it <a>?"}}, "assets": {"<a>": {"data_base64": asset}}}
     error = error_of(client.post("/v1/systemone", json=asked))
     assert "assets" not in error["message"]
     assert "images before this one took more than 0.02 s" in error["message"]

@@ -32,7 +32,7 @@ from lcl_adapter.serve.sets import Calibrations, ShownSet
 from lcl_adapter.serve.store import Example, Store, StoredSet
 
 MAX_WHITES = 1000  # of sets, that are remembered
-MAX_DECODABLE = 100_000  # images whose check is remembered, by the digest of their bytes
+MAX_DECODABLE = 100_000  # images whose check is remembered
 MAX_PREPARED = 128 * 2**20  # bytes of the small copies of costly images
 
 
@@ -51,7 +51,7 @@ class Service:
     timeout: float = 120.0
     _whites: dict[int, float | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _decodable: dict[str, bytes | None] = field(default_factory=dict)  # with the copy that the model is shown in its place, of costly ones
+    _decodable: dict[tuple[str, str], bytes | None] = field(default_factory=dict)  # by caller and digest: the copy of an image that costs much
     _prepared_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Service:
     def add_photo(self, namespace: str, name: str, request: api_types.PhotoIn) -> StoredSet:
         """A new version of a set, with one more photo. Raises MissingError, RequestError, ConflictError; RunError if the disk is full."""
         self.check_text(request.label, "label")
-        data = self.decode(request.image, "image", Spent())
+        data = self.decode(request.image, "image", Spent(namespace))
         question = self.store.get(namespace, name).question  # before the image is written
         added = Example(request.label, self.store.add_image(namespace, data))
 
@@ -112,21 +112,27 @@ class Service:
             raise RequestError(f"{where}: {error}") from error
 
     def _check(self, data: bytes, digest: str, spent: Spent) -> bytes | None:
-        """Check an image, and remember it: those that were checked longest ago are forgotten first.
+        """Check an image, unless the same caller's was checked before: those that were sent longest ago are forgotten first.
 
+        Callers share no check, so that nobody learns from its time what others have sent.
         Returns the copy that the engine decodes in its place, None for an image that costs little. Raises DataError, TimeoutError.
         """
-        copy = check(data, self.bounds, spent, read_side(self.engine.base))
+        key = (spent.caller, digest)
         with self._lock:
-            self._forget(digest)
-            self._decodable[digest] = copy
+            known = key in self._decodable
+            copy = self._decodable.get(key)
+        if not known:
+            copy = check(data, self.bounds, spent, read_side(self.engine.base))
+        with self._lock:
+            self._forget(key)
+            self._decodable[key] = copy
             self._prepared_bytes += len(copy or b"")
             while len(self._decodable) > MAX_DECODABLE or self._prepared_bytes > MAX_PREPARED:
                 self._forget(next(iter(self._decodable)))
         return copy
 
-    def _forget(self, digest: str) -> None:
-        self._prepared_bytes -= len(self._decodable.pop(digest, None) or b"")
+    def _forget(self, key: tuple[str, str]) -> None:
+        self._prepared_bytes -= len(self._decodable.pop(key, None) or b"")
 
     def _copies(self, stored: StoredSet) -> dict[str, bytes]:
         """The copies of a set's costly images by their digests.
@@ -137,7 +143,7 @@ class Service:
         spent, copies = Spent(stored.namespace), {}
         for number, example in enumerate(stored.examples):
             try:
-                copy = self._decodable[example.image]
+                copy = self._decodable[stored.namespace, example.image]
             except KeyError:
                 try:
                     copy = self._check(self.store.bytes_of(stored.namespace, example.image), example.image, spent)
