@@ -6,6 +6,7 @@ score is the mean of its log-likelihoods, so the parts count alike, and together
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -34,18 +35,25 @@ def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int) -> list
     labelled = labelled and len({user.text for user, _ in examples[1:]}) == 1  # a chat asks something else each time
     if read.longest + behind <= encoder.context or read.examples or not labelled or room <= 0:
         return whole
-    by_label: dict[str, list[int]] = {}
-    for number, (_, answer) in enumerate(examples):
-        by_label.setdefault(answer.text, []).append(number)
-    for count in range(max(2, -(-read.longest // room)), max(map(len, by_label.values())) + 1):
-        parts = [_part(examples, by_label, number, count) for number in range(count)]
+    most = max(Counter(answer.text for _, answer in examples).values())
+    for count in range(max(2, -(-read.longest // room)), most + 1):
+        parts = divided(turns, count)
         if all(encoder.support(part).longest <= room for part in parts):
             return parts
     return whole
 
 
-def _part(examples: Sequence[tuple[Turn, Turn]], by_label: dict[str, list[int]], number: int, count: int) -> tuple[Turn, ...]:
-    """Every ``count``-th example of each label. One of a label with fewer examples than parts is shown in several of them."""
-    chosen = sorted(place for own in by_label.values() for place in own[number::count] or [own[number % len(own)]])
-    turns = [turn for place in chosen for turn in examples[place]]
-    return (replace(turns[0], text=examples[0][0].text), *turns[1:])  # the first one's text begins a set
+def divided(turns: Sequence[Turn], count: int) -> list[tuple[Turn, ...]]:
+    """A support set in ``count`` parts, each with every ``count``-th example of each label.
+
+    One of a label with fewer examples than parts is shown in several of them.
+    """
+    by_label: dict[str, list[int]] = {}
+    for number, answer in enumerate(turns[1::2]):
+        by_label.setdefault(answer.text, []).append(number)
+    parts = []
+    for number in range(count):
+        chosen = sorted(place for own in by_label.values() for place in own[number::count] or [own[number % len(own)]])
+        part = [turn for place in chosen for turn in turns[2 * place : 2 * place + 2]]
+        parts.append((replace(part[0], text=turns[0].text), *part[1:]))  # the first one's text begins a set
+    return parts
