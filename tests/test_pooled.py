@@ -285,6 +285,8 @@ def test_the_run_records_it(run: Path) -> None:
     assert json.loads((run / "report.json").read_text())["support_tokens"] == POOLED
     assert json.loads(call("inspect", run, "--json").stdout)["support_tokens"] == POOLED
     assert load_adapter(run)[0].support_tokens == POOLED
+    assert read_manifest(run)["shots"] == load_adapter(run)[0].shots == json.loads(call("inspect", run, "--json").stdout)["shots"] == 2
+    assert "photos of a label that were shown together: 2 at most; more are read in parts" in (run / "README.md").read_text()
     again = call("train", run.parent / "recipe.yaml", "image_tokens.support=4", "resume=true")
     assert again.exit_code == 2
     assert "other values of image_tokens" in again.output
@@ -302,7 +304,7 @@ def test_eval_asks_as_it_was_trained_or_as_it_is_overridden(run: Path) -> None:
 
 def test_ask_asks_as_it_was_trained_or_with_a_note(run: Path, photos: Path, tmp_path: Path) -> None:
     query = paint(tmp_path / "q.png", (90, 160, 60))
-    own, same, whole = (json.loads(call("ask", photos, query, "--adapter", run, "--json", *more).stdout) for more in (
+    own, same, whole = (json.loads(call("ask", photos, query, "--adapter", run, "--shots", 2, "--json", *more).stdout) for more in (
         (), ("--support-tokens", POOLED), ("--support-tokens", WHOLE)
     ))  # fmt: skip
     assert own["answers"] == same["answers"]

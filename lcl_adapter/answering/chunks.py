@@ -1,7 +1,8 @@
-"""Support sets that are larger than the context, in parts that fit. Each part has every label.
+"""Support sets in parts: those that are larger than the context, or have more photos of a label than an adapter was trained with.
 
-The parts are read each by itself, and a question stands behind each of them, as in Parallel-ICL (arXiv 2603.16092). A label's
-score is the mean of its log-likelihoods, so the parts count alike, and together they are no surer than one of them.
+Each part has every label. The parts are read each by itself, and a question stands behind each of them, as in Parallel-ICL (arXiv
+2603.16092). A label's score is the mean of its log-likelihoods, so the parts count alike, and together they are no surer than one of
+them. What this gives is in docs/lab.md.
 """
 
 from __future__ import annotations
@@ -21,26 +22,49 @@ def tokens_asked(encoder: Encoder, question: Turn, answers: Sequence[str]) -> in
     return len(encoder.turns([question, Turn("assistant", max(answers, key=len, default=""))], first=False)[0])
 
 
-def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int) -> list[tuple[Turn, ...]]:
+def fits(turns: Sequence[Turn], encoder: Encoder, behind: int) -> bool:
+    """Whether a support set can be read as a whole, with ``behind`` tokens after it."""
+    return encoder.support(turns).longest + behind <= encoder.context
+
+
+def parts_by_shots(turns: Sequence[Turn], shots: int | None) -> int:
+    """In how many parts a support set has at most ``shots`` photos of each label; 1 where there is no such bound, or it is no list of
+    labelled photos.
+    """
+    return -(-max(Counter(answer.text for answer in turns[1::2]).values()) // shots) if shots and _labelled(turns) else 1
+
+
+def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: int | None = None) -> list[tuple[Turn, ...]]:
     """The fewest parts of a support set that leave ``behind`` tokens of the context, and room for other questions.
 
+    shots: photos of each label that an adapter was trained with at most; a part has no more.
     The whole set where it fits, where its pictures are read without each other, where it is no list of labelled pictures, or where even
     one picture of each label is too much.
     """
     whole = [tuple(turns)]
     read = encoder.support(turns)
-    room = encoder.context - max(behind, min(QUESTION, encoder.context // 4) + encoder.tokens_an_image)
-    examples = list(zip(turns[::2], turns[1::2], strict=False))
-    labelled = len(turns) == 2 * len(examples) and all(user.shown and user.picture and answer.role == "assistant" for user, answer in examples)
-    labelled = labelled and len({user.text for user, _ in examples[1:]}) == 1  # a chat asks something else each time
-    if read.longest + behind <= encoder.context or read.examples or not labelled or room <= 0:
+    if read.examples or not _labelled(turns):
         return whole
-    most = max(Counter(answer.text for _, answer in examples).values())
-    for count in range(max(2, -(-read.longest // room)), most + 1):
+    room = encoder.context - max(behind, min(QUESTION, encoder.context // 4) + encoder.tokens_an_image)
+    fewest = parts_by_shots(turns, shots)
+    if not fits(turns, encoder, behind):
+        fewest = max(fewest, 2, -(-read.longest // room)) if room > 0 else 1
+    if fewest == 1:
+        return whole
+    for count in range(fewest, parts_by_shots(turns, 1) + 1):
         parts = divided(turns, count)
         if all(encoder.support(part).longest <= room for part in parts):
             return parts
     return whole
+
+
+def _labelled(turns: Sequence[Turn]) -> bool:
+    """Whether these are labelled photos, one after the other, behind one question."""
+    examples = list(zip(turns[::2], turns[1::2], strict=False))
+    if not examples or len(turns) != 2 * len(examples):
+        return False
+    shown = all(user.shown and user.picture and answer.role == "assistant" for user, answer in examples)
+    return shown and len({user.text for user, _ in examples[1:]}) <= 1  # a chat asks something else each time
 
 
 def divided(turns: Sequence[Turn], count: int) -> list[tuple[Turn, ...]]:
@@ -48,6 +72,8 @@ def divided(turns: Sequence[Turn], count: int) -> list[tuple[Turn, ...]]:
 
     One of a label with fewer examples than parts is shown in several of them.
     """
+    if count == 1:
+        return [tuple(turns)]
     by_label: dict[str, list[int]] = {}
     for number, answer in enumerate(turns[1::2]):
         by_label.setdefault(answer.text, []).append(number)

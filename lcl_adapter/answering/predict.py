@@ -30,6 +30,7 @@ from transformers import Cache
 from lcl_adapter.answering import independent
 from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, Limits, SetOfRequests, room
 from lcl_adapter.answering.cache import Part, Prefilled, new_cache
+from lcl_adapter.answering.chunks import divided, parts_by_shots
 from lcl_adapter.answering.room import widths_of
 from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row, without_ends
 from lcl_adapter.base.encoder import Position, position_ids
@@ -208,6 +209,9 @@ class Predictor:
             other = replace(self, max_new_tokens=new_tokens)
             other.limits = self.limits  # as memory has shown them to be
             return other.run(requests, generate, done)
+        shares = [divided(support, parts_by_shots(support, self.base.shots)) for support, _, _ in requests]
+        if any(len(parts) > 1 for parts in shares):
+            return self._run_in_parts(requests, shares, generate, done)
         groups: dict[SupportTurns, list[int]] = {}
         for index, (support, _, _) in enumerate(requests):
             if support:
@@ -226,6 +230,25 @@ class Predictor:
                     if done:
                         done(len(part))
         return [replies[i] for i in range(len(requests))]
+
+    def _run_in_parts(
+        self, requests: Sequence[Request], shares: Sequence[Sequence[SupportTurns]], generate: bool, done: Callable[[int], None] | None
+    ) -> list[Reply]:
+        """:meth:`run`, where some sets have more photos of a label than the adapter was trained with. Their scores are those of their
+        parts, and their texts are written behind the whole set.
+        """
+        whole = replace(self, base=replace(self.base, shots=None))
+        whole.limits = self.limits  # as memory has shown them to be
+        scored = {index for index, parts in enumerate(shares) if len(parts) > 1 and requests[index][2]}
+        asked = [index for index in range(len(requests)) if generate or index not in scored]
+        replies = dict(zip(asked, whole.run([(*requests[i][:2], () if i in scored else requests[i][2]) for i in asked], generate, done), strict=True))
+        of_parts = iter(whole.run([(part, *requests[i][1:]) for i in sorted(scored) for part in shares[i]], generate=False))
+        for index in sorted(scored):
+            mean = combined([next(of_parts) for _ in shares[index]])
+            replies[index] = replace(mean, text=replies[index].text) if generate else mean
+        if done and not generate:
+            done(len(scored))
+        return [replies[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def _answer(self, generate: bool, sets: Sequence[SetOfRequests], pack: int) -> dict[int, Reply]:

@@ -27,7 +27,7 @@ from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.base.supports import most_tokens
+from lcl_adapter.base.supports import most_tokens, trained_shots
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
@@ -54,6 +54,8 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
         own["support_tokens"] = base.support_tokens
     if base.supports != "ordered":
         own["supports"] = base.supports
+    if base.shots:
+        own["shots"] = base.shots
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -143,6 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: written by a version before 0.3, which recognised a base by its files and not by its weights; train it again.")
     if manifest.get("supports", "ordered") not in get_args(Supports):
         raise AdapterError(f"{path}: trained with supports {manifest['supports']!r}, which this version does not know.")
+    shots = manifest.get("shots", 1)
+    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
+        raise AdapterError(f"{path}: not a manifest of this tool (shots is {repr(shots)[:60]}).")
     wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
     if wrong:
         raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")
@@ -175,7 +180,7 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     supports: Supports = base.supports or manifest.get("supports", "ordered")
     given = {
         "device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens,
-        "supports": supports,
+        "supports": supports, "shots": base.shots or trained_shots(manifest),
     }  # fmt: skip
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))

@@ -21,6 +21,7 @@ class BaseRef:
     attn_implementation: how attention is computed; SDPA by default.
     support_tokens: of a picture that is shown with a label; all of them by default.
     supports: whether such a picture sees those before it; "ordered" by default.
+    shots: such pictures of a label that are read together at most; all of them by default.
     """
 
     name: str | None = None
@@ -31,6 +32,7 @@ class BaseRef:
     attn_implementation: Attention | None = None
     support_tokens: int | None = None
     supports: Supports | None = None
+    shots: int | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
@@ -38,7 +40,7 @@ class BaseRef:
         if isinstance(base, Recipe):
             return cls(
                 base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
-                support_tokens=base.image_tokens.most, supports=base.supports,
+                support_tokens=base.image_tokens.most, supports=base.supports, shots=base.most_shots,
             )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 

@@ -26,6 +26,12 @@ def most_tokens(manifest: Mapping[str, Any]) -> int | None:
     return max(trained_tokens(manifest), default=None)
 
 
+def trained_shots(manifest: Mapping[str, Any]) -> int | None:
+    """Photos of a label that training showed together, at most; None where the manifest does not say it."""
+    shots: int | None = manifest.get("shots")
+    return shots
+
+
 def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
     """Notes where an adapter is asked in another form than it was trained in."""
     notes = []

@@ -70,7 +70,7 @@ def evaluate(
     if loaded is not None:
         show_notes(asked_otherwise(manifest, loaded))
         for tokens in suite_tokens(recipe):  # each must be possible, before anything is measured
-            loaded.with_supports(tokens, loaded.supports)
+            loaded.with_supports(tokens, loaded.supports, loaded.shots)
     added = [name for name in suites if name not in recipe.evaluate.suites and name in presets()]
     if added:
         recipe = load(run / "recipe.yaml", [*overrides, *(f"evaluate.suites.{name}={{preset: {name}}}" for name in added)], resolved=True)

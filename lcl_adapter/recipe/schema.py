@@ -208,6 +208,11 @@ class Recipe(Options):
         """Sources that stay near the base's own distribution instead of learning their tokens."""
         return [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
 
+    @property
+    def most_shots(self) -> int | None:
+        """Photos of a label that training shows together, at most; None where no source shows labelled photos."""
+        return max((shots for source in self.sources.values() for shots in getattr(source, "shots", [])), default=None) or None
+
     def phases(self) -> list[tuple[float, dict[str, float]]]:
         """(start, shares) of each phase; ``start`` is a part of the run, 0 to 1.
 

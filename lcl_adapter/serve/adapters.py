@@ -9,7 +9,7 @@ from typing import Any
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base
-from lcl_adapter.base.supports import asked_otherwise, most_tokens, trained_supports
+from lcl_adapter.base.supports import asked_otherwise, most_tokens, trained_shots, trained_supports
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.errors import AdapterError
 from lcl_adapter.serve.pictures.images import digest_of
@@ -44,7 +44,7 @@ def in_its_form(name: str, manifest: dict[str, Any], base: Base, same_tokens: bo
     Prints a note where that is another form than it was trained in.
     """
     tokens = base.support_tokens if same_tokens else most_tokens(manifest)
-    form = base.with_supports(tokens, trained_supports(manifest))
+    form = base.with_supports(tokens, trained_supports(manifest), trained_shots(manifest))
     show_notes([f"{name}: {note}" for note in asked_otherwise(manifest, form)])
     return form
 

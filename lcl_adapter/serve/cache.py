@@ -12,7 +12,7 @@ from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.judgement import ShownLabels
 from lcl_adapter.serve.jobs import SetKey
 
-CacheKey = tuple[str, SetKey]  # a model's name, and a support set
+CacheKey = tuple[str, SetKey, bool]  # a model's name, a support set, and whether it is read in parts
 MAX_EVICTED_KEYS = 10_000  # keys of evicted sets that are remembered, so that a second prefill counts as a rebuild
 
 
@@ -22,12 +22,14 @@ class CachedSet:
 
     vectors: its N pictures as unit vectors of the vision tower, [N, C], in the order of its turns.
     bytes: of its keys and values. shown: its labels, for a judgement in which the tower counts.
+    for_texts: it is read as a whole, for a text; to score answers, it is read in parts.
     """
 
     prefilled: Prefilled
     vectors: torch.Tensor
     bytes: int
     shown: ShownLabels | None = None
+    for_texts: bool = False
 
 
 @dataclass
@@ -68,16 +70,19 @@ class SetCache:
         """From the least to the most recently used."""
         return iter(list(self._sets.values()))
 
-    def get(self, key: CacheKey) -> CachedSet | None:
-        cached = self._sets.get(key)
-        if cached is not None:
-            self._sets.move_to_end(key)
-            self.counters.hits += 1
-        return cached
+    def find(self, model: str, key: SetKey, scored: bool) -> CachedSet | None:
+        """A set as a question is asked by it. scored: whether the question's answers are scored, or a text is written."""
+        for in_parts in (True, False) if scored else (False,):
+            cached = self._sets.get((model, key, in_parts))
+            if cached is not None and not (scored and cached.for_texts):
+                self._sets.move_to_end((model, key, in_parts))
+                self.counters.hits += 1
+                return cached
+        return None
 
     def of_model(self, name: str) -> list[Prefilled]:
         """The sets that a model has read, from the least to the most recently used."""
-        return [cached.prefilled for (model, _), cached in self._sets.items() if model == name]
+        return [cached.prefilled for (model, *_), cached in self._sets.items() if model == name]
 
     def make_room(self, tokens: int) -> None:
         """Evict sets before a new one of so many tokens is prefilled, so that memory never has to hold both.

@@ -26,7 +26,7 @@ from peft import PeftModel
 from lcl_adapter import devices
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
-from lcl_adapter.answering.chunks import parts_that_fit, tokens_asked
+from lcl_adapter.answering.chunks import parts_by_shots, parts_that_fit, tokens_asked
 from lcl_adapter.answering.judgement import read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
@@ -66,7 +66,7 @@ class Engine:
     """
 
     def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None) -> None:
-        self.base = base if support_tokens is None else base.with_supports(support_tokens, base.supports)
+        self.base = base if support_tokens is None else base.with_supports(support_tokens, base.supports, base.shots)
         self._same_for_all = support_tokens is not None
         self.queue_limit = queue
         self.name = name
@@ -232,7 +232,7 @@ class Engine:
         except Exception as error:
             if devices.is_out_of_memory(error) and len(self.cache) > 1:  # other sets are in the way: once more without them
                 error.__traceback__ = None  # it holds the tensors of the failed pass
-                self.cache.drop(lambda key: key != (first.model, first.key))
+                self.cache.drop(lambda key: key[:2] != (first.model, first.key))
                 devices.release_memory()
                 for job in jobs:
                     if job.has_output:
@@ -282,16 +282,18 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn], question: Turn, answers: Sequence[str]) -> Prefilled:
-        """Read a set by the model of this name, in parts if it does not fit the context beside a question whose answers are scored.
-
+        """Read a set by the model of this name, for a question whose answers are scored in parts where it must be.
         Cached sets are evicted first if there is not enough memory for both; what they have of an independent set is not read again.
         """
         predictor = self._predictors.of(self.find(name))
         encoder = predictor.encoder
         if turns:
             self.cache.make_room(encoder.support(turns).visible)
-        scored = parts_that_fit(turns, encoder, tokens_asked(encoder, question, answers) + predictor.max_new_tokens) if answers else [turns]
-        return predictor.prefill(scored, known=self.cache.of_model(name))
+        behind = tokens_asked(encoder, question, answers) + predictor.max_new_tokens
+        parts = parts_that_fit(turns, encoder, behind, predictor.base.shots if answers else None)
+        if len(parts) > 1 and not answers:
+            raise EpisodeError("this set is larger than the context. It is read in parts: its labels can be scored, but no text can be written.")
+        return predictor.prefill(parts, known=self.cache.of_model(name))
 
     def ask(self, prefilled: Prefilled, questions: Sequence[tuple[Turn, tuple[str, ...]]]) -> list[Reply]:
         """Score the worded labels of each question by one prefilled set."""
@@ -309,30 +311,28 @@ class Engine:
 
     def _prefilled(self, job: Job) -> CachedSet:
         """The job's support set, from the cache if it is there."""
-        key = None if job.key is None else (job.model, job.key)
-        if key is not None and (cached := self.cache.get(key)) is not None:
+        if job.key is not None and (cached := self.cache.find(job.model, job.key, bool(job.answers))) is not None:
             return cached
         turns = job.support()
         prefilled = self.prefill(job.model, turns, job.turn, job.answers)
-        needs_vectors = bool(job.answers and job.judged) or key is not None
+        needs_vectors = bool(job.answers and job.judged) or job.key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
-        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown)
-        if key is not None:
-            self.cache.put(key, cached)
+        divided = parts_by_shots(turns, self.find(job.model).form.shots) > 1
+        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown, for_texts=divided and not job.answers)
+        if job.key is not None:
+            self.cache.put((job.model, job.key, len(prefilled.longest) > 1), cached)
         return cached
 
     def _drop_cached(self, job: Job) -> None:
         if job.key is not None:
-            self.cache.drop(lambda key: key == (job.model, job.key))
+            self.cache.drop(lambda key: key[:2] == (job.model, job.key))
 
     def _generate(self, prefilled: Prefilled, jobs: list[Job]) -> None:
         """Generate text for each job, a token at a time for all of them.
 
         Sets each future to OpenAI's finish reason, "stop" or "length".
         """
-        if len(prefilled.longest) > 1:
-            raise EpisodeError("this set is larger than the context. It is read in parts: its labels can be scored, but no text can be written.")
         samplers = [TokenSampler(job.sampling) for job in jobs]
         eos = self._predictor.encoder.eos
 
