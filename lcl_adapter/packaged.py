@@ -35,7 +35,7 @@ def adapter_folder(path: Path | str) -> Path:
     shipped = ADAPTERS.get(str(path))
     if shipped is None or Path(path).exists():
         return Path(path)
-    copy = cache_folder() / "adapters" / f"{path}-{sha256_of(shipped / 'adapter_model.safetensors')[:8]}"
+    copy = cache_folder() / "adapters" / f"{path}-{sha256_of(shipped / 'lcl_adapter.json')[:8]}"
     if not copy.exists():
         try:
             with whole_folder(copy) as partial:
