@@ -235,6 +235,7 @@ def test_a_stored_set_larger_than_the_context_is_asked_in_parts(service: Service
         result = classification.response()
     assert service.engine.counters.rebuilds == before
     assert result.calibration.left_out > 0
+    assert result.parts > 1
     predictor = Predictor(load_base(BaseRef(str(service.engine.base.path), device="cpu")))
     wording = service.engine.models["base"].wording
     turns, answers = support_turns(shown, wording), tuple(map(wording.answered, ("good", "bad")))

@@ -327,7 +327,7 @@ def test_the_commands_list_build_and_check(wheels: Path) -> None:
 def test_a_shipped_adapter_is_copied_once_and_a_folder_of_its_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    (shipped / "adapter_model.safetensors").write_bytes(b"weights")
+    (shipped / "lcl_adapter.json").write_text("the hashes of its files")
     (shipped / "recipe.yaml").write_text("base: photo")
     monkeypatch.setitem(packaged.ADAPTERS, "photo-lcl", shipped)
     monkeypatch.setenv("LCL_ADAPTER_CACHE", str(tmp_path / "cache"))
@@ -338,7 +338,7 @@ def test_a_shipped_adapter_is_copied_once_and_a_folder_of_its_name_comes_first(t
     (copy / "report.json").write_text("{}")  # what an evaluation writes stays
     assert packaged.adapter_folder(Path("photo-lcl")) == copy
     assert (copy / "report.json").exists()
-    (shipped / "adapter_model.safetensors").write_bytes(b"other weights")
+    (shipped / "lcl_adapter.json").write_text("other hashes")
     assert packaged.adapter_folder("photo-lcl") != copy
     (tmp_path / "photo-lcl").mkdir()
     assert packaged.adapter_folder("photo-lcl") == Path("photo-lcl")

@@ -231,6 +231,7 @@ class ClassifyOut(ApiModel):
     version: int
     calibration: CalibrationOut
     judge: JudgeName = Field("model", description="what decided: the model's scores, the tower's likeness, or both with the adapter's weights")
+    parts: int = Field(1, description="in how many parts the set was read; a score is the mean of theirs")
     results: list[Judgement]
 
 

@@ -194,6 +194,9 @@ def ask_stored_set(
             # Later blocks ask the version that the first one was answered by.
             response = judge_by_stored_set(endpoint, name, block, model, question, answered.get("version"), judge)
             answered.update(support_set=name, version=response.version, model=response.model, judge=response.judge)
+            if response.parts > 1 and (in_parts := f"the set is read in {response.parts} parts, whose scores are averaged") not in notes:
+                show_notes([in_parts])
+                notes.append(in_parts)
             rows: list[Row] = []
             for result in response.results:
                 if result.error is not None:

@@ -55,6 +55,7 @@ class Classification:
                 temperature=calibration.temperature, threshold=calibration.threshold, left_out=calibration.left_out, right=calibration.right
             ),
             judge=self.judge,
+            parts=max((job.future.result().parts for job in self.jobs if isinstance(job, Job) and not job.future.exception()), default=1),
             results=[self._judgement(calibration, job) for job in self.jobs],
         )
 

@@ -39,8 +39,8 @@ from lcl_adapter.data.conversations import Turn
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RequestError
 from lcl_adapter.serve.calibrate import Calibration
-from lcl_adapter.serve.engine import MAX_BATCH_TOKENS, Scored
-from lcl_adapter.serve.jobs import Job, SetKey
+from lcl_adapter.serve.engine import MAX_BATCH_TOKENS
+from lcl_adapter.serve.jobs import Job, Scored, SetKey
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.pictures.images import Spent, digest_of
 from lcl_adapter.serve.service import Service, on_one_scale

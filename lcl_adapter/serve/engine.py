@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,23 +38,12 @@ from lcl_adapter.serve import judging
 from lcl_adapter.serve.adapters import base_identity, check_effect, identity_of, in_its_form, matching_manifest
 from lcl_adapter.serve.cache import CachedSet, Counters, SetCache
 from lcl_adapter.serve.decoding import TokenSampler
-from lcl_adapter.serve.jobs import BusyError, FairQueue, Job, RunningTasks, SetKey, Task, same_batch
+from lcl_adapter.serve.jobs import BusyError, FairQueue, Job, RunningTasks, Scored, SetKey, Task, same_batch
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.predictors import Predictors
 
 MAX_BATCH_TOKENS = 8192  # tokens of the questions in a batch; the attention mask grows with their square
 STOPPING_RETRY = 5  # seconds after which a client may ask again when the server stops
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The result of a job with answers.
-
-    similarities: cosines of the query with the set's pictures, in the order of its turns; none where it is not judged.
-    """
-
-    reply: Reply
-    similarities: tuple[float, ...] = ()
 
 
 class Engine:
@@ -259,7 +247,7 @@ class Engine:
         replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision, jobs[0].judge)
         vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
         cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
-        return [Scored(reply, tuple(cosines)) for reply, cosines in zip(replies, cosines_NS, strict=True)]
+        return [Scored(reply, tuple(cosines), len(cached.prefilled.longest)) for reply, cosines in zip(replies, cosines_NS, strict=True)]
 
     def _without_aborted(self, jobs: list[Job]) -> list[Job]:
         """End the jobs that were cancelled or are past their deadline; return the others."""

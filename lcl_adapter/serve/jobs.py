@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lcl_adapter.answering.api_types import JudgeName
+from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.decoding import Sampling, Token
@@ -82,6 +83,19 @@ class Job:
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of a job with answers.
+
+    similarities: cosines of the query with the set's pictures, in the order of its turns; none where it is not judged.
+    parts: in which the set was read.
+    """
+
+    reply: Reply
+    similarities: tuple[float, ...] = ()
+    parts: int = 1
 
 
 @dataclass

@@ -342,7 +342,7 @@ class Service:
 
         def unload(engine: Engine) -> None:
             engine.unload_adapter(name)
-            release_memory()
+            release_memory(loaded=True)
 
         self.engine.call(unload, self.timeout)
 

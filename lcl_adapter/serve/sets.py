@@ -15,8 +15,8 @@ from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RunError
 from lcl_adapter.recipe.wording import Wording
 from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
-from lcl_adapter.serve.engine import Engine, Scored
-from lcl_adapter.serve.jobs import SetKey, Task
+from lcl_adapter.serve.engine import Engine
+from lcl_adapter.serve.jobs import Scored, SetKey, Task
 from lcl_adapter.serve.model import Model
 from lcl_adapter.serve.store import Store
 
