@@ -538,6 +538,8 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "close (55% and 45%)" in page
     assert "1 of 4 were right" in page
+    assert "parts" not in page
+    assert "asked in 3 parts" in html.results("en", [tmp_path / "none.png"], response.model_copy(update={"parts": 3}), [])
 
 
 def test_the_photo_bases_example_is_of_photos() -> None:

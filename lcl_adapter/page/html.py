@@ -38,7 +38,8 @@ def results(
     of_base: Sequence[api_types.Judgement | None] = by_base.results if by_base else [None] * len(photos)
     triples = enumerate(zip(photos, response.results, of_base, strict=True), 1)
     cards = [_card(language, number, photo, result, response, examples, reject, by_base=base) for number, (photo, result, base) in triples]
-    return f'<div class="lcl-cards">{"".join(cards)}</div>'
+    in_parts = note(message(language, "parts", parts=response.parts)) if response.parts > 1 else ""
+    return f'{in_parts}<div class="lcl-cards">{"".join(cards)}</div>'
 
 
 def comparison(
