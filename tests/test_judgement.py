@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ def test_a_judge_counts_only_its_own_evidence(likely: float, cosine: float, dist
     assert weights.score(likely, shown, "model") == weights.score(likely, unshown, "model") == 2 * likely
     assert weights.score(likely, shown, "tower") == pytest.approx(3 * cosine - distance / 2)
     assert weights.score(likely, unshown, "tower") == 7
+    by_shots = replace(weights, unshown_by_shots=1.5)
+    assert by_shots.score(likely, Evidence(False, shots=4), "tower") == pytest.approx(7 + 1.5 * math.log(4))
+    assert by_shots.score(likely, replace(shown, shots=4), "tower") == pytest.approx(3 * cosine - distance / 2)
     for evidence in (shown, unshown):
         both = weights.score(likely, evidence, "both")
         assert both == pytest.approx(weights.score(likely, evidence, "model") + weights.score(likely, evidence, "tower"))
@@ -133,6 +137,30 @@ def test_a_label_without_photos_is_the_answer_where_none_is_alike() -> None:
     assert accuracy(drawn(1000), weighing, "both") > 0.98
 
 
+def test_the_threshold_of_neither_grows_with_the_photos() -> None:
+    """With more photos, those of their label are more alike to them, and so are strangers."""
+    rng = np.random.default_rng(3)
+
+    def drawn(count: int, shots: int) -> list[Weighed]:
+        made = []
+        for _ in range(count):
+            known = bool(rng.random() < 0.5)
+            cosine = rng.normal(0.3 + 0.1 * math.log(shots) + (0.2 if known else 0.0), 0.1)
+            made.append(Weighed((0.0, 0.0), (Evidence(True, cosine, shots=shots), Evidence(False, shots=shots)), 0 if known else 1))
+        return made
+
+    weighing = fit([question for shots in (1, 2, 8) for question in drawn(600, shots)])
+    assert weighing.single is not None
+    assert weighing.single.unshown_by_shots / weighing.single.likeness == pytest.approx(0.1, abs=0.03)
+    assert Weighing.from_json(json.loads(json.dumps(weighing.to_json()))) == weighing
+    earlier = {name: value for name, value in weighing.to_json()["single"].items() if name != "unshown_by_shots"}
+    assert Weighing.from_json({"single": earlier}).single == replace(weighing.single, unshown_by_shots=0.0), "a manifest before 0.5"
+    for shots in (1, 2, 8):
+        new = drawn(2000, shots)
+        said = np.mean([np.argmax(weighing.scores(q.log_likelihoods, q.evidence) or ()) for q in new])
+        assert said == pytest.approx(0.5, abs=0.05), "as often as it is right"
+
+
 def test_few_questions_that_are_all_right_leave_the_weights_finite() -> None:
     weighing = fit(questions(30.0, 30.0, count=3))
     assert weighing.several is not None
@@ -170,7 +198,7 @@ def test_evidence_is_the_cosine_with_a_labels_mean(photos: Path, pocket_tiny: Pa
     assert torch.allclose(vectors.norm(dim=1), torch.ones(4))
     expected = tower.vectors(queries) @ class_means(vectors, [0, 0, 1, 1]).T
     for row, (red, green) in zip(rows, expected.tolist(), strict=True):
-        assert row == [Evidence(False), Evidence(True, pytest.approx(green), 0.0), Evidence(True, pytest.approx(red), 0.0)]
+        assert row == [Evidence(False, shots=2), *(Evidence(True, pytest.approx(cosine), 0.0, 2) for cosine in (green, red))]
     assert rows[0][1].likeness > rows[0][2].likeness
     assert rows[1][2].likeness > rows[1][1].likeness
     assert tower.of(shown[::-1], queries, ("neither", "green", "red"))[0][1].likeness == pytest.approx(rows[0][1].likeness, abs=1e-5)
@@ -183,7 +211,7 @@ def test_evidence_of_one_shown_label_has_the_distance_of_patches(photos: Path, p
     rows = TowerEvidence(vision).of(tuple((p, "good") for p in references), queries, ("good", "defective"))
     assert [row[0].distance for row in rows] == pytest.approx(patch_distances(references, queries, vision))
     assert rows[1][0].distance > rows[0][0].distance
-    assert [row[1] for row in rows] == [Evidence(False)] * 2
+    assert [row[1] for row in rows] == [Evidence(False, shots=2)] * 2
     assert TowerEvidence(vision).of((), queries, ("good", "defective")) == [[Evidence(False)] * 2] * 2
 
 

@@ -40,31 +40,36 @@ class Evidence:
     """The tower's evidence for one label. shown: whether it has photos; without them, the two figures are 0.
 
     likeness: the cosine of the query with the mean of the label's photos. distance: from a patch of the query to the nearest
-    one of the photos, the largest; 0 where several labels are shown.
+    one of the photos, the largest; 0 where several labels are shown. shots: photos of a shown label, on average.
     """
 
     shown: bool
     likeness: float = 0.0
     distance: float = 0.0
+    shots: float = 1.0
 
 
 @dataclass(frozen=True)
 class Weights:
     """How much each kind of evidence counts. A label's score is
-    ``model * log-likelihood + likeness * cosine - distance * patch distance``, plus ``unshown`` for one that is not shown.
+    ``model * log-likelihood + likeness * cosine - distance * patch distance``, plus ``unshown + unshown_by_shots * log(shots)`` for
+    one that is not shown: the more photos are shown, the more alike is one of their label.
     """
 
     model: float
     likeness: float
     distance: float = 0.0
     unshown: float = 0.0
+    unshown_by_shots: float = 0.0
 
     def score(self, log_likelihood: float, evidence: Evidence, judge: JudgeName = "both") -> float:
         """A label's score; ``judge`` leaves one of the two kinds of evidence out."""
         own = self.model * log_likelihood if judge != "tower" else 0.0
         if judge == "model":
             return own
-        return own + (self.likeness * evidence.likeness - self.distance * evidence.distance if evidence.shown else self.unshown)
+        if evidence.shown:
+            return own + self.likeness * evidence.likeness - self.distance * evidence.distance
+        return own + self.unshown + self.unshown_by_shots * math.log(evidence.shots)
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,12 @@ class TowerEvidence:
         """For each query, the evidence for each label."""
         cosines = (self.vectors(queries) @ known.means.T).tolist()
         distances = patch_distances(known.photos, queries, self.vision) if len(known.names) == 1 else [0.0] * len(queries)
+        shots = len(known.photos) / len(known.names)
         return [
-            [Evidence(True, row[known.names.index(label)], distance) if label in known.names else Evidence(False) for label in labels]
+            [
+                Evidence(True, row[known.names.index(label)], distance, shots) if label in known.names else Evidence(False, shots=shots)
+                for label in labels
+            ]
             for row, distance in zip(cosines, distances, strict=True)
         ]
 

@@ -4,7 +4,7 @@ The questions are those of the suites under ``evaluate.validation``. Each label'
 (``lcl_adapter.answering.judgement``), and the weights make the right labels most likely: a logistic regression. So the scores are
 also calibrated, on classes that are new to the adapter.
 
-Shapes: J questions, K labels (the most that a question has), F kinds of evidence.
+Shapes: J questions, K labels (the most that a question has), F kinds of evidence, U = 2 weights of a label that is not shown.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lcl_adapter.terminal import console
 PRIOR = {"model": 1.0, "likeness": 10.0, "distance": 0.1}
 PRIOR_SPREAD = 2.0
 PRIOR_SPREAD_OF_UNSHOWN = 10.0
+PRIOR_SPREAD_BY_SHOTS = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,26 @@ def _fitted(questions: Sequence[Weighed]) -> Weights | None:
         return None
     most = max(len(question.evidence) for question in questions)
     features_JKF = torch.zeros(len(questions), most, 3, dtype=torch.float64)
-    unshown_JK = torch.zeros(len(questions), most, dtype=torch.float64)
+    unshown_JKU = torch.zeros(len(questions), most, 2, dtype=torch.float64)
     absent_JK = torch.full((len(questions), most), -math.inf, dtype=torch.float64)
     for j, question in enumerate(questions):
         for k, (likely, one) in enumerate(zip(question.log_likelihoods, question.evidence, strict=True)):
             features_JKF[j, k] = torch.tensor([likely, one.likeness, -one.distance])
-            unshown_JK[j, k], absent_JK[j, k] = float(not one.shown), 0.0
+            absent_JK[j, k] = 0.0
+            if not one.shown:
+                unshown_JKU[j, k] = torch.tensor([1.0, math.log(one.shots)])
     right_J = torch.tensor([question.right for question in questions])
     prior_F = torch.tensor([math.log(value) for value in PRIOR.values()], dtype=torch.float64)
-    logs_F, unshown = prior_F.clone().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    spread_U = torch.tensor([PRIOR_SPREAD_OF_UNSHOWN, PRIOR_SPREAD_BY_SHOTS], dtype=torch.float64)
+    logs_F, unshown_U = prior_F.clone().requires_grad_(), torch.zeros(2, dtype=torch.float64, requires_grad=True)
 
     def loss() -> torch.Tensor:
-        scores_JK = features_JKF @ logs_F.exp() + unshown * unshown_JK + absent_JK
+        scores_JK = features_JKF @ logs_F.exp() + unshown_JKU @ unshown_U + absent_JK
         fault = torch.nn.functional.cross_entropy(scores_JK, right_J, reduction="sum")
-        strayed = ((logs_F - prior_F) / PRIOR_SPREAD).square().sum() + (unshown / PRIOR_SPREAD_OF_UNSHOWN).square()
+        strayed = ((logs_F - prior_F) / PRIOR_SPREAD).square().sum() + (unshown_U / spread_U).square().sum()
         return (fault + strayed / 2) / len(questions)
 
-    optimiser = torch.optim.LBFGS([logs_F, unshown], max_iter=200, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([logs_F, unshown_U], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
@@ -107,7 +111,8 @@ def _fitted(questions: Sequence[Weighed]) -> Weights | None:
     optimiser.step(closure)  # type: ignore[arg-type]
     model, likeness, distance = logs_F.detach().exp().tolist()
     has_distance = bool(features_JKF[..., 2].abs().sum())
-    return Weights(model, likeness, distance if has_distance else 0.0, unshown.item() if bool(unshown_JK.sum()) else 0.0)
+    unshown, by_shots = unshown_U.tolist() if bool(unshown_JKU.any()) else (0.0, 0.0)
+    return Weights(model, likeness, distance if has_distance else 0.0, unshown, by_shots)
 
 
 def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor) -> tuple[Weighing, torch.Tensor]:
