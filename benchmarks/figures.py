@@ -147,7 +147,8 @@ def printed(value: float | str | None, like: str) -> str:
 def is_example(text: str, position: int) -> bool:
     """Whether a marker is an example in a block of code or between backticks."""
     before = text[:position]
-    return before.count("\n```") % 2 == 1 or before.rpartition("\n")[2].count("`") % 2 == 1
+    paragraph = before.rpartition("\n\n")[2].replace("```", "")
+    return before.count("\n```") % 2 == 1 or paragraph.count("`") % 2 == 1
 
 
 def figures_of(text: str) -> list[Figure]:
