@@ -138,7 +138,7 @@ def _no_result_stays() -> Any:
         ("80<!-- percent speed:share --> %", "84<!-- percent speed:share --> %"),
         (".80<!-- speed:share -->", ".84<!-- speed:share -->"),
         ("`a\nb` .80<!-- speed:share -->", "`a\nb` .84<!-- speed:share -->"),
-        ("```sh\na\n```\n.80<!-- speed:share -->", "```sh\na\n```\n.84<!-- speed:share -->"),
+        ("\n```sh\na\n```\n.80<!-- speed:share -->", "\n```sh\na\n```\n.84<!-- speed:share -->"),
         ("+0.8<!-- speed:share -->", "+0.8<!-- speed:share -->"),
         (f"1.0<!-- {DIFFERENCE} -->", f"1.6<!-- {DIFFERENCE} -->"),
         ("0.500<!-- report:captions.prototype -->", "-<!-- report:captions.prototype -->"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from lcl_adapter.terminal import LOGGING, console
 
 SHUTDOWN_SECONDS = 20  # for open requests, after the server gets a signal to stop
 IDLE_SECONDS = 30  # that an idle connection stays open
+SWITCH_SECONDS = 0.001  # that a thread of Python may run while others wait; by default 0.005, of which a request waits for several
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def serve_app(options: Options, make: Callable[[Service, Keys | None], FastAPI],
             markup=False,
         )
         server = uvicorn.Server(config)
+        sys.setswitchinterval(SWITCH_SECONDS)
         with loaded_objects_set_aside(), contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[bound])
         if not server.started:
