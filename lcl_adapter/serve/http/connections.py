@@ -219,6 +219,8 @@ class BoundedConnection(Protocol):
 
 def _make_room(newcomer: BoundedConnection) -> None:
     """Close a connection if there are too many: of the client with most connections that wait, those that wait longest."""
+    if len(newcomer.connections) <= MAX_CONNECTIONS:  # without looking at each of them
+        return
     open_ones = [one for one in newcomer.connections if isinstance(one, BoundedConnection) and not one.displaced]
     if len(open_ones) <= MAX_CONNECTIONS:
         return
