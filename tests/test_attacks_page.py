@@ -535,21 +535,20 @@ def test_a_jpeg_stays_about_its_size_and_loses_its_metadata() -> None:
 
 def test_the_scratch_folder_is_removed_after_a_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SIGTERM while the page is served, and before it is; SIGHUP; and SIGKILL, after which the next start removes it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     code = (
-        "import sys, time, uvicorn, contextlib; from fastapi import FastAPI; from lcl_adapter.page.scratch import scratch_folder\n"
+        "import socket, sys, time, uvicorn; from fastapi import FastAPI; from lcl_adapter.page.scratch import scratch_folder\n"
+        "own = socket.socket(); own.bind(('127.0.0.1', 0))\n"  # not listening yet
         "with scratch_folder() as folder:\n"
-        "    (folder / 'photo.png').write_bytes(b'x'); print('ready', flush=True)\n"
-        f"    uvicorn.run(FastAPI(), port={port}, log_level='error') if sys.argv[1] == 'serve' else time.sleep(60)\n"
+        "    (folder / 'photo.png').write_bytes(b'x'); print(own.getsockname()[1], flush=True)\n"
+        "    server = uvicorn.Server(uvicorn.Config(FastAPI(), log_level='error'))\n"
+        "    server.run(sockets=[own]) if sys.argv[1] == 'serve' else time.sleep(60)\n"
     )
 
     def run(what: str, number: signal.Signals) -> None:
         process = subprocess.Popen([sys.executable, "-c", code, what], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+        port = int(process.stdout.readline())
         if what == "serve":
             while True:
                 with socket.socket() as probe:
