@@ -45,13 +45,13 @@ def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: 
     read = encoder.support(turns)
     if read.examples or not _labelled(turns):
         return whole
-    room = encoder.context - max(behind, min(QUESTION, encoder.context // 4) + encoder.tokens_an_image)
     fewest = parts_by_shots(turns, shots)
-    if not fits(turns, encoder, behind):
-        fewest = max(fewest, 2, -(-read.longest // room)) if room > 0 else 1
-    if fewest == 1:
+    if fits(turns, encoder, behind):
+        return divided(turns, fewest)
+    room = encoder.context - max(behind, min(QUESTION, encoder.context // 4) + encoder.tokens_an_image)
+    if room <= 0:
         return whole
-    for count in range(fewest, parts_by_shots(turns, 1) + 1):
+    for count in range(max(fewest, 2, -(-read.longest // room)), parts_by_shots(turns, 1) + 1):
         parts = divided(turns, count)
         if all(encoder.support(part).longest <= room for part in parts):
             return parts

@@ -270,7 +270,8 @@ class Engine:
         return nullcontext()
 
     def prefill(self, name: str, turns: Sequence[Turn], question: Turn, answers: Sequence[str]) -> Prefilled:
-        """Read a set by the model of this name, for a question whose answers are scored in parts where it must be.
+        """Read a set by the model of this name; for a question whose answers are scored, in parts where they are due.
+
         Cached sets are evicted first if there is not enough memory for both; what they have of an independent set is not read again.
         """
         predictor = self._predictors.of(self.find(name))

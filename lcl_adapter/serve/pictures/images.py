@@ -22,7 +22,6 @@ from lcl_adapter.errors import DataError
 from lcl_adapter.serve.pictures.costs import check_parts
 from lcl_adapter.serve.pictures.pool import DECODERS
 
-# Of the others, it is image/ and the format's name
 TYPE_OF = {
     "PPM": "image/x-portable-pixmap",
     "JPEG2000": "image/jp2",
