@@ -42,15 +42,15 @@ def adapter(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
 def test_every_layer_is_probed(adapter: Path, tiny_folder: Callable[[str], Path]) -> None:
     base = f"base={tiny_folder('pocket')}"
-    arguments = [str(adapter), "recipes/pocket.yaml", "lcl", base, *OVERRIDES, "--test", "train.seed=5", "--episodes", "8", "--every", "1"]
+    arguments = [str(adapter), "recipes/pocket.yaml", "lcl", base, *OVERRIDES, "--test", "train.seed=5", "--episodes", "32", "--every", "1"]
     result = CliRunner().invoke(probe, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     first, _, *layers = result.output.splitlines()
-    assert "of 16 queries" in first
+    assert "of 64 queries" in first
     lines = [[float(value) for value in line.split()] for line in layers]
     assert [int(line[0]) for line in lines] == list(range(3))  # the embeddings, and two layers
     assert all(math.isfinite(value) for line in lines for value in line)
-    assert lines[0][1] > 0.9  # before the first layer, a picture's place holds its token
+    assert lines[0][1] > 0.8  # before the first layer, a picture's place holds its token
     assert lines[0][1] > max(lines[0][2:4])
 
 

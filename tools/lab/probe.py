@@ -4,10 +4,11 @@
         --test sources.lcl.file=photo:real.csv --test sources.lcl.images=photo:real.zip --test sources.lcl.where={}
 
 A ridge regression from the hidden states at a place to the picture's last projected token (of unit length, on its first 64
-principal directions) is fitted on the episodes of the recipe, and tested on those of the recipe with the overrides of --test too.
+principal directions) is fitted on the episodes of the recipe, at each place on as many states, and tested on those of the recipe
+with the overrides of --test too.
 Places: the picture's last token, the one behind it, and the token that predicts a query's answer, where all that is compared with
 the labelled pictures must have been copied to. Printed for each layer: the explained variance at each place, and the share of
-right queries by the nearest class mean of what is decoded, at the queries' place against a place of the labelled pictures.
+right queries by the nearest class mean of what is decoded, at a place of the queries against a place of the labelled pictures.
 
 Shapes: N pictures, D width of the language model, C directions.
 """
@@ -26,6 +27,7 @@ from tools.lab.rows import Row, adapted, rows
 DIRECTIONS = 64
 RIDGE = 1e-2  # of the mean variance of a hidden state
 PICTURE, BEHIND, ANSWER = "picture", "behind", "answer"
+COMPARED = ((PICTURE, PICTURE), (PICTURE, ANSWER), (BEHIND, ANSWER))  # a place of the labelled pictures, one of the queries
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,32 @@ def right(support_NC: torch.Tensor, queries_NC: torch.Tensor, shown: Sequence[in
 
 def layer_line(fitted: Sequence[Probed], tested: Sequence[Probed], layer: int, directions_CD: torch.Tensor) -> str:
     """Explained variance and right queries at one layer."""
+    places = (PICTURE, BEHIND, ANSWER)
+    fewest = min(sum(one.hidden[place].shape[1] for one in fitted) for place in places)  # more states would make a better probe
     probes, variances = {}, {}
-    for place in (PICTURE, BEHIND, ANSWER):
-        probes[place] = Probe(
-            torch.cat([one.hidden[place][layer] for one in fitted]), torch.cat([one.targets(place) for one in fitted]) @ directions_CD.T
-        )
+    for place in places:
+        states_ND = torch.cat([one.hidden[place][layer] for one in fitted])
+        chosen = torch.randperm(len(states_ND), generator=torch.Generator().manual_seed(0))[:fewest]
+        targets_NC = torch.cat([one.targets(place) for one in fitted]) @ directions_CD.T
+        probes[place] = Probe(states_ND[chosen], targets_NC[chosen])
         decoded = probes[place](torch.cat([one.hidden[place][layer] for one in tested]))
         variances[place] = explained(decoded, torch.cat([one.targets(place) for one in tested]) @ directions_CD.T)
-    shares = {}
-    for place in (PICTURE, BEHIND):
-        judged = [
-            right(probes[place](one.hidden[place][layer])[: len(one.shown)], probes[ANSWER](one.hidden[ANSWER][layer]), one.shown, one.asked)
-            for one in tested
-        ]
-        shares[place] = sum(map(sum, judged)) / sum(map(len, judged))
+
+    def share(support: str, asked: str) -> float:
+        """Of right queries, decoded at one place of the labelled pictures and one of the queries."""
+        judged: list[bool] = []
+        for one in tested:
+            decoded = [probes[place](one.hidden[place][layer]) for place in (support, asked)]
+            queries_NC = decoded[1] if asked == ANSWER else decoded[1][len(one.shown) :]
+            judged += right(decoded[0][: len(one.shown)], queries_NC, one.shown, one.asked)
+        return sum(judged) / len(judged)
+
+    shares = {(support, asked): share(support, asked) for support, asked in COMPARED}
     return (
         f"{layer:>5}  "
         + "  ".join(f"{variances[place]:>8.2f}" for place in variances)
         + "  "
-        + "  ".join(f"{shares[place]:>9.3f}" for place in shares)
+        + "  ".join(f"{shares[pair]:>9.3f}" for pair in COMPARED)
     )
 
 
@@ -124,7 +133,7 @@ def main(adapter: str, recipe: str, source: str, overrides: tuple[str, ...], tes
         right(one.tokens[: len(one.shown)] @ directions_CD.T, one.tokens[len(one.shown) :] @ directions_CD.T, one.shown, one.asked) for one in tested
     ]
     click.echo(f"by the pictures' own tokens, right: {sum(map(sum, by_token)) / sum(map(len, by_token)):.3f} of {sum(map(len, by_token))} queries")
-    click.echo("layer  explained at picture, behind, answer   right, answer against picture, behind")
+    click.echo("layer  explained at picture, behind, answer   right: queries' picture against picture, answer against picture, against behind")
     for layer in range(0, len(fitted[0].hidden[PICTURE]), every):
         click.echo(layer_line(fitted, tested, layer, directions_CD))
 
