@@ -30,7 +30,6 @@ from lcl_adapter.recipe.schema import Supports
 
 IGNORED = -100
 NOT_AS_PREDICTED = "Training would not match prediction: change the answer."
-COUNTED = 100_000  # texts whose number of tokens is remembered
 # An index, or (time, row, column) for models with rotary embeddings of images in three dimensions
 Position = int | tuple[int, int, int]
 
@@ -131,19 +130,15 @@ class Encoder:
         self.bos: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos: int = tokenizer.convert_tokens_to_ids(family.end)
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._forget_texts()
-
-    def _forget_texts(self) -> None:
         self._part = lru_cache(maxsize=8192)(self._tokenise)
-        self._counts: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the caches of tokenised texts: a process that loads data fills its own."""
-        return {name: value for name, value in vars(self).items() if name not in {"_part", "_counts"}}
+        """Without the cache of tokenised texts: a process that loads data fills its own."""
+        return {name: value for name, value in vars(self).items() if name != "_part"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget_texts()
+        self._part = lru_cache(maxsize=8192)(self._tokenise)
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
@@ -199,12 +194,8 @@ class Encoder:
         return f"{self.tokens_an_image}" + (f", {self.support_tokens} where shown with a label" if self.support_tokens else "")
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has. The texts contain no image. They are remembered: the longest row is looked for with few texts."""
-        if len(self._counts) > COUNTED:
-            self._counts.clear()
-        if missing := [text for text in dict.fromkeys(texts) if text not in self._counts]:
-            self._counts |= zip(missing, map(len, self.tokenizer(missing, add_special_tokens=False)["input_ids"]), strict=True)
-        return [self._counts[text] for text in texts]
+        """How many tokens each text has. The texts contain no image."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
     def positions(self, ids: Sequence[int], start: int = 0) -> tuple[list[Position], int]:
         """Each token's position, and the position of the next token.

@@ -35,6 +35,7 @@ from lcl_adapter.recipe.wording import load as load_phrases
 from lcl_adapter.terminal import console
 from lcl_adapter.training.collate import Collator
 
+COUNTED = 100_000  # texts of examples whose number of tokens is remembered
 CHECKED = 256  # conversations of the schedule that are encoded
 MEASURED = 20_000  # records of a source that are encoded; of more, those that are surely short are bounded by their bytes
 JOINED = 2  # tokens that a text may have more in its turn than alone
@@ -119,6 +120,7 @@ class Ruler:
 
     encoder: Encoder  # in which an image is one token
     whole: Encoder
+    counts: dict[str, int] = field(default_factory=dict)  # of examples, most of which are asked for several times
 
     @classmethod
     def of(cls, encoder: Encoder) -> Ruler:
@@ -156,9 +158,17 @@ class Ruler:
         parts = self.encoder.family.render(turns).text.split(IMAGE)
         (marked,) = (part for part in parts if MARK in part)
         others = [part for part in parts if part != marked]
-        counts = self.encoder.count_tokens([*others, *(marked.replace(MARK, label) for label in labels)])
+        counts = self._count([*others, *(marked.replace(MARK, label) for label in labels)])
         fixed = sum(counts[: len(others)])
         return [0 if self.encoder.special_token_in(label) else fixed + n for label, n in zip(labels, counts[len(others) :], strict=True)]
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        """:meth:`Encoder.count_tokens`, of a text once."""
+        if len(self.counts) > COUNTED:
+            self.counts.clear()
+        if missing := [text for text in dict.fromkeys(texts) if text not in self.counts]:
+            self.counts.update(zip(missing, self.encoder.count_tokens(missing), strict=True))
+        return [self.counts[text] for text in texts]
 
 
 # --- episodes
