@@ -88,7 +88,7 @@ def pictures(small: bool) -> dict[str, str]:
 
 
 def bodies() -> dict[str, bytes]:
-    """Bodies of a chat request by kind; every one is refused."""
+    """Bodies of a chat request by kind; every one is refused. Those called allowed have as many values as a body may have, and are parsed."""
     chat = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     open_end = json.dumps(chat)[:-1].encode()
     return {
@@ -96,6 +96,8 @@ def bodies() -> dict[str, bytes]:
         "larger list": json.dumps({**chat, "stop": [0] * 2**20}).encode(),
         "messages": json.dumps({**chat, "messages": [{"a": 0}] * 20_000}).encode(),
         "fields": json.dumps({**chat, **{f"k{n}": 0 for n in range(20_000)}}).encode(),
+        "allowed messages": json.dumps({**chat, "messages": [{"a": 0}] * 4000}).encode(),
+        "allowed fields": json.dumps({**chat, **{f"k{n}": 0 for n in range(4000)}}).encode(),
         "nested": open_end + b', "metadata": ' + b'{"a":' * 40_000 + b"0" + b"}" * 40_000 + b"}",
         "brackets": b"[" * 2**18,
         "model": json.dumps({**chat, "model": "m" * 250_000}).encode(),

@@ -27,6 +27,8 @@ import anyio
 import httpx2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -45,7 +47,7 @@ from lcl_adapter.serve import service as service_module
 from lcl_adapter.serve.api import make_app
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.http import bodies, connections, middleware, threads
-from lcl_adapter.serve.http.bodies import MAX_TEXT, bytes_beside_images
+from lcl_adapter.serve.http.bodies import MAX_TEXT, MAX_VALUES, beside_images, values_of
 from lcl_adapter.serve.http.middleware import AccessControl
 from lcl_adapter.serve.pictures import images as pictures
 from lcl_adapter.serve.pictures import pool as pool_module
@@ -513,7 +515,7 @@ def test_a_body_without_pictures_is_small_and_refused_quickly(client: httpx2.Cli
         began = time.monotonic()
         response = post(client, body)
         assert time.monotonic() - began < QUICK
-        assert response.status_code == (400 if len(body) <= MAX_TEXT else 413)
+        assert response.status_code == (400 if len(body) <= MAX_TEXT and values_of(body) <= MAX_VALUES else 413)
         assert len(error_of(response)["message"]) < 1100
         assert len(response.text) < 2500
 
@@ -526,6 +528,8 @@ def test_text_beside_a_picture_is_as_small(client: httpx2.Client) -> None:
     assert post(client, json.dumps(body).encode()).status_code == 200
     response = post(client, json.dumps({**body, "stop": [0] * MAX_TEXT}).encode())
     assert (response.status_code, error_of(response)["message"]) == (413, "the request has more than 256 kB beside its images.")
+    response = post(client, json.dumps({**body, "stop": [0] * MAX_VALUES}).encode())
+    assert (response.status_code, error_of(response)["message"]) == (413, "the request has more than 4,096 values.")
 
 
 def test_an_asset_in_base64_alone_is_a_picture_too(client: httpx2.Client) -> None:
@@ -540,13 +544,39 @@ def test_an_asset_in_base64_alone_is_a_picture_too(client: httpx2.Client) -> Non
     assert error_of(client.post("/v1/systemone", json={**asked, "seed": [0] * MAX_TEXT}))["message"].startswith("the request has more than 256 kB")
 
 
-def test_bytes_beside_images() -> None:
-    assert bytes_beside_images(b'{"data_base64" : "data:xyz", "b": "x"}') == len(b'{"data_base64" : "", "b": "x"}')
-    assert bytes_beside_images(b'{"data_base64": [1, 2], "b": "x"}') == len(b'{"data_base64": [1, 2], "b": "x"}')
-    assert bytes_beside_images(b'{"a": "data:xyz", "b": ["data:", 1]}') == len(b'{"a": "data:", "b": ["data:", 1]}')
-    assert bytes_beside_images(b'{"a": "data:x' + b"y" * 100) == len(b'{"a": "data:')
-    assert bytes_beside_images(rb'["\"data:xyz", 1, 2]') == len(rb'["\"data:", 1, 2]')
-    assert bytes_beside_images(b'"data:x"' * 3000) > 2000 * len(b'"data:x"')
+def test_what_is_beside_images() -> None:
+    assert beside_images(b'{"data_base64" : "data:xyz", "b": "x"}') == b'{"data_base64" : "", "b": "x"}'
+    assert beside_images(b'{"data_base64": [1, 2], "b": "x"}') == b'{"data_base64": [1, 2], "b": "x"}'
+    assert beside_images(b'{"a": "data:xyz", "b": ["data:", 1]}') == b'{"a": "data:", "b": ["data:", 1]}'
+    assert beside_images(b'{"a": "data:x' + b"y" * 100) == b'{"a": "data:'
+    assert beside_images(rb'["\"data:xyz", 1, 2]') == rb'["\"data:", 1, 2]'
+    assert beside_images(rb'["data:xyz\\", "data:\"", 1]') == rb'["data:\\", "data:\"", 1]'
+    assert len(beside_images(b'"data:x"' * 3000)) > 2000 * len(b'"data:x"')
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='data:",[]{}\\x') | st.just("data:xyz"),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(alphabet='",[{\\a', max_size=3) | st.just("data:"), inner, max_size=5),
+)
+
+
+@given(JSON_VALUES)
+def test_no_value_is_hidden_from_the_count(value: Any) -> None:
+    """Neither behind a quote in a string, nor in what looks like an image."""
+
+    def count(one: Any) -> int:
+        inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        return isinstance(one, dict | list) + max(0, len(inner) - 1) + sum(count(item) for item in inner)
+
+    assert values_of(beside_images(json.dumps(value).encode())) == count(value)
+
+
+@pytest.mark.parametrize("unit", [b'"', b'\\"', b"\\", b'"data:', b'"data:\\"', b'"\\\\'])
+def test_values_are_counted_in_time_that_grows_with_the_length(unit: bytes) -> None:
+    """Text that a careless pattern would read again from each quote: hours for 256 kB."""
+    began = time.monotonic()
+    values_of(beside_images(unit * (MAX_TEXT // len(unit))))
+    assert time.monotonic() - began < QUICK
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/chat/completions", "/v1/systemone", "/v1/support-sets/held"])
@@ -554,7 +584,7 @@ def test_a_large_body_is_read_beside_the_event_loop(client: httpx2.Client, path:
     """Proved by order: while a body is read, others are answered; when they are, it goes on."""
     body, method = json.dumps({"support_set": "parts-set", "images": ["x" * 2 * bodies.SMALL]}), "PUT" if "sets" in path else "POST"
     with ThreadPoolExecutor(1) as pool:
-        with held(monkeypatch, bodies, "bytes_beside_images") as waits:
+        with held(monkeypatch, bodies, "beside_images") as waits:
             sent = pool.submit(client.request, method, path, content=body, headers={"Content-Type": "application/json"})
             assert waits.wait(10)
             for other in ("/health", "/ready", "/v1/models"):

@@ -18,10 +18,13 @@ from lcl_adapter.serve.jobs import GoneError
 
 MAX_TEXT = 256 * 2**10  # bytes of a body without the images in it
 MAX_STRINGS = 1024  # that are taken for images
+MAX_VALUES = 4096  # of a body; 20,000 small objects took 54 ms to parse, in which no other thread ran
 IMAGE = re.compile(rb'"data:|"data_base64"\s*:\s*"')  # where an image begins: a data URL, or an asset's base64
+STRING = re.compile(rb'"[^"\\]*(?:\\.?[^"\\]*)*"?', re.DOTALL)  # up to the end where it has no closing quote: linear in its length
 LONGEST_HEAD = 32  # bytes of such a beginning, as clients write it
 SMALL = 16 * 2**10  # bytes of a body that is read on the event loop, in less than a millisecond
 TOO_LARGE = f"the request has more than {MAX_TEXT >> 10} kB beside its images."
+TOO_MANY = f"the request has more than {MAX_VALUES:,} values."
 
 
 class BodyRoute(APIRoute):
@@ -35,8 +38,11 @@ class BodyRoute(APIRoute):
 
         def read(body: bytes) -> Any:
             """The validated body. Raises HTTPException, RequestValidationError."""
-            if bytes_beside_images(body) > MAX_TEXT:
+            text = beside_images(body)
+            if len(text) > MAX_TEXT:
                 raise HTTPException(413, TOO_LARGE)
+            if values_of(text) > MAX_VALUES:
+                raise HTTPException(413, TOO_MANY)
             try:
                 parsed = reading.parse_json(body)
             except ValueError as error:
@@ -59,15 +65,22 @@ class BodyRoute(APIRoute):
         return handle
 
 
-def bytes_beside_images(body: bytes) -> int:
-    """Bytes outside of the strings that hold images. A string with a quote in it counts from that quote on."""
-    size, place = len(body), 0
+def beside_images(body: bytes) -> bytes:
+    """A body without what its strings of images hold, and still the same JSON otherwise. A string with a quote in it is left out up to that quote."""
+    pieces, place = [], 0
     for _ in range(MAX_STRINGS):
         head = IMAGE.search(body, place)
         if head is None:
             break
+        pieces.append(body[place : head.end()])
         end = body.find(b'"', head.end())
-        end = len(body) if end < 0 else end
-        size -= end - head.end()
-        place = end + 1
-    return size
+        place = len(body) if end < 0 else end
+        while place > head.end() and body[place - 1 : place] == b"\\":  # the quote may be a part of the string
+            place -= 1
+    return b"".join((*pieces, body[place:]))
+
+
+def values_of(text: bytes) -> int:
+    """How many values JSON has, lists and objects among them; of a list or an object, the last item is not counted."""
+    bare = STRING.sub(b"", text)
+    return bare.count(b",") + bare.count(b"[") + bare.count(b"{")
