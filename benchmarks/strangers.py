@@ -96,7 +96,7 @@ def bodies() -> dict[str, bytes]:
         "larger list": json.dumps({**chat, "stop": [0] * 2**20}).encode(),
         "messages": json.dumps({**chat, "messages": [{"a": 0}] * 20_000}).encode(),
         "fields": json.dumps({**chat, **{f"k{n}": 0 for n in range(20_000)}}).encode(),
-        "allowed messages": json.dumps({**chat, "messages": [{"a": 0}] * 4000}).encode(),
+        "allowed messages": json.dumps({**chat, "messages": [{"a": 0}] * 2000}).encode(),
         "allowed fields": json.dumps({**chat, **{f"k{n}": 0 for n in range(4000)}}).encode(),
         "nested": open_end + b', "metadata": ' + b'{"a":' * 40_000 + b"0" + b"}" * 40_000 + b"}",
         "brackets": b"[" * 2**18,

@@ -63,7 +63,8 @@ class ApiModel(BaseModel):
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        unknown = [key for key in values if key not in cls.model_fields and key not in cls.neutral]
+        known = cls.model_fields.keys() | cls.neutral.keys()  # once: pydantic makes the fields anew at each look
+        unknown = [key for key in values if key not in known]
         if len(unknown) > MAX_UNKNOWN:  # each would be an error of its own
             named = ", ".join(str(key)[:40] for key in unknown[:MAX_UNKNOWN])
             raise ValueError(f"{len(unknown):,} unknown fields: {named}, …")
