@@ -324,16 +324,10 @@ def beside_strangers(options: argparse.Namespace) -> dict[str, Any]:
         if len(before) > 1 and beside:
             p99 = quantiles(before, n=100)[98]
             slowest = max(slowest, max(beside) / p99)
-            figures_of = " / ".join(
-                f"{1000 * value:.0f}"
-                for value in (median(before), p99, max(before), median(beside), quantiles([*beside, *beside], n=100)[98], max(beside))
-            )
-            rows += [
-                (
-                    f"{what}: alone median / 99 % / slowest / beside strangers median / 99 % / slowest, ms, of {len(before)} and {len(beside)}",
-                    figures_of,
-                )
-            ]
+            seconds = (median(before), p99, max(before), median(beside), quantiles([*beside, *beside], n=100)[98], max(beside))
+            measured = " / ".join(f"{1000 * value:.0f}" for value in seconds)
+            alone = f"{what}: median / 99 % / slowest of {len(before)} alone"
+            rows += [(f"{alone}, and of {len(beside)} beside strangers, ms", measured)]
     by_kind: dict[str, list[str]] = defaultdict(list)
     for answer, n in answered["answers"].items():
         kind, _, status = answer.rpartition(": ")
