@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from rich.progress import track
+from scipy import ndimage
 
 from lcl_adapter.terminal import console
 
@@ -31,17 +32,15 @@ SIZE = 64
 DEFECTS = ("scratch", "missing piece", "stain", "wrong colour", "misprint")
 TRAIN, HELD_OUT = 240, 60  # categories of each split
 REFERENCES, GOOD, EACH = 6, 6, 2  # photos per category: train/good, test/good, test/<defect>
+NEARLY_WHITE = 24  # the largest distance from white, summed over a pixel's three channels, of the background
 Rng = np.random.Generator
 
 
 def part_mask(drawing: Image.Image) -> np.ndarray:
     """True for pixels of the part, bool [64, 64]. The background is the white area that is connected to the border."""
-    page = drawing.convert("RGB")
-    framed = Image.new("RGB", (SIZE + 2, SIZE + 2), "white")
-    framed.paste(page, (1, 1))
-    ImageDraw.floodfill(framed, (0, 0), (255, 0, 255), thresh=24)
-    pixels = np.asarray(framed)[1:-1, 1:-1]
-    return ~((pixels[..., 0] == 255) & (pixels[..., 1] == 0) & (pixels[..., 2] == 255))
+    framed = np.pad(np.asarray(drawing.convert("RGB")).astype(int), ((1, 1), (1, 1), (0, 0)), constant_values=255)
+    areas, _ = ndimage.label((255 - framed).sum(-1) <= NEARLY_WHITE)
+    return np.asarray(areas != areas[0, 0])[1:-1, 1:-1]
 
 
 def blob(rng: Rng, inside: np.ndarray, radius: float, roughness: float = 0.3) -> np.ndarray:
