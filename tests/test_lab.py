@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional
 
+from lcl_adapter.answering.judgement import Weighing, Weights
+from lcl_adapter.data.conversations import WORDINGS, from_episode
+from lcl_adapter.data.episodes.base import Episode
+from lcl_adapter.data.mixture import Mixture
+from lcl_adapter.recipe import load
 from tests.test_merge import adapter_on
+from tools.lab import evidence
 from tools.lab.matching import main as matching
 from tools.lab.probe import Probe, explained, right
 from tools.lab.probe import main as probe
@@ -62,3 +69,23 @@ def test_heads_are_compared_with_features_and_answers(adapter: Path, tiny_folder
     assert lines[0].startswith("features")
     assert sum(line.startswith("layer") for line in lines) == 3
     assert all(re.search(r" [01]\.\d{3}   n \d+$", line) for line in lines)
+
+
+def test_the_line_of_evidence_is_of_its_question(adapter: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that is one of the labelled photos is most alike to their label, and only its question says so."""
+    monkeypatch.setattr(evidence, "read_weighing", lambda *_: (Weighing(several=Weights(0.0, 50.0)), None))
+    drawn = Mixture(load("recipes/pocket.yaml", [f"base={tiny_folder('pocket')}", *OVERRIDES])).draw(0)
+    assert isinstance(drawn, Episode)
+    first = drawn.support[0]
+    episode = replace(drawn, queries=(first, *drawn.queries[1:]))
+    plain, lined = (read(episode, WORDINGS["short"]) for read in (from_episode, evidence.with_evidence(str(adapter), from_episode)))
+    assert lined.shared == plain.shared
+    for (question, answer), (with_line, same) in zip(plain.branches, lined.branches, strict=True):
+        assert (answer, question.picture) == (same, with_line.picture)
+        assert re.fullmatch(r"(\S+ \d, )+\S+ \d\. " + re.escape(question.text), with_line.text)
+    tenths = dict(part.rsplit(" ", 1) for part in lined.branches[0][0].text.split(". ")[0].split(", "))
+    assert max(tenths, key=lambda label: int(tenths[label])) == first.label
+
+
+def test_tenths_are_one_digit() -> None:
+    assert [evidence.tenths(p) for p in (0.0, 0.099, 0.5, 1.0)] == [0, 0, 5, 9]
