@@ -849,6 +849,43 @@ def test_unread_answers_of_a_caller_have_a_limit(monkeypatch: pytest.MonkeyPatch
             assert time.monotonic() < until
 
 
+@pytest.mark.parametrize("end", ["whole", "cut off", "too large"])
+def test_a_route_begins_when_its_body_has_arrived(end: str) -> None:
+    """A half-sent body holds no route; of a client that went away none begins; a body's fault reaches the route that reads it."""
+    steps: list[str] = []
+    sent: list[Any] = []
+    parts = {
+        "whole": [{"type": "http.request", "body": b"1", "more_body": True}, {"type": "http.request", "body": b"2"}],
+        "cut off": [{"type": "http.request", "body": b"1", "more_body": True}, {"type": "http.disconnect"}],
+        "too large": [{"type": "http.request", "body": b"123", "more_body": True}],
+    }[end]
+
+    async def receive() -> Any:
+        steps.append("received")
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def read(request: Request) -> Response:
+        steps.append("begun")
+        return Response(await request.body())
+
+    headers = [(b"host", b"localhost"), (b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/read", "headers": headers, "query_string": b"", "root_path": ""}
+    app = AccessControl(Starlette(routes=[Route("/v1/read", read, methods=["POST"])]), 2, None)
+    anyio.run(app, scope, receive, send)
+    match end:
+        case "whole":
+            assert steps == ["received", "received", "begun"]
+            assert (sent[0]["status"], b"".join(message.get("body", b"") for message in sent)) == (200, b"12")
+        case "cut off":
+            assert (steps, sent) == (["received", "received"], [])
+        case _:
+            assert (steps, sent[0]["status"]) == (["received", "begun"], 413)
+    assert (app._requests, app._bytes) == ({}, {})
+
+
 def test_one_caller_does_not_use_all_requests(client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process's health is not one of them."""
     monkeypatch.setattr(middleware, "MAX_CALLER_REQUESTS", 3)
