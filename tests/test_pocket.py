@@ -27,12 +27,12 @@ STEPS, ROWS = 280, 4
 SMALL = [f"train.max_steps={STEPS}", f"train.per_device_train_batch_size={ROWS}", "train.warmup_steps=10", "train.learning_rate=3.0e-3"]
 SMALL += [f"sources.{name}.share={share}" for name, share in SHARES.items()] + ["train.save_steps=1000"]
 HELD_OUT = "source: {type: pocket, split: held_out}"
-FEW = ["evaluate.suites.2way.episodes=96", "evaluate.suites.shuffled-names.episodes=96"]
-FEW += [f"evaluate.suites.5way={{kind: lcl, {HELD_OUT}, ways: 5, shots: [2], neighbours: [easy], episodes: 64}}"]
+FEW = ["evaluate.suites.2way.episodes=128", "evaluate.suites.shuffled-names.episodes=128"]
+FEW += [f"evaluate.suites.5way={{kind: lcl, {HELD_OUT}, ways: 5, shots: [2], neighbours: [easy], episodes: 96}}"]
 FEW += [f"evaluate.suites.no-support={{kind: control, control: no-support, {HELD_OUT}, episodes: 64}}"]
-FEW += ["evaluate.suites.product.episodes=120", "evaluate.suites.product.shots=2"]
+FEW += ["evaluate.suites.product.episodes=150", "evaluate.suites.product.shots=2"]
 FEW += ["evaluate.suites.inspection.references=[0, 2]", "evaluate.suites.inspection.limit=1"]
-FEW += [f"evaluate.suites.{suite}.source.limit=128" for suite in ("captions", "vqa")]
+FEW += [f"evaluate.suites.{suite}.source.limit=200" for suite in ("captions", "vqa")]
 FEW += ["evaluate.validation.words.episodes=32", "evaluate.validation.parts.limit=1", "evaluate.validation.products.episodes=32"]
 LOSS_ALLOWED = {"captions": 0.18, "vqa": 0.14}  # without replay nothing is left of captions (docs/lab.md)
 
