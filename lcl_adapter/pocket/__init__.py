@@ -24,7 +24,7 @@ def cache() -> Path:
 def shipped(name: str) -> Path:
     """The file that ``pocket:NAME`` names.
 
-    A file in ``DRAWN`` is drawn if it is not cached, which needs about half a minute.
+    A file in ``DRAWN`` is drawn if it is not cached, which needs about 20 s.
 
     Raises RunError if it cannot be written.
     """

@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("lcl_requests", "Requests by route and status.", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram("lcl_request_seconds", "Duration of requests by route.", ["route"], registry=self.registry)
+        self.seconds = Histogram("lcl_request_seconds", "Duration of requests by route, once they have arrived.", ["route"], registry=self.registry)
         self.images = Counter("lcl_images_classified", "Classified images.", registry=self.registry)
         self.registry.register(_EngineCollector(engine))
 
