@@ -76,8 +76,8 @@ class Soak:
         base, manifest = load_adapter(run, BaseRef(device="cpu"))
         self.weights = sum(p.numel() * p.element_size() for name, p in base.llava.named_parameters() if "lora" not in name)
         self.wording, predictor = wording_of(load(run / "recipe.yaml")), Predictor(base)
-        weighing, statistics_2C = read_weighing(run, manifest) or (Weighing(), None)
-        tower = TowerEvidence(predictor.vision, statistics_2C)
+        weighing, space = read_weighing(run, manifest) or (Weighing(), None)
+        tower = TowerEvidence(predictor.vision, space)
         rng, pool = np.random.default_rng(0), read_pocket("held_out", min_pictures=SHOTS + QUERIES // 2)
         self.sets: list[dict[str, Any]] = []
         for _ in range(2 if small else SETS):

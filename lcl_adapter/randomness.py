@@ -23,6 +23,7 @@ Purpose = Literal[
     "view",  # another view of a picture
     "interval",  # resampling for an interval
     "own answer",  # the tokens of a base's own answer, where they are drawn
+    "compared",  # of training classes, those by which a tower's features are compared
     "support tokens",  # how many tokens the labelled pictures of a row have, of several numbers
 ]
 

@@ -24,8 +24,9 @@ from lcl_adapter.answering.judgement import JUDGES, Evidence, TowerEvidence, Wei
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
 from lcl_adapter.base.model import load_base
-from lcl_adapter.base.prototypes import class_means, patch_distances, statistics_of
+from lcl_adapter.base.prototypes import class_means, patch_distances
 from lcl_adapter.base.ref import BaseRef
+from lcl_adapter.base.tower_space import DIRECTIONS, TowerSpace
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn, support_turns
@@ -189,8 +190,8 @@ def photos(tmp_path: Path) -> Path:
 def test_evidence_is_the_cosine_with_a_labels_mean(photos: Path, pocket_tiny: Path) -> None:
     vision = VisionFeatures(load_base(str(pocket_tiny)))
     pictures = {name: [Picture(photos / name / f"{n}.png") for n in range(4)] for name in ("red", "green", "blue")}
-    statistics_2C = statistics_of([p for own in pictures.values() for p in own], vision)
-    tower = TowerEvidence(vision, statistics_2C)
+    features = [vision.mean_patches(own) for own in pictures.values()]
+    tower = TowerEvidence(vision, TowerSpace.fit(torch.cat(features), features))
     shown = tuple((p, name) for name in ("red", "green") for p in pictures[name][:2])
     queries = [pictures["green"][2], pictures["red"][3]]
     rows = tower.of(shown, queries, ("neither", "green", "red"))
@@ -253,9 +254,10 @@ def test_an_evaluation_fits_the_weights_once_and_shows_all_judges(run: Path) -> 
     assert shown["both"]["against"] in {"model", "tower"}
     better = max(shown["adapter"]["value"], shown["tower"]["value"])
     assert shown["both"]["gain"]["value"] == pytest.approx(shown["both"]["value"] - better, abs=1e-3)
-    weighing, statistics_2C = read_weighing(run, read_manifest(run)) or (Weighing(), torch.empty(0))
+    weighing, space = read_weighing(run, read_manifest(run)) or (Weighing(), TowerSpace(torch.empty(0)))
     assert weighing.fitted_on == (16, 0)
-    assert statistics_2C.shape[0] == 2
+    assert len(space.statistics) == 2
+    assert 1 <= len(space.directions) <= DIRECTIONS, "what varies within the classes that were trained on"
     line = next(json.loads(text) for text in (run / "predictions.jsonl").read_text().splitlines())
     assert sum(map(math.exp, line["both"].values())) == pytest.approx(1, abs=1e-3)
     before = (run / MANIFEST).read_bytes()

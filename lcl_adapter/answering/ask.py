@@ -91,8 +91,8 @@ def ask_model(
             f"{adapter or 'the base alone'}: has no weights for `judge: {judge}`; use `model`, or train with suites under `evaluate.validation`."
         )
     vision = VisionFeatures(loaded, FEATURE_BYTES, BLOCK)
-    weighing, statistics_2C = weighed or (Weighing(), None)
-    tower = TowerEvidence(vision, statistics_2C)
+    weighing, space = weighed or (Weighing(), None)
+    tower = TowerEvidence(vision, space)
     predictor = Predictor(loaded, vision)
     turns, answers = support_turns(labelled.shown, wording), labelled.answers(wording)
     asked_tokens = tokens_asked(predictor.encoder, Turn("user", question or wording.query, labelled.shown[0][0]), answers)

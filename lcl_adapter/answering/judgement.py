@@ -20,11 +20,11 @@ from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.base.adapter import MANIFEST
-from lcl_adapter.base.prototypes import class_means, patch_distances
+from lcl_adapter.base.prototypes import class_means, patch_distances, unit_vectors
+from lcl_adapter.base.tower_space import TowerSpace
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError
@@ -122,21 +122,20 @@ class ShownLabels:
 class TowerEvidence:
     """The tower's evidence about pictures.
 
-    statistics: mean and deviation of the tower's features, [2, C], over pictures of the adapter's validation classes. A tower's
-    raw features have a few that are large for every picture, and cosines of them say little.
+    space: where the adapter's features are compared. A tower's raw features, which are compared without one, have a few that are
+    large for every picture, and cosines of them say little.
     """
 
-    def __init__(self, vision: VisionFeatures, statistics_2C: torch.Tensor | None = None) -> None:
+    def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None) -> None:
         self.vision = vision
-        self.statistics_2C = statistics_2C
+        self.space = space
 
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
-        features_NC = self.vision.mean_patches(pictures)
-        if self.statistics_2C is not None:
-            features_NC = (features_NC - self.statistics_2C[0]) / self.statistics_2C[1]
-        return functional.normalize(features_NC, dim=1)
+        if self.space is None:
+            return unit_vectors(pictures, self.vision)
+        return self.space.vectors(self.vision.mean_patches(pictures))
 
     def remember(self, shown: Shown) -> ShownLabels:
         """The means of labelled photos, of which there is at least one."""
@@ -163,15 +162,15 @@ class TowerEvidence:
         return self.about(self.remember(own), queries, labels) if own else [[Evidence(False) for _ in labels] for _ in queries]
 
 
-def save_weighing(folder: Path, weighing: Weighing, statistics_2C: torch.Tensor) -> None:
-    """Write the weights into an adapter's manifest, and the tower's statistics beside it."""
-    save_file({"tower": statistics_2C.contiguous()}, folder / STATISTICS)
+def save_weighing(folder: Path, weighing: Weighing, space: TowerSpace) -> None:
+    """Write the weights into an adapter's manifest, and where the tower's features are compared beside it."""
+    save_file(space.to_tensors(), folder / STATISTICS)
     manifest = read_result(folder / MANIFEST)
     write_json(folder / MANIFEST, {**manifest, "judgement": {**weighing.to_json(), "statistics": sha256_of(folder / STATISTICS)}})
 
 
-def read_weighing(folder: Path, manifest: Mapping[str, Any]) -> tuple[Weighing, torch.Tensor] | None:
-    """The weights of an adapter, and the tower's statistics; None where none were fitted.
+def read_weighing(folder: Path, manifest: Mapping[str, Any]) -> tuple[Weighing, TowerSpace] | None:
+    """The weights of an adapter, and where its tower's features are compared; None where none were fitted.
 
     Raises AdapterError where the file of statistics is missing or not the one that was saved.
     """
@@ -181,4 +180,4 @@ def read_weighing(folder: Path, manifest: Mapping[str, Any]) -> tuple[Weighing, 
     file = folder / STATISTICS
     if not file.exists() or sha256_of(file) != fields["statistics"]:
         raise AdapterError(f"{file}: missing, or not the file that was saved; copy the folder again.")
-    return Weighing.from_json(fields), load_file(file)["tower"]
+    return Weighing.from_json(fields), TowerSpace.from_tensors(load_file(file))

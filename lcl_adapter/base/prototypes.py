@@ -61,10 +61,3 @@ def patch_distances(references: Sequence[Picture], queries: Sequence[Picture], v
         nearest_QP = torch.cdist(queries_QPC.flatten(0, 1), known_XC).min(1).values.view(len(chunk), -1)
         distances += nearest_QP.max(1).values.tolist()
     return distances
-
-
-@torch.inference_mode()
-def statistics_of(pictures: Sequence[Picture], vision: VisionFeatures) -> torch.Tensor:
-    """Mean and deviation of the tower's features over pictures, [2, C], on the CPU."""
-    features_NC = vision.mean_patches(pictures)
-    return torch.stack([features_NC.mean(0), features_NC.std(0) + 1e-6])

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.judgement import TowerEvidence, Weighing
 from lcl_adapter.answering.predict import Predictor, Reply, Request
+from lcl_adapter.base.tower_space import TowerSpace
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.errors import MissingError
 
@@ -43,8 +42,8 @@ class ModelPair:
     notes: Sequence[str] = ()
 
     @classmethod
-    def local(cls, predictor: Predictor, weighed: tuple[Weighing, torch.Tensor] | None = None) -> ModelPair:
-        """A base on this machine, without its adapter and with it. weighed: the adapter's weights, and its tower's statistics."""
+    def local(cls, predictor: Predictor, weighed: tuple[Weighing, TowerSpace] | None = None) -> ModelPair:
+        """A base on this machine, without its adapter and with it. weighed: the adapter's weights, and where its tower's features are compared."""
 
         def without_adapter(requests: Sequence[Request], *, done: Callable[[int], None] | None = None, new_tokens: int | None = None) -> list[Reply]:
             with predictor.base.without_adapter():
@@ -54,9 +53,9 @@ class ModelPair:
         identity: list[Any] = [base.precision, str(base.dtype), base.device.type, *base.support_reading]
         if weighed is None:
             return cls(without_adapter, predictor.run, predictor.vision, identity)
-        weighing, statistics_2C = weighed
-        tower = TowerEvidence(predictor.vision, statistics_2C)
-        return cls(without_adapter, predictor.run, predictor.vision, [*identity, weighing.to_json()], weighing, tower)
+        weighing, space = weighed
+        tower = TowerEvidence(predictor.vision, space)
+        return cls(without_adapter, predictor.run, predictor.vision, [*identity, weighing.to_json(), space.hash()], weighing, tower)
 
     @classmethod
     def served(cls, endpoint: Endpoint, base: str, adapter: str, workers: int, pad: bool = False, scores: ScoreSource = "auto") -> ModelPair:

@@ -21,7 +21,7 @@ from lcl_adapter.base.model import Base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.supports import asked_otherwise
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.sources import Picture, read_image
+from lcl_adapter.data.sources import Picture, fault_of
 from lcl_adapter.errors import DataError
 from lcl_adapter.evaluate import baselines, judges
 from lcl_adapter.evaluate.caching import cache_key, read_cached
@@ -30,6 +30,7 @@ from lcl_adapter.evaluate.metrics import Estimate, calibration_error
 from lcl_adapter.evaluate.pair import ModelPair, ServedModels
 from lcl_adapter.evaluate.retention import retention_of
 from lcl_adapter.evaluate.suites import build_cells, check_measured, perplexity, suite_tokens, validation_cells
+from lcl_adapter.evaluate.trained import trained_features
 from lcl_adapter.evaluate.weighing import evidence_of, weigh
 from lcl_adapter.files import write_json, write_text
 from lcl_adapter.recipe import Recipe, load, presets
@@ -117,7 +118,8 @@ def _local_pair(base: Base | None, recipe: Recipe, run: Path, manifest: Mapping[
     predictor = Predictor(base, VisionFeatures(base, memory_bytes(recipe.train.feature_cache)), recipe.evaluate.batch_size)
     weighed = read_weighing(run, manifest)
     if recipe.evaluate.validation and (weighed is None or fresh):
-        weighed = weigh(run, [drop_unreadable(cell, predictor.vision, "validation")[0] for cell in validation_cells(recipe)], predictor)
+        cells = [drop_unreadable(cell, predictor.vision, "validation")[0] for cell in validation_cells(recipe)]
+        weighed = weigh(run, cells, predictor, trained_features(recipe, predictor.vision))
     return ModelPair.local(predictor, weighed)
 
 
@@ -224,12 +226,7 @@ def drop_unreadable(cell: Cell, vision: VisionFeatures | None, part: str = "suit
 
     def is_broken(picture: Picture) -> bool:
         if picture not in messages:
-            try:
-                if vision is None or picture not in vision.cache:
-                    read_image(picture)
-                messages[picture] = None
-            except DataError as error:
-                messages[picture] = str(error)
+            messages[picture] = None if vision is not None and picture in vision.cache else fault_of(picture)
         return messages[picture] is not None
 
     readable = tuple(case for case in cell.cases if not any(is_broken(p) for turn in (*case.support, case.query) for p in turn.pictures))

@@ -18,7 +18,7 @@ import torch
 
 from lcl_adapter.answering.judgement import Evidence, Shown, TowerEvidence, Weighing, Weights, save_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
-from lcl_adapter.base.prototypes import statistics_of
+from lcl_adapter.base.tower_space import TowerSpace
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.terminal import console
 
@@ -115,23 +115,25 @@ def _fitted(questions: Sequence[Weighed]) -> Weights | None:
     return Weights(model, likeness, distance if has_distance else 0.0, unshown, by_shots)
 
 
-def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor) -> tuple[Weighing, torch.Tensor]:
-    """Fit the weights of a run's adapter on cells of validation suites, whose pictures can be read, and write them into its
-    folder. Returns them, and the tower's statistics [2, C].
+def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor, trained: Sequence[torch.Tensor] = ()) -> tuple[Weighing, TowerSpace]:
+    """Fit the weights of a run's adapter on cells of validation suites, whose pictures can be read, and write them into its folder.
+
+    trained: the tower's features of photos of classes that were trained on, [N, C] of each. Returns the weights, and where the tower's
+    features are compared.
     """
     pictures = list(dict.fromkeys(p for cell in cells for case in cell.cases for turn in (*case.support, case.query) for p in turn.pictures))
-    statistics_2C = statistics_of(pictures, predictor.vision)
-    tower = TowerEvidence(predictor.vision, statistics_2C)
+    space = TowerSpace.fit(predictor.vision.mean_patches(pictures), trained)
+    tower = TowerEvidence(predictor.vision, space)
     questions: list[Weighed] = []
     for cell in cells:
         replies = predictor.run([(c.support, c.query, c.answers) for c in cell.cases], generate=False)
         questions += questions_of(cell.cases, replies, tower)
     weighing = fit(questions)
-    save_weighing(run, weighing, statistics_2C)
+    save_weighing(run, weighing, space)
     for name, weights, count in zip(
         ("several labels shown", "one label shown"), (weighing.several, weighing.single), weighing.fitted_on, strict=True
     ):
         if weights is not None:
             parts = f"model {weights.model:.2g}, likeness {weights.likeness:.3g}, distance {weights.distance:.2g}, not shown {weights.unshown:.3g}"
             console.print(f"judgement, {name}: {parts} ({count} questions of validation classes)", highlight=False, markup=False)
-    return weighing, statistics_2C
+    return weighing, space

@@ -391,8 +391,8 @@ class Engine:
             if isinstance(error, LclError | KeyboardInterrupt):
                 raise
             raise AdapterError(f"{folder}: cannot be loaded on this base ({type(error).__name__}).") from error
-        weighing, statistics_2C = read_weighing(folder, manifest) or (None, None)
-        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, statistics=statistics_2C, form=own.form)
+        weighing, space = read_weighing(folder, manifest) or (None, None)
+        self.models[name] = Model(name, wording, folder, peft_name, identity, weighing=weighing, space=space, form=own.form)
         self._set_predictor()
         return self.models[name]
 

@@ -6,11 +6,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from lcl_adapter.answering.api_types import JudgeName
 from lcl_adapter.answering.judgement import Weighing
 from lcl_adapter.base.model import SupportForm
+from lcl_adapter.base.tower_space import TowerSpace
 from lcl_adapter.errors import RequestError
 from lcl_adapter.recipe.wording import Wording
 
@@ -22,7 +21,7 @@ class Model:
     adapter: PEFT's name for the adapter; it allows fewer characters than a client's name.
     identity: hash of the weights, base's and adapter's. A calibration belongs to one identity.
     form: in which the pictures of a support set are read.
-    weighing, statistics: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
+    weighing, space: of judgements by model and tower; None where no weights were fitted, and the model judges alone.
     """
 
     name: str
@@ -32,7 +31,7 @@ class Model:
     identity: str = ""
     created: float = field(default_factory=time.time)
     weighing: Weighing | None = None
-    statistics: torch.Tensor | None = field(default=None, compare=False)
+    space: TowerSpace | None = field(default=None, compare=False)
     form: SupportForm = field(default_factory=SupportForm)
 
     def judge(self, asked: JudgeName | None = None) -> JudgeName:

@@ -45,8 +45,8 @@ def with_evidence(run: str, plain: FromEpisode) -> FromEpisode:
     judged = read_weighing(folder, manifest)
     if judged is None:
         raise click.UsageError(f"{run} has no weights of a judgement")
-    weighing, statistics_2C = judged
-    tower = TowerEvidence(Predictor(base).vision, statistics_2C)
+    weighing, space = judged
+    tower = TowerEvidence(Predictor(base).vision, space)
 
     def from_episode(episode: Episode, wording: Wording) -> Conversation:
         conversation = plain(episode, wording)

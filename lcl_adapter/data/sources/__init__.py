@@ -27,6 +27,7 @@ from lcl_adapter.data.sources.class_folder import ClassFolders, read_class_folde
 from lcl_adapter.data.sources.depth import with_white
 from lcl_adapter.data.sources.hugging_face import HfClasses, HfQuestions
 from lcl_adapter.data.sources.imagenet_lcl import ImageNetLcl, read_test_pairs
+from lcl_adapter.data.sources.images import fault_of
 from lcl_adapter.data.sources.images import read as read_image
 from lcl_adapter.data.sources.inspection import Mvtec, Visa
 from lcl_adapter.data.sources.isekai import Isekai, read_isekai_questions
@@ -57,6 +58,7 @@ __all__ = [
     "QuestionPool",
     "Region",
     "Specimen",
+    "fault_of",
     "open_reader",
     "read_class_folders",
     "read_image",

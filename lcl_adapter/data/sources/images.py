@@ -103,6 +103,15 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
 PLAIN = frozenset({"PNG", "JPEG", "WEBP"})
 
 
+def fault_of(picture: Picture) -> str | None:
+    """What is wrong with a picture; None where it can be read."""
+    try:
+        read(picture)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def is_whole(picture: Picture) -> bool:
     """Whether the picture is the whole of its file, as it stands there."""
     return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend)
