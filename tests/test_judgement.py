@@ -24,7 +24,7 @@ from lcl_adapter.answering.judgement import JUDGES, Evidence, TowerEvidence, Wei
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
 from lcl_adapter.base.model import load_base
-from lcl_adapter.base.prototypes import class_means, patch_distances
+from lcl_adapter.base.prototypes import class_means, patch_distances, patch_statistics
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.tower_space import DIRECTIONS, TowerSpace
 from lcl_adapter.base.vision import VisionFeatures
@@ -211,6 +211,10 @@ def test_evidence_of_one_shown_label_has_the_distance_of_patches(photos: Path, p
     queries = [Picture(photos / "red" / "3.png"), Picture(photos / "blue" / "0.png")]
     rows = TowerEvidence(vision).of(tuple((p, "good") for p in references), queries, ("good", "defective"))
     assert [row[0].distance for row in rows] == pytest.approx(patch_distances(references, queries, vision))
+    space = TowerSpace.fit(vision.mean_patches(references + queries), patches=patch_statistics(references + queries, vision))
+    nearest = torch.cdist(space.limited_patches(vision.patches(queries)), space.limited_patches(vision.patches(references)).flatten(0, 1)).amin(2)
+    rows = TowerEvidence(vision, space).of(tuple((p, "good") for p in references), queries, ("good", "defective"))
+    assert [row[0].distance for row in rows] == pytest.approx(nearest.amax(1).tolist(), rel=1e-4), "on one scale, however few are shown"
     assert rows[1][0].distance > rows[0][0].distance
     assert [row[1] for row in rows] == [Evidence(False, shots=2)] * 2
     assert TowerEvidence(vision).of((), queries, ("good", "defective")) == [[Evidence(False)] * 2] * 2

@@ -92,10 +92,11 @@ def test_classes_of_one_photo_say_nothing_about_what_varies(photos: int) -> None
 @pytest.mark.parametrize("classes", [0, 12])
 def test_a_space_is_the_same_after_a_file(classes: int, tmp_path: Path) -> None:
     own = features(0)
-    space = TowerSpace.fit(torch.cat(own), own[:classes])
+    space = TowerSpace.fit(torch.cat(own), own[:classes], patches=torch.rand(2, 8))
     save_file(space.to_tensors(), tmp_path / "tower.safetensors")
     again = TowerSpace.from_tensors(load_file(tmp_path / "tower.safetensors"))
     assert torch.equal(space.vectors(own[0]), again.vectors(own[0]))
+    assert torch.equal(space.limited_patches(own[0]), again.limited_patches(own[0]))
     assert space.hash() == again.hash() != TowerSpace.fit(torch.cat(own[:6])).hash()
 
 
@@ -105,6 +106,7 @@ def test_a_file_of_an_earlier_version_compares_as_it_did() -> None:
     mean, deviation = own.mean(0), own.std(0)
     space = TowerSpace.from_tensors({"tower": torch.stack([mean, deviation])})
     assert torch.allclose(space.vectors(own), functional.normalize((own - mean) / deviation, dim=1))
+    assert not space.compares_patches
 
 
 # Photos of the classes that were trained on

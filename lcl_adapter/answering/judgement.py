@@ -146,7 +146,7 @@ class TowerEvidence:
     def about(self, known: ShownLabels, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
         """For each query, the evidence for each label."""
         cosines = (self.vectors(queries) @ known.means.T).tolist()
-        distances = patch_distances(known.photos, queries, self.vision) if len(known.names) == 1 else [0.0] * len(queries)
+        distances = patch_distances(known.photos, queries, self.vision, self.space) if len(known.names) == 1 else [0.0] * len(queries)
         shots = len(known.photos) / len(known.names)
         return [
             [

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors.torch import save
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 LIMIT = 3.0  # deviations; a class probability is nearly always 0, so that one large one would be the whole vector (docs/lab.md)
 DIRECTIONS = 128
+LATER = ("directions", "gains", "patches")  # tensors that files of earlier versions do not have
 SHRINKAGE = 1.0  # of the covariance, in mean variances: there are fewer photos than features
 
 
@@ -28,28 +28,44 @@ SHRINKAGE = 1.0  # of the covariance, in mean variances: there are fewer photos 
 class TowerSpace:
     """Where a tower's features are compared.
 
-    statistics: mean and deviation of each feature, [2, C]. limit: deviations beyond it are set to it. directions: orthonormal, [D, C], along
-    which photos of one class vary. gains: [D], what a feature vector is multiplied by along each of them.
+    statistics: mean and deviation of each feature of whole pictures, [2, C]. limit: deviations beyond it are set to it. directions:
+    orthonormal, [D, C], along which photos of one class vary. gains: [D], what a feature vector is multiplied by along each of them.
+    patches: mean and deviation of each feature of single patches, [2, C]. A tensor is empty where it is not known.
     """
 
-    statistics: torch.Tensor
+    statistics: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     limit: float = math.inf
     directions: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     gains: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    patches: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     @classmethod
-    def fit(cls, features_NC: torch.Tensor, classes: Sequence[torch.Tensor] = ()) -> TowerSpace:
-        """Mean and deviation of features [N, C]; directions from the features of each class's photos, [n, C], where it has two or more."""
-        statistics_2C = torch.stack([features_NC.mean(0), features_NC.std(0) + 1e-6])
-        plain = cls(statistics_2C, LIMIT)
+    def fit(cls, features_NC: torch.Tensor, classes: Sequence[torch.Tensor] = (), patches: torch.Tensor | None = None) -> TowerSpace:
+        """Mean and deviation of features [N, C]; directions from the features of each class's photos, [n, C], where it has two or more.
+
+        patches: their mean and deviation, [2, C].
+        """
+        plain = cls(torch.stack([features_NC.mean(0), features_NC.std(0) + 1e-6]), LIMIT)
+        if patches is not None:
+            plain = replace(plain, patches=patches)
         varied = [_around_their_mean(plain.limited(class_NC)) for class_NC in classes if len(class_NC) > 1]
         if not varied:
             return plain
-        return cls(statistics_2C, LIMIT, *_within_classes(torch.cat(varied)))
+        directions_DC, gains_D = _within_classes(torch.cat(varied))
+        return replace(plain, directions=directions_DC, gains=gains_D)
+
+    @property
+    def compares_patches(self) -> bool:
+        return bool(self.patches.numel())
 
     def limited(self, features_NC: torch.Tensor) -> torch.Tensor:
         """Features in deviations from their mean, up to the limit."""
         return ((features_NC - self.statistics[0]) / self.statistics[1]).clamp(-self.limit, self.limit)
+
+    def limited_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Features of single patches, [..., C], in deviations from their mean, up to the limit. Their differences are compared."""
+        mean_C, deviation_C = self.patches.to(patches.device)
+        return ((patches - mean_C) / deviation_C).clamp(-self.limit, self.limit)
 
     def vectors(self, features_NC: torch.Tensor) -> torch.Tensor:
         """Unit vectors, [N, C]. Their dot products are likenesses."""
@@ -60,7 +76,7 @@ class TowerSpace:
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """For a file; ``from_tensors`` reads them."""
-        tensors = {"tower": self.statistics, "limit": torch.tensor(self.limit), "directions": self.directions, "gains": self.gains}
+        tensors = {"tower": self.statistics, "limit": torch.tensor(self.limit), **{name: getattr(self, name) for name in LATER}}
         return {name: value.contiguous() for name, value in tensors.items()}
 
     def hash(self) -> str:
@@ -70,10 +86,9 @@ class TowerSpace:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> TowerSpace:
         """Files of earlier versions have statistics alone. Their features are compared without a limit, as their weights were fitted."""
-        further: dict[str, Any] = {}
-        if "limit" in tensors:
-            further = {"limit": float(tensors["limit"]), "directions": tensors["directions"], "gains": tensors["gains"]}
-        return cls(tensors["tower"], **further)
+        if "limit" not in tensors:
+            return cls(tensors["tower"])
+        return cls(tensors["tower"], float(tensors["limit"]), *(tensors[name] for name in LATER))
 
 
 def _around_their_mean(class_NC: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from lcl_adapter.answering.judgement import Evidence, Shown, TowerEvidence, Weighing, Weights, save_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
+from lcl_adapter.base.prototypes import patch_statistics
 from lcl_adapter.base.tower_space import TowerSpace
 from lcl_adapter.evaluate.cases import Case, Cell
 from lcl_adapter.terminal import console
@@ -122,7 +123,7 @@ def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor, trained: Seque
     features are compared.
     """
     pictures = list(dict.fromkeys(p for cell in cells for case in cell.cases for turn in (*case.support, case.query) for p in turn.pictures))
-    space = TowerSpace.fit(predictor.vision.mean_patches(pictures), trained)
+    space = TowerSpace.fit(predictor.vision.mean_patches(pictures), trained, patch_statistics(pictures, predictor.vision))
     tower = TowerEvidence(predictor.vision, space)
     questions: list[Weighed] = []
     for cell in cells:
