@@ -86,9 +86,7 @@ class TowerSpace:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> TowerSpace:
         """Files of earlier versions have statistics alone. Their features are compared without a limit, as their weights were fitted."""
-        if "limit" not in tensors:
-            return cls(tensors["tower"])
-        return cls(tensors["tower"], float(tensors["limit"]), *(tensors[name] for name in LATER))
+        return cls(tensors["tower"], float(tensors.get("limit", math.inf)), **{name: tensors[name] for name in LATER if name in tensors})
 
 
 def _around_their_mean(class_NC: torch.Tensor) -> torch.Tensor:
