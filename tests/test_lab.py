@@ -8,18 +8,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from torch.nn import functional
 
 from lcl_adapter.answering.judgement import Weighing, Weights
+from lcl_adapter.base.model import load_base
+from lcl_adapter.base.tower_space import TowerSpace
+from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.data.conversations import WORDINGS, from_episode
 from lcl_adapter.data.episodes.base import Episode
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.recipe import load
+from lcl_adapter.data.sources import ClassPool, Picture, PictureClass
+from lcl_adapter.recipe import load, save
 from tests.test_merge import adapter_on
-from tools.lab import evidence
+from tools.lab import evidence, likeness
 from tools.lab.matching import main as matching
 from tools.lab.probe import Probe, explained, right
 from tools.lab.probe import main as probe
@@ -89,3 +94,37 @@ def test_the_line_of_evidence_is_of_its_question(adapter: Path, tiny_folder: Cal
 
 def test_tenths_are_one_digit() -> None:
     assert [evidence.tenths(p) for p in (0.0, 0.099, 0.5, 1.0)] == [0, 0, 5, 9]
+
+
+def test_pairs_are_of_two_classes_and_hard_ones_of_one_group() -> None:
+    counts = {"a": 3, "b": 2, "c": 3, "d": 1}
+    classes = [
+        PictureClass(name, tuple(Picture(Path(f"{name}{n}")) for n in range(count)), ((name in "ab" and "x") or "y",))
+        for name, count in counts.items()
+    ]
+    pool = ClassPool("pool", tuple(classes))
+    owner = [name for name, count in counts.items() for _ in range(count)]
+    for hard, apart in ((False, {"ab", "ac", "bc"}), (True, {"ab"})):
+        drawn = likeness.pairs(pool, 1, 40, hard, np.random.default_rng(0))
+        assert len(drawn) == 40
+        assert {"".join(sorted(owner[own[0]] + owner[other[0]])) for own, other, _ in drawn} == apart
+        assert all(owner[query] == owner[own[0]] and query not in own for own, _, query in drawn)
+    assert likeness.pairs(pool, 3, 5, False, np.random.default_rng(0)) == [], "one class has four photos or more"
+
+
+def test_the_nearest_class_mean_is_right_where_features_tell_classes_apart() -> None:
+    vectors_NC = functional.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), dim=1)
+    assert likeness.right(vectors_NC, [([0], [2], 1), ([2], [0], 3)]) == 1.0
+    assert likeness.right(vectors_NC, [([0], [2], 3), ([2], [0], 3)]) == 0.5
+
+
+def test_ways_to_compare_stand_side_by_side(adapter: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    save(load("recipes/pocket.yaml", [f"base={tiny_folder('pocket')}", f"output={adapter}"]), adapter / "recipe.yaml")
+    generator = torch.Generator().manual_seed(0)
+    width = VisionFeatures(load_base(str(tiny_folder("pocket")))).mean_patches([Picture(Path("lcl_adapter/photo/example/new/hammer5.jpg"))]).shape[1]
+    space = TowerSpace.fit(torch.randn(50, width, generator=generator), [torch.randn(4, width, generator=generator)])
+    monkeypatch.setattr(likeness, "read_weighing", lambda *_: (Weighing(), space))
+    result = CliRunner().invoke(likeness.main, [str(adapter), "--shots", "1", "--count", "30"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lines = re.findall(r"(\S+), 1-shot +30((?: +[01]\.\d{3}){4})\n", result.output)
+    assert [name for name, _ in lines] == ["validation.words", "suites.2way"]
