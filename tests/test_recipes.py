@@ -63,6 +63,8 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
     run = tmp_path / "run"
     changes = [f"data.root={tmp_path}", f"base={pocket_tiny}", "precision=fp32", f"output={run}", "sources.photos.hold_out=0.4"]
     changes += ["train.max_steps=2", "train.gradient_accumulation_steps=2", "train.logging_steps=1"]
+    changes += ["evaluate.validation.new.source.hold_out=0.4", "evaluate.validation.new.episodes=4"]
+    changes += ["sources.photos.validation=0.25", "evaluate.validation.new.source.validation=0.25"]
     for suite in ("2way", "shuffled-names"):
         changes += [f"evaluate.suites.{suite}.episodes=4", f"evaluate.suites.{suite}.source.hold_out=0.4"]
     result = CliRunner().invoke(main, ["train", "recipes/own-photos.yaml", *changes, *short_answers("own-photos"), "--json"])
@@ -73,7 +75,9 @@ def test_own_photos_trains_on_a_users_folders(tmp_path: Path, pocket_tiny: Path)
         "2way-2shot-easy",
         "shuffled-names-easy",
     ]
-    assert read_manifest(run)["shares"]["realised"]["photos"] > 0
+    manifest = read_manifest(run)
+    assert manifest["shares"]["realised"]["photos"] > 0
+    assert manifest["judgement"]["fitted_on"] == [8, 0], "a user's photos are judged by model and tower too"
 
 
 def test_photo_own_trains_on_a_users_folders(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
@@ -84,6 +88,7 @@ def test_photo_own_trains_on_a_users_folders(tmp_path: Path, tiny_folder: Callab
     run = tmp_path / "run"
     changes = [f"data.root={tmp_path}", f"base={tiny_folder('photo')}", "precision=fp32", f"output={run}", "sources.photos.hold_out=0.4"]
     changes += ["train.max_steps=2", "train.warmup_steps=1", "train.logging_steps=1", "sources.own.max_new_tokens=2"]
+    changes += ["evaluate.validation.own.source.hold_out=0.4", "evaluate.validation.own.source.validation=0.0001"]
     for suite in ("2way", "own-shuffled"):
         changes += [f"evaluate.suites.{suite}.source.hold_out=0.4", f"evaluate.suites.{suite}.episodes=6"]
     result = CliRunner().invoke(main, ["train", "recipes/photo-own.yaml", *changes, "--json"])
@@ -93,6 +98,8 @@ def test_photo_own_trains_on_a_users_folders(tmp_path: Path, tiny_folder: Callab
     manifest = read_manifest(run)
     assert manifest["family"] == "photo"
     assert set(manifest["held_in"]) == {"photos"}
+    assert "judgement" not in manifest, "no class falls into the validation suite's split"
+    assert "evaluate.validation.own: left out" in result.stderr
 
 
 def test_own_photos_without_data_to_replay(tmp_path: Path, pocket_tiny: Path) -> None:
@@ -103,6 +110,7 @@ def test_own_photos_without_data_to_replay(tmp_path: Path, pocket_tiny: Path) ->
         for index in range(4):
             paint(tmp_path / "photos" / f"part {number}" / f"{index}.png", (17 * number, 90, 250 - 17 * number), seed=100 * number + index)
     changes = [f"data.root={tmp_path}", f"base={pocket_tiny}", "precision=fp32", f"output={tmp_path / 'run'}", "sources.photos.hold_out=0.4"]
+    changes += ["evaluate.validation.new=null"]
     changes += [f"sources.replay={own.partition(': ')[2]}", "sources.replay.max_new_tokens=4", "sources.replay.pictures=6"]
     changes += ["train.max_steps=2", "train.gradient_accumulation_steps=4", "train.logging_steps=1"]
     suites = next(line for line in text.splitlines() if "preset: page" in line)
@@ -229,7 +237,8 @@ def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, t
 
 
 MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
-MIX += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.mvtec.references=[0, 1]"]
+MIX += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.validation.new-products.source.hold_out=0.4"]
+MIX += ["evaluate.suites.mvtec.references=[0, 1]"]
 # What each recipe needs on a few fixtures and a tiny base; the shipped bf16 stays, nf4 becomes fp32.
 BIG = {
     "mix": ["precision=fp32", "wording=short", *MIX],
@@ -242,6 +251,7 @@ BIG = {
     ],
     "products": [
         "precision=fp32", "sources.products.hold_out=0.4", "evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.product.episodes=6",
+        "evaluate.validation.new-products.source.hold_out=0.4",
     ],
     "vqa": ["precision=fp32"],
 }  # fmt: skip

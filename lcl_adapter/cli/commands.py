@@ -19,7 +19,7 @@ from lcl_adapter.checkpoints import merge as merging
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import read_image
 from lcl_adapter.errors import RecipeError, RunError, did_you_mean
-from lcl_adapter.evaluate import check_held_out, check_suites, weigh_run
+from lcl_adapter.evaluate import check_held_out, check_suites, weigh_run, with_enough_classes
 from lcl_adapter.evaluate import evaluate as measure
 from lcl_adapter.files import only_writer
 from lcl_adapter.memory import plan as planning
@@ -50,6 +50,8 @@ def train(recipe_path: str, overrides: Sequence[str] = (), force: bool = False) 
 
 
 def _train(recipe_path: str, recipe: Recipe, resume: bool, force: bool, trackers: Trackers) -> dict[str, Any]:
+    recipe, notes = with_enough_classes(recipe)
+    show_notes(notes)
     mixture = Mixture(recipe)
     check_held_out(recipe, mixture)
     check_suites(recipe, load_encoder(BaseRef.of(recipe)))

@@ -34,7 +34,7 @@ from lcl_adapter.data.sources.boxes import region_box
 from lcl_adapter.data.sources.copies import digest
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import DataError, EpisodeError, ModelError, RecipeError
-from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites
+from lcl_adapter.evaluate import CLASS_SUITES, check_held_out, check_suites, with_enough_classes
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.recipe.sources import SourceOptions
@@ -59,9 +59,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
     Returns {"faults": [{"source", "kind", "message"}], "sources": {name: {...}}, "rows": {...} or None, "notes": []}.
     """
-    recipe = _counting_faults(recipe)
+    recipe, notes = with_enough_classes(_counting_faults(recipe))
     faults: Faults = []
-    notes: list[str] = []
     sources: dict[str, dict[str, Any]] = {}
     pools: dict[str, Pool] = {}
     known = _Known()

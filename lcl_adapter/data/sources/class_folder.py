@@ -11,7 +11,7 @@ from lcl_adapter import reading
 from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
 from lcl_adapter.data.sources.copies import in_two_classes
 from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
-from lcl_adapter.data.sources.held_out import HeldOut, in_split
+from lcl_adapter.data.sources.held_out import HeldOut, held_out_shares, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
@@ -36,7 +36,7 @@ class ClassFolders(ClassReader, HeldOut):
     encoding: Encoding = None
 
     def open(self, name: str, min_pictures: int = 1) -> ClassPool:
-        return read_class_folders(self.path, name, min_pictures, self.split, self.hold_out, self.on_fault, self.encoding)
+        return read_class_folders(self.path, name, min_pictures, self.split, self.hold_out, self.on_fault, self.encoding, self.validation)
 
 
 def read_class_folders(
@@ -47,6 +47,7 @@ def read_class_folders(
     hold_out: float = 0.0,
     on_fault: str = "refuse",
     encoding: str | None = None,
+    validation: float = 0.0,
 ) -> ClassPool:
     """Every sub-folder is a class, sorted by name.
 
@@ -77,9 +78,9 @@ def read_class_folders(
         names_of[folder], deeper_of[folder] = _photos(files), _photos(tree.deeper.get(folder, []))
         other_files += len(files) - len(names_of[folder])
     if split != "all":
-        names_of = {n: names for n, names in names_of.items() if in_split(n, split, hold_out)}
+        names_of = {n: names for n, names in names_of.items() if in_split(n, split, hold_out, validation)}
         if not names_of:
-            raise DataError(f"{root}: no class falls into split {split!r} with `hold_out: {hold_out}`; add classes or change `hold_out`.")
+            raise DataError(f"{root}: no class falls into split {split!r} with {held_out_shares(hold_out, validation)}; add classes or change that.")
     if not names_of:
         raise DataError(f"{root}: no class folders in it: put the photos of each class into a folder of its own, photos/<class>/*.jpg.")
     first = next(iter(names_of))

@@ -24,7 +24,7 @@ class HfClasses(ClassReader, HeldOut):
 
     def open(self, name: str, min_pictures: int = 1) -> ClassPool:
         columns = {str(k): v for k, v in self.columns.items()}
-        return read_hf_classes(self.path, columns, name, min_pictures, self.split, self.hold_out, self.on_fault)
+        return read_hf_classes(self.path, columns, name, min_pictures, self.split, self.hold_out, self.on_fault, self.validation)
 
 
 class HfQuestions(QuestionReader):
@@ -47,6 +47,7 @@ def read_hf_classes(
     split: str = "all",
     hold_out: float = 0.0,
     on_fault: str = "refuse",
+    validation: float = 0.0,
 ) -> ClassPool:
     """Columns ``image`` and ``class``, and optionally ``group``. A ClassLabel column gives the classes' names.
 
@@ -69,7 +70,7 @@ def read_hf_classes(
         if group is not None:
             group_of[class_name] = str(group)
     if split != "all":
-        rows = {n: r for n, r in rows.items() if in_split(n, split, hold_out)}
+        rows = {n: r for n, r in rows.items() if in_split(n, split, hold_out, validation)}
     few = [n for n, r in rows.items() if len(r) < min_pictures]
     classes = tuple(
         PictureClass(n, tuple(Picture(folder, f"{columns['image']}/{i}") for i in r), (group_of[n],) if n in group_of else ())

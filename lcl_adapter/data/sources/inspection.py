@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, check_faults
-from lcl_adapter.data.sources.held_out import HeldOut, is_held_out
+from lcl_adapter.data.sources.held_out import HeldOut, split_of
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
@@ -61,7 +61,7 @@ class Mvtec(Parts):
     good: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1, description="names of the folders of good parts")] = [GOOD]
 
     def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
-        return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.good)
+        return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.good, self.validation)
 
 
 class Visa(Parts):
@@ -70,13 +70,16 @@ class Visa(Parts):
     type: Literal["visa"]
 
     def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
-        return read_visa(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault)
+        return read_visa(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.validation)
 
 
-def categories_of_split(categories: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path) -> list[str]:
+def categories_of_split(
+    categories: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path, validation: float = 0.0
+) -> list[str]:
     """The categories of a split.
 
-    ``held_out`` names those that are held out; if it is empty, :func:`is_held_out` decides.
+    ``held_out`` names those that are held out; if it is empty, their names decide. validation: the share of the split "validation",
+    of the others where ``held_out`` names some.
 
     Raises DataError for a name that is no category, or if the split is empty.
     """
@@ -85,10 +88,12 @@ def categories_of_split(categories: Sequence[str], split: str, held_out: Sequenc
         listed = ", ".join(f"{n!r}{did_you_mean(n, categories)}" for n in unknown)
         raise DataError(f"{root}: `held_out` names {listed}; there are {', '.join(categories) or 'no categories'}.")
 
-    def is_evaluated(name: str) -> bool:
-        return name in held_out if held_out else is_held_out(name, hold_out)
+    def own_split(name: str) -> str:
+        if name in held_out:
+            return "held_out"
+        return split_of(name, 0.0 if held_out else hold_out, validation)
 
-    chosen = [n for n in categories if split == "all" or is_evaluated(n) == (split == "held_out")]
+    chosen = [n for n in categories if split in {"all", own_split(n)}]
     if not chosen:
         raise DataError(f"{root}: no category falls into split {split!r}; name some under `held_out`, or change `hold_out`.")
     return chosen
@@ -102,6 +107,7 @@ def read_mvtec(
     hold_out: float = 0.0,
     on_fault: str = "refuse",
     good: Sequence[str] = (GOOD,),
+    validation: float = 0.0,
 ) -> InspectionPool:
     """Every folder with a ``test`` folder is a category; so is the root, if it has one. A folder of folders of photos, one of
     them good, is a category too: every second good photo is then a reference.
@@ -127,7 +133,7 @@ def read_mvtec(
     faults += [
         Fault("two names that are one", f"{root}: an underscore is a space, so {listed} are one category; join or rename them") for listed in same
     ]
-    for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root):
+    for category in categories_of_split(sorted(prefixes), split, held_out, hold_out, root, validation):
         reader = _Category(tree, prefixes[category], tuple(good))
         part = reader.read()
         faults += reader.faults
@@ -298,7 +304,13 @@ def _mask_folders(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def read_visa(
-    root: Path, name: str = "", split: str = "all", held_out: Sequence[str] = (), hold_out: float = 0.0, on_fault: str = "refuse"
+    root: Path,
+    name: str = "",
+    split: str = "all",
+    held_out: Sequence[str] = (),
+    hold_out: float = 0.0,
+    on_fault: str = "refuse",
+    validation: float = 0.0,
 ) -> InspectionPool:
     """VisA as it is published, with its own one-class split. A defect's kind is the first label in ``image_anno.csv``.
 
@@ -310,7 +322,7 @@ def read_visa(
     faults, notes = list(tree.faults), list(tree.notes)
     rows = _visa_split(tree) if VISA_SPLIT in tree else _visa_folders(tree, notes)
     categories = []
-    for category in categories_of_split(sorted({row.category for row in rows}), split, held_out, hold_out, root):
+    for category in categories_of_split(sorted({row.category for row in rows}), split, held_out, hold_out, root, validation):
         kinds = _visa_kinds(tree, rows, category)
         references: list[Picture] = []
         good: list[Specimen] = []

@@ -72,7 +72,7 @@ class Manifest(ClassReader, HeldOut):
     def open(self, name: str, min_pictures: int = 1) -> ClassPool:
         columns = {str(k): v for k, v in self.columns.items()}
         where = {k: str(v) for k, v in self.where.items()}
-        rest = (self.on_fault, where, self.lookup, self.crop, self.encoding)
+        rest = (self.on_fault, where, self.lookup, self.crop, self.encoding, self.validation)
         return read_manifest(self.file, self.images, columns, name, min_pictures, self.split, self.hold_out, *rest)
 
 
@@ -89,6 +89,7 @@ def read_manifest(
     lookup: Path | None = None,
     crop: bool = False,
     encoding: str | None = None,
+    validation: float = 0.0,
 ) -> ClassPool:
     """The classes of a list. ``files`` may contain ``*``; ``images`` is a folder or a zip archive.
 
@@ -168,7 +169,7 @@ def read_manifest(
         faults += twice.faults
         listed = {label: {p: b for p, b in entries.items() if p not in twice.pictures} for label, entries in listed.items()}
     if split != "all":
-        listed = {n: p for n, p in listed.items() if in_split(n, split, hold_out)}
+        listed = {n: p for n, p in listed.items() if in_split(n, split, hold_out, validation)}
     notes += names_in_other_case(str(files), list(listed))
     classes, too_small = [], 0
     for label, entries in sorted((label, entries) for label, entries in listed.items() if entries):
