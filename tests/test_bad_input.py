@@ -383,9 +383,21 @@ def test_parts_without_good_photos_are_refused(parts: Path) -> None:
         episodes.draw(read(SOURCES["mvtec"], path=parts), InspectionOptions(), 0, 0, 0)
 
 
-@pytest.mark.parametrize("options", [{"hold_out": 0.4}, {"held_out": ["screw"]}])
+@pytest.mark.parametrize("options", [{"hold_out": 0.4}, {"held_out": ["screw"]}, {"validation": 0.1}])
 def test_what_is_held_out_without_a_split_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="without `split` holds nothing out"):
+        read(SOURCES["mvtec"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "validation"}, "`split: validation` needs `validation`, the share of classes"),
+        ({"split": "train", "hold_out": 0.6, "validation": 0.4}, "are 1 of the classes together: none is left to train on"),
+    ],
+)
+def test_shares_of_classes_that_leave_nothing_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(SOURCES["mvtec"], **options)
 
 

@@ -32,10 +32,12 @@ from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, read_class_folders
+from lcl_adapter.data.sources.held_out import split_of
 from lcl_adapter.data.sources.images import read_bytes
 from lcl_adapter.errors import AdapterError, DataError, RecipeError, RequestError
-from lcl_adapter.evaluate import check_held_out
+from lcl_adapter.evaluate import check_held_out, with_enough_classes
 from lcl_adapter.evaluate.metrics import calibration_error
+from lcl_adapter.evaluate.suites import validation_cells
 from lcl_adapter.evaluate.weighing import Weighed, fit
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe, save
@@ -345,6 +347,39 @@ def test_a_broken_photo_of_a_validation_suite_is_told_before_training(pocket_tin
     faults = preflight.check(made(pocket_tiny, tmp_path / "run", photos))["faults"]
     assert [fault["source"] for fault in faults] == ["validation new"]
     assert "0.png" in faults[0]["message"]
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("lcl", 2), ("product", 3)])
+def test_validation_suites_with_too_few_classes_are_left_out_with_a_note(kind: str, needed: int, pocket_tiny: Path, tmp_path: Path) -> None:
+    names = [f"part {n}" for n in range(60) if split_of(f"part {n}", 0.2, 0.3) != "train"]
+    validated = [name for name in names if split_of(name, 0.2, 0.3) == "validation"]
+    for count in (0, needed - 1, needed):
+        folder = tmp_path / f"{count}"
+        for number, name in enumerate(validated[:count] + [one for one in names if one not in validated]):
+            for photo in range(3):
+                paint(folder / name / f"{photo}.png", (9 * number, 90, 200 - 9 * number), seed=10 * number + photo)
+        source = {"type": "class-folder", "path": str(folder), "split": "validation", "hold_out": 0.2, "validation": 0.3}
+        recipe, notes = with_enough_classes(
+            made(pocket_tiny, tmp_path / "run", folder, validation={"new": {"kind": kind, "source": source, "shots": [1]}})
+        )
+        if count == needed:
+            assert list(recipe.evaluate.validation) == ["new"]
+            assert notes == []
+            assert all(cell.cases for cell in validation_cells(recipe, 4))
+        else:
+            assert recipe.evaluate.validation == {}
+            assert notes[0].startswith("evaluate.validation.new: left out, so it gives a judgement no weights: ")
+            assert f"{count} of {len(names) - len(validated) + count} classes" in notes[0]
+            assert f"an episode needs {needed}" in notes[0]
+            checked = preflight.check(made(pocket_tiny, tmp_path / "run", folder, validation={"new": {"kind": kind, "source": source, "shots": [1]}}))
+            assert notes[0] in checked["notes"]
+
+
+def test_a_validation_suite_that_cannot_be_read_is_reported_and_not_left_out(pocket_tiny: Path, tmp_path: Path) -> None:
+    source = {"type": "class-folder", "path": str(tmp_path / "gone"), "split": "validation", "validation": 0.3}
+    faulty = made(pocket_tiny, tmp_path / "run", tmp_path, validation={"new": {"kind": "lcl", "source": source, "shots": [1]}})
+    assert with_enough_classes(faulty) == (faulty, [])
+    assert any("no such folder" in fault["message"] for fault in preflight.check(faulty)["faults"])
 
 
 def test_tower_evidence_raises_for_a_broken_query(photos: Path, pocket_tiny: Path) -> None:

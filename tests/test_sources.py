@@ -11,18 +11,33 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter
 
 import lcl_adapter
 from lcl_adapter import recipe
 from lcl_adapter.data.episodes import Episode
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import READERS, ClassPool, Picture, PictureClass, read_class_folders, read_image, read_llava_json, read_pocket
+from lcl_adapter.data.sources import (
+    READERS,
+    ClassPool,
+    InspectionPool,
+    Picture,
+    PictureClass,
+    open_reader,
+    read_class_folders,
+    read_image,
+    read_llava_json,
+    read_pocket,
+)
+from lcl_adapter.data.sources.held_out import in_split, is_held_out, split_of
 from lcl_adapter.errors import DataError, RecipeError
 from lcl_adapter.pocket import DATA
 from lcl_adapter.recipe import sources
 from lcl_adapter.recipe.schema import register_sources
-from lcl_adapter.recipe.sources import ClassReader, Registered
+from lcl_adapter.recipe.sources import ClassReader, Registered, TaggedSource
 from tests.conftest import paint
 
 
@@ -145,6 +160,43 @@ def test_only_the_name_decides_what_is_held_out(tmp_path: Path) -> None:
     assert not train & held
     paint(tmp_path / "another" / "0.png", (1, 1, 1))
     assert held <= {c.name for c in read_class_folders(tmp_path, split="held_out", hold_out=0.3).classes}
+
+
+@given(st.text(min_size=1), st.floats(0, 0.5), st.floats(0, 0.5, exclude_max=True))
+def test_a_class_is_in_one_split_and_more_validation_moves_no_held_out_one(name: str, hold_out: float, validation: float) -> None:
+    splits = [split for split in ("train", "validation", "held_out") if in_split(name, split, hold_out, validation)]
+    assert splits == [split_of(name, hold_out, validation)]
+    assert in_split(name, "all", hold_out, validation)
+    assert (splits == ["held_out"]) == is_held_out(name, hold_out)
+
+
+def names_in(split: str, **options: object) -> set[str]:
+    """The classes or categories that a reader gives of a split."""
+    pool = open_reader("mine", TypeAdapter(TaggedSource).validate_python({**options, "split": split}))
+    assert isinstance(pool, ClassPool | InspectionPool)
+    return {part.name for part in (pool.classes if isinstance(pool, ClassPool) else pool.categories)}
+
+
+def test_classes_of_every_reader_are_validated_on_and_not_trained_on(tmp_path: Path) -> None:
+    for number in range(30):
+        paint(tmp_path / "photos" / f"class{number}" / "0.png", (number, 0, 0))
+        for photo in ("train/good/0", "train/good/1", "test/good/2", "test/scratch/3"):
+            paint(tmp_path / "parts" / f"class{number}" / f"{photo}.png", (number, 0, 0))
+    rows = [f"class{number}/0.png,class{number}" for number in range(30)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,class", *rows]))
+    columns = {"image": "image", "class": "class"}
+    for source in (
+        {"type": "class-folder", "path": tmp_path / "photos"},
+        {"type": "manifest", "file": tmp_path / "list.csv", "images": tmp_path / "photos", "columns": columns},
+        {"type": "mvtec", "path": tmp_path / "parts", "on_fault": "skip"},
+    ):
+        names = [names_in(split, **source, hold_out=0.3, validation=0.2) for split in ("train", "validation", "held_out")]
+        assert set.union(*names) == {f"class{number}" for number in range(30)}
+        assert sum(map(len, names)) == 30
+        assert names[1] == {f"class{n}" for n in range(30) if not is_held_out(f"class{n}", 0.3) and is_held_out(f"class{n}", 0.5)}
+    named = {"type": "mvtec", "path": tmp_path / "parts", "on_fault": "skip", "held_out": ["class3"], "validation": 0.2}
+    assert names_in("held_out", **named) == {"class3"}
+    assert names_in("validation", **named) == {f"class{n}" for n in range(30) if n != 3 and is_held_out(f"class{n}", 0.2)}
 
 
 def test_shipped_data_is_split_by_class_and_licensed() -> None:
