@@ -35,7 +35,7 @@ class HeldOut(FileReader):
             raise ValueError("`validation` without `split` holds nothing out: set `split: train` here and `split: validation` in the suite")
         if self.split == "validation" and not self.validation:
             raise ValueError("`split: validation` needs `validation`, the share of classes, here and in the training source")
-        if self.hold_out + self.validation >= 1:
+        if self.validation and self.hold_out + self.validation >= 1:
             raise ValueError(f"`hold_out` and `validation` are {self.hold_out + self.validation:g} of the classes together: none is left to train on")
         return self
 
