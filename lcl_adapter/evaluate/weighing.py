@@ -131,6 +131,11 @@ def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor, trained: Seque
         questions += questions_of(cell.cases, replies, tower)
     weighing = fit(questions)
     save_weighing(run, weighing, space)
+    classes = sum(len(own) > 1 for own in trained)
+    learned = f"compares photos less along {len(space.directions)} directions, in which those of {classes} trained classes vary"
+    console.print(
+        f"judgement, tower: {learned if classes else 'no trained classes to learn from what varies within one'}", highlight=False, markup=False
+    )
     for name, weights, count in zip(
         ("several labels shown", "one label shown"), (weighing.several, weighing.single), weighing.fitted_on, strict=True
     ):
