@@ -17,7 +17,7 @@ from lcl_adapter.data.sources.base import pictures_of
 from lcl_adapter.data.sources.class_folder import ClassFolders
 from lcl_adapter.data.sources.depth import common_white
 from lcl_adapter.data.sources.images import range_of
-from lcl_adapter.data.sources.inspection import Mvtec
+from lcl_adapter.data.sources.mvtec import Mvtec
 from lcl_adapter.data.sources.new_photos import list_photos
 from lcl_adapter.recipe import Recipe
 from lcl_adapter.training import preflight

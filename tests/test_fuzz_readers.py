@@ -20,8 +20,8 @@ from PIL import Image
 
 from lcl_adapter.data.sources import Picture, images, read_class_folders, read_image, read_llava_json
 from lcl_adapter.data.sources.base import pictures_of
-from lcl_adapter.data.sources.inspection import read_mvtec
 from lcl_adapter.data.sources.manifest import read_manifest
+from lcl_adapter.data.sources.mvtec import read_mvtec
 from lcl_adapter.errors import LclError
 from lcl_adapter.serve.pictures.images import Bounds, decode
 from tests.conftest import paint

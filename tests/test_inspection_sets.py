@@ -11,7 +11,8 @@ from PIL import Image
 
 from lcl_adapter.data.sources.base import PartCategory
 from lcl_adapter.data.sources.boxes import Box, region_box
-from lcl_adapter.data.sources.inspection import read_mvtec, read_visa
+from lcl_adapter.data.sources.mvtec import read_mvtec
+from lcl_adapter.data.sources.visa import read_visa
 from lcl_adapter.errors import DataError
 from tests.conftest import paint
 

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
 
-from lcl_adapter.data.sources.inspection import read_mvtec
 from lcl_adapter.data.sources.manifest import read_manifest
+from lcl_adapter.data.sources.mvtec import read_mvtec
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.packaged import packaged, photo_data_folder
 from tests.test_photo_packages import package_of, resource

@@ -181,7 +181,7 @@ def test_drawn_data_is_the_same_every_time(tmp_path: Path) -> None:
     """Parts and products are drawn from the shipped emoji, with masks, in MVTec's layout; classes keep their split."""
     import zipfile
 
-    from lcl_adapter.data.sources.inspection import read_mvtec
+    from lcl_adapter.data.sources.mvtec import read_mvtec
     from lcl_adapter.pocket import parts, shipped
 
     archives = {split: tmp_path / f"{split}.zip" for split in ("train", "held_out")}

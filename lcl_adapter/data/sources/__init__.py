@@ -29,15 +29,16 @@ from lcl_adapter.data.sources.hugging_face import HfClasses, HfQuestions
 from lcl_adapter.data.sources.imagenet_lcl import ImageNetLcl, read_test_pairs
 from lcl_adapter.data.sources.images import fault_of
 from lcl_adapter.data.sources.images import read as read_image
-from lcl_adapter.data.sources.inspection import Mvtec, Visa
 from lcl_adapter.data.sources.isekai import Isekai, read_isekai_questions
 from lcl_adapter.data.sources.llava_json import LlavaJson, read_llava_json
 from lcl_adapter.data.sources.manifest import Manifest
+from lcl_adapter.data.sources.mvtec import Mvtec
 from lcl_adapter.data.sources.open_mi import read_open_mi
 from lcl_adapter.data.sources.pocket import PocketClasses, read_pocket
 from lcl_adapter.data.sources.self_replay import SelfReplay
 from lcl_adapter.data.sources.shards import Shards
 from lcl_adapter.data.sources.shikra import Shikra, ShikraBoxes
+from lcl_adapter.data.sources.visa import Visa
 from lcl_adapter.data.sources.vqa import LlavaQuestions, Pope, VqaV2
 from lcl_adapter.packaged import packaged
 from lcl_adapter.recipe.schema import register_sources

@@ -1,32 +1,27 @@
-"""Visual inspection: MVTec AD's tree and its relatives, and VisA's.
+"""Parts to inspect in MVTec AD's tree and its relatives.
 
     MVTec AD   <category>/train/good/000.png   test/{good,<defect>}/000.png   ground_truth/<defect>/000_mask.png
     MVTec LOCO the same, ground_truth/<defect>/000/000.png; validation/good are references too
     MVTec AD 2 <category>/train/good   test_public/{good,bad}   test_public/ground_truth/bad/000_mask.png
     BTAD       <category>/train/ok   test/{ok,ko}   ground_truth/ko/0000.bmp, with `good: ok`
     folders    [<category>/]{normal,abnormal}/000.png, with `good: normal`
-    VisA       <object>/Data/Images/{Normal,Anomaly}/*.JPG   Data/Masks/Anomaly/*.png   image_anno.csv   split_csv/1cls.csv (or none)
 
 References are the training photos, so that no test photo is ever in a support set.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, check_faults
-from lcl_adapter.data.sources.held_out import HeldOut, split_of
-from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Specimen, check_faults
+from lcl_adapter.data.sources.parts import Parts, categories_of_split, images_in, spaced
 from lcl_adapter.data.sources.tree import Tree
-from lcl_adapter.errors import DataError, did_you_mean
+from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.options import as_list
-from lcl_adapter.recipe.sources import PartReader
 
 GOOD = "good"
 LOOKS_GOOD = frozenset({"good", "ok", "okay", "normal", "pass", "passed", "fine", "io", "nodefect", "no_defect", "non_defective", "良品", "正常"})
@@ -36,22 +31,6 @@ MASKS = "ground_truth"
 MASK_ENDS = ("_mask", "_gt", "_label")  # of files
 MASK_FOLDERS = ("masks", "mask", "gt")  # beside the folders of photos: alone, or behind a kind's name
 DEFECTIVE_TRAINING = "defective training photo"
-VISA_SPLIT = "split_csv/1cls.csv"
-VISA_NORMAL, VISA_ANOMALY, VISA_MASKS = "Data/Images/Normal/", "Data/Images/Anomaly/", "Data/Masks/Anomaly/"
-VISA_TESTED = 10  # without the split file, every tenth good photo is asked about; in the published split, a tenth is
-
-
-class Parts(PartReader, HeldOut):
-    """Categories are trained on or held out. ``held_out`` names the held-out ones; else ``hold_out`` is their share."""
-
-    path: Path
-    held_out: Annotated[list[str], BeforeValidator(as_list)] = []
-
-    @model_validator(mode="after")
-    def _held_out_needs_a_split(self) -> Self:
-        if self.split == "all" and self.held_out:
-            raise ValueError("`held_out` without `split` holds nothing out: set `split: train` here and `split: held_out` in the suite")
-        return self
 
 
 class Mvtec(Parts):
@@ -62,41 +41,6 @@ class Mvtec(Parts):
 
     def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
         return read_mvtec(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.good, self.validation)
-
-
-class Visa(Parts):
-    """``type: visa``. VisA as it is published."""
-
-    type: Literal["visa"]
-
-    def open(self, name: str, min_pictures: int = 1) -> InspectionPool:
-        return read_visa(self.path, name, self.split, self.held_out, self.hold_out, self.on_fault, self.validation)
-
-
-def categories_of_split(
-    categories: Sequence[str], split: str, held_out: Sequence[str], hold_out: float, root: Path, validation: float = 0.0
-) -> list[str]:
-    """The categories of a split.
-
-    ``held_out`` names those that are held out; if it is empty, their names decide. validation: the share of the split "validation",
-    of the others where ``held_out`` names some.
-
-    Raises DataError for a name that is no category, or if the split is empty.
-    """
-    unknown = [n for n in held_out if n not in categories]
-    if unknown:
-        listed = ", ".join(f"{n!r}{did_you_mean(n, categories)}" for n in unknown)
-        raise DataError(f"{root}: `held_out` names {listed}; there are {', '.join(categories) or 'no categories'}.")
-
-    def own_split(name: str) -> str:
-        if name in held_out:
-            return "held_out"
-        return split_of(name, 0.0 if held_out else hold_out, validation)
-
-    chosen = [n for n in categories if split in {"all", own_split(n)}]
-    if not chosen:
-        raise DataError(f"{root}: no category falls into split {split!r}; name some under `held_out`, or change `hold_out`.")
-    return chosen
 
 
 def read_mvtec(
@@ -152,7 +96,7 @@ def _categories(tree: Tree, good: tuple[str, ...]) -> dict[str, str]:
         inside = tree.folders(prefix)
         if any(test in inside for test in TESTS):
             return True
-        photos = [folder for folder in inside if _images(tree, f"{prefix}{folder}/")]
+        photos = [folder for folder in inside if images_in(tree, f"{prefix}{folder}/")]
         return len(photos) > 1 and any(folder in good or _looks_good(folder) for folder in photos)
 
     if is_category(""):
@@ -210,7 +154,7 @@ class _Category:
         good: list[str] = []
         defects: dict[str, tuple[Specimen, ...]] = {}
         for kind in kinds:
-            names, masks = _with_masks(_images(self.tree, f"{test}{kind}/"))
+            names, masks = _with_masks(images_in(self.tree, f"{test}{kind}/"))
             if not names:
                 self.faults.append(Fault("empty defect folder", f"{self.tree.root}: {test}{kind} has no images: add some or remove the folder"))
             elif kind in self.good:
@@ -232,9 +176,9 @@ class _Category:
 
     def _training(self, folder: str) -> list[str]:
         """Good training photos. Others are counted: a support set of good parts shows none of them."""
-        names = _images(self.tree, folder)
+        names = images_in(self.tree, folder)
         for kind in self.tree.folders(folder):
-            own = _images(self.tree, f"{folder}{kind}/")
+            own = images_in(self.tree, f"{folder}{kind}/")
             if kind in self.good or _looks_good(kind):
                 names += own
             elif own:
@@ -266,13 +210,13 @@ class _Category:
     def _masks(self, folder: str) -> dict[str, list[str]]:
         """A photo's stem -> its masks: ``<stem>_mask.*`` (MVTec AD), ``<stem>.*`` (BTAD), or all of ``<stem>/`` (MVTec LOCO)."""
         masks: dict[str, list[str]] = {}
-        for name in _images(self.tree, folder):
+        for name in images_in(self.tree, folder):
             stem = PurePosixPath(name).stem
             masks.setdefault(stem, []).append(name)
             if stem.endswith(MASK_ENDS):
                 masks.setdefault(stem.rpartition("_")[0], []).append(name)
         for stem in self.tree.folders(folder):
-            masks.setdefault(stem, []).extend(_images(self.tree, f"{folder}{stem}/"))
+            masks.setdefault(stem, []).extend(images_in(self.tree, f"{folder}{stem}/"))
         return masks
 
 
@@ -301,142 +245,3 @@ def _mask_folders(kinds: Sequence[str]) -> dict[str, str]:
         if end.lower() in MASK_FOLDERS and (kind in kinds or not kind):
             folders[kind] = folder
     return folders
-
-
-def read_visa(
-    root: Path,
-    name: str = "",
-    split: str = "all",
-    held_out: Sequence[str] = (),
-    hold_out: float = 0.0,
-    on_fault: str = "refuse",
-    validation: float = 0.0,
-) -> InspectionPool:
-    """VisA as it is published, with its own one-class split. A defect's kind is the first label in ``image_anno.csv``.
-
-    Without the split's file, every tenth good photo of an object, by name, is asked about, and the others are references.
-
-    Raises DataError as :func:`read_mvtec` does, and if a column of the split file is missing, or there is no object.
-    """
-    tree = Tree(root)
-    faults, notes = list(tree.faults), list(tree.notes)
-    rows = _visa_split(tree) if VISA_SPLIT in tree else _visa_folders(tree, notes)
-    categories = []
-    for category in categories_of_split(sorted({row.category for row in rows}), split, held_out, hold_out, root, validation):
-        kinds = _visa_kinds(tree, rows, category)
-        references: list[Picture] = []
-        good: list[Specimen] = []
-        defects: dict[str, list[Specimen]] = {}
-        for row in (row for row in rows if row.category == category):
-            if row.image not in tree:
-                faults.append(Fault("missing image", f"{row.origin}: no image {row.image!r}"))
-            elif row.reference:
-                references.append(tree.picture(row.image))
-            elif row.normal:
-                good.append(Specimen(tree.picture(row.image)))
-            elif row.mask is not None and row.mask not in tree:
-                faults.append(Fault("missing mask", f"{row.origin}: {row.image} has no mask {row.mask!r}"))
-            else:
-                kind = kinds.get(row.image, "anomaly")
-                defects.setdefault(kind, []).append(Specimen(tree.picture(row.image), kind, tree.picture(row.mask) if row.mask else None))
-        if references and (good or defects):
-            categories.append(PartCategory(spaced(category), tuple(references), tuple(good), {k: tuple(s) for k, s in sorted(defects.items())}))
-        else:
-            faults.append(Fault("no references", f"{root}: {category} has no training photo, or nothing to test"))
-    return check_faults(InspectionPool(name or root.stem, tuple(categories), {}, tuple(faults), tuple(notes)), on_fault)
-
-
-class _VisaRow(NamedTuple):
-    """A photo of VisA. folder: its object's, "" where the root is one. mask: None where the object has no masks. origin: for messages."""
-
-    category: str
-    folder: str
-    reference: bool
-    normal: bool
-    image: str
-    mask: str | None
-    origin: str
-
-
-def _visa_split(tree: Tree) -> list[_VisaRow]:
-    """The photos by the published one-class split."""
-    records = _csv_rows(tree, VISA_SPLIT)
-    columns = list(records[0]) if records else []
-    missing = [c for c in ("object", "split", "label", "image", "mask") if c not in columns]
-    if missing:
-        raise DataError(f"{tree.root}: {VISA_SPLIT} has no column {', '.join(missing)}; there are {', '.join(columns)}.")
-    rows = []
-    for number, row in enumerate(records, 2):
-        category, where = str(row["object"]), f"{tree.root}: {VISA_SPLIT}, line {number}"
-        rows.append(_VisaRow(category, f"{category}/", row["split"] == "train", row["label"] == "normal", row["image"], row["mask"], where))
-    return rows
-
-
-def _visa_folders(tree: Tree, notes: list[str]) -> list[_VisaRow]:
-    """The photos by their folders; good ones divided as VISA_TESTED says. Raises DataError where there is no object."""
-    own = tree.root.stem if tree.archive else tree.root.name
-    objects = {own: ""} if _images(tree, VISA_NORMAL) else {n: f"{n}/" for n in tree.folders() if _images(tree, f"{n}/{VISA_NORMAL}")}
-    if not objects:
-        raise DataError(f"{tree.root}: no {VISA_SPLIT}, and no <object>/{VISA_NORMAL} with good photos{_not_visa(tree)}.")
-    rows = []
-    for category, folder in objects.items():
-        masks = {PurePosixPath(n).stem: n for n in _images(tree, f"{folder}{VISA_MASKS}")}
-        if not masks:
-            notes.append(f"{tree.root}: {folder}{VISA_MASKS} has no masks: {category} is used for good or defective, and not to locate defects")
-        normal = _images(tree, f"{folder}{VISA_NORMAL}")
-        asked = set(normal[VISA_TESTED - 1 :: VISA_TESTED] or normal[1:][-1:])
-        origin = f"{tree.root}"
-        rows += [_VisaRow(category, folder, name not in asked, True, name, None, origin) for name in normal]
-        for name in _images(tree, f"{folder}{VISA_ANOMALY}"):
-            stem = PurePosixPath(name).stem
-            mask = masks.get(stem, f"{folder}{VISA_MASKS}{stem}.png") if masks else None
-            rows.append(_VisaRow(category, folder, False, False, name, mask, origin))
-    notes.append(
-        f"{tree.root}: no {VISA_SPLIT}: every {VISA_TESTED}th good photo of an object, in the order of names, is asked about, "
-        "the others are references. Figures are not those of the published split"
-    )
-    return rows
-
-
-def _not_visa(tree: Tree) -> str:
-    """What a tree without an object of VisA may be instead."""
-    deeper = next((n.partition(f"/{VISA_NORMAL}")[0] for n in tree.files if f"/{VISA_NORMAL}" in n), None)
-    if deeper is not None and "/" in deeper:
-        return (
-            f"; there are such folders deeper: give {tree.root / PurePosixPath(deeper).parent}"
-            if not tree.archive
-            else f"; unpack it, and give {deeper}"
-        )
-    return "; this looks like MVTec's layout: use `type: mvtec`" if any(n.split("/")[1:2] == ["test"] for n in tree.files) else ""
-
-
-def _visa_kinds(tree: Tree, rows: Sequence[_VisaRow], category: str) -> dict[str, str]:
-    """image -> kind of defect. Names in the file begin with the object, also where the root is that object."""
-    folder = next(row.folder for row in rows if row.category == category)
-    file = f"{folder}image_anno.csv"
-    if file not in tree:
-        return {}
-    kinds = {}
-    for row in _csv_rows(tree, file):
-        if row.get("image") and row.get("label"):
-            name = row["image"] if folder else row["image"].partition("/")[2]
-            kinds[name] = row["label"].split(",")[0].strip()
-    return kinds
-
-
-def _csv_rows(tree: Tree, file: str) -> list[dict[str, str]]:
-    """The rows of a CSV file in the tree; "" where a row ends early. Raises DataError."""
-    reader = csv.DictReader(io.StringIO(tree.text(file).text))
-    try:
-        return [{column: row.get(column) or "" for column in reader.fieldnames or ()} for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{tree.root}: {file}, line {reader.line_num + 1}: not a table that can be read ({error}).") from error
-
-
-def _images(tree: Tree, folder: str) -> list[str]:
-    return [n for n in tree.within(folder) if Path(n).suffix.lower() in SUFFIXES]
-
-
-def spaced(name: str) -> str:
-    """``metal_nut`` -> "metal nut", as in a sentence."""
-    return name.replace("_", " ")
