@@ -89,6 +89,15 @@ def test_classes_of_one_photo_say_nothing_about_what_varies(photos: int) -> None
     assert torch.isfinite(space.vectors(torch.cat(own))).all()
 
 
+@pytest.mark.parametrize("photos", [2, 3, 7])
+def test_copies_of_a_photo_say_nothing_about_what_varies(photos: int) -> None:
+    own = features(0)
+    copies = [one[:1].repeat(photos, 1) for one in own]
+    plain = TowerSpace.fit(torch.cat(own))
+    assert torch.equal(TowerSpace.fit(torch.cat(own), copies).vectors(own[0]), plain.vectors(own[0]))
+    assert torch.isfinite(TowerSpace.fit(torch.cat(own), [*copies, own[0]]).vectors(own[0])).all()
+
+
 @pytest.mark.parametrize("classes", [0, 12])
 def test_a_space_is_the_same_after_a_file(classes: int, tmp_path: Path) -> None:
     own = features(0)

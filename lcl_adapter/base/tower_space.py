@@ -20,6 +20,7 @@ from torch.nn import functional
 
 LIMIT = 3.0  # deviations; a class probability is nearly always 0, so that one large one would be the whole vector (docs/lab.md)
 DIRECTIONS = 128
+ROUNDING = 1e-4  # deviations: what copies of a photo may differ by
 LATER = ("directions", "gains", "patches")  # tensors that files of earlier versions do not have
 SHRINKAGE = 1.0  # of the covariance, in mean variances: there are fewer photos than features
 
@@ -49,7 +50,7 @@ class TowerSpace:
         if patches is not None:
             plain = replace(plain, patches=patches)
         varied = [_around_their_mean(plain.limited(class_NC)) for class_NC in classes if len(class_NC) > 1]
-        if not varied:
+        if not any(float(class_NC.abs().max()) > ROUNDING for class_NC in varied):  # no class of two photos, or copies alone
             return plain
         directions_DC, gains_D = _within_classes(torch.cat(varied))
         return replace(plain, directions=directions_DC, gains=gains_D)
