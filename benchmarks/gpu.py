@@ -7,7 +7,8 @@ Parts, each in a process of its own with a time limit. A part that fails is repo
 
     model      write the random base, in LLaVA-1.5's family and fp16
     nf4        2-way 2-shot, rank 64: peak against forecast and seconds a step, against stock SFTTrainer on the same rows
-    bf16       the same in 16 bits; then an 8-shot set asked by a stored prefix, against plain ``generate``
+    pooled     2-way 16-shot, photos that are shown pooled to 64 tokens, beside 2-way 2-shot with whole ones, in nf4
+    bf16       2-way 2-shot in 16 bits, against stock too; then an 8-shot set asked by a stored prefix, against plain ``generate``
     forecasts  forecast against measured peak of the small models of ``benchmarks.plan``
     files      times of a conversion into the original layout, and of a merge
 
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ SHAPES = {
     "7b": Shape(Size(4096, 11008, 32, 32, pixels=336, context=16384), steps=9, shots=8, questions=32, plain=4, cases="abcdefghij"),
     "tiny": Shape(Size(64, 128, 2, 2, pixels=28, context=16384), steps=2, shots=1, questions=3, plain=2, cases=""),
 }
-LIMITS = {"model": 120, "nf4": 200, "bf16": 160, "forecasts": 120, "files": 300}  # seconds
+LIMITS = {"model": 120, "nf4": 200, "pooled": 120, "bf16": 160, "forecasts": 120, "files": 300}  # seconds
 BENCHMARK = "python -m benchmarks.gpu"
 # LLaVA-1.5's prompt, for TRL's collator; this project's encoder needs none
 TEMPLATE = (
@@ -92,13 +93,17 @@ def base_folder(shape: str, folder: Path) -> Path:
     return made
 
 
-def recipe_of(base: Path, precision: str, output: str, steps: int, queries: int) -> Recipe:
-    """2-way 2-shot episodes of the shipped drawings, a row a step."""
+def recipe_of(base: Path, precision: str, output: str, steps: int, row: Result) -> Recipe:
+    """2-way episodes of the shipped drawings, a row a step. row: ``shots`` a class, ``queries`` a set, ``support_tokens`` of a
+    photo that is shown (None: all).
+    """
     return Recipe.model_validate(
         {
             "base": str(base), "precision": precision, "output": output,
             "adapter": {"rank": 64, "alpha": 128, "dropout": 0.05},
-            "sources": {"lcl": {"type": "pocket", "shots": [2], "queries": queries, "learn": "query"}},
+            "image_tokens": {"support": row.get("support_tokens")},
+            "sources": {"lcl": {"type": "pocket", "shots": [row["shots"]], "queries": row["queries"], "learn": "query",
+                                "further_views": 0 if row["shots"] < 5 else 4}},  # a class has six drawings or fewer
             "train": {"max_steps": steps, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "bucket": 1, "save_steps": 10_000,
                       "logging_steps": 1, "feature_cache": "1GB"},
         }
@@ -158,31 +163,38 @@ def loaded(shape: str, folder: Path, precision: str) -> tuple[Base, float]:
 
 
 def nf4_part(shape: str, folder: Path) -> Result:
-    return training_part(shape, folder, "nf4", (1, 4))
+    return training_part(shape, folder, "nf4", [{"shots": 2, "queries": 1}, {"shots": 2, "queries": 4}])
 
 
-def training_part(shape: str, folder: Path, precision: str, queries: tuple[int, ...]) -> Result:
-    """This project's trainer and TRL's, on the same base, one after the other."""
+def pooled_part(shape: str, folder: Path) -> Result:
+    """Sixteen photos of each class beside two, as the same recipe would train both."""
+    side = SHAPES[shape].size.pixels // 14  # patches
+    rows = [{"shots": 2, "queries": 1}, {"shots": 16, "queries": 1, "support_tokens": max(1, side // 3) ** 2}]
+    return training_part(shape, folder, "nf4", rows, beside_stock=False)
+
+
+def training_part(shape: str, folder: Path, precision: str, rows: Sequence[Result], beside_stock: bool = True) -> Result:
+    """A training for each of ``rows`` (see :func:`recipe_of`). beside_stock: with TRL's trainer too, on the same base."""
     base, seconds = loaded(shape, folder, precision)
     result: Result = {"loading_seconds": seconds, "trainings": []}
-    for count in queries:
+    for row in rows:
         with tempfile.TemporaryDirectory() as output:
-            recipe = recipe_of(folder / "base", precision, output, SHAPES[shape].steps, count)
+            recipe = recipe_of(folder / "base", precision, output, SHAPES[shape].steps, row)
             tokens = len(Plan(recipe, base.device.type, Mixture(recipe), 10**12).row)
-            row: Result = {"precision": precision, "shots": 2, "queries": count, "tokens": tokens}
             base = attach(base, recipe.adapter)
-            row["ours"] = trained(base, recipe)
-            base = attach(without_adapter(base), recipe.adapter)
-            row["stock"] = _reported(partial(stock, base, recipe))
+            measured: Result = {"precision": precision, **row, "tokens": tokens, "ours": trained(base, recipe)}
             base = without_adapter(base)
-            result["trainings"].append(row)
+            if beside_stock:
+                base = attach(base, recipe.adapter)
+                measured["stock"] = _reported(partial(stock, base, recipe))
+                base = without_adapter(base)
+            result["trainings"].append(measured)
             print(json.dumps(result), flush=True)  # if the next one runs out of time, this much is known
-    result["pooled"] = "this version has no pooled supports"
     return result
 
 
 def bf16_part(shape: str, folder: Path) -> Result:
-    result = training_part(shape, folder, "bf16", (1,))
+    result = training_part(shape, folder, "bf16", [{"shots": 2, "queries": 1}])
     base, _ = loaded(shape, folder, "bf16")
     return result | {"asking": _reported(partial(asking, base, SHAPES[shape]))}
 
@@ -272,6 +284,13 @@ def figures_of(result: Result) -> dict[str, float]:
             if "failed" not in row["stock"]:
                 figures[f"{name}, {row['queries']} question(s): times stock's speed"] = row["stock"]["seconds_a_step"] / row["ours"]["seconds_a_step"]
                 figures[f"{name}, {row['queries']} question(s): peak / stock's"] = row["ours"]["peak"] / row["stock"]["peak"]
+    if len(rows := result["parts"].get("pooled", {}).get("trainings", [])) == 2:
+        two, sixteen = (row["ours"] for row in rows)
+        figures |= {
+            "pooled, 16 shots: peak in GB": sixteen["peak"] / 1e9,
+            "pooled, 16 shots: peak / 2 whole shots'": sixteen["peak"] / two["peak"],
+            "pooled, 16 shots: time / 2 whole shots'": sixteen["seconds_a_step"] / two["seconds_a_step"],
+        }
     if "ratio" in (asked := result["parts"].get("bf16", {}).get("asking", {})):
         figures |= {"asking: times plain's speed": asked["ratio"], "asking: images a second": asked["images_a_second"]}
     for name in ("merge", "convert"):
@@ -290,9 +309,9 @@ def with_forecasts(result: Result) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         base = write_config(Path(scratch) / "base", shape.size, torch.float16, vicuna_tokenizer(), None)
         sizes = budget.shape_of(shape.size.config(vicuna_tokenizer()))
-        for name in ("nf4", "bf16"):
+        for name in ("nf4", "pooled", "bf16"):
             for row in result["parts"].get(name, {}).get("trainings", []):
-                recipe = recipe_of(base, row["precision"], scratch, shape.steps, row["queries"])
+                recipe = recipe_of(base, row["precision"], scratch, shape.steps, row)
                 put(row["ours"], Plan(recipe, "cuda", Mixture(recipe), 10**12).training().total)
         asked = result["parts"].get("bf16", {}).get("asking", {})
         if "load" in asked:
@@ -305,7 +324,7 @@ def with_forecasts(result: Result) -> Result:
     return {**result, "figures": figures_of(result), "forecasts_of": commit()}
 
 
-PARTS = {"model": model_part, "nf4": nf4_part, "bf16": bf16_part, "forecasts": forecasts_part, "files": files_part}
+PARTS = {"model": model_part, "nf4": nf4_part, "pooled": pooled_part, "bf16": bf16_part, "forecasts": forecasts_part, "files": files_part}
 
 
 def _reported(work: Callable[[], Result]) -> Result:

@@ -28,7 +28,7 @@ def page(result: dict[str, Any]) -> str:
         f"The weights are random, in {shape}, so nothing here says how well a model answers."
         + (f" The forecasts are of the formulas at commit {result['forecasts_of']}." if "forecasts_of" in result else ""),
     ]
-    for name, write in (("nf4", _training), ("bf16", _training), ("forecasts", _forecasts), ("files", _files)):
+    for name, write in (("nf4", _training), ("pooled", _training), ("bf16", _training), ("forecasts", _forecasts), ("files", _files)):
         part = parts.get(name)
         if part is None:
             continue
@@ -45,8 +45,10 @@ def _wrapped(prose: str) -> str:
     return textwrap.fill(prose, 100, break_long_words=False, break_on_hyphens=False)
 
 
+OURS = ("training", "forecast", "peak", "error", "a step")
 TITLES = {
     "nf4": "Training in 4 bits",
+    "pooled": "Sixteen photos of each class beside two",
     "bf16": "Training and asking in 16 bits",
     "forecasts": "Forecast against measured peak, small models",
     "files": "Merge and conversion",
@@ -57,18 +59,22 @@ def _training(part: dict[str, Any]) -> list[str]:
     sections = []
     rows = []
     for row in part.get("trainings", []):
-        ours, stock = row["ours"], row["stock"]
-        name = f"{row['precision']}, 2-way {row['shots']}-shot, {row['queries']} question(s) a set, {row['tokens']:,} tokens"
+        ours, stock = row["ours"], row.get("stock")
+        pooled = f" of {row['support_tokens']} tokens a photo that is shown" if row.get("support_tokens") else ""
+        name = f"{row['precision']}, 2-way {row['shots']}-shot{pooled}, {row['queries']} question(s) a set, {row['tokens']:,} tokens"
         own = [gigabytes(ours["forecast"]), gigabytes(ours["peak"]), f"{ours['error']:+.1%}", f"{ours['seconds_a_step']:.2f} s"]
-        if "failed" in stock:
+        if stock is None:
+            rows.append([name, *own])
+        elif "failed" in stock:
             rows.append([name, *own, stock["failed"], "-", "-"])
         else:
             speed = stock["seconds_a_step"] / ours["seconds_a_step"]
             rows.append([name, *own, gigabytes(stock["peak"]), f"{stock['seconds_a_step']:.2f} s", f"{speed:.2f}"])
     if rows:
-        sections.append("Rank 64, dropout 0.05, gradient checkpointing. Stock is TRL's SFTTrainer with its own collator, on the same rows.")
-        columns = ("training", "forecast", "peak", "error", "a step", "stock: peak", "stock: a step", "times stock's speed")
-        sections.append(table(columns, rows))
+        beside_stock = len(rows[0]) > len(OURS)
+        stock_is = " Stock is TRL's SFTTrainer with its own collator, on the same rows." if beside_stock else ""
+        sections.append(f"Rank 64, dropout 0.05, gradient checkpointing.{stock_is}")
+        sections.append(table((*OURS, "stock: peak", "stock: a step", "times stock's speed") if beside_stock else OURS, rows))
     if "pooled" in part:
         sections.append(f"16 shots a class with pooled supports: {part['pooled']}.")
     asking = part.get("asking")

@@ -42,12 +42,15 @@ def test_every_part_gives_figures(tmp_path: Path) -> None:
             assert min(row[side][key] for side in ("ours", "stock") for key in ("seconds_a_step", "peak")) > 0
             ours, stock = row["ours"]["losses"][0], row["stock"]["losses"][0]
             assert ours == pytest.approx(stock, rel=0.05), "the same rows; a tokenizer may split an answer in another way"
+    two, sixteen = parts["pooled"]["trainings"]
+    assert (two["shots"], sixteen["shots"], sixteen["support_tokens"]) == (2, 16, 1)
+    assert result["figures"]["pooled, 16 shots: peak / 2 whole shots'"] == sixteen["ours"]["peak"] / two["ours"]["peak"]
     assert parts["bf16"]["asking"]["same_answers"] == 1
     [written] = tmp_path.glob("gpu-*.json")
     assert json.loads(written.read_text()) == result
     text = (tmp_path / "gpu-results.md").read_text()
     assert "at commit abc1234 on one CPU" in " ".join(text.split())
-    for heading in ("Training in 4 bits", "Training and asking in 16 bits", "Merge and conversion"):
+    for heading in ("Training in 4 bits", "Sixteen photos of each class beside two", "Training and asking in 16 bits", "Merge and conversion"):
         assert f"## {heading}" in text
 
 
@@ -56,13 +59,13 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monk
     program = tmp_path / "python"
     program.write_text(
         '#!/bin/sh\ncase "$*" in\n*"--part model"*) echo \'{"seconds": 1, "bytes": 5}\';;\n'
-        '*"--part nf4"*) echo \'{"trainings": []}\'; exit 3;;\n*) echo \'{"rows": []}\'; exec sleep 60;;\nesac\n'
+        '*"--part nf4"*) echo \'{"trainings": []}\'; exit 3;;\n*"--part pooled"*) echo \'{"trainings": []}\';;\n*) echo \'{"rows": []}\'; exec sleep 60;;\nesac\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(gpu.sys, "executable", str(program))
     monkeypatch.setattr(gpu, "LIMITS", {**gpu.LIMITS, "bf16": 1})
     monkeypatch.setattr(gpu, "commit", lambda: "abc1234")
-    times = iter([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    times = iter([0.0] * 13)
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(times, 1000.0))
     result = gpu.main(["--shape", "tiny", "--out", str(tmp_path), "--folder", str(tmp_path / "work"), "--minutes", "1"])
     parts = result["parts"]
