@@ -114,9 +114,11 @@ def trained(base: Base, recipe: Recipe) -> Result:
     """Train the recipe's steps with this project's trainer: forecast and peak bytes, seconds a step, losses."""
     device = base.device.type
     forecast = Plan(recipe, device, Mixture(recipe), 10**12).training().total
+    base = base.with_supports(recipe.image_tokens.most, recipe.supports)
+    collator = Collator(Mixture(recipe), base.encoder())
     peak = Peak()
-    trainer = LclTrainer(base, recipe, Collator(Mixture(recipe), base.encoder()), VisionFeatures(base), Mixture(recipe).steps)
-    figures = _run(trainer)
+    trainer = LclTrainer(base, recipe, collator, VisionFeatures(base), Mixture(recipe).steps)
+    figures = _run(trainer) | {"longest_row": max(len(collator.row(number)) for number in range(Mixture(recipe).steps))}
     measured = peak.total
     return {**figures, "forecast": forecast, "peak": measured, "error": forecast / measured - 1}
 

@@ -44,6 +44,7 @@ def test_every_part_gives_figures(tmp_path: Path) -> None:
             assert ours == pytest.approx(stock, rel=0.05), "the same rows; a tokenizer may split an answer in another way"
     two, sixteen = parts["pooled"]["trainings"]
     assert (two["shots"], sixteen["shots"], sixteen["support_tokens"]) == (2, 16, 1)
+    assert sixteen["ours"]["longest_row"] <= sixteen["tokens"], "what is trained is as long as what was forecast"
     assert result["figures"]["pooled, 16 shots: peak / 2 whole shots'"] == sixteen["ours"]["peak"] / two["ours"]["peak"]
     assert parts["bf16"]["asking"]["same_answers"] == 1
     [written] = tmp_path.glob("gpu-*.json")
@@ -59,7 +60,9 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monk
     program = tmp_path / "python"
     program.write_text(
         '#!/bin/sh\ncase "$*" in\n*"--part model"*) echo \'{"seconds": 1, "bytes": 5}\';;\n'
-        '*"--part nf4"*) echo \'{"trainings": []}\'; exit 3;;\n*"--part pooled"*) echo \'{"trainings": []}\';;\n*) echo \'{"rows": []}\'; exec sleep 60;;\nesac\n'
+        '*"--part nf4"*) echo \'{"trainings": []}\'; exit 3;;\n'
+        '*"--part pooled"*) echo \'{"trainings": []}\';;\n'
+        "*) echo '{\"rows\": []}'; exec sleep 60;;\nesac\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(gpu.sys, "executable", str(program))
