@@ -31,9 +31,12 @@ from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.mixture import Mixture
-from lcl_adapter.data.sources import Picture, read_class_folders
+from lcl_adapter.data.sources import Picture, open_reader, read_class_folders
 from lcl_adapter.data.sources.held_out import split_of
 from lcl_adapter.data.sources.images import read_bytes
+from lcl_adapter.data.sources.mvtec import Mvtec
+from lcl_adapter.data.sources.parts import categories_of_split
+from lcl_adapter.data.sources.visa import Visa
 from lcl_adapter.errors import AdapterError, DataError, RecipeError, RequestError
 from lcl_adapter.evaluate import check_held_out, with_enough_classes
 from lcl_adapter.evaluate.metrics import calibration_error
@@ -49,6 +52,7 @@ from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from lcl_adapter.training import preflight
 from tests.conftest import paint
+from tests.test_formats import FIXTURES
 from tests.test_merge import adapter_on
 
 SHOWN = Evidence(True, 0.5)
@@ -373,6 +377,30 @@ def test_validation_suites_with_too_few_classes_are_left_out_with_a_note(kind: s
             assert f"an episode needs {needed}" in notes[0]
             checked = preflight.check(made(pocket_tiny, tmp_path / "run", folder, validation={"new": {"kind": kind, "source": source, "shots": [1]}}))
             assert notes[0] in checked["notes"]
+
+
+@pytest.mark.parametrize("kind", ["mvtec", "visa"])
+def test_a_validation_suite_of_parts_without_a_category_is_left_out_with_a_note(kind: str, pocket_tiny: Path, tmp_path: Path) -> None:
+    root = FIXTURES / kind
+    reader = Mvtec if kind == "mvtec" else Visa
+    categories = open_reader("parts", reader(type=kind, path=root)).categories
+    source = {"type": kind, "path": str(root), "split": "validation", "hold_out": 0.0}
+    for share in (1e-9, 0.999999):
+        suite = {"kind": "inspection", "source": {**source, "validation": share}, "references": [1]}
+        own = made(pocket_tiny, tmp_path / "run", tmp_path, validation={"parts": suite})
+        recipe, notes = with_enough_classes(own)
+        if share > 0.5:
+            assert (recipe, notes) == (own, [])
+        else:
+            assert recipe.evaluate.validation == {}
+            [note] = notes
+            assert note.startswith("evaluate.validation.parts: left out, so it gives a judgement no weights: ")
+            assert f"no category of {len(categories)} falls into split 'validation'; raise `validation` in training and evaluation" in note
+
+
+def test_parts_of_which_validation_leaves_none_to_train_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"falls into split 'train'.*or lower `validation`"):
+        categories_of_split(["screw", "nut"], "train", ["nut"], 0.2, tmp_path, 0.999999)
 
 
 def test_a_validation_suite_that_cannot_be_read_is_reported_and_not_left_out(pocket_tiny: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def data_root(tmp_path: Path) -> Path:
     for name in ("train900_pairs.jsonl", "test100_pairs.jsonl"):
         shutil.copy(FIXTURES / "imagenet-lcl" / name, root / "imagenet-lcl")
     categories = sorted(p.name for p in (FIXTURES / "mvtec").iterdir())
-    for number, name in enumerate(("carpet", "hazelnut", "pill", "screw", "zipper", "tile", "bottle", "wood")):
+    for number, name in enumerate(("carpet", "hazelnut", "pill", "screw", "zipper", "tile", "bottle", "grid")):
         shutil.copytree(FIXTURES / "mvtec" / categories[number % 3], root / "mvtec" / name)
         for photo in sorted((root / "mvtec" / name).glob("t*/*/*.png")):  # a category of its own: the same file in two would be a fault
             Image.eval(Image.open(photo), lambda value, number=number: max(0, value - 3 * number)).save(photo)
@@ -238,7 +238,7 @@ def test_every_recipes_collator_can_be_sent_to_another_process(all_data: Path, t
 
 MIX = ["evaluate.suites.imagenet-100.queries=1", "evaluate.suites.product.episodes=6", "sources.products.hold_out=0.4"]
 MIX += ["evaluate.suites.product.source.hold_out=0.4", "evaluate.validation.new-products.source.hold_out=0.4"]
-MIX += ["evaluate.suites.mvtec.references=[0, 1]"]
+MIX += ["evaluate.suites.mvtec.references=[0, 1]", "evaluate.validation.parts.references=1"]
 # What each recipe needs on a few fixtures and a tiny base; the shipped bf16 stays, nf4 becomes fp32.
 BIG = {
     "mix": ["precision=fp32", "wording=short", *MIX],
@@ -247,7 +247,7 @@ BIG = {
     "lcl-2way-weight": ["evaluate.suites.imagenet-100.shots=[0, 1]", "evaluate.suites.imagenet-100.queries=1", "evaluate.suites.isekai-pair.shots=1"],
     "mvtec": [
         "precision=fp32", "wording=short", "evaluate.suites.mvtec.references=[0, 1]", "evaluate.suites.visa.references=1",
-        "evaluate.suites.locate.episodes=4",
+        "evaluate.suites.locate.episodes=4", "evaluate.validation.parts.references=1",
     ],
     "products": [
         "precision=fp32", "sources.products.hold_out=0.4", "evaluate.suites.product.source.hold_out=0.4", "evaluate.suites.product.episodes=6",
@@ -275,6 +275,8 @@ def test_the_big_recipes_run_on_the_documented_layout(name: str, data_root: Path
     report = json.loads(result.stdout)
     assert {row["suite"] for row in report["suites"]} == set(shipped.evaluate.suites)
     assert all(row["published"] for row in report["suites"] if row["suite"] == "mvtec" and row["shots"] in {0, 1, 4})
+    if "parts" in shipped.evaluate.validation:
+        assert all(row["both"] for row in report["suites"] if row["suite"] == "mvtec" and row["shots"])
     assert (tmp_path / "run" / "best" / "lcl_adapter.json").exists()
     manifest = read_manifest(tmp_path / "run")
     assert sum(counts["rows"] for counts in manifest["tokens"].values()) == 16

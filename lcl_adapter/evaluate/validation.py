@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from lcl_adapter.data.sources import ClassPool, open_reader
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
+from lcl_adapter.data.sources.parts import EmptySplitError
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe import Recipe
-from lcl_adapter.recipe.suites import LclSuite, ProductSuite, SuiteOptions
+from lcl_adapter.recipe.suites import InspectionSuite, LclSuite, ProductSuite, SuiteOptions
 
 
 def with_enough_classes(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -22,13 +23,23 @@ def with_enough_classes(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def _missing(options: SuiteOptions) -> str | None:
     """What a suite on ``split: validation`` lacks; None where it has enough classes, or cannot be read, which is reported with its error."""
     source = getattr(options, "source", None)
-    if not isinstance(options, LclSuite | ProductSuite) or not isinstance(source, HeldOut) or source.split != "validation":
+    if not isinstance(source, HeldOut) or source.split != "validation":
         return None
-    needed = options.ways if isinstance(options, LclSuite) else 3  # two products, and one that is neither
     try:
-        pool = open_reader("", source.model_copy(update={"split": "all"}), 1 + max(options.shots))
+        if isinstance(options, InspectionSuite):
+            open_reader("", source)
+        elif isinstance(options, LclSuite | ProductSuite):
+            return _missing_classes(options, source)
+    except EmptySplitError as error:
+        return str(error)
     except DataError:
-        return None
+        pass
+    return None
+
+
+def _missing_classes(options: LclSuite | ProductSuite, source: HeldOut) -> str | None:
+    needed = options.ways if isinstance(options, LclSuite) else 3  # two products, and one that is neither
+    pool = open_reader("", source.model_copy(update={"split": "all"}), 1 + max(options.shots))
     assert isinstance(pool, ClassPool)
     own = [one for one in pool.classes if in_split(one.name, "validation", source.hold_out, source.validation)]
     if len(own) >= needed:

@@ -16,6 +16,10 @@ from lcl_adapter.recipe.options import as_list
 from lcl_adapter.recipe.sources import PartReader
 
 
+class EmptySplitError(DataError):
+    """No category falls into a split."""
+
+
 class Parts(PartReader, HeldOut):
     """Categories are trained on or held out. ``held_out`` names the held-out ones; else ``hold_out`` is their share."""
 
@@ -37,7 +41,7 @@ def categories_of_split(
     ``held_out`` names those that are held out; if it is empty, their names decide. validation: the share of the split "validation",
     of the others where ``held_out`` names some.
 
-    Raises DataError for a name that is no category, or if the split is empty.
+    Raises DataError for a name that is no category; EmptySplitError if the split is empty.
     """
     unknown = [n for n in held_out if n not in categories]
     if unknown:
@@ -51,7 +55,9 @@ def categories_of_split(
 
     chosen = [n for n in categories if split in {"all", own_split(n)}]
     if not chosen:
-        raise DataError(f"{root}: no category falls into split {split!r}; name some under `held_out`, or change `hold_out`.")
+        shares = "raise `validation`" if split == "validation" else "name some under `held_out`, or change `hold_out`"
+        lower = " or lower `validation`" if split == "train" and validation else ""
+        raise EmptySplitError(f"{root}: no category of {len(categories)} falls into split {split!r}; {shares}{lower} in training and evaluation.")
     return chosen
 
 
