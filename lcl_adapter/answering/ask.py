@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lcl_adapter.answering.api_types import JudgeName
-from lcl_adapter.answering.chunks import fits, parts_that_fit, tokens_asked
+from lcl_adapter.answering.chunks import fits, tokens_asked
 from lcl_adapter.answering.client import Endpoint, RemotePredictor, ScoreSource
 from lcl_adapter.answering.client import judge as judge_by_stored_set
 from lcl_adapter.answering.client.messages import LARGEST_SENT
@@ -92,20 +92,21 @@ def ask_model(
         )
     vision = VisionFeatures(loaded, FEATURE_BYTES, BLOCK)
     weighing, space = weighed or (Weighing(), None)
-    tower = TowerEvidence(vision, space)
+    tower = TowerEvidence(vision, space, loaded.mirrored)
     predictor = Predictor(loaded, vision)
     turns, answers = support_turns(labelled.shown, wording), labelled.answers(wording)
     asked_tokens = tokens_asked(predictor.encoder, Turn("user", question or wording.query, labelled.shown[0][0]), answers)
     behind = asked_tokens + predictor.max_new_tokens
-    parts, whole = parts_that_fit(turns, predictor.encoder, behind, loaded.shots), None
-    if len(parts) > 1:
+    parts = predictor.parts(turns, behind)
+    prefilled = predictor.prefill(parts)
+    whole = prefilled if len(parts) > 1 and parts[0] == turns else None  # the text is written behind all of them
+    if prefilled.divisions > 1:
         fit = fits(turns, predictor.encoder, behind)
         why = f"are more than the {loaded.shots} of each label that the adapter was trained with" if fit else "do not fit the context at once"
-        in_parts = f"{len(labelled.shown)} labelled photos {why}: they are read in {len(parts)} parts, whose scores are averaged"
+        in_parts = f"{len(labelled.shown)} labelled photos {why}: they are read in {prefilled.divisions} parts, whose scores are averaged"
         show_notes([in_parts])
         notes.append(in_parts)
-        whole = predictor.prefill([turns]) if fit and judge != "tower" else None  # the text is written behind all of them
-    prefilled = predictor.prefill(parts)
+        whole = predictor.prefill([turns]) if fit and judge != "tower" else None
     if compare:
         with loaded.without_adapter():
             prefilled_by_base = predictor.prefill(parts)
@@ -114,7 +115,7 @@ def ask_model(
     def answer(block: Sequence[Picture]) -> list[Row]:
         asked = [Question(0, Turn("user", question or wording.query, picture), answers) for picture in block]
         replies = predictor.ask_parts(prefilled, asked, generate=judge != "tower")
-        if whole is not None:
+        if whole is not None and judge != "tower":
             texts = predictor.ask(whole, [replace(question, answers=()) for question in asked])
             replies = [replace(reply, text=written.text) for reply, written in zip(replies, texts, strict=True)]
         if judge == "model":

@@ -121,7 +121,8 @@ class Prefilled:
 
     cache: keys and values, [S, ...]. mask [S, P]: 1 where a token is real, 0 where it is padding. next_position [S]: the
     position of the first token that follows each support set. longest: of each set, the tokens that must fit the context.
-    parts: of each independent set, where its head and its examples are; empty where sets are ordered.
+    parts: of each independent set, where its head and its examples are; empty where sets are ordered. mirrored: of each set, whether its
+    pictures are, so that a question behind it is asked mirrored too.
     """
 
     cache: Cache
@@ -129,11 +130,17 @@ class Prefilled:
     next_position: torch.Tensor
     longest: tuple[int, ...]
     parts: tuple[tuple[tuple[Part, slice], ...], ...] = ()
+    mirrored: tuple[bool, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Whether there is no support set at all, so that questions stand alone."""
         return self.mask.shape[1] == 0
+
+    @property
+    def divisions(self) -> int:
+        """The sets that are not others mirrored: of one set in parts, how many these are."""
+        return len(self.longest) - sum(self.mirrored)
 
     @property
     def bytes(self) -> int:

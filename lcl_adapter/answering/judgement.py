@@ -123,19 +123,24 @@ class TowerEvidence:
     """The tower's evidence about pictures.
 
     space: where the adapter's features are compared. A tower's raw features, which are compared without one, have a few that are
-    large for every picture, and cosines of them say little.
+    large for every picture, and cosines of them say little. mirrored: a picture's features are the mean of its own and of those of its
+    mirror image, and so are distances of patches.
     """
 
-    def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None) -> None:
+    def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None, mirrored: bool = False) -> None:
         self.vision = vision
         self.space = space
+        self.mirrored = mirrored
 
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
         if self.space is None:
             return unit_vectors(pictures, self.vision)
-        return self.space.vectors(self.vision.mean_patches(pictures))
+        features_NC = self.vision.mean_patches(pictures)
+        if self.mirrored:
+            features_NC = (features_NC + self.vision.mean_patches([picture.mirror() for picture in pictures])) / 2
+        return self.space.vectors(features_NC)
 
     def remember(self, shown: Shown) -> ShownLabels:
         """The means of labelled photos, of which there is at least one."""
@@ -146,7 +151,7 @@ class TowerEvidence:
     def about(self, known: ShownLabels, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
         """For each query, the evidence for each label."""
         cosines = (self.vectors(queries) @ known.means.T).tolist()
-        distances = patch_distances(known.photos, queries, self.vision, self.space) if len(known.names) == 1 else [0.0] * len(queries)
+        distances = self._distances(known.photos, queries) if len(known.names) == 1 else [0.0] * len(queries)
         shots = len(known.photos) / len(known.names)
         return [
             [
@@ -155,6 +160,15 @@ class TowerEvidence:
             ]
             for row, distance in zip(cosines, distances, strict=True)
         ]
+
+    def _distances(self, references: Sequence[Picture], queries: Sequence[Picture]) -> list[float]:
+        """Of each query, how far a patch of it is from the references."""
+        distances = patch_distances(references, queries, self.vision, self.space)
+        if not self.mirrored:
+            return distances
+        mirrored = [[picture.mirror() for picture in pictures] for pictures in (references, queries)]
+        of_mirrored = patch_distances(mirrored[0], mirrored[1], self.vision, self.space)
+        return [(own + other) / 2 for own, other in zip(distances, of_mirrored, strict=True)]
 
     def of(self, shown: Shown, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
         """:meth:`about` for photos that are not remembered. Photos of other labels than these count for none."""

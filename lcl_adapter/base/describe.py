@@ -92,7 +92,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "kind": "run with its adapter",
         "folder": str(folder),
         **{name: manifest[name] for name in fields},
-        **{name: manifest[name] for name in ("support_tokens", "supports", "shots") if name in manifest},
+        **{name: manifest[name] for name in ("support_tokens", "supports", "shots", "mirrored") if name in manifest},
         **_lora(folder, config),
         "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
         "results": _results(folder, report),

@@ -44,12 +44,14 @@ class SupportForm(NamedTuple):
     """In which form the pictures of a support set are read.
 
     tokens: of each, None for as many as any other has. supports: whether a picture sees those before it.
-    shots: of a label that are read together at most, None for all of them.
+    shots: of a label that are read together at most, None for all of them. mirrored: whether a question is asked again with every
+    picture mirrored.
     """
 
     tokens: int | None = None
     supports: Supports = "ordered"
     shots: int | None = None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,17 @@ class Base:
     support_tokens: int | None = None  # of a picture that is shown with a label; None for all of them
     supports: Supports = "ordered"  # whether such a picture sees those before it
     shots: int | None = None  # of an ordered set, the pictures of a label that training showed at most; more are read in parts
+    mirrored: bool = False  # whether a question about such pictures is asked again with all of them mirrored
 
     @property
     def form(self) -> SupportForm:
-        return SupportForm(self.support_tokens, self.supports, self.shots)
+        return SupportForm(self.support_tokens, self.supports, self.shots, self.mirrored)
 
     @property
     def support_reading(self) -> list[Any]:
         """What is read in another form than in any chat, for identities; empty for nothing."""
         parts = [f"parts of {self.shots} shots"] if self.shots else []
+        parts += ["mirrored"] if self.mirrored else []
         return [*([self.support_tokens] if self.support_tokens else []), *([self.supports] if self.supports != "ordered" else []), *parts]
 
     @property
@@ -114,14 +118,14 @@ class Base:
     def encoder(self) -> Encoder:
         return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens, self.supports)
 
-    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None) -> Base:
+    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None, mirrored: bool = False) -> Base:
         """The same model, with so many tokens for a picture that is shown with a label, None for all of them, in an ordered set
-        or an independent one, and so many photos of a label in a part of it, None for a whole set.
+        or an independent one, and so many photos of a label in a part of it, None for a whole set. mirrored: as of :class:`SupportForm`.
 
         Raises ModelError where it cannot have so many.
         """
         pooled = tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens
-        return replace(self, support_tokens=pooled, supports=supports, shots=shots if supports == "ordered" else None)
+        return replace(self, support_tokens=pooled, supports=supports, shots=shots if supports == "ordered" else None, mirrored=mirrored)
 
     def with_model(self, model: Any) -> Base:
         return replace(self, model=model)
@@ -295,9 +299,8 @@ def load_base(base: BaseRef | str) -> Base:
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     read_masks(model, attention)
-    return Base(
-        model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered", ref.shots if ref.supports in {None, "ordered"} else None
-    )
+    shots = ref.shots if ref.supports in {None, "ordered"} else None
+    return Base(model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered", shots, bool(ref.mirrored))
 
 
 def lora_targets(model: nn.Module) -> str:

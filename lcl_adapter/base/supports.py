@@ -32,6 +32,11 @@ def trained_shots(manifest: Mapping[str, Any]) -> int | None:
     return shots
 
 
+def is_mirrored(manifest: Mapping[str, Any]) -> bool:
+    """Whether a question about labelled pictures is asked a second time, with all of them mirrored."""
+    return bool(manifest.get("mirrored", False))
+
+
 def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
     """Notes where an adapter is asked in another form than it was trained in."""
     notes = []
@@ -41,6 +46,9 @@ def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
         notes.append(f"the adapter was trained with {differ}")
     if supports != asked.supports:
         notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
+    if is_mirrored(manifest) != asked.mirrored:
+        own, now = ("twice, the second time with every photo mirrored", "once") if is_mirrored(manifest) else ("once", "twice, mirrored too")
+        notes.append(f"the weights of the adapter's judgements are for a question that is asked {own}; here it is asked {now}")
     return notes
 
 
@@ -57,6 +65,11 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"trained with labelled pictures that do not see each other{words}; in vLLM, upstream LLaVA and other programs they are read as in any "
             "chat. What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
+        )
+    if is_mirrored(manifest):
+        notes.append(
+            "here a question is asked twice, the second time with every photo mirrored; other programs ask it once. What that changes is measured "
+            "by `lcl-adapter eval RUN mirrored=false`"
         )
     return notes
 

@@ -110,6 +110,14 @@ def pooled_to(turns: Sequence[Turn], tokens: int) -> tuple[Turn, ...]:
     return tuple(replace(turn, picture=replace(turn.picture, tokens=tokens)) if turn.shown and turn.picture else turn for turn in turns)
 
 
+def mirrored(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns, with left and right exchanged in every picture."""
+    return tuple(
+        replace(turn, picture=turn.picture.mirror(), further=tuple(picture.mirror() for picture in turn.further)) if turn.picture else turn
+        for turn in turns
+    )
+
+
 def shown_order(count: int) -> list[int]:
     """The order in which ``count`` labelled pictures are shown: a fixed permutation of their indices."""
     return [int(index) for index in np.random.default_rng(0).permutation(count)]

@@ -168,6 +168,10 @@ class Recipe(Options):
         "has no order, and can grow and shrink by a picture; compressed: also, a question sees only the words beside it, so a set takes little "
         "memory",
     )
+    mirrored: bool = Field(
+        False,
+        description="ask a question about labelled pictures a second time, with left and right exchanged in all of them; a label's score is the mean",
+    )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()

@@ -50,12 +50,17 @@ class Engine:
     """The model, its thread and its queue.
 
     memory: bytes for cached sets. queue: jobs of one caller that may wait. pack: questions in a batch. name: the base's, for clients.
-    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained.
+    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained. mirrored: whether a question
+    is asked again with every photo mirrored, for all models; None: as each adapter's manifest says.
     """
 
-    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None) -> None:
-        self.base = base if support_tokens is None else base.with_supports(support_tokens, base.supports, base.shots)
-        self._same_for_all = support_tokens is not None
+    def __init__(
+        self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None,
+        mirrored: bool | None = None,
+    ) -> None:  # fmt: skip
+        form = base.form._replace(tokens=support_tokens or base.support_tokens, mirrored=base.mirrored if mirrored is None else mirrored)
+        self.base = base.with_supports(*form)
+        self._for_all = (support_tokens, mirrored)
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
@@ -247,7 +252,7 @@ class Engine:
         replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision, jobs[0].judge)
         vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
         cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
-        return [Scored(reply, tuple(cosines), len(cached.prefilled.longest)) for reply, cosines in zip(replies, cosines_NS, strict=True)]
+        return [Scored(reply, tuple(cosines), cached.prefilled.divisions) for reply, cosines in zip(replies, cosines_NS, strict=True)]
 
     def _without_aborted(self, jobs: list[Job]) -> list[Job]:
         """End the jobs that were cancelled or are past their deadline; return the others."""
@@ -279,7 +284,7 @@ class Engine:
         if turns:
             self.cache.make_room(encoder.support(turns).visible)
         behind = tokens_asked(encoder, question, answers) + predictor.max_new_tokens
-        parts = parts_that_fit(turns, encoder, behind, predictor.base.shots if answers else None)
+        parts = predictor.parts(turns, behind) if answers else parts_that_fit(turns, encoder, behind)
         if len(parts) > 1 and not answers:
             raise EpisodeError("this set is larger than the context. It is read in parts: its labels can be scored, but no text can be written.")
         return predictor.prefill(parts, known=self.cache.of_model(name))
@@ -307,7 +312,8 @@ class Engine:
         needs_vectors = bool(job.answers and job.judged) or job.key is not None
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
-        divided = parts_by_shots(turns, self.find(job.model).form.shots) > 1
+        form = self.find(job.model).form
+        divided = form.mirrored or parts_by_shots(turns, form.shots) > 1
         cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown, for_texts=divided and not job.answers)
         if job.key is not None:
             self.cache.put((job.model, job.key, len(prefilled.longest) > 1), cached)
@@ -367,7 +373,7 @@ class Engine:
         broken, or changes no answer.
         """
         manifest = matching_manifest(folder, self.base)
-        own = in_its_form(name, manifest, self.base, self._same_for_all)
+        own = in_its_form(name, manifest, self.base, *self._for_all)
         identity = identity_of(manifest, own)
         recipe = folder / "recipe.yaml"
         wording = wording_of(load(recipe)) if recipe.exists() else self.models[self.name].wording

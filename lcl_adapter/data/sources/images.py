@@ -94,6 +94,8 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
     if picture.view:
         image = further_view(image, nfc(picture.member or picture.path.name), picture.view)
+    if picture.mirrored:
+        image = ImageOps.mirror(image)
     if picture.blend is not None:
         other, weight = picture.blend
         image = Image.blend(image, read(other).resize(image.size), weight)
@@ -114,7 +116,7 @@ def fault_of(picture: Picture) -> str | None:
 
 def is_whole(picture: Picture) -> bool:
     """Whether the picture is the whole of its file, as it stands there."""
-    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend)
+    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend or picture.mirrored)
 
 
 def is_plain(image: Image.Image) -> bool:
