@@ -274,7 +274,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(wheels: 
 def test_a_cache_that_cannot_be_written_is_named(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LCL_ADAPTER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(RunError, match="file/photo-base-v2"):
+    with pytest.raises(RunError, match="file/photo-base-v3"):
         build.build(wheels)
 
 

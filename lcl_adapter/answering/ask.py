@@ -92,7 +92,7 @@ def ask_model(
         )
     vision = VisionFeatures(loaded, FEATURE_BYTES, BLOCK)
     weighing, space = weighed or (Weighing(), None)
-    tower = TowerEvidence(vision, space, loaded.mirrored)
+    tower = TowerEvidence(vision, space, loaded.orientations)
     predictor = Predictor(loaded, vision)
     turns, answers = support_turns(labelled.shown, wording), labelled.answers(wording)
     asked_tokens = tokens_asked(predictor.encoder, Turn("user", question or wording.query, labelled.shown[0][0]), answers)

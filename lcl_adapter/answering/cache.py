@@ -121,8 +121,8 @@ class Prefilled:
 
     cache: keys and values, [S, ...]. mask [S, P]: 1 where a token is real, 0 where it is padding. next_position [S]: the
     position of the first token that follows each support set. longest: of each set, the tokens that must fit the context.
-    parts: of each independent set, where its head and its examples are; empty where sets are ordered. mirrored: of each set, whether its
-    pictures are, so that a question behind it is asked mirrored too.
+    parts: of each independent set, where its head and its examples are; empty where sets are ordered. orientations: of each set, in
+    which its pictures are, and are those of a question behind it.
     """
 
     cache: Cache
@@ -130,7 +130,7 @@ class Prefilled:
     next_position: torch.Tensor
     longest: tuple[int, ...]
     parts: tuple[tuple[tuple[Part, slice], ...], ...] = ()
-    mirrored: tuple[bool, ...] = ()
+    orientations: tuple[int, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -139,8 +139,8 @@ class Prefilled:
 
     @property
     def divisions(self) -> int:
-        """The sets that are not others mirrored: of one set in parts, how many these are."""
-        return len(self.longest) - sum(self.mirrored)
+        """The sets as they are, not in other orientations: of one set in parts, how many these are."""
+        return self.orientations.count(1)
 
     @property
     def bytes(self) -> int:

@@ -4,9 +4,9 @@ Each part has every label. The parts are read each by itself, and a question sta
 2603.16092). A label's score is the mean of its log-likelihoods, so the parts count alike, and together they are no surer than one of
 them. What this gives is in docs/lab.md.
 
-Where a base is asked mirrored, every part is read a second time with left and right exchanged in all of its pictures, and behind it the
-question with its own picture mirrored. So what distinguishes labels is kept, also where it is the side of something. A picture's tokens
-are a little off in a way of their own; mirrored, in another way, and the mean is less so (docs/lab.md).
+Where a question is asked in several orientations, every part is read again with all of its pictures mirrored or turned, and behind it
+the question with its own picture mirrored or turned alike. So what distinguishes the labels is kept, also where it is a side or a
+direction. A model's scores are a little off in another way each time, and their mean is less so (docs/lab.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.data.conversations import Turn, mirrored
+from lcl_adapter.data.conversations import Turn, oriented
 
 Share = tuple[tuple[Turn, ...], Turn]  # a part of a support set, and the question as it is asked about it
 QUESTION = 256  # tokens that parts leave at least to a question, without its pictures; a quarter of a small context
@@ -63,16 +63,22 @@ def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: 
     return whole
 
 
-def with_mirrored(parts: Sequence[tuple[Turn, ...]]) -> list[tuple[Turn, ...]]:
-    """The parts of a set of labelled photos, and each of them once more, mirrored. Other turns stay as they are."""
-    return [*parts, *map(mirrored, parts)] if all(map(_labelled, parts)) else list(parts)
+def in_orientations(parts: Sequence[tuple[Turn, ...]], count: int) -> list[tuple[Turn, ...]]:
+    """The parts of a set of labelled photos, each in the first ``count`` orientations. Other turns stay as they are."""
+    if not all(map(_labelled, parts)):
+        return list(parts)
+    return [*parts, *(oriented(part, orientation) for orientation in range(2, count + 1) for part in parts)]
 
 
-def shares_of(turns: Sequence[Turn], question: Turn, shots: int | None, mirrors: bool) -> list[Share]:
-    """The parts of a support set that have at most ``shots`` photos of a label, and where ``mirrors``, the same mirrored."""
-    parts = divided(turns, parts_by_shots(turns, shots))
-    both = with_mirrored(parts) if mirrors else parts
-    return [(part, question) for part in parts] + [(part, mirrored([question])[0]) for part in both[len(parts) :]]
+def orientation_of(turns: Sequence[Turn]) -> int:
+    """The orientation that a part is read in."""
+    return next((picture.orientation for turn in turns for picture in turn.pictures), 1)
+
+
+def shares_of(turns: Sequence[Turn], question: Turn, shots: int | None, orientations: int) -> list[Share]:
+    """The parts of a support set that have at most ``shots`` photos of a label, in each orientation."""
+    parts = in_orientations(divided(turns, parts_by_shots(turns, shots)), orientations)
+    return [(part, oriented([question], orientation_of(part))[0]) for part in parts]
 
 
 def _labelled(turns: Sequence[Turn]) -> bool:

@@ -123,24 +123,22 @@ class TowerEvidence:
     """The tower's evidence about pictures.
 
     space: where the adapter's features are compared. A tower's raw features, which are compared without one, have a few that are
-    large for every picture, and cosines of them say little. mirrored: a picture's features are the mean of its own and of those of its
-    mirror image, and so are distances of patches.
+    large for every picture, and cosines of them say little. orientations: over which a picture's features are the mean, and
+    distances of patches.
     """
 
-    def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None, mirrored: bool = False) -> None:
+    def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None, orientations: int = 1) -> None:
         self.vision = vision
         self.space = space
-        self.mirrored = mirrored
+        self.orientations = range(1, orientations + 1)
 
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
         if self.space is None:
             return unit_vectors(pictures, self.vision)
-        features_NC = self.vision.mean_patches(pictures)
-        if self.mirrored:
-            features_NC = (features_NC + self.vision.mean_patches([picture.mirror() for picture in pictures])) / 2
-        return self.space.vectors(features_NC)
+        features = [self.vision.mean_patches([picture.oriented(k) for picture in pictures]) for k in self.orientations]
+        return self.space.vectors(torch.stack(features).mean(0))
 
     def remember(self, shown: Shown) -> ShownLabels:
         """The means of labelled photos, of which there is at least one."""
@@ -163,12 +161,11 @@ class TowerEvidence:
 
     def _distances(self, references: Sequence[Picture], queries: Sequence[Picture]) -> list[float]:
         """Of each query, how far a patch of it is from the references."""
-        distances = patch_distances(references, queries, self.vision, self.space)
-        if not self.mirrored:
-            return distances
-        mirrored = [[picture.mirror() for picture in pictures] for pictures in (references, queries)]
-        of_mirrored = patch_distances(mirrored[0], mirrored[1], self.vision, self.space)
-        return [(own + other) / 2 for own, other in zip(distances, of_mirrored, strict=True)]
+        distances = [
+            patch_distances([picture.oriented(k) for picture in references], [picture.oriented(k) for picture in queries], self.vision, self.space)
+            for k in self.orientations
+        ]
+        return torch.tensor(distances).mean(0).tolist()
 
     def of(self, shown: Shown, queries: Sequence[Picture], labels: Sequence[str]) -> list[list[Evidence]]:
         """:meth:`about` for photos that are not remembered. Photos of other labels than these count for none."""

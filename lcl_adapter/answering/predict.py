@@ -30,13 +30,13 @@ from transformers import Cache
 from lcl_adapter.answering import independent
 from lcl_adapter.answering.batches import QUESTIONS_PER_PASS, Limits, SetOfRequests, room
 from lcl_adapter.answering.cache import Part, Prefilled, new_cache
-from lcl_adapter.answering.chunks import Share, parts_that_fit, shares_of, with_mirrored
+from lcl_adapter.answering.chunks import Share, in_orientations, orientation_of, parts_that_fit, shares_of
 from lcl_adapter.answering.room import widths_of
 from lcl_adapter.answering.rows import NO_SEGMENT, PADDING, EncodedQuestion, Ids, Row, without_ends
 from lcl_adapter.base.encoder import Position, position_ids
 from lcl_adapter.base.model import Base
 from lcl_adapter.base.vision import VisionFeatures
-from lcl_adapter.data.conversations import Turn, mirrored
+from lcl_adapter.data.conversations import Turn, oriented
 from lcl_adapter.errors import EpisodeError
 
 SupportTurns = tuple[Turn, ...]
@@ -117,12 +117,11 @@ class Predictor:
 
     def parts(self, turns: Sequence[Turn], behind: int) -> list[SupportTurns]:
         """What is prefilled of a support set, for :meth:`ask_parts` about its labels: its parts
-        (:mod:`lcl_adapter.answering.chunks`), and of a base that is asked mirrored, each of them mirrored too.
+        (:mod:`lcl_adapter.answering.chunks`), each in all orientations of the base.
 
         behind: tokens of a question and its longest answer.
         """
-        parts = parts_that_fit(turns, self.encoder, behind, self.base.shots)
-        return with_mirrored(parts) if self.base.mirrored else parts
+        return in_orientations(parts_that_fit(turns, self.encoder, behind, self.base.shots), self.base.orientations)
 
     @torch.inference_mode()
     def prefill(self, supports: Sequence[Sequence[Turn]], behind: int = 0, known: Sequence[Prefilled] = ()) -> Prefilled:
@@ -147,8 +146,7 @@ class Predictor:
             position_SP = position_ids([row.positions for row in rows], length, left=True).to(self.device)
             self._forward(ids_SP, mask_SP, position_SP, cache, [turn for support in supports for turn in support], logits_at=1)
         next_position_S = torch.tensor([row.next_position for row in rows], device=self.device)
-        turned = tuple(any(picture.mirrored for turn in turns for picture in turn.pictures) for turns in supports)
-        return Prefilled(cache, mask_SP, next_position_S, tuple(row.longest for row in rows), parts, turned)
+        return Prefilled(cache, mask_SP, next_position_S, tuple(row.longest for row in rows), parts, tuple(map(orientation_of, supports)))
 
     def _read_alone(self, rows: Sequence[tuple[Ids, Sequence[Position], Sequence[Turn]]], cache: Cache) -> None:
         """Read rows into an empty cache, padded on the right."""
@@ -159,8 +157,8 @@ class Predictor:
         self._forward(ids_RL, mask, positions, cache, [turn for _, _, turns in rows for turn in turns], logits_at=1)
 
     def ask(self, prefilled: Prefilled, questions: Sequence[Question], generate: bool = True) -> list[Reply]:
-        """Replies in the order of the questions. ``prefilled`` is unchanged afterwards. A question behind a mirrored set is asked
-        mirrored.
+        """Replies in the order of the questions. ``prefilled`` is unchanged afterwards. A question is asked in the
+        orientation of its set.
 
         generate: also generate a greedy answer to each question. Raises EpisodeError if a question does not fit the
         context; DataError for a broken picture.
@@ -168,7 +166,7 @@ class Predictor:
         queues: list[list[int]] = [[] for _ in range(prefilled.mask.shape[0])]
         for index, question in enumerate(questions):
             queues[question.support].append(index)
-        turns = [mirrored([one.turn])[0] if prefilled.mirrored[one.support] else one.turn for one in questions]
+        turns = [oriented([one.turn], prefilled.orientations[one.support])[0] for one in questions]
         encoded = [[self._encoded(turns[i], questions[i].answers, prefilled.empty, questions[i].ended) for i in queue] for queue in queues]
         replies: dict[int, Reply] = {}
         for queue, own in zip(queues, self._ask_encoded(prefilled, encoded, generate, self.limits.pack), strict=True):
@@ -221,7 +219,7 @@ class Predictor:
             other = replace(self, max_new_tokens=new_tokens)
             other.limits = self.limits  # as memory has shown them to be
             return other.run(requests, generate, done)
-        shares = [shares_of(support, turn, self.base.shots, self.base.mirrored) for support, turn, _ in requests]
+        shares = [shares_of(support, turn, self.base.shots, self.base.orientations) for support, turn, _ in requests]
         if any(len(parts) > 1 for parts in shares):
             return self._run_in_parts(requests, shares, generate, done)
         groups: dict[SupportTurns, list[int]] = {}
@@ -246,10 +244,10 @@ class Predictor:
     def _run_in_parts(
         self, requests: Sequence[Request], shares: Sequence[Sequence[Share]], generate: bool, done: Callable[[int], None] | None
     ) -> list[Reply]:
-        """:meth:`run`, where some sets are read in parts, or mirrored too. Their scores are those of their parts, and their texts are
+        """:meth:`run`, where some sets are read in parts or in several orientations. Their scores are those of their parts, and their texts are
         written behind the whole set as it is.
         """
-        whole = replace(self, base=replace(self.base, shots=None, mirrored=False))
+        whole = replace(self, base=replace(self.base, shots=None, orientations=1))
         whole.limits = self.limits  # as memory has shown them to be
         scored = {index for index, parts in enumerate(shares) if len(parts) > 1 and requests[index][2]}
         both_at_once = {index for index in scored if generate and shares[index][0][0] == requests[index][0]}  # the first part is the whole set

@@ -27,12 +27,12 @@ from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.base.supports import is_mirrored, most_tokens, trained_shots
+from lcl_adapter.base.supports import most_tokens, orientations_of, trained_shots
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
-from lcl_adapter.recipe.schema import Precision, Supports
+from lcl_adapter.recipe.schema import Orientations, Precision, Supports
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -56,8 +56,8 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
         own["supports"] = base.supports
     if base.shots:
         own["shots"] = base.shots
-    if base.mirrored:
-        own["mirrored"] = True
+    if base.orientations > 1:
+        own["orientations"] = base.orientations
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -150,8 +150,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     shots = manifest.get("shots", 1)
     if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
         raise AdapterError(f"{path}: not a manifest of this tool (shots is {repr(shots)[:60]}).")
-    if not isinstance(manifest.get("mirrored", False), bool):
-        raise AdapterError(f"{path}: not a manifest of this tool (mirrored is {repr(manifest['mirrored'])[:60]}).")
+    if manifest.get("orientations", 1) not in get_args(Orientations):
+        raise AdapterError(f"{path}: not a manifest of this tool (orientations is {repr(manifest['orientations'])[:60]}).")
     wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
     if wrong:
         raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")
@@ -182,10 +182,9 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     checkpoint = checkpoint_of(folder, manifest, base)
     tokens = base.support_tokens or most_tokens(manifest)
     supports: Supports = base.supports or manifest.get("supports", "ordered")
-    mirrored = is_mirrored(manifest) if base.mirrored is None else base.mirrored
     given = {
         "device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens,
-        "supports": supports, "shots": base.shots or trained_shots(manifest), "mirrored": mirrored,
+        "supports": supports, "shots": base.shots or trained_shots(manifest), "orientations": base.orientations or orientations_of(manifest),
     }  # fmt: skip
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))

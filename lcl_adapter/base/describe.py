@@ -21,6 +21,8 @@ from lcl_adapter.errors import AdapterError, ModelError
 from lcl_adapter.files import read_object, read_result
 from lcl_adapter.pocket import NAME as POCKET
 
+SHOWN_RANKS = 7  # of named layers; of more, the lowest and the highest
+
 
 def describe(base: BaseRef | str) -> dict[str, Any]:
     """Facts by name, ``kind`` first. Only configs, the tokenizer and the headers of weights are read.
@@ -92,7 +94,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "kind": "run with its adapter",
         "folder": str(folder),
         **{name: manifest[name] for name in fields},
-        **{name: manifest[name] for name in ("support_tokens", "supports", "shots", "mirrored") if name in manifest},
+        **{name: manifest[name] for name in ("support_tokens", "supports", "shots", "orientations") if name in manifest},
         **_lora(folder, config),
         "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
         "results": _results(folder, report),
@@ -133,6 +135,11 @@ def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     tensors = tensors_in_file(file)
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    other = "".join(f", {module} {rank}" for module, rank in (config.get("rank_pattern") or {}).items())
-    described = f"{kind}, rank {config.get('r')}{other}, alpha {config.get('lora_alpha')}"
+    other: dict[str, int] = config.get("rank_pattern") or {}
+    if len(other) > SHOWN_RANKS:  # as of one that was made smaller layer by layer
+        described = f"{kind}, ranks {min(other.values())} to {max(other.values())}, another of each layer"
+    else:
+        described = ", ".join(
+            [f"{kind}, rank {config.get('r')}", *(f"{module} {rank}" for module, rank in other.items()), f"alpha {config.get('lora_alpha')}"]
+        )
     return {"adapter": described, "tensors": len(tensors), "adapter parameters": parameters}

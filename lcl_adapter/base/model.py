@@ -44,14 +44,14 @@ class SupportForm(NamedTuple):
     """In which form the pictures of a support set are read.
 
     tokens: of each, None for as many as any other has. supports: whether a picture sees those before it.
-    shots: of a label that are read together at most, None for all of them. mirrored: whether a question is asked again with every
-    picture mirrored.
+    shots: of a label that are read together at most, None for all of them. orientations: of all pictures, in which a question
+    is asked.
     """
 
     tokens: int | None = None
     supports: Supports = "ordered"
     shots: int | None = None
-    mirrored: bool = False
+    orientations: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Base:
     support_tokens: int | None = None  # of a picture that is shown with a label; None for all of them
     supports: Supports = "ordered"  # whether such a picture sees those before it
     shots: int | None = None  # of an ordered set, the pictures of a label that training showed at most; more are read in parts
-    mirrored: bool = False  # whether a question about such pictures is asked again with all of them mirrored
+    orientations: int = 1  # of such pictures and a query, in which the question is asked
 
     @property
     def form(self) -> SupportForm:
-        return SupportForm(self.support_tokens, self.supports, self.shots, self.mirrored)
+        return SupportForm(self.support_tokens, self.supports, self.shots, self.orientations)
 
     @property
     def support_reading(self) -> list[Any]:
         """What is read in another form than in any chat, for identities; empty for nothing."""
         parts = [f"parts of {self.shots} shots"] if self.shots else []
-        parts += ["mirrored"] if self.mirrored else []
+        parts += [f"{self.orientations} orientations"] if self.orientations > 1 else []
         return [*([self.support_tokens] if self.support_tokens else []), *([self.supports] if self.supports != "ordered" else []), *parts]
 
     @property
@@ -118,14 +118,15 @@ class Base:
     def encoder(self) -> Encoder:
         return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens, self.supports)
 
-    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None, mirrored: bool = False) -> Base:
+    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None, orientations: int = 1) -> Base:
         """The same model, with so many tokens for a picture that is shown with a label, None for all of them, in an ordered set
-        or an independent one, and so many photos of a label in a part of it, None for a whole set. mirrored: as of :class:`SupportForm`.
+        or an independent one, and so many photos of a label in a part of it, None for a whole set. orientations: as of :class:`SupportForm`.
 
         Raises ModelError where it cannot have so many.
         """
         pooled = tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens
-        return replace(self, support_tokens=pooled, supports=supports, shots=shots if supports == "ordered" else None, mirrored=mirrored)
+        shots = shots if supports == "ordered" else None
+        return replace(self, support_tokens=pooled, supports=supports, shots=shots, orientations=orientations)
 
     def with_model(self, model: Any) -> Base:
         return replace(self, model=model)
@@ -300,7 +301,7 @@ def load_base(base: BaseRef | str) -> Base:
     model.requires_grad_(False).eval()
     read_masks(model, attention)
     shots = ref.shots if ref.supports in {None, "ordered"} else None
-    return Base(model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered", shots, bool(ref.mirrored))
+    return Base(model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered", shots, ref.orientations or 1)
 
 
 def lora_targets(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ class BaseRef:
     support_tokens: of a picture that is shown with a label; all of them by default.
     supports: whether such a picture sees those before it; "ordered" by default.
     shots: such pictures of a label that are read together at most; all of them by default.
-    mirrored: whether a question about labelled pictures is asked again with all of them mirrored; no by default.
+    orientations: of labelled pictures and a query, in which a question is asked; one by default.
     """
 
     name: str | None = None
@@ -34,7 +34,7 @@ class BaseRef:
     support_tokens: int | None = None
     supports: Supports | None = None
     shots: int | None = None
-    mirrored: bool | None = None
+    orientations: int | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
@@ -42,7 +42,7 @@ class BaseRef:
         if isinstance(base, Recipe):
             return cls(
                 base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
-                support_tokens=base.image_tokens.most, supports=base.supports, shots=base.most_shots, mirrored=base.mirrored,
+                support_tokens=base.image_tokens.most, supports=base.supports, shots=base.most_shots, orientations=base.orientations,
             )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 

@@ -32,9 +32,9 @@ def trained_shots(manifest: Mapping[str, Any]) -> int | None:
     return shots
 
 
-def is_mirrored(manifest: Mapping[str, Any]) -> bool:
-    """Whether a question about labelled pictures is asked a second time, with all of them mirrored."""
-    return bool(manifest.get("mirrored", False))
+def orientations_of(manifest: Mapping[str, Any]) -> int:
+    """In how many orientations a question about labelled pictures is asked."""
+    return int(manifest.get("orientations", 1))
 
 
 def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
@@ -46,9 +46,8 @@ def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
         notes.append(f"the adapter was trained with {differ}")
     if supports != asked.supports:
         notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
-    if is_mirrored(manifest) != asked.mirrored:
-        own, now = ("twice, the second time with every photo mirrored", "once") if is_mirrored(manifest) else ("once", "twice, mirrored too")
-        notes.append(f"the weights of the adapter's judgements are for a question that is asked {own}; here it is asked {now}")
+    if (own := orientations_of(manifest)) != asked.orientations:
+        notes.append(f"the adapter's recipe asks a question in {_orientations(own)}, and here it is asked in {_orientations(asked.orientations)}")
     return notes
 
 
@@ -66,10 +65,10 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
             f"trained with labelled pictures that do not see each other{words}; in vLLM, upstream LLaVA and other programs they are read as in any "
             "chat. What that changes is measured by `lcl-adapter eval RUN supports=ordered`"
         )
-    if is_mirrored(manifest):
+    if (own := orientations_of(manifest)) > 1:
         notes.append(
-            "here a question is asked twice, the second time with every photo mirrored; other programs ask it once. What that changes is measured "
-            "by `lcl-adapter eval RUN mirrored=false`"
+            f"asked in {_orientations(own)} here; vLLM, upstream LLaVA and other programs ask a question once. What that changes is measured by "
+            "`lcl-adapter eval RUN orientations=1`"
         )
     return notes
 
@@ -83,6 +82,10 @@ def trained_otherwise(first: Mapping[str, Any], second: Mapping[str, Any], name:
         differ = f"{_tokens(*trained_tokens(second))} for a picture shown with a label, the first adapter with {_tokens(*trained_tokens(first))}"
         notes.append(f"{name} was trained with {differ}")
     return notes
+
+
+def _orientations(count: int) -> str:
+    return f"{count} orientations" if count > 1 else "one orientation"
 
 
 def _tokens(*counts: int) -> str:

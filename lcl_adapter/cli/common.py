@@ -117,9 +117,9 @@ class Adapter(UsablePath):
 
 
 ADAPTER = Adapter()
-MIRRORED = (
-    "Ask a question about labelled photos a second time, with all of them mirrored; a label's score is the mean [default: as the adapter's "
-    "recipe says; the base: no]."
+ORIENTATIONS = (
+    "Ask a question about labelled photos so often, each time with all of them mirrored or turned alike; a label's score is the mean "
+    "[default: as the adapter's recipe says; the base: 1]."
 )
 PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
 LAYOUT = click.Choice(["hf", "original"])
@@ -129,7 +129,7 @@ def base_options(name: str, text: str = "", precision: str | None = None, suppor
     """An option or argument that names a base, and --vision-tower. The command gets them as one ``base: BaseRef``.
 
     name: ``--base``, or the metavar of an argument. text: help of the option. precision: help of --precision, None for a
-    command without it. support_tokens: help of --support-tokens, None for a command without it and --mirrored.
+    command without it. support_tokens: help of --support-tokens, None for a command without it and --orientations.
     """
     named = click.option(name, "base_name", help=text) if name.startswith("--") else click.argument("base_name", metavar=name)
 
@@ -137,17 +137,18 @@ def base_options(name: str, text: str = "", precision: str | None = None, suppor
         @wraps(command)
         def wrapped(
             base_name: str | None, tower: str | None, precision: Precision | None = None, tiles: bool | None = None,
-            support_tokens: int | None = None, mirrored: bool | None = None, **options: Any,
+            support_tokens: int | None = None, orientations: str | None = None, **options: Any,
         ) -> Any:  # fmt: skip
             from lcl_adapter.base.ref import BaseRef
 
-            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles, support_tokens=support_tokens, mirrored=mirrored), **options)
+            times = None if orientations is None else int(orientations)
+            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles, support_tokens=support_tokens, orientations=times), **options)
 
         inner: Any = wrapped
         if precision is not None:
             inner = click.option("--precision", type=PRECISION, help=precision)(inner)
         if support_tokens is not None:
-            inner = click.option("--mirrored/--no-mirrored", default=None, help=MIRRORED)(inner)
+            inner = click.option("--orientations", type=click.Choice(["1", "2", "4", "8"]), help=ORIENTATIONS)(inner)
             inner = click.option("--support-tokens", "support_tokens", type=click.IntRange(1), help=support_tokens)(inner)
         inner = click.option("--vision-tower", "tower", help="The vision tower's folder, if it is not where an original config says.")(inner)
         decorated: Command = named(inner)

@@ -110,10 +110,12 @@ def pooled_to(turns: Sequence[Turn], tokens: int) -> tuple[Turn, ...]:
     return tuple(replace(turn, picture=replace(turn.picture, tokens=tokens)) if turn.shown and turn.picture else turn for turn in turns)
 
 
-def mirrored(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns, with left and right exchanged in every picture."""
+def oriented(turns: Sequence[Turn], orientation: int) -> tuple[Turn, ...]:
+    """The turns, with every picture in another orientation (``Picture.orientation``)."""
     return tuple(
-        replace(turn, picture=turn.picture.mirror(), further=tuple(picture.mirror() for picture in turn.further)) if turn.picture else turn
+        replace(turn, picture=turn.picture.oriented(orientation), further=tuple(picture.oriented(orientation) for picture in turn.further))
+        if turn.picture
+        else turn
         for turn in turns
     )
 

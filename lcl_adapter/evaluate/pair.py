@@ -54,7 +54,7 @@ class ModelPair:
         if weighed is None:
             return cls(without_adapter, predictor.run, predictor.vision, identity)
         weighing, space = weighed
-        tower = TowerEvidence(predictor.vision, space, predictor.base.mirrored)
+        tower = TowerEvidence(predictor.vision, space, predictor.base.orientations)
         return cls(without_adapter, predictor.run, predictor.vision, [*identity, weighing.to_json(), space.hash()], weighing, tower)
 
     @classmethod

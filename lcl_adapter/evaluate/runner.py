@@ -67,7 +67,7 @@ def evaluate(
     manifest = read_manifest(run)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     # The recipe as it is overridden; an imported run has no such value of its own
-    own = {"support_tokens": recipe.image_tokens.most, "supports": recipe.supports, "mirrored": recipe.mirrored}
+    own = {"support_tokens": recipe.image_tokens.most, "supports": recipe.supports, "orientations": recipe.orientations}
     loaded = None if served else load_adapter(run, base.defaulting_to(**own))[0]
     if loaded is not None:
         show_notes(asked_otherwise(manifest, loaded))
@@ -104,7 +104,7 @@ def evaluate(
         **served_models,
         **({"support_tokens": loaded.support_tokens} if loaded is not None and loaded.support_tokens else {}),
         **({"supports": loaded.supports} if loaded is not None and loaded.supports != "ordered" else {}),
-        **({"mirrored": True} if loaded is not None and loaded.mirrored else {}),
+        **({"orientations": loaded.orientations} if loaded is not None and loaded.orientations > 1 else {}),
         "suites": rows,
         "retention": retention_of(falls, recipe),
     }

@@ -124,7 +124,7 @@ def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor, trained: Seque
     """
     pictures = list(dict.fromkeys(p for cell in cells for case in cell.cases for turn in (*case.support, case.query) for p in turn.pictures))
     space = TowerSpace.fit(predictor.vision.mean_patches(pictures), trained, patch_statistics(pictures, predictor.vision))
-    tower = TowerEvidence(predictor.vision, space, predictor.base.mirrored)
+    tower = TowerEvidence(predictor.vision, space, predictor.base.orientations)
     questions: list[Weighed] = []
     for cell in cells:
         replies = predictor.run([(c.support, c.query, c.answers) for c in cell.cases], generate=False)

@@ -39,7 +39,7 @@ from lcl_adapter.terminal import console
 
 VARIANT = 2  # of EfficientNet-Lite
 NAME = "photo"  # of the base, in the place of a folder
-VERSION = "v2"  # raise it when the same packages give other weights
+VERSION = "v3"  # raise it when the same packages give other weights or another prompt
 BUILD = "build.json"  # the build's own record
 NAMES = PHOTO_DATA / "imagenet_names.json"
 STATISTICS = PHOTO_DATA / "statistics.safetensors"

@@ -22,6 +22,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data/conversations.py
 QUANTISED = ("int8", "nf4")
 Supports = Literal["ordered", "independent", "compressed"]  # how labelled pictures are read: base/encoder.py
+Orientations = Literal[1, 2, 4, 8]  # of pictures: as they are; mirrored too; each also turned by half; by quarters too (EXIF's order)
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
@@ -168,9 +169,9 @@ class Recipe(Options):
         "has no order, and can grow and shrink by a picture; compressed: also, a question sees only the words beside it, so a set takes little "
         "memory",
     )
-    mirrored: bool = Field(
-        False,
-        description="ask a question about labelled pictures a second time, with left and right exchanged in all of them; a label's score is the mean",
+    orientations: Orientations = Field(
+        1,
+        description="how often a question about labelled pictures is asked, each time with all of them mirrored or turned alike; scores are means",
     )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")

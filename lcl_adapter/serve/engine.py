@@ -50,17 +50,17 @@ class Engine:
     """The model, its thread and its queue.
 
     memory: bytes for cached sets. queue: jobs of one caller that may wait. pack: questions in a batch. name: the base's, for clients.
-    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained. mirrored: whether a question
-    is asked again with every photo mirrored, for all models; None: as each adapter's manifest says.
+    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained. orientations: in which a
+    question is asked, for all models; None: as each adapter's manifest says.
     """
 
     def __init__(
         self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None,
-        mirrored: bool | None = None,
+        orientations: int | None = None,
     ) -> None:  # fmt: skip
-        form = base.form._replace(tokens=support_tokens or base.support_tokens, mirrored=base.mirrored if mirrored is None else mirrored)
+        form = base.form._replace(tokens=support_tokens or base.support_tokens, orientations=orientations or base.orientations)
         self.base = base.with_supports(*form)
-        self._for_all = (support_tokens, mirrored)
+        self._for_all = (support_tokens, orientations)
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
@@ -313,7 +313,7 @@ class Engine:
         pictures = [picture for turn in turns for picture in turn.pictures] if needs_vectors else []
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
         form = self.find(job.model).form
-        divided = form.mirrored or parts_by_shots(turns, form.shots) > 1
+        divided = form.orientations > 1 or parts_by_shots(turns, form.shots) > 1
         cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown, for_texts=divided and not job.answers)
         if job.key is not None:
             self.cache.put((job.model, job.key, len(prefilled.longest) > 1), cached)

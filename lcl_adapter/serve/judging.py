@@ -44,4 +44,4 @@ def judged(
 
 
 def _tower(model: Model, vision: VisionFeatures) -> TowerEvidence:
-    return TowerEvidence(vision, model.space, model.form.mirrored)
+    return TowerEvidence(vision, model.space, model.form.orientations)

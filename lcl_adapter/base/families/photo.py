@@ -13,7 +13,7 @@ SHORT = Frame(prompt.SHORT_USER, prompt.SHORT_ASSISTANT, prompt.SHORT_ANSWER)
 
 @dataclass(frozen=True)
 class PhotoFamily(Family):
-    """A picture without a text is written as a line: the picture, a colon, its label."""
+    """A picture without a text is written as a line: the picture and its label."""
 
     def frame(self, question: Turn) -> Frame:
         alone = question.picture is not None and not question.further and not question.text
@@ -34,4 +34,5 @@ PHOTO = PhotoFamily(
     special_tokens=("<|im_start|>",),
     image=prompt.IMAGE,
     wording="bare",
+    version=2,
 )

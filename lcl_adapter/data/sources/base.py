@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 PixelBox = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the upright picture
 PICTURE_NAME = re.compile(
     r"(?:(.*?\.zip)!)?(.*?)(?: \(cut out at ([\de.+, -]+)(?: of (\d+) x (\d+))?\))?(?: \(view (\d+)\))?(?: \(turned (\d)\))?(?: \(tile ([\dx:]+)\))?"
-    r"(?: \(white ([\de.+-]+)\))?( \(mirrored\))?",
+    r"(?: \(white ([\de.+-]+)\))?(?: \(orientation (\d)\))?",
     re.DOTALL | re.IGNORECASE,
 )
 
@@ -57,7 +57,7 @@ class Picture:
     white: the value that is white, of a picture with more than 8 bits; None: by its own values (``depth``).
     blend: another picture whose features are mixed into this one's, and its weight, for a class without end.
     tokens: how many a pooled picture has in the row that it stands in; None for all of them. Files know nothing of it.
-    mirrored: left and right are exchanged, last of all.
+    orientation: EXIF's number of what is done to it last of all: 1 for nothing, 2 for left and right exchanged, 3 for half a turn.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class Picture:
     crop: PixelBox | None = None
     listed_size: tuple[int, int] | None = None
     tokens: int | None = None
-    mirrored: bool = False
+    orientation: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.path, str):  # Picture("photo.png") is convenient in a script
@@ -84,13 +84,13 @@ class Picture:
             name += " (cut out at {:g}, {:g}, {:g}, {:g}".format(*self.crop) + (" of {} x {})".format(*self.listed_size) if self.listed_size else ")")
         name += (f" (view {self.view})" if self.view else "") + (f" (turned {self.turned})" if self.turned else "")
         name += (" (tile {}x{}:{})".format(*self.tile) if self.tile else "") + (f" (white {self.white:.12g})" if self.white is not None else "")
-        name += " (mirrored)" if self.mirrored else ""
+        name += f" (orientation {self.orientation})" if self.orientation > 1 else ""
         return name + (f" (blended with {self.blend[1]:.2f} of {self.blend[0]})" if self.blend else "")
 
     @classmethod
     def parse(cls, name: str) -> Picture:
         """The inverse of ``str``, for a picture that is no blend. ``artist`` is not in a name."""
-        archive, inner, crop, width, height, view, turned, tile, white, mirrored = PICTURE_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
+        archive, inner, crop, width, height, view, turned, tile, white, orientation = PICTURE_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
         return cls(
             Path(archive or inner),
             inner if archive else None,
@@ -100,7 +100,7 @@ class Picture:
             crop=tuple(float(n) for n in crop.split(", ")) if crop else None,  # type: ignore[arg-type]
             listed_size=(int(width), int(height)) if width else None,
             white=float(white) if white else None,
-            mirrored=bool(mirrored),
+            orientation=int(orientation or 1),
         )
 
     def cropped(self, box: PixelBox) -> Picture:
@@ -112,10 +112,10 @@ class Picture:
         """The same picture in its ``view``-th further view."""
         return replace(self, view=view)
 
-    def mirror(self) -> Picture:
-        """The same picture with left and right exchanged; that of a mirrored one is the picture as it was."""
-        blend = self.blend and (self.blend[0].mirror(), self.blend[1])
-        return replace(self, mirrored=not self.mirrored, blend=blend)
+    def oriented(self, orientation: int) -> Picture:
+        """The same picture in another orientation. 1 is as it was."""
+        blend = self.blend and (self.blend[0].oriented(orientation), self.blend[1])
+        return replace(self, orientation=orientation, blend=blend)
 
 
 ROUNDED = 1.0  # pixels by which a box may be outside: tools round

@@ -47,6 +47,10 @@ MIN_SIDE = 2
 REDUCING_GAP = 3  # Pillow's documentation of `reducing_gap`: from here on nearly the same as resizing the whole picture
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})  # of more than 8 bits
 RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of floats from 0 to 1, and of 8, 10, 12, 14 and 16 bits
+ORIENTED = {  # by EXIF's number
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 ORIENTATION, SIDEWAYS = 0x0112, frozenset({5, 6, 7, 8})  # EXIF's tag, and its values that exchange width and height
 BITS_PER_SAMPLE, LARGEST_SAMPLE = 258, 281  # TIFF's tags
 STRIP = 64  # rows of a picture of more than 8 bits that are scaled at a time
@@ -94,8 +98,8 @@ def read(picture: Picture, side: int | None = None) -> Image.Image:
         image = image.crop(tuple(round(e) for e in edges))  # type: ignore[arg-type]
     if picture.view:
         image = further_view(image, nfc(picture.member or picture.path.name), picture.view)
-    if picture.mirrored:
-        image = ImageOps.mirror(image)
+    if picture.orientation > 1:
+        image = image.transpose(ORIENTED[picture.orientation])
     if picture.blend is not None:
         other, weight = picture.blend
         image = Image.blend(image, read(other).resize(image.size), weight)
@@ -116,7 +120,7 @@ def fault_of(picture: Picture) -> str | None:
 
 def is_whole(picture: Picture) -> bool:
     """Whether the picture is the whole of its file, as it stands there."""
-    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend or picture.mirrored)
+    return not (picture.view or picture.turned or picture.tile or picture.crop or picture.blend or picture.orientation > 1)
 
 
 def is_plain(image: Image.Image) -> bool:
