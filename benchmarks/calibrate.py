@@ -22,16 +22,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import THREADS, finish, options_of, parser
+from lcl_adapter.answering.judgement import familiarity
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.data.sources.pocket import read_pocket
-from lcl_adapter.serve.calibrate import calibrate, familiarity
+from lcl_adapter.serve.calibrate import calibrate
 from lcl_adapter.serve.engine import Engine
 
 SETS = 300
-SHOTS = (2, 4, 5)  # no held-out class has more than six drawings
+SHOTS = (1, 2, 4, 5)  # no held-out class has more than six drawings
 BINS = 10
 
 
@@ -66,7 +67,7 @@ def one_set(engine: Engine, rng: np.random.Generator, shots: int, test: frozense
         queries = [pictures[0][shots], pictures[1][shots], pictures[2][0], pictures[3][0]]
         questions = [(Turn("user", wording.query, query), answers) for query in queries]
         replies = engine.judge("adapter", support_turns(shown, wording), questions, "both")
-        cosines = engine.vectors(queries) @ engine.vectors([shown[place][0] for place in shown_order(len(shown))]).T
+        cosines = engine.vectors("adapter", queries) @ engine.vectors("adapter", [shown[place][0] for place in shown_order(len(shown))]).T
     rows = []
     for number, reply in enumerate(replies):
         probabilities = calibration.probabilities(reply.log_likelihoods)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl_adapter.serve.calibrate import Calibration, _threshold, familiarity
+from lcl_adapter.answering.judgement import LeastFamiliar, familiarity
+from lcl_adapter.serve.calibrate import Calibration, _threshold
 
 
 def cosines(rng: np.random.Generator, labels: list[str], inside: float, across: float, noise: float = 0.02) -> torch.Tensor:
@@ -43,6 +44,23 @@ def test_labels_that_look_alike_reject_few_of_their_own(seed: int, shots: int) -
 def test_there_is_no_threshold_without_two_photos_of_a_label_or_with_one_label() -> None:
     assert _threshold(torch.eye(3), ["a", "b", "c"]) is None
     assert _threshold(torch.ones(2, 2), ["a", "a"]) is None
+
+
+def test_validation_classes_give_a_set_of_single_photos_a_threshold() -> None:
+    expected = LeastFamiliar(0.4, 0.2, 100)
+    assert _threshold(torch.eye(3), ["a", "b", "c"], expected) == pytest.approx(0.4)
+    assert _threshold(torch.ones(2, 2), ["a", "a"], expected) is None, "with one label, everything would be the one or none"
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6))
+def test_the_more_photos_a_set_has_the_more_its_own_threshold_counts(seed: int, shots: int) -> None:
+    labels = [name for name in ("cup", "bowl") for _ in range(shots)]
+    cosines_NN = cosines(np.random.default_rng(seed), labels, 0.8, 0.3)
+    own, expected = _threshold(cosines_NN, labels), LeastFamiliar(3.0, 0.2)
+    assert own is not None
+    both = _threshold(cosines_NN, labels, expected)
+    assert both == pytest.approx((4 * expected.of(shots) + 2 * shots * own) / (4 + 2 * shots))
+    assert own < both < expected.of(shots)
 
 
 def test_a_calibration_of_another_format_is_not_used() -> None:

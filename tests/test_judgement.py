@@ -20,7 +20,7 @@ from lcl_adapter.answering.api_types import ClassifyIn
 from lcl_adapter.answering.ask import ask_model
 from lcl_adapter.answering.client.messages import image_of
 from lcl_adapter.answering.decisions import ChoiceAnswer, DecisionIn
-from lcl_adapter.answering.judgement import JUDGES, Evidence, TowerEvidence, Weighing, Weights, log_softmax, read_weighing
+from lcl_adapter.answering.judgement import JUDGES, Evidence, TowerEvidence, Weighing, Weights, familiarity, log_softmax, read_weighing
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.base.adapter import MANIFEST, read_manifest
 from lcl_adapter.base.model import load_base
@@ -30,6 +30,7 @@ from lcl_adapter.base.tower_space import DIRECTIONS, TowerSpace
 from lcl_adapter.base.vision import VisionFeatures
 from lcl_adapter.cli import commands, main
 from lcl_adapter.data.conversations import Turn, support_turns
+from lcl_adapter.data.episodes import Episode, Example, LearnedAnswers
 from lcl_adapter.data.mixture import Mixture
 from lcl_adapter.data.sources import Picture, open_reader, read_class_folders
 from lcl_adapter.data.sources.held_out import split_of
@@ -39,9 +40,10 @@ from lcl_adapter.data.sources.parts import categories_of_split
 from lcl_adapter.data.sources.visa import Visa
 from lcl_adapter.errors import AdapterError, DataError, RecipeError, RequestError
 from lcl_adapter.evaluate import check_held_out, with_enough_classes
+from lcl_adapter.evaluate.cases import Case
 from lcl_adapter.evaluate.metrics import calibration_error
 from lcl_adapter.evaluate.suites import validation_cells
-from lcl_adapter.evaluate.weighing import Weighed, fit
+from lcl_adapter.evaluate.weighing import Weighed, fit, fit_familiar
 from lcl_adapter.files import write_json
 from lcl_adapter.recipe import Recipe, save
 from lcl_adapter.serve.adapters import identity_of
@@ -224,6 +226,41 @@ def test_evidence_of_one_shown_label_has_the_distance_of_patches(photos: Path, p
     assert rows[1][0].distance > rows[0][0].distance
     assert [row[1] for row in rows] == [Evidence(False, shots=2)] * 2
     assert TowerEvidence(vision).of((), queries, ("good", "defective")) == [[Evidence(False)] * 2] * 2
+
+
+def case_of(own: list[Picture], other: list[Picture], query: Picture, group: str, gold: str = "own") -> Case:
+    support = tuple(
+        Example(picture, label, index) for index, (label, pictures) in enumerate((("own", own), ("other", other))) for picture in pictures
+    )
+    episode = Episode(support, (Example(query, gold, 0),), ("own", "other"), LearnedAnswers.QUERY, "test")
+    return Case((), Turn("user", "?", query), ("own", "other"), ("own", "other"), gold, group, episode)
+
+
+def test_the_least_familiar_photos_of_validation_classes_are_a_bound(photos: Path, pocket_tiny: Path) -> None:
+    """What a second photo adds is fitted within each class: classes with many photos are not the ones with few."""
+    vision = VisionFeatures(load_base(str(pocket_tiny)))
+    pictures = {name: [Picture(photos / name / f"{n}.png") for n in range(4)] for name in ("red", "green", "blue")}
+    tower = TowerEvidence(vision, TowerSpace.fit(torch.cat([vision.mean_patches(own) for own in pictures.values()])))
+    names = list(pictures)
+    cases, familiar = [], []
+    for place, name in enumerate(names):
+        other = pictures[names[place - 1]][:2]
+        for shots in (1, 2) if name != "blue" else (1,):
+            own, query = pictures[name][:shots], pictures[name][3]
+            cases.append(case_of(own, other, query, name))
+            familiar.append(familiarity((tower.vectors(own) @ tower.vectors([query])[0]).tolist()))
+    neither = replace(cases[0], gold="neither")
+    least = fit_familiar([*cases, neither, replace(cases[0], episode=None)], tower)
+    assert least is not None
+    assert least.fitted_on == 5
+    gains = [familiar[1] - familiar[0], familiar[3] - familiar[2]]
+    assert least.by_shots == pytest.approx(max(0, sum(gains) / 2 / math.log(2)), abs=1e-6)
+    at_one = [value - least.by_shots * math.log(shots) for value, shots in zip(familiar, (1, 2, 1, 2, 1), strict=True)]
+    assert min(at_one) <= least.with_one <= sorted(at_one)[1]
+    assert least.of(2) == pytest.approx(least.with_one + least.by_shots * math.log(2))
+    assert fit_familiar([neither], tower) is None
+    weighing = Weighing(Weights(1, 2), least_familiar=least)
+    assert Weighing.from_json(json.loads(json.dumps(weighing.to_json()))) == weighing
 
 
 # In a run

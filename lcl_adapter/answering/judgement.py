@@ -72,16 +72,42 @@ class Weights:
         return own + self.unshown + self.unshown_by_shots * math.log(evidence.shots)
 
 
+def familiarity(cosines: Sequence[float]) -> float:
+    """How familiar a photo is, given its cosines with a label's photos: -log(1 - the highest).
+
+    It is 0 at cosine 0, and grows fast as the most alike photo approaches cosine 1 (13.8 at most).
+    """
+    return -math.log(max(1e-6, 1.0 - max(cosines)))
+
+
+@dataclass(frozen=True)
+class LeastFamiliar:
+    """How familiar photos of validation classes are with photos of their own class, all but the least familiar ones.
+
+    with_one: with one photo. by_shots: more for each natural logarithm of how many there are. fitted_on: questions.
+    """
+
+    with_one: float
+    by_shots: float
+    fitted_on: int = 0
+
+    def of(self, shots: float) -> float:
+        """With so many photos of a label."""
+        return self.with_one + self.by_shots * math.log(shots)
+
+
 @dataclass(frozen=True)
 class Weighing:
     """The weights of an adapter.
 
     several: where two or more labels are shown. single: where one is. fitted_on: how many questions each was fitted on.
+    least_familiar: below it, a photo is likely none of several labels.
     """
 
     several: Weights | None = None
     single: Weights | None = None
     fitted_on: tuple[int, int] = (0, 0)
+    least_familiar: LeastFamiliar | None = None
 
     def of(self, evidence: Sequence[Evidence]) -> Weights | None:
         """The weights for a question with this evidence; None where none were fitted, or nothing is shown."""
@@ -101,7 +127,8 @@ class Weighing:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Weighing:
         several, single = (Weights(**fields[name]) if fields.get(name) else None for name in ("several", "single"))
-        return cls(several, single, tuple(fields.get("fitted_on", (0, 0))))
+        least = LeastFamiliar(**fields["least_familiar"]) if fields.get("least_familiar") else None
+        return cls(several, single, tuple(fields.get("fitted_on", (0, 0))), least)
 
 
 def log_softmax(scores: Sequence[float]) -> tuple[float, ...]:
@@ -135,7 +162,7 @@ class TowerEvidence:
     @torch.inference_mode()
     def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
-        if self.space is None:
+        if self.space is None or not pictures:
             return unit_vectors(pictures, self.vision)
         features = [self.vision.mean_patches([picture.oriented(k) for picture in pictures]) for k in self.orientations]
         return self.space.vectors(torch.stack(features).mean(0))

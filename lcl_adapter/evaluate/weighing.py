@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lcl_adapter.answering.judgement import Evidence, Shown, TowerEvidence, Weighing, Weights, save_weighing
+from lcl_adapter.answering.judgement import Evidence, LeastFamiliar, Shown, TowerEvidence, Weighing, Weights, familiarity, save_weighing
 from lcl_adapter.answering.predict import Predictor, Reply
 from lcl_adapter.base.prototypes import patch_statistics
 from lcl_adapter.base.tower_space import TowerSpace
@@ -28,6 +29,7 @@ PRIOR = {"model": 1.0, "likeness": 10.0, "distance": 0.1}
 PRIOR_SPREAD = 2.0
 PRIOR_SPREAD_OF_UNSHOWN = 10.0
 PRIOR_SPREAD_BY_SHOTS = 2.0
+WRONGLY_REJECTED = 0.07  # the share of photos of known classes that are less familiar than the bound which is fitted
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,16 @@ class Weighed:
         return sum(one.shown for one in self.evidence)
 
 
+def shown_of(case: Case) -> Shown:
+    """The labelled photos of a case; none where it asks about no photo."""
+    return tuple((example.picture, example.label) for example in case.episode.support) if case.episode and case.query.picture else ()
+
+
 def evidence_of(cases: Sequence[Case], tower: TowerEvidence) -> list[tuple[Evidence, ...]]:
     """The tower's evidence for each label of each case; of a case without labelled photos or labels, evidence for none."""
     groups: dict[tuple[Shown, tuple[str, ...]], list[int]] = {}
     for index, case in enumerate(cases):
-        shown = tuple((example.picture, example.label) for example in case.episode.support) if case.episode and case.query.picture else ()
-        groups.setdefault((shown, case.labels), []).append(index)
+        groups.setdefault((shown_of(case), case.labels), []).append(index)
     evidence: list[tuple[Evidence, ...]] = [()] * len(cases)
     for (shown, labels), members in groups.items():  # a set's photos are compared once
         queries = [picture for index in members if (picture := cases[index].query.picture) is not None]
@@ -66,6 +72,28 @@ def questions_of(cases: Sequence[Case], replies: Sequence[Reply], tower: TowerEv
         for case, reply, own in zip(cases, replies, evidence, strict=True)
         if case.labels
     ]
+
+
+def fit_familiar(cases: Sequence[Case], tower: TowerEvidence) -> LeastFamiliar | None:
+    """What is least familiar among photos with photos of their own class, where several labels are shown; None without such cases.
+
+    What more photos add is fitted within each class, because classes with many photos may be of another kind.
+    """
+    rows: list[tuple[str, float, float]] = []  # class, logarithm of its photos that are shown, familiarity
+    for case in cases:
+        shown = shown_of(case)
+        own = [picture for picture, label in shown if label == case.gold]
+        if own and len({label for _, label in shown}) > 1 and case.query.picture is not None:
+            cosines = tower.vectors(own) @ tower.vectors([case.query.picture])[0]
+            rows.append((case.group, math.log(len(own)), familiarity(cosines.tolist())))
+    if not rows:
+        return None
+    groups = [group for group, _, _ in rows]
+    logs, familiar = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+    centred = [values - np.array([values[[own == group for own in groups]].mean() for group in groups]) for values in (logs, familiar)]
+    spread = float(centred[0] @ centred[0])
+    by_shots = max(0.0, float(centred[0] @ centred[1]) / spread) if spread else 0.0
+    return LeastFamiliar(float(np.quantile(familiar - by_shots * logs, WRONGLY_REJECTED)), by_shots, len(rows))
 
 
 def fit(questions: Iterable[Weighed]) -> Weighing:
@@ -129,7 +157,7 @@ def weigh(run: Path, cells: Sequence[Cell], predictor: Predictor, trained: Seque
     for cell in cells:
         replies = predictor.run([(c.support, c.query, c.answers) for c in cell.cases], generate=False)
         questions += questions_of(cell.cases, replies, tower)
-    weighing = fit(questions)
+    weighing = replace(fit(questions), least_familiar=fit_familiar([case for cell in cells for case in cell.cases], tower))
     save_weighing(run, weighing, space)
     classes = sum(len(own) > 1 for own in trained)
     learned = f"compares photos less along {len(space.directions)} directions, in which those of {classes} trained classes vary"

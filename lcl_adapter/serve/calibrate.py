@@ -5,8 +5,10 @@ photos. The temperature is the one that fits the probabilities of these answers 
 With few answers it stays near 1.
 
 "None of these": the language model's probabilities separate unknown classes from known ones badly. The vision tower
-separates them better, so this decision uses its vectors alone. A query is none of these if it is hardly more similar to
-its label's photos than photos of other labels are. ``python -m benchmarks.calibrate`` measures both.
+separates them better, so this decision uses its vectors alone, where the judgement compares them. A query is none of these if it is
+hardly more similar to its label's photos than photos of other labels are, and less than photos of the adapter's validation classes
+are to their own (``LeastFamiliar``): the mean of both counts, so that a set of few photos has a threshold too.
+``python -m benchmarks.calibrate`` measures both.
 
 Shapes: N photos of the set, C width of a vector, J classified photos, K labels, G grid points.
 """
@@ -23,12 +25,13 @@ import torch
 from torch.nn import functional
 
 from lcl_adapter.answering.api_types import JudgeName
+from lcl_adapter.answering.judgement import LeastFamiliar, familiarity
 from lcl_adapter.answering.predict import Reply
 from lcl_adapter.data.conversations import Turn, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.recipe.wording import Wording
 
-FORMAT = 3  # of a stored calibration; one of another format is computed again
+FORMAT = 4  # of a stored calibration; one of another format is computed again
 MAX_FOLDS = 6  # rounds in which one photo per label is left out
 
 # The spread (standard deviation) of familiarity within a label. A few photos give a bad estimate of it, so the estimate
@@ -41,6 +44,8 @@ GAP_SHARE = 0.2  # where the threshold is between the mean familiarity with othe
 OFFSET = 0.14  # added to that
 MIN_DEVIATIONS = 0.8  # but the threshold is at least so many standard deviations below the own label's mean
 
+EXPECTED_WEIGHT = 4.0  # the threshold of the validation classes counts as much as that of so many photos of the set
+
 LOG_TEMPERATURE_SPREAD = 0.7  # standard deviation of the prior on the temperature's logarithm, whose mean is 0
 
 
@@ -48,7 +53,7 @@ LOG_TEMPERATURE_SPREAD = 0.7  # standard deviation of the prior on the temperatu
 class Calibration:
     """What was measured on a set's own photos.
 
-    threshold: of familiarity; None if no label has two photos, or there is one label.
+    threshold: of familiarity; None if there is one label, or no label has two photos and the adapter no validation classes.
     left_out: how many photos were left out and classified. right: how many of these correctly.
     """
 
@@ -78,15 +83,9 @@ class CalibrationEngine(Protocol):
 
     def judge(self, name: str, turns: Sequence[Turn], questions: Sequence[tuple[Turn, tuple[str, ...]]], judge: JudgeName) -> list[Reply]: ...
 
-    def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor: ...
+    def vectors(self, name: str, pictures: Sequence[Picture]) -> torch.Tensor: ...
 
-
-def familiarity(similarities: Sequence[float]) -> float:
-    """How familiar a photo is, given its cosine similarities to a label's photos: -log(1 - the highest cosine).
-
-    It is 0 at cosine 0, and grows fast as the most similar photo approaches cosine 1 (13.8 at most).
-    """
-    return -math.log(max(1e-6, 1.0 - max(similarities)))
+    def least_familiar(self, name: str) -> LeastFamiliar | None: ...
 
 
 def calibrate(
@@ -111,9 +110,9 @@ def calibrate(
         replies = engine.judge(model, support_turns(remaining, wording), questions, judge)
         judged += [(reply.log_likelihoods, labels.index(examples[place][1])) for place, reply in zip(fold, replies, strict=True)]
         yield
-    vectors_NC = engine.vectors([picture for picture, _ in examples])
+    vectors_NC = engine.vectors(model, [picture for picture, _ in examples])
     right = sum(int(np.argmax(likely)) == label for likely, label in judged)
-    threshold = _threshold(vectors_NC @ vectors_NC.T, [label for _, label in examples])
+    threshold = _threshold(vectors_NC @ vectors_NC.T, [label for _, label in examples], engine.least_familiar(model))
     return Calibration(_temperature(judged), threshold, len(judged), right)
 
 
@@ -142,8 +141,20 @@ def _temperature(judged: Sequence[tuple[tuple[float, ...], int]]) -> float:
     return math.exp(float(grid_G[int(np.argmin(losses))]))
 
 
-def _threshold(cosines_NN: torch.Tensor, labels: Sequence[str]) -> float | None:
-    """The familiarity below which a query is none of these. None if no label has two photos, or there is one label.
+def _threshold(cosines_NN: torch.Tensor, labels: Sequence[str], expected: LeastFamiliar | None = None) -> float | None:
+    """The familiarity below which a query is none of these: the set's own, and what is expected of so many photos of a label.
+
+    None if there is one label, or neither is known.
+    """
+    own, several = _own_threshold(cosines_NN, labels), len(set(labels)) > 1
+    if expected is None or not several:
+        return own
+    new = expected.of(len(labels) / len(set(labels)))
+    return new if own is None else (EXPECTED_WEIGHT * new + len(labels) * own) / (EXPECTED_WEIGHT + len(labels))
+
+
+def _own_threshold(cosines_NN: torch.Tensor, labels: Sequence[str]) -> float | None:
+    """The threshold by the set's photos alone. None if no label has two photos, or there is one label.
 
     Each photo is compared with the other photos of its own label, and with the photos of each other label. The other
     labels' photos play the part of unknown classes, and the threshold lies between the two means. If labels look alike,

@@ -26,10 +26,9 @@ from lcl_adapter import devices
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.cache import Prefilled
 from lcl_adapter.answering.chunks import parts_by_shots, parts_that_fit, tokens_asked
-from lcl_adapter.answering.judgement import read_weighing
+from lcl_adapter.answering.judgement import LeastFamiliar, read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
-from lcl_adapter.base.prototypes import unit_vectors
 from lcl_adapter.data.conversations import WORDINGS, Turn, wording_of
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
@@ -250,7 +249,7 @@ class Engine:
             return [Scored(reply) for reply in replies]
         questions = [(job.turn, job.answers) for job in jobs]
         replies = judging.judged(self.find(jobs[0].model), cached.shown, questions, replies, self._predictor.vision, jobs[0].judge)
-        vectors_NC = self.vectors([job.turn.picture for job in jobs if job.turn.picture])
+        vectors_NC = self.vectors(jobs[0].model, [job.turn.picture for job in jobs if job.turn.picture])
         cosines_NS = (vectors_NC @ cached.vectors.T).tolist()
         return [Scored(reply, tuple(cosines), cached.prefilled.divisions) for reply, cosines in zip(replies, cosines_NS, strict=True)]
 
@@ -299,9 +298,14 @@ class Engine:
         shown, replies = judging.shown_labels(model, turns, vision), self.ask(self.prefill(name, turns, *questions[0]), questions)
         return judging.judged(model, shown, questions, replies, vision, judge)
 
-    def vectors(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """Each picture's mean patch of the vision tower as a unit vector, [N, C], on the CPU."""
-        return unit_vectors(pictures, self._predictor.vision)
+    def vectors(self, name: str, pictures: Sequence[Picture]) -> torch.Tensor:
+        """What the model of this name compares pictures by, as unit vectors of the vision tower, [N, C], on the CPU."""
+        return judging.tower_of(self.find(name), self._predictor.vision).vectors(pictures)
+
+    def least_familiar(self, name: str) -> LeastFamiliar | None:
+        """How familiar photos of classes that the model of this name was not trained on are at least; None where it is not known."""
+        weighing = self.find(name).weighing
+        return weighing.least_familiar if weighing is not None else None
 
     def _prefilled(self, job: Job) -> CachedSet:
         """The job's support set, from the cache if it is there."""
@@ -314,7 +318,7 @@ class Engine:
         shown = judging.shown_labels(self.find(job.model), turns, self._predictor.vision) if needs_vectors else None
         form = self.find(job.model).form
         divided = form.orientations > 1 or parts_by_shots(turns, form.shots) > 1
-        cached = CachedSet(prefilled, self.vectors(pictures), prefilled.bytes, shown, for_texts=divided and not job.answers)
+        cached = CachedSet(prefilled, self.vectors(job.model, pictures), prefilled.bytes, shown, for_texts=divided and not job.answers)
         if job.key is not None:
             self.cache.put((job.model, job.key, len(prefilled.longest) > 1), cached)
         return cached

@@ -16,7 +16,7 @@ from lcl_adapter.serve.model import Model
 def shown_labels(model: Model, turns: Sequence[Turn], vision: VisionFeatures) -> ShownLabels | None:
     """What the tower remembers of a support set, by its worded labels. None where the model judges alone, or nothing is shown."""
     shown = tuple((user.picture, answer.text) for user, answer in zip(turns[::2], turns[1::2], strict=False) if user.picture is not None)
-    return _tower(model, vision).remember(shown) if model.weighing is not None and shown else None
+    return tower_of(model, vision).remember(shown) if model.weighing is not None and shown else None
 
 
 def judged(
@@ -34,7 +34,7 @@ def judged(
     """
     if model.weighing is None or shown is None or judge == "model":
         return list(replies)
-    tower = _tower(model, vision)
+    tower = tower_of(model, vision)
     judged_replies = []
     for (turn, answers), reply in zip(questions, replies, strict=True):
         evidence = tower.about(shown, turn.pictures[:1], answers)[0] if turn.picture else [Evidence(False)] * len(answers)
@@ -43,5 +43,6 @@ def judged(
     return judged_replies
 
 
-def _tower(model: Model, vision: VisionFeatures) -> TowerEvidence:
+def tower_of(model: Model, vision: VisionFeatures) -> TowerEvidence:
+    """What the tower says for a model, compared where its judgements compare."""
     return TowerEvidence(vision, model.space, model.form.orientations)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from lcl_adapter.answering import api_types
 from lcl_adapter.answering.api_types import JudgeName
+from lcl_adapter.answering.judgement import familiarity
 from lcl_adapter.data.conversations import Turn, shown_order, support_turns
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import RunError
 from lcl_adapter.recipe.wording import Wording
-from lcl_adapter.serve.calibrate import Calibration, calibrate, familiarity
+from lcl_adapter.serve.calibrate import Calibration, calibrate
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.jobs import Scored, SetKey, Task
 from lcl_adapter.serve.model import Model
