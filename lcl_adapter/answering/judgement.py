@@ -150,8 +150,8 @@ class TowerEvidence:
     """The tower's evidence about pictures.
 
     space: where the adapter's features are compared. A tower's raw features, which are compared without one, have a few that are
-    large for every picture, and cosines of them say little. orientations: over which a picture's features are the mean, and
-    distances of patches.
+    large for every picture, and cosines of them say little. orientations: over which distances of patches are means.
+    Features of a whole picture are a mean over it and its mirror image alone: upside down, it is less like others (docs/lab.md).
     """
 
     def __init__(self, vision: VisionFeatures, space: TowerSpace | None = None, orientations: int = 1) -> None:
@@ -164,7 +164,7 @@ class TowerEvidence:
         """Unit vectors, [N, C], on the CPU. Raises DataError for a broken picture."""
         if self.space is None or not pictures:
             return unit_vectors(pictures, self.vision)
-        features = [self.vision.mean_patches([picture.oriented(k) for picture in pictures]) for k in self.orientations]
+        features = [self.vision.mean_patches([picture.oriented(k) for picture in pictures]) for k in self.orientations[:2]]
         return self.space.vectors(torch.stack(features).mean(0))
 
     def remember(self, shown: Shown) -> ShownLabels:

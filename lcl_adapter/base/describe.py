@@ -21,7 +21,7 @@ from lcl_adapter.errors import AdapterError, ModelError
 from lcl_adapter.files import read_object, read_result
 from lcl_adapter.pocket import NAME as POCKET
 
-SHOWN_RANKS = 7  # of named layers; of more, the lowest and the highest
+LISTED = 7  # of named layers; of more, the lowest and the highest
 
 
 def describe(base: BaseRef | str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _lora(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     other: dict[str, int] = config.get("rank_pattern") or {}
-    if len(other) > SHOWN_RANKS:  # as of one that was made smaller layer by layer
+    if len(other) > LISTED:  # as of one that was made smaller layer by layer
         described = f"{kind}, ranks {min(other.values())} to {max(other.values())}, another of each layer"
     else:
         described = ", ".join(

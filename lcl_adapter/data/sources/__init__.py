@@ -16,7 +16,6 @@ from lcl_adapter.data.sources.base import (
     Fault,
     InspectionPool,
     PartCategory,
-    Picture,
     PictureClass,
     Pool,
     QuestionPool,
@@ -34,6 +33,7 @@ from lcl_adapter.data.sources.llava_json import LlavaJson, read_llava_json
 from lcl_adapter.data.sources.manifest import Manifest
 from lcl_adapter.data.sources.mvtec import Mvtec
 from lcl_adapter.data.sources.open_mi import read_open_mi
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.pocket import PocketClasses, read_pocket
 from lcl_adapter.data.sources.self_replay import SelfReplay
 from lcl_adapter.data.sources.shards import Shards

@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps
 
-from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox, Region
+from lcl_adapter.data.sources.base import Region
 from lcl_adapter.data.sources.images import MAX_PIXELS, SIDEWAYS, open_image, orientation_of, read, read_bytes, upright_box
+from lcl_adapter.data.sources.picture import ROUNDED, Picture, PixelBox
 from lcl_adapter.errors import DataError
 
 PATTERN = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*(?:[\];]|$)")

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.data.sources.images import SUFFIXES
+from lcl_adapter.data.sources.picture import Picture
 
 IMAGE = "<image>"
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "img", "img_path")

@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lcl_adapter import reading
-from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, PixelBox, check_faults, first_names, pixel_box
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, check_faults, first_names
 from lcl_adapter.data.sources.copies import in_two_classes
 from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, held_out_shares, in_split
 from lcl_adapter.data.sources.images import READ, SUFFIXES
+from lcl_adapter.data.sources.picture import PixelBox, pixel_box
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError, did_you_mean
 from lcl_adapter.reading import brief

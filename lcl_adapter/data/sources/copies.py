@@ -14,8 +14,9 @@ from PIL import Image
 
 from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import open_archive
-from lcl_adapter.data.sources.base import Fault, Picture
+from lcl_adapter.data.sources.base import Fault
 from lcl_adapter.data.sources.images import MAX_PIXELS, MIN_SIDE, open_image, read_bytes
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 
 COMPARED = 20_000  # pictures of a source whose sizes are compared whenever it is opened; `data check` compares all

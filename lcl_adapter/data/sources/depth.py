@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from lcl_adapter.data.sources.base import ClassPool, InspectionPool, PartCategory, Picture, Pool, Specimen, pictures_of
+from lcl_adapter.data.sources.base import ClassPool, InspectionPool, PartCategory, Pool, Specimen, pictures_of
 from lcl_adapter.data.sources.images import DEEP_MODES, MAX_PIXELS, open_image, read_bytes, white_of
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 
 DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".pnm")  # formats that can hold more than 8 bits

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, Picture, PictureClass, QuestionPool, check_faults
+from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, PictureClass, QuestionPool, check_faults
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
 from lcl_adapter.data.sources.images import saved_dataset
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.recipe.sources import ClassReader, QuestionReader
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, check_faults
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.records import Records
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError

@@ -21,8 +21,8 @@ from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError, features
 
 from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import open_archive
-from lcl_adapter.data.sources.base import ROUNDED, Picture, PixelBox
 from lcl_adapter.data.sources.encodings import nfc
+from lcl_adapter.data.sources.picture import ROUNDED, Picture, PixelBox
 from lcl_adapter.errors import DataError, LclError
 from lcl_adapter.randomness import generator
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, check_faults
 from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, read_lines, wrong_form
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.recipe.sources import ClassReader, FileReader
 

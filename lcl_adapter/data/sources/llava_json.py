@@ -18,8 +18,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lcl_adapter.data.sources import chat
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool, check_faults
+from lcl_adapter.data.sources.base import Dialogue, Exchange, QuestionPool, check_faults
 from lcl_adapter.data.sources.encodings import nfc
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.records import Records, read_dialogues
 from lcl_adapter.data.sources.tree import check_inside, on_disk, relative_name
 from lcl_adapter.reading import id_text

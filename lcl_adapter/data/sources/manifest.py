@@ -24,10 +24,11 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, PixelBox, check_faults, first_names, pixel_box
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, check_faults, first_names
 from lcl_adapter.data.sources.copies import in_two_classes
 from lcl_adapter.data.sources.encodings import Encoding, names_in_other_case, nfc
 from lcl_adapter.data.sources.held_out import HeldOut, in_split
+from lcl_adapter.data.sources.picture import Picture, PixelBox, pixel_box
 from lcl_adapter.data.sources.tables import ANNOTATION, COLUMNS, FAULT, LEFT_OUT, SEVERAL, Table, value, values
 from lcl_adapter.data.sources.tree import Tree, relative_name
 from lcl_adapter.errors import DataError

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.data.sources.images import READ, SUFFIXES
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 
 

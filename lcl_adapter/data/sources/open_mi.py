@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcl_adapter.data.sources.base import ClassPool, Fault, Picture, PictureClass, check_faults
+from lcl_adapter.data.sources.base import ClassPool, Fault, PictureClass, check_faults
 from lcl_adapter.data.sources.imagenet_lcl import listed_pictures, read_lines, wrong_form
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.tree import Tree
 
 KEYS = "image, answer, support"

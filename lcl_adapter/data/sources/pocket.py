@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import ClassVar, Literal
 
-from lcl_adapter.data.sources.base import ClassPool, Picture, PictureClass
+from lcl_adapter.data.sources.base import ClassPool, PictureClass
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.pocket import DATA
 from lcl_adapter.recipe.sources import ClassReader

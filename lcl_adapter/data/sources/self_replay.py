@@ -15,8 +15,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Picture, QuestionPool
+from lcl_adapter.data.sources.base import Dialogue, Exchange, QuestionPool
 from lcl_adapter.data.sources.images import READ, SUFFIXES
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.text import read_text
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError

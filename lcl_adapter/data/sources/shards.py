@@ -32,9 +32,10 @@ from pydantic import Field, field_validator, model_validator
 from lcl_adapter import reading
 from lcl_adapter.amounts import memory_bytes
 from lcl_adapter.data.sources import chat
-from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, Picture, QuestionPool, check_faults
+from lcl_adapter.data.sources.base import Dialogue, Exchange, Fault, QuestionPool, check_faults
 from lcl_adapter.data.sources.images import SUFFIXES
 from lcl_adapter.data.sources.llava_json import exchanges_of
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError, RunError
 from lcl_adapter.files import disk_is_full
 from lcl_adapter.reading import brief

@@ -14,20 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lcl_adapter.data.sources.base import (
-    ClassPool,
-    Dialogue,
-    Exchange,
-    Fault,
-    Picture,
-    PictureClass,
-    PixelBox,
-    QuestionPool,
-    Region,
-    check_faults,
-    pixel_box,
-)
+from lcl_adapter.data.sources.base import ClassPool, Dialogue, Exchange, Fault, PictureClass, QuestionPool, Region, check_faults
 from lcl_adapter.data.sources.llava_json import picture, record_name
+from lcl_adapter.data.sources.picture import Picture, PixelBox, pixel_box
 from lcl_adapter.data.sources.records import Records, describe_record, read_dialogues, unreadable
 from lcl_adapter.errors import DataError
 from lcl_adapter.reading import brief

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from lcl_adapter import reading
 from lcl_adapter.data.sources.archive import names_of_archive, opened_zip, read_member, same_names
-from lcl_adapter.data.sources.base import Fault, Picture
+from lcl_adapter.data.sources.base import Fault
 from lcl_adapter.data.sources.encodings import Decoded, decode, nfc
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 
 ARCHIVES = frozenset({".zip"})

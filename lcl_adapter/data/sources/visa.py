@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Picture, Specimen, check_faults
+from lcl_adapter.data.sources.base import Fault, InspectionPool, PartCategory, Specimen, check_faults
 from lcl_adapter.data.sources.parts import Parts, categories_of_split, images_in, spaced
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.data.sources.tree import Tree
 from lcl_adapter.errors import DataError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lcl_adapter.data.sources.base import Picture
 from lcl_adapter.data.sources.images import DEEP_MODES, FORMATS, open_image
 from lcl_adapter.data.sources.images import read as read_image
+from lcl_adapter.data.sources.picture import Picture
 from lcl_adapter.errors import DataError
 from lcl_adapter.serve.pictures.costs import check_parts
 from lcl_adapter.serve.pictures.pool import DECODERS
