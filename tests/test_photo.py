@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel
 
 from lcl_adapter import packaged
+from lcl_adapter.base.adapter import load_adapter
+from lcl_adapter.base.describe import describe
 from lcl_adapter.base.layouts import find_base
 from lcl_adapter.cli import main
 from lcl_adapter.errors import DataError, ModelError, RunError
 from lcl_adapter.files import sha256_of
 from lcl_adapter.photo import EfficientNetLite, EfficientNetLiteConfig, build, packages
 from lcl_adapter.photo.tower import CLASSES, FEATURES, NORM_EPSILON, SCALES, STAGES, SamePadConv, folded, scaled_channels
+from tests.test_merge import adapter_on
+from tools.photo import ship
 
 
 def published(variant: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -350,3 +356,23 @@ def test_a_photo_file_that_was_not_fetched_says_how(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match=r"photo:real\.zip: not fetched yet .*make photos-data"):
         packaged.packaged("photo:real.zip")
     assert packaged.packaged("photo:imagenet_names.json").is_file()
+
+
+def test_a_smaller_adapter_retains_the_share_of_each_layers_change(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, small = adapter_on(tiny_folder("llava-1.5"), tmp_path / "run", rank=8, projector=False), tmp_path / "small"
+    with pytest.raises(SystemExit):
+        ship.main([str(run), "--energy", "0.9"])
+    assert "--energy needs --out" in capsys.readouterr().err
+    ship.main([str(run), "--energy", "0.9", "--out", str(small)])
+    manifest = json.loads((small / "lcl_adapter.json").read_text())
+    (small / "lcl_adapter.json").write_text(json.dumps({**manifest, "base": str(tiny_folder("llava-1.5"))}))
+    assert "another of each layer" in describe(str(small))["adapter"]
+    layers = [
+        {name: module.get_delta_weight("default") for name, module in load_adapter(folder)[0].model.named_modules() if isinstance(module, LoraLayer)}
+        for folder in (run, small)
+    ]
+    assert layers[0].keys() == layers[1].keys()
+    left = [float((layers[1][name] - change).square().sum() / change.square().sum()) for name, change in layers[0].items()]
+    assert 0.01 < max(left) < 0.101, "what is lost of a layer, and fp16"

@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,13 +31,15 @@ from lcl_adapter.packaged import ADAPTERS
 NAME = "photo-lcl"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path)
     made.add_argument("--energy", type=float, help="of each layer's change, the share of its squares to keep, for instance 0.95")
-    made.add_argument("--out", type=Path, default=ADAPTERS[NAME])
-    options = made.parse_args()
-    run, folder = options.run, options.out
+    made.add_argument("--out", type=Path, help="a folder that is measured before it ships [default: what ships]")
+    options = made.parse_args(arguments)
+    if options.energy is not None and options.out is None:
+        made.error("--energy needs --out: a smaller adapter is measured before it ships")
+    run, folder = options.run, options.out or ADAPTERS[NAME]
     manifest = read_manifest(run)
     folder.mkdir(exist_ok=True)
     config = json.loads((run / FILES[0]).read_text(encoding="utf-8"))
