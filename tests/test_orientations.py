@@ -22,7 +22,8 @@ from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.supports import spent_elsewhere
 from lcl_adapter.data.conversations import WORDINGS, Turn, oriented, support_turns
 from lcl_adapter.data.sources import Picture, read_image
-from lcl_adapter.errors import AdapterError
+from lcl_adapter.errors import AdapterError, RecipeError
+from lcl_adapter.recipe import load
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
@@ -209,3 +210,10 @@ def test_a_manifest_with_another_word_is_refused(oriented_run: Path, tmp_path: P
     (folder / "lcl_adapter.json").write_text(json.dumps({**read_manifest(oriented_run), "orientations": 3}))
     with pytest.raises(AdapterError, match="orientations is 3"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "3"])
+def test_a_recipe_with_another_value_is_refused(value: str) -> None:
+    """`yes` equals 1 in YAML, and would be one orientation silently."""
+    with pytest.raises(RecipeError, match=r"orientations.*should be 1, 2, 4 or 8"):
+        load("pocket", [f"orientations={value}"])

@@ -213,6 +213,13 @@ class Recipe(Options):
         """Sources that stay near the base's own distribution instead of learning their tokens."""
         return [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
 
+    @field_validator("orientations", mode="before")
+    @classmethod
+    def _a_number(cls, value: object) -> object:
+        if isinstance(value, bool):  # YAML's `yes` equals 1
+            raise ValueError("input should be 1, 2, 4 or 8")
+        return value
+
     @property
     def most_shots(self) -> int | None:
         """Photos of a label that training shows together, at most; None where no source shows labelled photos."""
