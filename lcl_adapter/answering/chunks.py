@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lcl_adapter.base.encoder import Encoder
-from lcl_adapter.data.conversations import Turn, oriented
+from lcl_adapter.data.conversations import Turn, is_support_set, oriented
 
 Share = tuple[tuple[Turn, ...], Turn]  # a part of a support set, and the question as it is asked about it
 QUESTION = 256  # tokens that parts leave at least to a question, without its pictures; a quarter of a small context
@@ -36,7 +36,7 @@ def parts_by_shots(turns: Sequence[Turn], shots: int | None) -> int:
     """In how many parts a support set has at most ``shots`` photos of each label; 1 where there is no such bound, or it is no list of
     labelled photos.
     """
-    return -(-max(Counter(answer.text for answer in turns[1::2]).values()) // shots) if shots and _labelled(turns) else 1
+    return -(-max(Counter(answer.text for answer in turns[1::2]).values()) // shots) if shots and is_support_set(turns) else 1
 
 
 def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: int | None = None) -> list[tuple[Turn, ...]]:
@@ -48,7 +48,7 @@ def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: 
     """
     whole = [tuple(turns)]
     read = encoder.support(turns)
-    if read.examples or not _labelled(turns):
+    if read.examples or not is_support_set(turns):
         return whole
     fewest = parts_by_shots(turns, shots)
     if fits(turns, encoder, behind):
@@ -65,7 +65,7 @@ def parts_that_fit(turns: Sequence[Turn], encoder: Encoder, behind: int, shots: 
 
 def in_orientations(parts: Sequence[tuple[Turn, ...]], count: int) -> list[tuple[Turn, ...]]:
     """The parts of a set of labelled photos, each in the first ``count`` orientations. Other turns stay as they are."""
-    if not all(map(_labelled, parts)):
+    if not all(map(is_support_set, parts)):
         return list(parts)
     return [*parts, *(oriented(part, orientation) for orientation in range(2, count + 1) for part in parts)]
 
@@ -79,15 +79,6 @@ def shares_of(turns: Sequence[Turn], question: Turn, shots: int | None, orientat
     """The parts of a support set that have at most ``shots`` photos of a label, in each orientation."""
     parts = in_orientations(divided(turns, parts_by_shots(turns, shots)), orientations)
     return [(part, oriented([question], orientation_of(part))[0]) for part in parts]
-
-
-def _labelled(turns: Sequence[Turn]) -> bool:
-    """Whether these are labelled photos, one after the other, behind one question."""
-    examples = list(zip(turns[::2], turns[1::2], strict=False))
-    if not examples or len(turns) != 2 * len(examples):
-        return False
-    shown = all(user.shown and user.picture and answer.role == "assistant" for user, answer in examples)
-    return shown and len({user.text for user, _ in examples[1:]}) <= 1  # a chat asks something else each time
 
 
 def divided(turns: Sequence[Turn], count: int) -> list[tuple[Turn, ...]]:

@@ -144,7 +144,7 @@ class Predictor:
         elif length:
             ids_SP = torch.tensor([[self.encoder.pad] * (length - len(row)) + row.ids for row in rows], device=self.device)
             position_SP = position_ids([row.positions for row in rows], length, left=True).to(self.device)
-            self._forward(ids_SP, mask_SP, position_SP, cache, [turn for support in supports for turn in support], logits_at=1)
+            self._forward(ids_SP, mask_SP, position_SP, cache, [turn for support in supports for turn in self.encoder.as_read(support)], logits_at=1)
         next_position_S = torch.tensor([row.next_position for row in rows], device=self.device)
         return Prefilled(cache, mask_SP, next_position_S, tuple(row.longest for row in rows), parts, tuple(map(orientation_of, supports)))
 

@@ -27,12 +27,12 @@ from lcl_adapter.base.families import Family
 from lcl_adapter.base.layouts import Checkpoint, open_checkpoint
 from lcl_adapter.base.model import Base, check_adapted, load_base
 from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
-from lcl_adapter.base.supports import most_tokens, orientations_of, trained_shots
+from lcl_adapter.base.supports import most_tokens, orientations_of, readings_of, trained_shots
 from lcl_adapter.devices import default_device
 from lcl_adapter.errors import AdapterError, RunError
 from lcl_adapter.files import LOCK, PARTIAL, read_object, scratch_folder, sha256_of, write_json
 from lcl_adapter.packaged import adapter_folder
-from lcl_adapter.recipe.schema import Orientations, Precision, Supports
+from lcl_adapter.recipe.schema import Orientations, Precision, Readings, Supports
 
 MANIFEST = "lcl_adapter.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -58,6 +58,8 @@ def save_adapter(base: Base, folder: Path, name: str, facts: Mapping[str, Any], 
         own["shots"] = base.shots
     if base.orientations > 1:
         own["orientations"] = base.orientations
+    if base.readings > 1:
+        own["readings"] = base.readings
     with scratch_folder(folder / "adapter") as partial:
         save_peft(base.model, partial, state)
         # Of these files, and not of those that another writer may put into the folder meanwhile
@@ -152,6 +154,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not a manifest of this tool (shots is {repr(shots)[:60]}).")
     if manifest.get("orientations", 1) not in get_args(Orientations):
         raise AdapterError(f"{path}: not a manifest of this tool (orientations is {repr(manifest['orientations'])[:60]}).")
+    if manifest.get("readings", 1) not in get_args(Readings):
+        raise AdapterError(f"{path}: not a manifest of this tool (readings is {repr(manifest['readings'])[:60]}).")
     wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
     if wrong:
         raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")
@@ -185,6 +189,7 @@ def load_adapter(folder: Path | str, base: BaseRef = NOT_GIVEN) -> tuple[Base, d
     given = {
         "device": base.device, "tiles": manifest["tiles"], "attn_implementation": base.attn_implementation, "support_tokens": tokens,
         "supports": supports, "shots": base.shots or trained_shots(manifest), "orientations": base.orientations or orientations_of(manifest),
+        "readings": base.readings or readings_of(manifest),
     }  # fmt: skip
     own: Precision = "fp16" if (base.device or default_device()) == "mps" else manifest["precision"]
     loaded = load_base(replace(checkpoint.ref, precision=base.precision or own, **given))

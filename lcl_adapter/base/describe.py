@@ -94,7 +94,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "kind": "run with its adapter",
         "folder": str(folder),
         **{name: manifest[name] for name in fields},
-        **{name: manifest[name] for name in ("support_tokens", "supports", "shots", "orientations") if name in manifest},
+        **{name: manifest[name] for name in ("support_tokens", "supports", "shots", "orientations", "readings") if name in manifest},
         **_lora(folder, config),
         "classes seen": {name: len(names) for name, names in manifest.get("held_in", {}).items()},
         "results": _results(folder, report),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from lcl_adapter.base.families import IMAGE, Family, Rendered
-from lcl_adapter.data.conversations import Conversation, Turn
+from lcl_adapter.data.conversations import Conversation, Turn, read_again
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import DataError, EpisodeError
 from lcl_adapter.recipe.schema import Supports
@@ -101,7 +101,8 @@ class Encoder:
     image: the token ids that replace an image, most of them ``image_token_id``. context: the longest row, in tokens.
     grid: rows and columns of an image's features, for models whose positions count them. window: the model's sliding
     window, which limits a row if it is shorter than the context. support_tokens: of a picture that is shown with a label;
-    None for as many as any other has. supports: how labelled pictures are read. width: of the language model.
+    None for as many as any other has. supports: how labelled pictures are read. width: of the language model. readings: how often an
+    ordered set is read, one time after the other.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Encoder:
         support_tokens: int | None = None,
         supports: Supports = "ordered",
         width: int = 4096,
+        readings: int = 1,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
@@ -123,6 +125,7 @@ class Encoder:
         self.image = list(image)
         self.support_tokens = support_tokens
         self.supports = supports
+        self.readings = readings
         self.width = width
         self.context = min(context, window or context)
         self.window = window
@@ -236,8 +239,13 @@ class Encoder:
         ids, labels = self._encode(shifted, turns)
         return ids[1:], labels[1:]
 
+    def as_read(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        """A support set as it stands in a row: an ordered one as often as it is read."""
+        return read_again(turns, self.readings) if self.supports == "ordered" else tuple(turns)
+
     def support(self, turns: Sequence[Turn]) -> Support:
-        """A support set. It is read as a chat, in order, unless supports are independent and it is labelled pictures alone.
+        """A support set, as often as it is read. It is read as a chat, in order, unless supports are independent and it is labelled
+        pictures alone.
 
         Raises DataError as :meth:`turns`.
         """
@@ -245,7 +253,7 @@ class Encoder:
         if not (
             self.supports != "ordered" and turns and all([turn.role for turn in pair] == ["user", "assistant"] and pair[0].shown for pair in pairs)
         ):
-            ids, labels = self.turns(turns) if turns else ([], [])
+            ids, labels = self.turns(self.as_read(turns)) if turns else ([], [])
             positions, next_position = self.positions(ids)
             return Support(ids, labels, [0] * len(ids), positions, next_position, [0] * len(ids))
         head = [*self.bos, *self._part(self.family.render(pairs[0]).text.split(IMAGE)[0])[0]]
@@ -286,13 +294,16 @@ class Encoder:
         if longest > self.context:
             fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.image_sizes}) do not fit the {self.limit}"
             remedy = (
-                "Lower `shots` or `ways`, or use `wording: short`." if conversation.shared else "Shorten it, or set `on_fault: skip` for its source."
+                f"Lower `shots`{', `readings`' if self.readings > 1 else ''} or `ways`, or use `wording: short`."
+                if conversation.shared
+                else "Shorten it, or set `on_fault: skip` for its source."
             )
             raise EpisodeError(f"{conversation.origin}: {fault}. {remedy}")
         if all(label == IGNORED for label in labels):
             raise EpisodeError(f"{conversation.origin}: nothing in it is learned; check the record's answers.")
         example, hidden = (own + [0] * (len(ids) - len(support)) for own in (support.example, support.hidden))
-        return Encoded(ids, labels, branch, example, positions, self.pictures(conversation.turns), [0] * len(ids), hidden)
+        read = (*self.as_read(conversation.shared), *(turn for turns in conversation.branches for turn in turns))
+        return Encoded(ids, labels, branch, example, positions, self.pictures(read), [0] * len(ids), hidden)
 
     def _encode(self, rendered: Rendered, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """Ids and labels of rendered turns. A token is learned where its last character is in a learned part.
@@ -381,8 +392,9 @@ def check_alignment(encoder: Encoder, conversation: Conversation) -> None:
         conversation = replace(conversation, shared=conversation.shared[:2])
     encoded = encoder.conversation(conversation)
     branch = conversation.branches[0]
-    whole, labels = encoder.turns([*conversation.shared, *branch])
-    prompt, _ = encoder.turns([*conversation.shared, *branch[:-1]], opened=True)
+    shared = encoder.as_read(conversation.shared)
+    whole, labels = encoder.turns([*shared, *branch])
+    prompt, _ = encoder.turns([*shared, *branch[:-1]], opened=True)
     row = [t for t, b in zip(encoded.ids, encoded.branch, strict=True) if b in {0, 1}]
     first_learned = next(i for i, label in enumerate(labels[len(prompt) :], len(prompt)) if label != IGNORED)
     if whole != row or whole[: len(prompt)] != prompt or first_learned != len(prompt):

@@ -45,13 +45,14 @@ class SupportForm(NamedTuple):
 
     tokens: of each, None for as many as any other has. supports: whether a picture sees those before it.
     shots: of a label that are read together at most, None for all of them. orientations: of all pictures, in which a question
-    is asked.
+    is asked. readings: how often an ordered set is read.
     """
 
     tokens: int | None = None
     supports: Supports = "ordered"
     shots: int | None = None
     orientations: int = 1
+    readings: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,18 @@ class Base:
     supports: Supports = "ordered"  # whether such a picture sees those before it
     shots: int | None = None  # of an ordered set, the pictures of a label that training showed at most; more are read in parts
     orientations: int = 1  # of such pictures and a query, in which the question is asked
+    readings: int = 1  # of an ordered set, one after the other, before the question
 
     @property
     def form(self) -> SupportForm:
-        return SupportForm(self.support_tokens, self.supports, self.shots, self.orientations)
+        return SupportForm(self.support_tokens, self.supports, self.shots, self.orientations, self.readings)
 
     @property
     def support_reading(self) -> list[Any]:
         """What is read in another form than in any chat, for identities; empty for nothing."""
         parts = [f"parts of {self.shots} shots"] if self.shots else []
         parts += [f"{self.orientations} orientations"] if self.orientations > 1 else []
+        parts += [f"{self.readings} readings"] if self.readings > 1 else []
         return [*([self.support_tokens] if self.support_tokens else []), *([self.supports] if self.supports != "ordered" else []), *parts]
 
     @property
@@ -116,17 +119,18 @@ class Base:
         return dtype
 
     def encoder(self) -> Encoder:
-        return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens, self.supports)
+        return _encoder(self.checkpoint, self.family, self.tiles, self.support_tokens, self.supports, self.readings)
 
-    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None, orientations: int = 1) -> Base:
+    def with_supports(self, tokens: int | None, supports: Supports, shots: int | None = None, orientations: int = 1, readings: int = 1) -> Base:
         """The same model, with so many tokens for a picture that is shown with a label, None for all of them, in an ordered set
-        or an independent one, and so many photos of a label in a part of it, None for a whole set. orientations: as of :class:`SupportForm`.
+        or an independent one, and so many photos of a label in a part of it, None for a whole set. orientations, readings: as of
+        :class:`SupportForm`; only an ordered set is read again.
 
         Raises ModelError where it cannot have so many.
         """
         pooled = tokens and _encoder(self.checkpoint, self.family, self.tiles, tokens).support_tokens
-        shots = shots if supports == "ordered" else None
-        return replace(self, support_tokens=pooled, supports=supports, shots=shots, orientations=orientations)
+        shots, readings = (shots, readings) if supports == "ordered" else (None, 1)
+        return replace(self, support_tokens=pooled, supports=supports, shots=shots, orientations=orientations, readings=readings)
 
     def with_model(self, model: Any) -> Base:
         return replace(self, model=model)
@@ -210,10 +214,10 @@ def load_encoder(base: BaseRef | str) -> Encoder:
     checkpoint = open_checkpoint(base)
     ref = BaseRef.of(base)
     with faults_of(checkpoint.folder, "files do not make a prompt"):
-        return _encoder(checkpoint, family_of(checkpoint), bool(ref.tiles), ref.support_tokens, ref.supports or "ordered")
+        return _encoder(checkpoint, family_of(checkpoint), bool(ref.tiles), ref.support_tokens, ref.supports or "ordered", ref.readings or 1)
 
 
-def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | None, supports: Supports = "ordered") -> Encoder:
+def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | None, supports: Supports = "ordered", readings: int = 1) -> Encoder:
     """asked: tokens of a support picture, None for all. Raises ModelError where it cannot have so many."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     grid = None
@@ -229,7 +233,7 @@ def _encoder(checkpoint: Checkpoint, family: Family, tiles: bool, asked: int | N
     window = attention_window(config.get_text_config())
     context = config.text_config.max_position_embeddings
     width = config.text_config.hidden_size
-    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports, width)
+    return Encoder(family, tokenizer, config.image_token_id, image, context, grid, window, pooled, supports, width, readings)
 
 
 def load_base(base: BaseRef | str) -> Base:
@@ -300,8 +304,8 @@ def load_base(base: BaseRef | str) -> Base:
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     read_masks(model, attention)
-    shots = ref.shots if ref.supports in {None, "ordered"} else None
-    return Base(model, checkpoint, family, precision, tiles, pooled, ref.supports or "ordered", shots, ref.orientations or 1)
+    supports = ref.supports or "ordered"
+    return Base(model, checkpoint, family, precision, tiles).with_supports(pooled, supports, ref.shots, ref.orientations or 1, ref.readings or 1)
 
 
 def lora_targets(model: nn.Module) -> str:

@@ -23,6 +23,7 @@ class BaseRef:
     supports: whether such a picture sees those before it; "ordered" by default.
     shots: such pictures of a label that are read together at most; all of them by default.
     orientations: of labelled pictures and a query, in which a question is asked; one by default.
+    readings: of an ordered set, before the question; one by default.
     """
 
     name: str | None = None
@@ -35,6 +36,7 @@ class BaseRef:
     supports: Supports | None = None
     shots: int | None = None
     orientations: int | None = None
+    readings: int | None = None
 
     @classmethod
     def of(cls, base: BaseRef | Recipe | str) -> BaseRef:
@@ -43,6 +45,7 @@ class BaseRef:
             return cls(
                 base.base, base.precision, tower=base.vision_tower, tiles=base.tiles, attn_implementation=base.attn_implementation,
                 support_tokens=base.image_tokens.most, supports=base.supports, shots=base.most_shots, orientations=base.orientations,
+                readings=base.readings,
             )  # fmt: skip
         return cls(base) if isinstance(base, str) else base
 

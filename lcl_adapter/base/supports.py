@@ -37,6 +37,11 @@ def orientations_of(manifest: Mapping[str, Any]) -> int:
     return int(manifest.get("orientations", 1))
 
 
+def readings_of(manifest: Mapping[str, Any]) -> int:
+    """How often an ordered set is read before a question."""
+    return int(manifest.get("readings", 1))
+
+
 def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
     """Notes where an adapter is asked in another form than it was trained in."""
     notes = []
@@ -48,6 +53,8 @@ def asked_otherwise(manifest: Mapping[str, Any], asked: Base) -> list[str]:
         notes.append(f"the adapter was trained with {supports} support sets, and is asked with {asked.supports} ones")
     if (own := orientations_of(manifest)) != asked.orientations:
         notes.append(f"the adapter's recipe asks a question in {_orientations(own)}, and here it is asked in {_orientations(asked.orientations)}")
+    if (own := readings_of(manifest)) != asked.readings:
+        notes.append(f"the adapter's recipe reads a set {_times(own)} before a question, and here it is read {_times(asked.readings)}")
     return notes
 
 
@@ -70,6 +77,11 @@ def spent_elsewhere(manifest: Mapping[str, Any]) -> list[str]:
             f"asked in {_orientations(own)} here; vLLM, upstream LLaVA and other programs ask a question once. What that changes is measured by "
             "`lcl-adapter eval RUN orientations=1`"
         )
+    if (own := readings_of(manifest)) > 1:
+        notes.append(
+            f"a set is read {_times(own)} here; send its labelled photos {_times(own)}, one set after the other, in vLLM, upstream LLaVA and other "
+            "programs. What is lost without it is measured by `lcl-adapter eval RUN readings=1`"
+        )
     return notes
 
 
@@ -86,6 +98,10 @@ def trained_otherwise(first: Mapping[str, Any], second: Mapping[str, Any], name:
 
 def _orientations(count: int) -> str:
     return f"{count} orientations" if count > 1 else "one orientation"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _tokens(*counts: int) -> str:

@@ -101,6 +101,7 @@ def ask(
         local: dict[str, object] = {
             "--adapter": adapter, "--base": base.name, "--vision-tower": base.tower, "--precision": base.precision,
             "--support-tokens": base.support_tokens, "--orientations": base.orientations,
+            "--readings": base.readings,
         }  # fmt: skip
         if given := [name for name, value in local.items() if value is not None]:
             raise click.UsageError(f"{', '.join(given)}: with --endpoint, the model is the server's; name it with --model.")

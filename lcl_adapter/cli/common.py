@@ -121,6 +121,10 @@ ORIENTATIONS = (
     "Ask a question about labelled photos so often, each time with all of them mirrored or turned alike; a label's score is the mean "
     "[default: as the adapter's recipe says; the base: 1]."
 )
+READINGS = (
+    "Read a set of labelled photos so often, one time after the other, so that each photo sees all others [default: as the adapter's recipe "
+    "says; the base: 1]."
+)
 PRECISION = click.Choice(["auto", "fp32", "bf16", "fp16", "int8", "nf4"])
 LAYOUT = click.Choice(["hf", "original"])
 
@@ -129,7 +133,7 @@ def base_options(name: str, text: str = "", precision: str | None = None, suppor
     """An option or argument that names a base, and --vision-tower. The command gets them as one ``base: BaseRef``.
 
     name: ``--base``, or the metavar of an argument. text: help of the option. precision: help of --precision, None for a
-    command without it. support_tokens: help of --support-tokens, None for a command without it and --orientations.
+    command without it. support_tokens: help of --support-tokens, None for a command without it, --orientations and --readings.
     """
     named = click.option(name, "base_name", help=text) if name.startswith("--") else click.argument("base_name", metavar=name)
 
@@ -137,17 +141,19 @@ def base_options(name: str, text: str = "", precision: str | None = None, suppor
         @wraps(command)
         def wrapped(
             base_name: str | None, tower: str | None, precision: Precision | None = None, tiles: bool | None = None,
-            support_tokens: int | None = None, orientations: str | None = None, **options: Any,
+            support_tokens: int | None = None, orientations: str | None = None, readings: int | None = None, **options: Any,
         ) -> Any:  # fmt: skip
             from lcl_adapter.base.ref import BaseRef
 
             times = None if orientations is None else int(orientations)
-            return command(base=BaseRef(base_name, precision, tower=tower, tiles=tiles, support_tokens=support_tokens, orientations=times), **options)
+            base = BaseRef(base_name, precision, tower=tower, tiles=tiles, support_tokens=support_tokens, orientations=times, readings=readings)
+            return command(base=base, **options)
 
         inner: Any = wrapped
         if precision is not None:
             inner = click.option("--precision", type=PRECISION, help=precision)(inner)
         if support_tokens is not None:
+            inner = click.option("--readings", type=click.IntRange(1, 4), help=READINGS)(inner)
             inner = click.option("--orientations", type=click.Choice(["1", "2", "4", "8"]), help=ORIENTATIONS)(inner)
             inner = click.option("--support-tokens", "support_tokens", type=click.IntRange(1), help=support_tokens)(inner)
         inner = click.option("--vision-tower", "tower", help="The vision tower's folder, if it is not where an original config says.")(inner)

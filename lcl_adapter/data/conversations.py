@@ -147,6 +147,27 @@ def shown_before(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return (*(replace(turn, shown=True) if turn.pictures else turn for turn in turns[:-1]), turns[-1])
 
 
+def is_support_set(turns: Sequence[Turn]) -> bool:
+    """Whether these are labelled photos, one after the other, behind one question. A chat asks something else each time."""
+    examples = list(zip(turns[::2], turns[1::2], strict=False))
+    if not examples or len(turns) != 2 * len(examples):
+        return False
+    shown = all(user.shown and user.picture and answer.role == "assistant" for user, answer in examples)
+    return shown and len({user.text for user, _ in examples[1:]}) <= 1
+
+
+def read_again(turns: Sequence[Turn], readings: int) -> tuple[Turn, ...]:
+    """A support set, ``readings`` times one after the other. Other turns stay as they are.
+
+    From the second time on, each photo sees the whole set, and no label is learned, because it was shown with this photo before.
+    """
+    if readings == 1 or not is_support_set(turns):
+        return tuple(turns)
+    without_instruction = replace(turns[0], text=turns[2].text if len(turns) > 2 else turns[0].text)
+    again = [replace(turn, learn=False) for turn in (without_instruction, *turns[1:])]
+    return (*turns, *again * (readings - 1))
+
+
 def to_conversation(drawn: Episode | tuple[Dialogue, ...], wording: Wording) -> Conversation:
     """An episode or a row of dialogues, as the mixture draws them, as a conversation."""
     return from_episode(drawn, wording) if isinstance(drawn, Episode) else from_dialogues(drawn)

@@ -68,6 +68,7 @@ def evaluate(
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     # The recipe as it is overridden; an imported run has no such value of its own
     own = {"support_tokens": recipe.image_tokens.most, "supports": recipe.supports, "orientations": recipe.orientations}
+    own["readings"] = recipe.readings
     loaded = None if served else load_adapter(run, base.defaulting_to(**own))[0]
     if loaded is not None:
         show_notes(asked_otherwise(manifest, loaded))
@@ -105,6 +106,7 @@ def evaluate(
         **({"support_tokens": loaded.support_tokens} if loaded is not None and loaded.support_tokens else {}),
         **({"supports": loaded.supports} if loaded is not None and loaded.supports != "ordered" else {}),
         **({"orientations": loaded.orientations} if loaded is not None and loaded.orientations > 1 else {}),
+        **({"readings": loaded.readings} if loaded is not None and loaded.readings > 1 else {}),
         "suites": rows,
         "retention": retention_of(falls, recipe),
     }

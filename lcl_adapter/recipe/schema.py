@@ -23,6 +23,7 @@ WordingName = Literal["short", "lcl", "bare"]  # of an episode's sentences: data
 QUANTISED = ("int8", "nf4")
 Supports = Literal["ordered", "independent", "compressed"]  # how labelled pictures are read: base/encoder.py
 Orientations = Literal[1, 2, 4, 8]  # of pictures: as they are; mirrored too; each also turned by half; by quarters too (EXIF's order)
+Readings = Literal[1, 2, 3, 4]  # of a support set, one after the other
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 
 
@@ -173,6 +174,11 @@ class Recipe(Options):
         1,
         description="how often a question about labelled pictures is asked, each time with all of them mirrored or turned alike; scores are means",
     )
+    readings: Readings = Field(
+        1,
+        description="how often an ordered support set is read, one time after the other, before a question: the second time, each labelled picture "
+        "sees the whole set",
+    )
     wording: WordingName = "short"
     output: Path = Field(Path("runs/run"), description="the run's folder")
     data: DataOptions = DataOptions()
@@ -203,6 +209,8 @@ class Recipe(Options):
             raise ValueError(
                 f"`adapter.pissa` changes the base's weights, so they have no distribution to retain: set sources.{self.near_base[0]}.retain: answers"
             )
+        if self.readings > 1 and self.supports != "ordered":
+            raise ValueError(f"`readings: {self.readings}` changes nothing where labelled pictures do not see each other: set `supports: ordered`")
         for start, shares in self.phases():
             if sum(shares.values()) <= 0:
                 raise ValueError("all shares are 0: nothing would be trained" + (f" from {start:g} of the run on" if self.shares else ""))
@@ -213,11 +221,12 @@ class Recipe(Options):
         """Sources that stay near the base's own distribution instead of learning their tokens."""
         return [name for name, source in self.sources.items() if getattr(source, "retain", None) == "distribution"]
 
-    @field_validator("orientations", mode="before")
+    @field_validator("orientations", "readings", mode="before")
     @classmethod
-    def _a_number(cls, value: object) -> object:
+    def _a_number(cls, value: object, field: ValidationInfo) -> object:
         if isinstance(value, bool):  # YAML's `yes` equals 1
-            raise ValueError("input should be 1, 2, 4 or 8")
+            choices = get_args(Orientations if field.field_name == "orientations" else Readings)
+            raise ValueError(f"input should be {', '.join(map(str, choices[:-1]))} or {choices[-1]}")
         return value
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_adapter.base.adapter import read_manifest
-from lcl_adapter.base.supports import orientations_of, trained_shots, trained_supports, trained_tokens
+from lcl_adapter.base.supports import orientations_of, readings_of, trained_shots, trained_supports, trained_tokens
 from lcl_adapter.evaluate.runner import count_of
 from lcl_adapter.files import read_result, read_settings, write_text
 from lcl_adapter.report.table import format_chance, format_figure, format_judge, retention_line
@@ -50,6 +50,7 @@ def _head(name: str, manifest: dict[str, Any]) -> str:
         "supports": SUPPORTS[trained_supports(manifest)],
         "photos of a label that were shown together": f"{shots} at most; more are read in parts" if (shots := trained_shots(manifest)) else "",
         "questions": f"asked {times} times, in as many orientations of their pictures" if (times := orientations_of(manifest)) > 1 else "",
+        "support sets": f"read {readings} times before a question" if (readings := readings_of(manifest)) > 1 else "",
         "trained classes": ", ".join(f"{source}: {count}" for source, count in trained.items()),
     }
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts.items() if fact)

@@ -50,16 +50,18 @@ class Engine:
 
     memory: bytes for cached sets. queue: jobs of one caller that may wait. pack: questions in a batch. name: the base's, for clients.
     support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained. orientations: in which a
-    question is asked, for all models; None: as each adapter's manifest says.
+    question is asked, readings: of an ordered set, for all models; None: as each adapter's manifest says.
     """
 
     def __init__(
         self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None,
-        orientations: int | None = None,
+        orientations: int | None = None, readings: int | None = None,
     ) -> None:  # fmt: skip
-        form = base.form._replace(tokens=support_tokens or base.support_tokens, orientations=orientations or base.orientations)
+        form = base.form._replace(
+            tokens=support_tokens or base.support_tokens, orientations=orientations or base.orientations, readings=readings or base.readings
+        )
         self.base = base.with_supports(*form)
-        self._for_all = (support_tokens, orientations)
+        self._for_all = (support_tokens, orientations, readings)
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]

@@ -135,12 +135,13 @@ class Ruler:
             """Tokens that these pictures have beside the one that each is measured with."""
             return self.whole.image_tokens(turns) - sum(len(turn.pictures) for turn in turns)
 
+        shared = self.whole.as_read(conversation.shared)
         support = self.encoder.support(conversation.shared)
         first = not conversation.shared
         branches = [len(self.encoder.turns(branch, first=first)[0]) + pictures(branch) for branch in conversation.branches]
         # Pictures of a set have the same number of tokens each
-        longest = support.longest + pictures(conversation.shared[:2] if support.examples else conversation.shared)
-        return longest + max(branches), len(support) + pictures(conversation.shared) + sum(branches)
+        longest = support.longest + pictures(shared[:2] if support.examples else shared)
+        return longest + max(branches), len(support) + pictures(shared) + sum(branches)
 
     def examples(self, wording: Wording, labels: Sequence[str], place: Place = "between") -> list[int]:
         """Tokens of a labelled example and of what follows it, without images, for each label.

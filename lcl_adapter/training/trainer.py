@@ -55,8 +55,8 @@ COMPLETE = "complete"  # an empty file in a checkpoint, written last
 DATA = "data.json"
 # What a resumed run cannot change
 DECISIVE = (
-    "base", "precision", "vision_tower", "tiles", "image_tokens", "supports", "attn_implementation", "wording", "adapter", "sources", "shares",
-    "train",
+    "base", "precision", "vision_tower", "tiles", "image_tokens", "supports", "readings", "attn_implementation", "wording", "adapter", "sources",
+    "shares", "train",
 )  # fmt: skip
 # Not passed to SFTConfig: what it does not have, and what is done here in its place
 NOT_SFT_OPTIONS = {
