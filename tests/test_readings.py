@@ -20,7 +20,7 @@ from lcl_adapter.base.adapter import read_manifest
 from lcl_adapter.base.encoder import IGNORED, check_alignment
 from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
-from lcl_adapter.base.supports import spent_elsewhere
+from lcl_adapter.base.supports import spent_elsewhere, trained_otherwise
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, is_support_set, read_again, support_turns
 from lcl_adapter.errors import AdapterError, RecipeError
 from lcl_adapter.recipe import load
@@ -150,6 +150,8 @@ def test_a_run_keeps_it_and_other_programs_are_named(read_twice_run: Path, tmp_p
     assert "read 2 times before a question" in (read_twice_run / "README.md").read_text()
     assert json.loads(call("inspect", read_twice_run, "--json").stdout)["readings"] == 2
     assert "a set is read twice here" in spent_elsewhere(manifest)[0]
+    [note] = trained_otherwise(manifest, {**manifest, "readings": 1}, "other")
+    assert note == "other was trained with sets that are read once, the first adapter with sets that are read twice"
     assert json.loads((read_twice_run / "report.json").read_text())["readings"] == 2
     single = call("eval", read_twice_run, "readings=1", "--json")
     assert single.exit_code == 0

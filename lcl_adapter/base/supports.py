@@ -93,6 +93,10 @@ def trained_otherwise(first: Mapping[str, Any], second: Mapping[str, Any], name:
     if trained_tokens(first) != trained_tokens(second):
         differ = f"{_tokens(*trained_tokens(second))} for a picture shown with a label, the first adapter with {_tokens(*trained_tokens(first))}"
         notes.append(f"{name} was trained with {differ}")
+    if (own := readings_of(second)) != readings_of(first):
+        notes.append(
+            f"{name} was trained with sets that are read {_times(own)}, the first adapter with sets that are read {_times(readings_of(first))}"
+        )
     return notes
 
 
