@@ -154,7 +154,7 @@ def test_ask_and_a_server_ask_the_same(tiny_folder: Callable[[str], Path], tmp_p
     assert both.answers[0]["scores"] != once.answers[0]["scores"]
     assert both.answers[0]["answer"] == once.answers[0]["answer"] != ""
     assert both.result["notes"] == once.result["notes"], "it is one part"
-    engine = Engine(load_base(base), 10**9, orientations=4).start()
+    engine = Engine(load_base(base), 10**9, asked=BaseRef(orientations=4)).start()
     try:
         service = Service(engine, Store(tmp_path / "store"))
         stored = [(label, (tmp_path / "photos" / label / f"{number}.png").read_bytes()) for label in sorted(colours) for number in range(2)]

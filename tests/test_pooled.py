@@ -371,7 +371,7 @@ def test_a_server_with_a_number_of_its_own(run: Path, wide: Path, capsys: pytest
     """For every model, with a note, and with calibrations of their own."""
     identities = []
     for tokens in (None, WHOLE, 4):
-        engine = Engine(load_base(BaseRef(str(wide), device="cpu")), memory=10**8, support_tokens=tokens)
+        engine = Engine(load_base(BaseRef(str(wide), device="cpu")), memory=10**8, asked=BaseRef(support_tokens=tokens))
         model = engine.load_adapter("pooled", run)
         assert model.form.tokens == {None: POOLED, WHOLE: None, 4: 4}[tokens]
         assert engine.models["base"].form.tokens == {None: None, WHOLE: None, 4: 4}[tokens]

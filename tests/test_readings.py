@@ -129,7 +129,7 @@ def test_ask_and_a_server_read_the_same(tiny_folder: Callable[[str], Path], tmp_
     query = two_sided(tmp_path / "query.png", "blue", "white")
     single, double = (ask_model(tmp_path / "photos", [query], base=replace(base, readings=count)) for count in (1, 2))
     assert double.answers[0]["scores"] != single.answers[0]["scores"]
-    engine = Engine(load_base(base), 10**9, readings=2).start()
+    engine = Engine(load_base(base), 10**9, asked=BaseRef(readings=2)).start()
     try:
         service = Service(engine, Store(tmp_path / "store"))
         stored = [(label, (tmp_path / "photos" / label / f"{number}.png").read_bytes()) for label in ("bad", "good") for number in range(2)]

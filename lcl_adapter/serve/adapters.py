@@ -9,6 +9,7 @@ from typing import Any
 
 from lcl_adapter.base.adapter import checkpoint_of, read_manifest
 from lcl_adapter.base.model import Base
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.base.supports import asked_otherwise, most_tokens, orientations_of, readings_of, trained_shots, trained_supports
 from lcl_adapter.checkpoints.probe import probe, probe_turns
 from lcl_adapter.errors import AdapterError
@@ -38,18 +39,14 @@ def identity_of(manifest: dict[str, Any], form: Base | None = None) -> str:
     return digest_of(json.dumps([manifest["base_hash"], manifest["files"], *judgement, *reading], sort_keys=True).encode())
 
 
-def in_its_form(
-    name: str, manifest: dict[str, Any], base: Base, tokens: int | None = None, orientations: int | None = None,
-    readings: int | None = None,
-) -> Base:  # fmt: skip
-    """The base as an adapter reads support sets: as its manifest says, except for what is given.
+def in_its_form(name: str, manifest: dict[str, Any], base: Base, asked: BaseRef = NOT_GIVEN) -> Base:
+    """The base as an adapter reads support sets: as its manifest says, except for the tokens, orientations and readings in ``asked``.
 
-    tokens: of a picture. orientations: in which a question is asked. readings: of an ordered set. Prints a note where that is another
-    form than it was trained in.
+    Prints a note where that is another form than it was trained in.
     """
-    tokens = tokens or most_tokens(manifest)
-    asked = (orientations or orientations_of(manifest), readings or readings_of(manifest))
-    form = base.with_supports(tokens, trained_supports(manifest), trained_shots(manifest), *asked)
+    tokens = asked.support_tokens or most_tokens(manifest)
+    times = (asked.orientations or orientations_of(manifest), asked.readings or readings_of(manifest))
+    form = base.with_supports(tokens, trained_supports(manifest), trained_shots(manifest), *times)
     show_notes([f"{name}: {note}" for note in asked_otherwise(manifest, form)])
     return form
 

@@ -29,6 +29,7 @@ from lcl_adapter.answering.chunks import parts_by_shots, parts_that_fit, tokens_
 from lcl_adapter.answering.judgement import LeastFamiliar, read_weighing
 from lcl_adapter.answering.predict import Question, Reply
 from lcl_adapter.base.model import Base, check_adapted
+from lcl_adapter.base.ref import NOT_GIVEN, BaseRef
 from lcl_adapter.data.conversations import WORDINGS, Turn, wording_of
 from lcl_adapter.data.sources import Picture
 from lcl_adapter.errors import AdapterError, EpisodeError, LclError, MissingError, ModelError, RequestError, did_you_mean
@@ -49,19 +50,13 @@ class Engine:
     """The model, its thread and its queue.
 
     memory: bytes for cached sets. queue: jobs of one caller that may wait. pack: questions in a batch. name: the base's, for clients.
-    support_tokens: of a photo that is shown with a label, for all models; None: as each adapter was trained. orientations: in which a
-    question is asked, readings: of an ordered set, for all models; None: as each adapter's manifest says.
+    asked: tokens of a labelled photo, orientations and readings, for all models; what is not given, as each adapter's manifest says.
     """
 
-    def __init__(
-        self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", support_tokens: int | None = None,
-        orientations: int | None = None, readings: int | None = None,
-    ) -> None:  # fmt: skip
-        form = base.form._replace(
-            tokens=support_tokens or base.support_tokens, orientations=orientations or base.orientations, readings=readings or base.readings
-        )
-        self.base = base.with_supports(*form)
-        self._for_all = (support_tokens, orientations, readings)
+    def __init__(self, base: Base, memory: int, queue: int = 256, pack: int = 16, name: str = "base", asked: BaseRef = NOT_GIVEN) -> None:
+        times = (asked.orientations or base.orientations, asked.readings or base.readings)
+        self.base = base.with_supports(asked.support_tokens or base.support_tokens, base.supports, base.shots, *times)
+        self._asked = asked
         self.queue_limit = queue
         self.name = name
         wording = WORDINGS[base.family.wording]
@@ -379,7 +374,7 @@ class Engine:
         broken, or changes no answer.
         """
         manifest = matching_manifest(folder, self.base)
-        own = in_its_form(name, manifest, self.base, *self._for_all)
+        own = in_its_form(name, manifest, self.base, self._asked)
         identity = identity_of(manifest, own)
         recipe = folder / "recipe.yaml"
         wording = wording_of(load(recipe)) if recipe.exists() else self.models[self.name].wording

@@ -133,8 +133,8 @@ def make_service(options: Options) -> Service:
     store.sweep()
     base = load_base(replace(options.base, tiles=tiles))
     weights = sum(p.numel() * p.element_size() for p in base.llava.parameters())
-    budget, asked = _cache_budget(options.memory, weights, base.device), options.base
-    engine = Engine(base, budget, options.queue, support_tokens=asked.support_tokens, orientations=asked.orientations, readings=asked.readings)
+    budget = _cache_budget(options.memory, weights, base.device)
+    engine = Engine(base, budget, options.queue, asked=options.base)
     for name, folder in options.adapters.items():
         engine.load_adapter(name, folder)
     loadable = None if options.adapter_folder is None else options.adapter_folder.absolute()
