@@ -114,6 +114,17 @@ def test_a_training_row_is_what_is_asked(twice: Predictor) -> None:
     assert Ruler.of(encoder).lengths(conversation)[1] == len(row)
 
 
+def test_what_does_not_fit_names_the_key_and_counts_each_reading(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    values = recipe_of(tiny_folder("pocket"), tmp_path / "run", None).model_dump(mode="json", exclude_none=True)
+    values["sources"]["lcl"] |= {"shots": [2], "ways": [8], "queries": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**values, "wording": "lcl"}))
+    result = call("train", tmp_path / "recipe.yaml", "readings=4")
+    assert result.exit_code != 0
+    message = " ".join(result.output.split())
+    assert f"{4 * 2 * 8 + 1} images of" in message
+    assert "Lower `readings`, `shots` or `ways`" in message or "or lower `readings`, `shots` or `ways`" in message
+
+
 def test_independent_photos_are_read_once(tiny_folder: Callable[[str], Path]) -> None:
     base = load_base(BaseRef(str(tiny_folder("pocket")), device="cpu", supports="independent", readings=2))
     assert base.readings == 1

@@ -196,6 +196,15 @@ class Encoder:
         """The tokens of an image, for messages."""
         return f"{self.tokens_an_image}" + (f", {self.support_tokens} where shown with a label" if self.support_tokens else "")
 
+    def images_in(self, conversation: Conversation) -> int:
+        """How many images a row has, each as often as it is read."""
+        return sum(len(turn.pictures) for turns in (self.as_read(conversation.shared), *conversation.branches) for turn in turns)
+
+    @property
+    def what_to_lower(self) -> str:
+        """The recipe's keys that make an episode's row shorter, for messages."""
+        return "`readings`, `shots` or `ways`" if self.readings > 1 else "`shots` or `ways`"
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has. The texts contain no image."""
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
@@ -292,9 +301,9 @@ class Encoder:
             positions += self.positions(more_ids, support.next_position)[0]
         longest = support.longest + max((len(more_ids) for more_ids, _ in branches), default=0)
         if longest > self.context:
-            fault = f"{longest} tokens ({len(conversation.pictures)} images of {self.image_sizes}) do not fit the {self.limit}"
+            fault = f"{longest} tokens ({self.images_in(conversation)} images of {self.image_sizes}) do not fit the {self.limit}"
             remedy = (
-                f"Lower `shots`{', `readings`' if self.readings > 1 else ''} or `ways`, or use `wording: short`."
+                f"Lower {self.what_to_lower}, or use `wording: short`."
                 if conversation.shared
                 else "Shorten it, or set `on_fault: skip` for its source."
             )

@@ -209,13 +209,12 @@ def _bound_episodes(collator: Collator, name: str, pool: ClassPool | InspectionP
 
 
 def _too_long(episode: Episode, conversation: Conversation, needed: int, encoder: Encoder, ruler: Ruler, wording: Wording) -> str:
-    count = len(conversation.pictures)
-    fault = f"{needed} tokens ({count} images of {encoder.image_sizes}) do not fit the {encoder.limit}"
+    fault = f"{needed} tokens ({encoder.images_in(conversation)} images of {encoder.image_sizes}) do not fit the {encoder.limit}"
     short = [tuple(replace(example, label="a") for example in examples) for examples in (episode.support, episode.queries)]
     with_short_names = from_episode(replace(episode, support=short[0], queries=short[1]), wording)
     fits = ruler.lengths(with_short_names)[0] <= encoder.context
     remedy = "Shorter names would fit: rename, leave out the long ones, or lower" if fits else "Lower"
-    return f"{episode.origin}: {fault}. {remedy} `shots` or `ways`, or use `wording: short`."
+    return f"{episode.origin}: {fault}. {remedy} {encoder.what_to_lower}, or use `wording: short`."
 
 
 def longest_options(options: EpisodeOptions | InspectionOptions) -> list[EpisodeOptions | InspectionOptions]:
