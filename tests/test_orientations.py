@@ -50,15 +50,18 @@ def shown_turns(predictor: Predictor, shown: Sequence[tuple[Picture, str]]) -> t
     return support_turns(shown, WORDINGS[predictor.base.family.wording])
 
 
+def measured_run(folder: Path, base: Path, override: str) -> Path:
+    """A run that the command trained and measured, with an override of its recipe."""
+    values = recipe_of(base, folder / "run", None).model_dump(mode="json", exclude_none=True)
+    (folder / "recipe.yaml").write_text(json.dumps({**values, "evaluate": {"suites": SUITE}}))
+    result = call("train", folder / "recipe.yaml", override)
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def oriented_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that the command trained and measured."""
-    run = tmp_path_factory.mktemp("runs") / "oriented"
-    values = recipe_of(tiny_folder("pocket"), run, None).model_dump(mode="json", exclude_none=True)
-    (run.parent / "recipe.yaml").write_text(json.dumps({**values, "evaluate": {"suites": SUITE}}))
-    result = call("train", run.parent / "recipe.yaml", "orientations=2")
-    assert result.exit_code == 0, result.output
-    return run
+    return measured_run(tmp_path_factory.mktemp("oriented"), tiny_folder("pocket"), "orientations=2")
 
 
 @pytest.fixture

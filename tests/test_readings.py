@@ -22,26 +22,21 @@ from lcl_adapter.base.model import load_base
 from lcl_adapter.base.ref import BaseRef
 from lcl_adapter.base.supports import spent_elsewhere, trained_otherwise
 from lcl_adapter.data.conversations import WORDINGS, Conversation, Turn, is_support_set, read_again, support_turns
-from lcl_adapter.errors import AdapterError, RecipeError
+from lcl_adapter.errors import AdapterError, ModelError, RecipeError
 from lcl_adapter.recipe import load
+from lcl_adapter.serve.adapters import in_its_form
 from lcl_adapter.serve.engine import Engine
 from lcl_adapter.serve.service import Service
 from lcl_adapter.serve.store import Store
 from lcl_adapter.training.lengths import Ruler
 from tests.test_chunks import photos, url
-from tests.test_orientations import ANSWERS, question_about, shown_turns, two_sided
-from tests.test_pooled import SUITE, call, recipe_of
+from tests.test_orientations import ANSWERS, measured_run, question_about, shown_turns, two_sided
+from tests.test_pooled import call, recipe_of
 
 
 @pytest.fixture(scope="module")
 def read_twice_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that the command trained and measured."""
-    run = tmp_path_factory.mktemp("runs") / "twice"
-    values = recipe_of(tiny_folder("pocket"), run, None).model_dump(mode="json", exclude_none=True)
-    (run.parent / "recipe.yaml").write_text(json.dumps({**values, "evaluate": {"suites": SUITE}}))
-    result = call("train", run.parent / "recipe.yaml", "readings=2")
-    assert result.exit_code == 0, result.output
-    return run
+    return measured_run(tmp_path_factory.mktemp("twice"), tiny_folder("pocket"), "readings=2")
 
 
 @pytest.fixture
@@ -125,11 +120,17 @@ def test_what_does_not_fit_names_the_key_and_counts_each_reading(tiny_folder: Ca
     assert "Lower `readings`, `shots` or `ways`" in message or "or lower `readings`, `shots` or `ways`" in message
 
 
-def test_independent_photos_are_read_once(tiny_folder: Callable[[str], Path]) -> None:
-    base = load_base(BaseRef(str(tiny_folder("pocket")), device="cpu", supports="independent", readings=2))
-    assert base.readings == 1
+def test_independent_photos_are_not_read_again(tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """It would change nothing. A server, which has other adapters too, reads them once and says so."""
+    base = BaseRef(str(tiny_folder("pocket")), device="cpu", supports="independent", readings=2)
+    with pytest.raises(ModelError, match="readings 2: the labelled pictures do not see each other"):
+        load_base(base)
     with pytest.raises(RecipeError, match="changes nothing where labelled pictures do not see each other"):
         load("pocket", ["readings=2", "supports=independent"])
+    served = load_base(replace(base, supports="ordered"))
+    form = in_its_form("parts", {"supports": "independent"}, served, base)
+    assert form.readings == 1
+    assert "parts: its labelled photos do not see each other, so a set is read once" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_ask_and_a_server_read_the_same(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

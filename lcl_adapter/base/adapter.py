@@ -152,10 +152,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     shots = manifest.get("shots", 1)
     if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
         raise AdapterError(f"{path}: not a manifest of this tool (shots is {repr(shots)[:60]}).")
-    if manifest.get("orientations", 1) not in get_args(Orientations):
-        raise AdapterError(f"{path}: not a manifest of this tool (orientations is {repr(manifest['orientations'])[:60]}).")
-    if manifest.get("readings", 1) not in get_args(Readings):
-        raise AdapterError(f"{path}: not a manifest of this tool (readings is {repr(manifest['readings'])[:60]}).")
+    for name, choices in (("orientations", Orientations), ("readings", Readings)):
+        if manifest.get(name, 1) not in get_args(choices):
+            raise AdapterError(f"{path}: not a manifest of this tool ({name} is {repr(manifest[name])[:60]}).")
     wrong = [f"{name} is {repr(manifest.get(name))[:60]}" for name, kinds in FIELDS.items() if not isinstance(manifest.get(name), kinds)]
     if wrong:
         raise AdapterError(f"{path}: not a manifest of this tool ({wrong[0]}).")

@@ -242,9 +242,12 @@ def load_base(base: BaseRef | str) -> Base:
     nf4 and int8 quantise only the linear layers of the language model, nf4 with double quantisation. ``auto`` chooses.
 
     Raises ModelError: no such base, no image-text model, weights that do not fit their config, a model without
-    ``mm_encoder_outputs``.
+    ``mm_encoder_outputs``, several readings of pictures that do not see each other.
     """
     ref = BaseRef.of(base).defaulting_to(precision="fp32", device=default_device(), tiles=False, attn_implementation="sdpa")
+    supports, readings = ref.supports or "ordered", ref.readings or 1
+    if readings > 1 and supports != "ordered":
+        raise ModelError(f"readings {readings}: the labelled pictures do not see each other ({supports}), so reading them again changes nothing.")
     precision, device, tiles = cast(Precision, ref.precision), str(ref.device), bool(ref.tiles)
     attention = cast(Attention, ref.attn_implementation)
     checkpoint = open_checkpoint(ref)
@@ -304,8 +307,7 @@ def load_base(base: BaseRef | str) -> Base:
     model = model if precision in QUANTISED else model.to(device)
     model.requires_grad_(False).eval()
     read_masks(model, attention)
-    supports = ref.supports or "ordered"
-    return Base(model, checkpoint, family, precision, tiles).with_supports(pooled, supports, ref.shots, ref.orientations or 1, ref.readings or 1)
+    return Base(model, checkpoint, family, precision, tiles).with_supports(pooled, supports, ref.shots, ref.orientations or 1, readings)
 
 
 def lora_targets(model: nn.Module) -> str:

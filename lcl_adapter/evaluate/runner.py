@@ -67,8 +67,9 @@ def evaluate(
     manifest = read_manifest(run)
     recipe = load(run / "recipe.yaml", overrides, resolved=True)
     # The recipe as it is overridden; an imported run has no such value of its own
-    own = {"support_tokens": recipe.image_tokens.most, "supports": recipe.supports, "orientations": recipe.orientations}
-    own["readings"] = recipe.readings
+    own = {
+        "support_tokens": recipe.image_tokens.most, "supports": recipe.supports, "orientations": recipe.orientations, "readings": recipe.readings,
+    }  # fmt: skip
     loaded = None if served else load_adapter(run, base.defaulting_to(**own))[0]
     if loaded is not None:
         show_notes(asked_otherwise(manifest, loaded))

@@ -47,7 +47,10 @@ def in_its_form(name: str, manifest: dict[str, Any], base: Base, asked: BaseRef 
     tokens = asked.support_tokens or most_tokens(manifest)
     times = (asked.orientations or orientations_of(manifest), asked.readings or readings_of(manifest))
     form = base.with_supports(tokens, trained_supports(manifest), trained_shots(manifest), *times)
-    show_notes([f"{name}: {note}" for note in asked_otherwise(manifest, form)])
+    notes = asked_otherwise(manifest, form)
+    if (asked.readings or 1) > form.readings:
+        notes.append("its labelled photos do not see each other, so a set is read once")
+    show_notes([f"{name}: {note}" for note in notes])
     return form
 
 
